@@ -1,0 +1,98 @@
+"""Precision-weighted combination of task gradients (Eq. 5-7), on plain tensors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bayesagg.posterior import _cholesky
+
+__all__ = ["GradientScale", "aggregate_diagonal", "aggregate_full"]
+
+GradientScale = Literal["sum", "mean"]
+
+
+def _count(mean: Tensor, present: Tensor | None) -> Tensor | int:
+    """Number of tasks with a label, per datum ``[N, 1]`` where it varies."""
+    return mean.shape[1] if present is None else present.sum(1, keepdim=True)
+
+
+def aggregate_diagonal(
+    mean: Tensor,
+    log_variance: Tensor,
+    s: Tensor,
+    present: Tensor | None = None,
+    scale: GradientScale = "sum",
+) -> tuple[Tensor, Tensor]:
+    """Eq. 7 with exponent ``s``: ``g = Σ_k α_k μ_k``, ``α = softmax_k(-s_k log Var_k)``.
+
+    The softmax is taken in log space, so that no variance is clamped.
+
+    Args:
+        mean: ``μ``, ``[N, K, d]``.
+        log_variance: ``log Var``, ``[N, K, d]``, finite.
+        s: exponent of each task, ``[K]``; 0 gives uniform weights.
+        present: ``[N, K]`` booleans; tasks without a label have no say for that datum.
+        scale: ``"mean"`` is Eq. 7 as printed; ``"sum"`` multiplies it by the number of tasks
+            present, so that uniform weights are linear scalarization.
+
+    Returns:
+        ``g``, ``[N, d]``, and ``α``, ``[N, K, d]``, which sums to one over the present tasks.
+    """
+    score = log_variance * -s[:, None]
+    if present is None:
+        weights = torch.softmax(score, dim=1)
+    else:
+        score = score.masked_fill(~present[..., None], -torch.inf)
+        weights = torch.softmax(score, dim=1).nan_to_num_()  # NaN: no task present at all
+        mean = mean.masked_fill(~present[..., None], 0)
+    gradient = (weights * mean).sum(1)
+    return (gradient * _count(mean, present) if scale == "sum" else gradient), weights
+
+
+def aggregate_full(
+    mean: Tensor,
+    covariance: Tensor,
+    s: Tensor,
+    present: Tensor | None = None,
+    scale: GradientScale = "sum",
+) -> tuple[Tensor, Tensor]:
+    """Eq. 6, ``g = (Σ_k Λ_k)⁻¹ Σ_k Λ_k μ_k``, with ``Λ_k = Cov_k^{-s_k}`` (matrix power).
+
+    At ``s = 1`` this is Eq. 6 as printed; Eq. 7 with exponent is its restriction to diagonal
+    covariances.
+
+    Args:
+        mean: ``[N, K, d]``.
+        covariance: ``[N, K, d, d]``, positive semi-definite.
+        s: ``[K]``.
+        present: ``[N, K]`` booleans or ``None``.
+        scale: as in :func:`aggregate_diagonal`.
+
+    Returns:
+        ``g``, ``[N, d]``, and the diagonals of ``(Σ_j Λ_j)⁻¹ Λ_k``, ``[N, K, d]``.
+    """
+    n, k, d = mean.shape
+    if bool((s == 1).all()):
+        factor = _cholesky(covariance.flatten(0, 1))
+        precision = torch.cholesky_inverse(factor).view(n, k, d, d)
+    else:
+        values, vectors = torch.linalg.eigh(covariance)
+        floor = values[..., -1:] * torch.finfo(values.dtype).eps
+        values = values.clamp(min=floor.clamp(min=torch.finfo(values.dtype).tiny))
+        power = values.pow(-s[:, None])
+        precision = (vectors * power[..., None, :]) @ vectors.mT
+    if present is not None:
+        precision = precision * present[..., None, None]
+        mean = mean.masked_fill(~present[..., None], 0)
+    total = precision.sum(1)
+    if present is not None:  # a datum without any label gets a zero gradient
+        total = total + torch.diag_embed((~present.any(1))[:, None].expand(n, d).to(total.dtype))
+    factor = _cholesky(total)
+    rhs = (precision @ mean[..., None]).sum(1)
+    gradient = torch.cholesky_solve(rhs, factor)[..., 0]
+    shares = torch.cholesky_solve(precision, factor[:, None].expand_as(precision))
+    weights = shares.diagonal(dim1=-2, dim2=-1)
+    return (gradient * _count(mean, present) if scale == "sum" else gradient), weights

@@ -1,0 +1,91 @@
+"""From posteriors to the gradient at h: moments of all blocks, then Eq. 7 (or 6), in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bayesagg.aggregation import GradientScale, aggregate_diagonal, aggregate_full
+from bayesagg.likelihoods import Block, Labels
+from bayesagg.posterior import Gaussian
+
+__all__ = ["combine"]
+
+_CHUNK = 1 << 18  # elements of a [n, K, d] tensor of moments; small enough for the cache
+
+
+def combine(
+    blocks: Sequence[Block],
+    features: Mapping[bool, Tensor],
+    labels: Sequence[Labels],
+    posteriors: Sequence[Gaussian],
+    *,
+    scale: GradientScale,
+    full: bool,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Aggregate the tasks' gradients at the shared representation.
+
+    Args:
+        blocks: of ``K`` tasks together.
+        features: ``[N, d]`` by whether the constant of a bias is appended.
+        labels: of each block.
+        posteriors: of each block.
+        scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
+        full: Eq. 6 instead of Eq. 7.
+        generator: of Monte-Carlo samples.
+
+    Returns:
+        gradient, ``[N, d]``, and the mean weight of every task over the labelled data, ``[K]``,
+        in the order of the blocks.
+    """
+    some = next(iter(features.values()))
+    n, d, tasks = len(some), blocks[0].d, sum(block.num_tasks for block in blocks)
+    s = torch.cat([block.per_task("s", some.device) for block in blocks])
+    size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
+    gradient, totals, labelled = some.new_empty(n, d), some.new_zeros(tasks), some.new_zeros(())
+    aggregate = aggregate_full if full else aggregate_diagonal
+    for start in range(0, n, size):
+        stop = min(n, start + size)
+        means, seconds, masks = [], [], []
+        for block, known, posterior in zip(blocks, labels, posteriors, strict=True):
+            part = known.rows(start, stop)
+            h = features[block.bias][start:stop]
+            mean, second = block.moments(h, part, posterior, generator, full)
+            factor = part.factor[..., None]
+            means.append(mean.mul_(factor))
+            seconds.append(_scaled(second, factor, full))
+            masks.append(part.present)
+        present = _stack(masks, [mean.shape[1] for mean in means], stop - start, some.device)
+        gradient[start:stop], weights = aggregate(_cat(means), _cat(seconds), s, present, scale)
+        totals += weights.mean(-1).sum(0)
+        labelled += stop - start if present is None else present.any(1).sum()
+    return gradient, totals / labelled.clamp(min=1)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _scaled(second: Tensor, factor: Tensor, full: bool) -> Tensor:
+    """Second moment of a loss with a factor: a covariance, or the logarithm of a variance."""
+    if full:
+        return second * factor[..., None].square()
+    tiny = torch.finfo(second.dtype).tiny  # only exact zeros are lifted
+    return second.clamp_(min=tiny).log_().add_(2 * factor.log())
+
+
+def _stack(
+    masks: list[Tensor | None], sizes: list[int], rows: int, device: torch.device
+) -> Tensor | None:
+    """Labels present, ``[n, K]``, or ``None`` where all are."""
+    if all(mask is None for mask in masks):
+        return None
+    return _cat(
+        [
+            torch.ones(rows, size, dtype=torch.bool, device=device) if mask is None else mask
+            for mask, size in zip(masks, sizes, strict=True)
+        ]
+    )

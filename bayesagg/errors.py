@@ -1,0 +1,59 @@
+"""Errors and warnings; every message names the task concerned and the remedy."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BayesAggError",
+    "CaptureError",
+    "CheckpointError",
+    "FeatureError",
+    "HeadError",
+    "LossError",
+    "NumericalError",
+    "NumericalWarning",
+    "TargetError",
+    "UnknownTaskError",
+]
+
+
+class BayesAggError(Exception):
+    """Base class of all errors that the library raises on purpose."""
+
+
+class HeadError(BayesAggError, ValueError):
+    """A head is not linear, is given twice, or has settings that do not suit it."""
+
+
+class CaptureError(BayesAggError, RuntimeError):
+    """No usable forward pass: none was seen, or the heads did not receive the shared tensor."""
+
+
+class UnknownTaskError(BayesAggError, KeyError):
+    """A loss or target is given for a task that has no head."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class LossError(BayesAggError, ValueError):
+    """A loss is not finite, not differentiable, or not of the kind its head expects."""
+
+
+class TargetError(BayesAggError, ValueError):
+    """Targets have the wrong shape, are not valid labels, or do not belong to the loss."""
+
+
+class FeatureError(BayesAggError, ValueError):
+    """The shared representation has the wrong shape, is not finite, or was changed in place."""
+
+
+class CheckpointError(BayesAggError, ValueError):
+    """A state was saved from other heads or in another layout."""
+
+
+class NumericalError(BayesAggError, ArithmeticError):
+    """A posterior precision could not be factorized."""
+
+
+class NumericalWarning(UserWarning):
+    """Jitter was added to a matrix; the message states the amount."""

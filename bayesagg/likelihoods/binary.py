@@ -1,0 +1,102 @@
+"""Binary cross-entropy: one Gaussian per output from the GGN (Eq. 8-10)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bayesagg.errors import LossError, TargetError
+from bayesagg.heads import BinaryHead, Head
+from bayesagg.likelihoods.base import Block
+from bayesagg.likelihoods.data import Labels, Observation, Statistics
+from bayesagg.likelihoods.labels import check_shape, factor_of_targets, label_mask, tolerance
+from bayesagg.moments import binary_moments, monte_carlo_moments
+from bayesagg.posterior import Gaussian, binary_statistics
+
+__all__ = ["BinaryBlock"]
+
+
+class BinaryBlock(Block):
+    """All binary heads with the same kind of moments."""
+
+    kind: ClassVar[str] = "binary"
+    heads: list[BinaryHead]  # type: ignore[assignment]
+
+    def read_labels(self, name: str, head: Head, observed: Observation) -> Labels:
+        """``y = σ(z) - g/f``; the second derivative ``f σ(1-σ)`` gives the constant factor."""
+        if observed.target is not None:
+            return self._given(name, observed)
+        assert observed.curvature is not None
+        z, g, curvature = observed.output, observed.gradient, observed.curvature
+        p, spread = torch.sigmoid(z), torch.sigmoid(z) * torch.sigmoid(-z)
+        tol = tolerance(z.dtype)
+        silent = (g == 0) & (curvature == 0)
+        missing = silent & (spread > torch.finfo(z.dtype).eps)
+        informative = ~missing & (spread > tol / 10)
+        scale = (curvature * informative).sum(0) / (spread * informative).sum(0)
+        # All saturated: the largest gradient is that of a datum on the wrong side, |σ - y| ≈ 1.
+        scale = torch.where(informative.any(0), scale, g.abs().amax(0))
+        scale = torch.where(scale != 0, scale, torch.full_like(scale, 1 / len(z)))[None]
+        deviation = ((curvature - scale * spread).abs() * informative).amax()
+        y = p - g / scale
+        y = torch.where(missing, torch.zeros_like(y), y)
+        valid = (scale > 0).all() & (deviation <= tol * scale.amax())
+        valid = valid & (y > -4 * tol).all() & (y < 1 + 4 * tol).all()
+        if not bool(valid):
+            raise LossError(
+                f"task {name!r}: the loss is not a binary cross-entropy of constant weight, so "
+                f"labels cannot be recovered from its derivatives. If it is another loss, or has "
+                f"class or example weights, pass `targets=`."
+            )
+        # Exact zeros and ones came back with the rounding of a subtraction.
+        y = torch.where(y < 4 * tol, torch.zeros_like(y), y)
+        y = torch.where(y > 1 - 4 * tol, torch.ones_like(y), y)
+        return Labels(z, y, scale, ~missing if bool(missing.any()) else None)
+
+    def _given(self, name: str, observed: Observation) -> Labels:
+        z = observed.output
+        y = check_shape(name, observed.target, z)
+        present = label_mask(name, y, torch.isnan(y))
+        y = y.nan_to_num(nan=0.0) if present is not None else y
+        if not bool(((y >= 0) & (y <= 1)).all()):
+            raise TargetError(
+                f"task {name!r}: binary targets must lie in [0, 1], got "
+                f"{float(y.min()):g} to {float(y.max()):g}. Use NaN for a missing label."
+            )
+        residual = (torch.sigmoid(z) - y)[..., None]
+        factor, present = factor_of_targets(name, observed.gradient[..., None], residual, present)
+        return Labels(z, y, factor, present)
+
+    def absent(self, name: str, head: Head, rows: int, device: torch.device) -> Labels:
+        """All labels missing."""
+        zeros = torch.zeros(rows, head.num_tasks, dtype=self.dtype, device=device)
+        return Labels(zeros, zeros, torch.ones_like(zeros[:1]), zeros.bool())
+
+    def statistics(self, features: Tensor, labels: Labels) -> Statistics:
+        """Quadratic expansion at the current head weights."""
+        precision, shift = binary_statistics(
+            features, labels.targets, labels.outputs, self.weights(features.device), labels.present
+        )
+        return Statistics(precision, shift, self.label_count(labels), {})
+
+    def moments(
+        self,
+        features: Tensor,
+        labels: Labels,
+        posterior: Gaussian,
+        generator: torch.Generator,
+        full: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Quadrature over the logit, or Eq. 11."""
+        first = self.heads[0]
+        if first.moments == "monte_carlo":
+            return monte_carlo_moments(
+                features, labels.targets, posterior, self.d, first.num_samples, generator, full
+            )
+        return binary_moments(features, labels.targets, posterior, self.d, full)
+
+    def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
+        """Rows of the mean."""
+        return {name: posterior.mean[part] for name, part in self.slices.items()}

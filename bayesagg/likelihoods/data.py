@@ -1,0 +1,140 @@
+"""What is known of a batch: observations at the outputs, verified labels, additive evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Labels", "Observation", "Statistics"]
+
+
+@dataclass
+class Observation:
+    """What the loss of one head says at its output, before anything is believed.
+
+    Attributes:
+        output: head output, ``[N, o]``, detached.
+        gradient: ``∂loss/∂output``, ``[N, o]``.
+        curvature: diagonal of ``∂²loss/∂output²``, ``[N, o]``; ``None`` where not asked for.
+        loss: sum of the loss, 0-dimensional.
+        target: what the user passed, flattened to ``[N]`` or ``[N, o]``; ``None``: recover.
+    """
+
+    output: Tensor
+    gradient: Tensor
+    curvature: Tensor | None
+    loss: Tensor
+    target: Tensor | None
+
+
+@dataclass
+class Labels:
+    """Verified labels of one block.
+
+    Attributes:
+        outputs: ``[N, K]``, or ``[N, K, C]`` for multi-class tasks.
+        targets: of the same shape; finite also where not present.
+        factor: the loss per unit of likelihood, ``[N, K]`` or ``[1, K]``, positive: a mean over
+            ``B`` data with task weight ``c`` has factor ``c / B``.
+        present: ``[N, K]`` booleans, or ``None`` where every label is there.
+    """
+
+    outputs: Tensor
+    targets: Tensor
+    factor: Tensor
+    present: Tensor | None
+
+    @staticmethod
+    def stack(parts: Sequence[Labels]) -> Labels:
+        """Labels of several heads as those of one block."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = parts[0].outputs.shape[0]
+        present = None
+        if any(part.present is not None for part in parts):
+            present = torch.cat(
+                [
+                    torch.ones(p.outputs.shape[:2], dtype=torch.bool, device=p.outputs.device)
+                    if p.present is None
+                    else p.present
+                    for p in parts
+                ],
+                dim=1,
+            )
+        factors = [part.factor for part in parts]
+        if any(f.shape[0] != 1 for f in factors):
+            factors = [f.expand(rows, -1) for f in factors]
+        return Labels(
+            torch.cat([part.outputs for part in parts], dim=1),
+            torch.cat([part.targets for part in parts], dim=1),
+            torch.cat(factors, dim=1),
+            present,
+        )
+
+    def to(self, dtype: torch.dtype) -> Labels:
+        """In the dtype of the posterior algebra."""
+        return Labels(
+            self.outputs.to(dtype), self.targets.to(dtype), self.factor.to(dtype), self.present
+        )
+
+    def rows(self, start: int, stop: int) -> Labels:
+        """The labels of data ``start`` to ``stop``."""
+        factor = self.factor if self.factor.shape[0] == 1 else self.factor[start:stop]
+        present = None if self.present is None else self.present[start:stop]
+        return Labels(self.outputs[start:stop], self.targets[start:stop], factor, present)
+
+
+@dataclass
+class Statistics:
+    """Additive evidence: ``precision`` ``[G, M, M]``, ``shift`` ``[K, M]``, ``count`` ``[K]``.
+
+    ``extra`` holds further sums of a likelihood, ``[K]`` each. All of it adds over batches and
+    over data-parallel ranks.
+    """
+
+    precision: Tensor
+    shift: Tensor
+    count: Tensor
+    extra: dict[str, Tensor]
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            self.precision + other.precision,
+            self.shift + other.shift,
+            self.count + other.count,
+            {key: value + other.extra[key] for key, value in self.extra.items()},
+        )
+
+    def add_(self, other: Statistics) -> Statistics:
+        """Sum, in the memory of this one where the shapes allow."""
+        if self.precision.shape[0] < other.precision.shape[0]:
+            return self + other
+        self.precision.add_(other.precision)
+        self.shift.add_(other.shift)
+        self.count.add_(other.count)
+        for key, value in self.extra.items():
+            value.add_(other.extra[key])
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parts, by name."""
+        return {
+            "precision": self.precision,
+            "shift": self.shift,
+            "count": self.count,
+            **{f"extra.{key}": value for key, value in self.extra.items()},
+        }
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor]) -> Statistics:
+        """Inverse of :meth:`tensors`; copies."""
+        extra = {
+            key.removeprefix("extra."): value.clone()
+            for key, value in tensors.items()
+            if key.startswith("extra.")
+        }
+        precision, shift, count = (tensors[n].clone() for n in ("precision", "shift", "count"))
+        return Statistics(precision, shift, count, extra)

@@ -1,0 +1,191 @@
+"""Cross-entropy over classes: one Gaussian over the contrasts of all class weights (Eq. 8-10)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayesagg.errors import HeadError, LossError, TargetError
+from bayesagg.heads import Head, MulticlassHead
+from bayesagg.likelihoods.base import Block
+from bayesagg.likelihoods.data import Labels, Observation, Statistics
+from bayesagg.likelihoods.labels import factor_of_targets, label_mask, tolerance
+from bayesagg.moments import monte_carlo_moments, multiclass_moments
+from bayesagg.posterior import Gaussian, contrast_basis, multiclass_statistics
+
+__all__ = ["MulticlassBlock"]
+
+_MAX_PARAMETERS = 1 << 14  # a dense covariance of 2 GiB in float64
+IGNORE_INDEX = -100
+
+
+class MulticlassBlock(Block):
+    """One or more multi-class heads with the same number of classes and kind of moments."""
+
+    kind: ClassVar[str] = "multiclass"
+    needs_curvature: ClassVar[bool] = False
+    heads: list[MulticlassHead]  # type: ignore[assignment]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.num_classes = self.heads[0].out_features
+        if self.parameters_per_task > _MAX_PARAMETERS:
+            gib = self.parameters_per_task**2 * 8 / 2**30
+            raise HeadError(
+                f"task {self.names[0]!r}: the posterior of {self.num_classes} classes over "
+                f"{self.width} weights each is a dense matrix of {gib:.0f} GiB. Reduce the width "
+                f"of the shared representation or the number of classes."
+            )
+
+    @property
+    def parameters_per_task(self) -> int:
+        """Contrasts times weights."""
+        return (self.num_classes - 1) * self.width
+
+    def read_labels(self, name: str, head: Head, observed: Observation) -> Labels:
+        """The class where ``g = f (p - y)`` is negative; the factor from the other classes."""
+        if observed.target is not None:
+            return self._given(name, observed)
+        z, g = observed.output, observed.gradient
+        p = torch.softmax(z, dim=1)
+        silent = (g == 0).all(1)
+        certain = (p == 1).any(1)  # saturated to rounding: silent although labelled
+        missing = silent & ~certain
+        label = torch.where(silent, z.argmax(1), g.argmin(1))
+        y = F.one_hot(label, z.shape[1]).to(z.dtype)
+        others = 1 - y
+        wrong = (p * others).sum(1)
+        factors = (g * others).sum(1) / wrong.clamp(min=torch.finfo(z.dtype).tiny)
+        tol = tolerance(z.dtype)
+        informative = ~silent & (wrong > 0)
+        total = (wrong * informative).sum()
+        scale = (
+            (factors * wrong * informative).sum() / total if bool(total > 0) else g.new_tensor(0)
+        )
+        scale = torch.where(scale != 0, scale, torch.full_like(scale, 1 / len(z)))
+        deviation = (g - scale * (p - y)).abs() * ~missing[:, None]
+        if not bool((scale > 0) & (deviation.amax() <= tol * scale)):
+            raise LossError(
+                f"task {name!r}: the loss is not a cross-entropy of constant weight, so labels "
+                f"cannot be recovered from its derivatives. If it is another loss, or has class "
+                f"or example weights or label smoothing, pass `targets=`."
+            )
+        present = ~missing[:, None] if bool(missing.any()) else None
+        return Labels(z[:, None], y[:, None], scale.view(1, 1), present)
+
+    def _given(self, name: str, observed: Observation) -> Labels:
+        z, target = observed.output, observed.target
+        assert target is not None
+        if target.dim() == 2 and target.shape[1] == 1 and not target.is_floating_point():
+            target = target[:, 0]
+        if target.is_floating_point():
+            y, missing = self._probabilities(name, target, z)
+        else:
+            y, missing = self._classes(name, target, z)
+        present = label_mask(name, y, missing)
+        residual = (torch.softmax(z, dim=1) - y)[:, None]
+        factor, mask = factor_of_targets(
+            name,
+            observed.gradient[:, None],
+            residual,
+            None if present is None else present[:, None],
+        )
+        return Labels(z[:, None], y[:, None], factor, mask)
+
+    def _classes(self, name: str, target: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        if target.shape != z.shape[:1]:
+            raise TargetError(
+                f"task {name!r}: class targets flatten to {list(target.shape)} for "
+                f"{z.shape[0]} data; pass one class index per datum."
+            )
+        missing = target == IGNORE_INDEX
+        if bool((~missing & ((target < 0) | (target >= z.shape[1]))).any()):
+            raise TargetError(
+                f"task {name!r}: a class index lies outside 0 to {z.shape[1] - 1} (and is not "
+                f"the ignore index {IGNORE_INDEX})."
+            )
+        return F.one_hot(target.clamp(min=0).long(), z.shape[1]).to(z.dtype), missing
+
+    def _probabilities(self, name: str, target: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        if target.shape != z.shape:
+            raise TargetError(
+                f"task {name!r}: probability targets flatten to {list(target.shape)}, the head's "
+                f"output to {list(z.shape)}; class indices must have an integer dtype."
+            )
+        missing = torch.isnan(target).any(1)
+        y = torch.where(missing[:, None], torch.full_like(target, 1 / z.shape[1]), target)
+        if not bool((y >= 0).all() & ((y.sum(1) - 1).abs() < 1e-3).all()):
+            raise TargetError(f"task {name!r}: probability targets must be >= 0 and sum to one.")
+        return y.to(z.dtype), missing
+
+    def absent(self, name: str, head: Head, rows: int, device: torch.device) -> Labels:
+        """All labels missing."""
+        zeros = torch.zeros(rows, 1, self.num_classes, dtype=self.dtype, device=device)
+        none = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        return Labels(zeros, zeros, torch.ones_like(zeros[:1, :, 0]), none)
+
+    def statistics(self, features: Tensor, labels: Labels) -> Statistics:
+        """Quadratic expansion at the current head weights, per task."""
+        weights = self.weights(features.device).unflatten(0, (self.num_tasks, self.num_classes))
+        parts = [
+            multiclass_statistics(
+                features,
+                labels.targets[:, k],
+                labels.outputs[:, k],
+                weights[k],
+                None if labels.present is None else labels.present[:, k],
+            )
+            for k in range(self.num_tasks)
+        ]
+        precision = torch.stack([p[0] for p in parts]) if len(parts) > 1 else parts[0][0][None]
+        shift = torch.stack([p[1] for p in parts])
+        return Statistics(precision, shift, self.label_count(labels), {})
+
+    def moments(
+        self,
+        features: Tensor,
+        labels: Labels,
+        posterior: Gaussian,
+        generator: torch.Generator,
+        full: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Cubature over the logit contrasts, or Eq. 11; task by task."""
+        first = self.heads[0]
+        parts = []
+        for k in range(self.num_tasks):
+            single = Gaussian(posterior.mean[k : k + 1], posterior.whitener[k : k + 1])
+            targets = labels.targets[:, k]
+            if first.moments == "monte_carlo":
+                mean, second = self._sampled(features, targets, single, generator, full)
+            else:
+                mean, second = multiclass_moments(features, targets, single, self.d, full)
+            parts.append((mean, second))
+        return torch.stack([p[0] for p in parts], 1), torch.stack([p[1] for p in parts], 1)
+
+    def _sampled(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        posterior: Gaussian,
+        generator: torch.Generator,
+        full: bool,
+    ) -> tuple[Tensor, Tensor]:
+        mean, second = monte_carlo_moments(
+            features,
+            targets[:, None],
+            posterior,
+            self.d,
+            self.heads[0].num_samples,
+            generator,
+            full,
+        )
+        return mean[:, 0], second[:, 0]
+
+    def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
+        """Contrasts back to classes; the common mode, which no output depends on, is zero."""
+        basis = contrast_basis(self.num_classes, posterior.mean)
+        mean = posterior.mean.unflatten(1, (-1, self.width))
+        return {name: basis.mT @ mean[part.start] for name, part in self.slices.items()}

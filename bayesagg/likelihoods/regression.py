@@ -1,0 +1,174 @@
+"""Squared error with a Gaussian likelihood: conjugate posterior (Eq. 2), exact moments (Eq. 4)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bayesagg.errors import CheckpointError, LossError
+from bayesagg.heads import Head, RegressionHead
+from bayesagg.likelihoods.base import Block
+from bayesagg.likelihoods.data import Labels, Observation, Statistics
+from bayesagg.likelihoods.labels import check_shape, factor_of_targets, label_mask, tolerance
+from bayesagg.moments import regression_moments
+from bayesagg.posterior import Gaussian, regression_statistics
+
+__all__ = ["RegressionBlock"]
+
+_DECAY = 0.9  # of the running mean of squared residuals that is the learned noise variance
+
+
+class RegressionBlock(Block):
+    """All regression heads; one shared covariance where noise, prior and labels allow it."""
+
+    kind: ClassVar[str] = "regression"
+
+    heads: list[RegressionHead]  # type: ignore[assignment]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.learns_noise = any(head.noise_variance == "learned" for head in self.heads)
+        self.one_noise = len({head.noise_variance for head in self.heads}) == 1
+        # Exponential sum of squared residuals and of the weights in it, per task, [2, K].
+        self._noise: Tensor | None = None
+
+    def read_labels(self, name: str, head: Head, observed: Observation) -> Labels:
+        """``y = z - g / 2f``; the factor ``f`` is half the second derivative, and constant."""
+        z, g = observed.output, observed.gradient
+        if observed.target is not None:
+            return self._given(name, observed)
+        assert observed.curvature is not None
+        f = observed.curvature / 2
+        present = f != 0
+        scale = f.amax(0, keepdim=True)
+        tol = tolerance(z.dtype)
+        deviation = (f - scale).abs() * present
+        everywhere = bool(present.all())
+        quadratic = (deviation <= tol * scale).all() & (scale >= 0).all()
+        if not everywhere:
+            quadratic = quadratic & ~(~present & (g != 0)).any()
+        if z.shape[0] == 1:  # one datum: any loss has a constant factor, so check its value too
+            value = (g.square() / (4 * f)).nan_to_num().sum()
+            quadratic = quadratic & ((value - observed.loss).abs() <= tol * value)
+        if not bool(quadratic):
+            raise LossError(
+                f"task {name!r}: the loss is not a squared error of constant weight (its second "
+                f"derivative at the head's output varies over the batch or vanishes). If it is "
+                f"another loss or has per-example weights, pass `targets=`."
+            )
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        y = torch.addcdiv(z, g, scale, value=-0.5)
+        return Labels(z, y, scale, None if everywhere else present)
+
+    def _given(self, name: str, observed: Observation) -> Labels:
+        z = observed.output
+        y = check_shape(name, observed.target, z)
+        present = label_mask(name, y, torch.isnan(y))
+        y = y.nan_to_num(nan=0.0) if present is not None else y
+        factor, present = factor_of_targets(
+            name, observed.gradient[..., None], (2 * (z - y))[..., None], present
+        )
+        return Labels(z, y, factor, present)
+
+    def absent(self, name: str, head: Head, rows: int, device: torch.device) -> Labels:
+        """All labels missing."""
+        zeros = torch.zeros(rows, head.num_tasks, dtype=self.dtype, device=device)
+        return Labels(zeros, zeros, torch.ones_like(zeros[:1]), zeros.bool())
+
+    def statistics(self, features: Tensor, labels: Labels) -> Statistics:
+        """Gram matrix and ``H̃ᵀy``, for unit noise, so that τ² may change later."""
+        precision, shift = regression_statistics(features, labels.targets, labels.present)
+        extra = {}
+        if self.learns_noise:
+            point = (labels.outputs - labels.targets).square()
+            level = labels.targets.square()
+            extra = {"residual": _total(point, labels), "level": _total(level, labels)}
+        return Statistics(precision, shift, self.label_count(labels), extra)
+
+    def refine(
+        self, features: Tensor, labels: Labels, posterior: Gaussian, batch: Statistics
+    ) -> None:
+        """Expected squared residual under the posterior, ``r² + v``: one step of EM for τ²."""
+        if self.learns_noise:
+            r = features @ posterior.mean.mT - labels.targets
+            v = (features @ posterior.whitener.mT).square().sum(-1).mT
+            batch.extra["residual"] = _total(r.square() + v, labels)
+
+    def noise_variance(self, device: torch.device, batch: Statistics | None = None) -> Tensor:
+        """τ² of every task, ``[K]``; a learned one is at first that of the batch itself."""
+        if not self.learns_noise:
+            return self.per_task("noise_variance", device)
+        learned = torch.ones(self.num_tasks, dtype=self.dtype, device=device)
+        if batch is not None:
+            learned = torch.where(batch.count > 0, _mean_square(batch), learned)
+        if self._noise is not None:
+            total, weight = self._noise
+            learned = torch.where(weight > 0, total / weight, learned)
+        for name, head in zip(self.names, self.heads, strict=True):
+            if head.noise_variance != "learned":
+                learned[self.slices[name]] = float(head.noise_variance)
+        return learned
+
+    def natural(
+        self, precision: Tensor, shift: Tensor, batch: Statistics | None
+    ) -> tuple[Tensor, Tensor]:
+        """Divide by τ²; once for all tasks where they share a fixed one."""
+        tau2 = self.noise_variance(shift.device, batch)
+        if self.one_noise and not self.learns_noise:
+            tau2 = tau2[:1]
+        return precision / tau2[:, None, None], shift / tau2[:, None]
+
+    def moments(
+        self,
+        features: Tensor,
+        labels: Labels,
+        posterior: Gaussian,
+        generator: torch.Generator,
+        full: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Closed form."""
+        return regression_moments(features, labels.targets, posterior, self.d, full)
+
+    def commit(self, batch: Statistics) -> None:
+        """Also move the running mean of squared residuals."""
+        if self.learns_noise:
+            seen = batch.count > 0
+            new = torch.stack([_mean_square(batch), torch.ones_like(batch.count)])
+            old = torch.zeros_like(new) if self._noise is None else self._noise
+            self._noise = torch.where(seen, _DECAY * old + (1 - _DECAY) * new, old)
+            batch.extra = {}
+        super().commit(batch)
+
+    def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
+        """Rows of the mean."""
+        return {name: posterior.mean[part] for name, part in self.slices.items()}
+
+    def state(self) -> dict[str, Any]:
+        """With the noise estimate."""
+        noise = None if self._noise is None else self._noise.clone()
+        return {**super().state(), "noise": noise}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """With the noise estimate."""
+        noise = state["noise"]
+        if noise is not None and tuple(noise.shape) != (2, self.num_tasks):
+            raise CheckpointError(
+                f"tasks {', '.join(map(repr, self.names))}: the checkpoint's noise estimate has "
+                f"shape {tuple(noise.shape)}; it was saved from other heads."
+            )
+        super().load(state, device)
+        self._noise = None if noise is None else noise.to(device).clone()
+
+
+def _total(values: Tensor, labels: Labels) -> Tensor:
+    """Sum over the data with a label, ``[K]``."""
+    return (values if labels.present is None else values * labels.present).sum(0)
+
+
+def _mean_square(batch: Statistics) -> Tensor:
+    """Mean squared residual, ``[K]``, kept above rounding of the labels themselves."""
+    count = batch.count.clamp(min=1)
+    floor = 1e-10 * batch.extra["level"] / count + torch.finfo(count.dtype).tiny
+    return torch.maximum(batch.extra["residual"] / count, floor)

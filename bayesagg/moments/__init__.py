@@ -1,0 +1,18 @@
+"""First two moments of the per-datum gradient at the shared representation, one file a likelihood.
+
+Each function takes a Gaussian posterior over head weights and returns, for a loss of factor one,
+``E[g]`` and ``Var[g]`` (diagonal) or ``Cov[g]`` (full) of ``g = ∂ℓ/∂h`` per datum and task.
+"""
+
+from bayesagg.moments.binary import binary_moments, gaussian_nodes
+from bayesagg.moments.monte_carlo import monte_carlo_moments
+from bayesagg.moments.multiclass import multiclass_moments
+from bayesagg.moments.regression import regression_moments
+
+__all__ = [
+    "binary_moments",
+    "gaussian_nodes",
+    "monte_carlo_moments",
+    "multiclass_moments",
+    "regression_moments",
+]

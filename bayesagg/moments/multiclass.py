@@ -1,0 +1,150 @@
+"""Cross-entropy over C classes: moments by cubature over C - 1 logit contrasts."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bayesagg.moments.binary import _hermite, gaussian_nodes
+from bayesagg.posterior import Gaussian, contrast_basis
+
+__all__ = ["multiclass_moments", "standard_normal_nodes"]
+
+_HERMITE_NODES = {2: 24, 3: 10, 4: 6}  # per dimension: product rules of 576 to 1,296 nodes
+_NARROW_SOBOL, _WIDE_SOBOL = 1 << 11, 1 << 13
+_WIDE = 0.3  # mean variance of the logit contrasts from which product rules lose to Sobol points
+_CHUNK = 1 << 20  # elements of the largest intermediate
+
+
+@lru_cache
+def standard_normal_nodes(
+    dimensions: int, wide: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cubature for a standard normal: nodes ``[n, E]`` and weights ``[n]`` that sum to one.
+
+    Gauss-Hermite products in up to four dimensions, where the integrand is nearly a polynomial
+    (``wide=False``). Otherwise scrambled Sobol points under the normal quantile function, made
+    symmetric and whitened so that their mean, odd moments and covariance are exact.
+    """
+    if dimensions in _HERMITE_NODES and not wide:
+        rule = _hermite(_HERMITE_NODES[dimensions])
+        x, w = (torch.tensor(value, dtype=torch.float64) for value in rule)
+        nodes = torch.cartesian_prod(*([x] * dimensions))
+        weights = torch.cartesian_prod(*([w] * dimensions)).prod(1)
+    else:
+        engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0)
+        count = _WIDE_SOBOL if wide else _NARROW_SOBOL
+        half = torch.special.ndtri(engine.draw(count // 2, dtype=torch.float64))
+        nodes = torch.cat([half, -half])
+        factor = torch.linalg.cholesky(nodes.mT @ nodes / count)
+        nodes = torch.linalg.solve_triangular(factor, nodes.mT, upper=False).mT
+        weights = torch.full((count,), 1 / count, dtype=torch.float64)
+    return nodes.to(device, dtype), weights.to(device, dtype)
+
+
+def multiclass_moments(
+    features: Tensor, targets: Tensor, posterior: Gaussian, d: int, full: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Moments of ``g = Wᵀ(p(z) - y)``, ``z = W h̃``, for one task.
+
+    In contrasts (:func:`bayesagg.posterior.contrast_basis`) ``g = Bᵀρ`` with ``B = QW`` and
+    ``ρ = Q(p - y)``. The contrasts of the logits are ``t = m_t + L ε``, ``LLᵀ = Cov(t) = V``, and
+    given ε every column of ``B`` is normal with mean ``m_d + R_d ε``, ``R_d = Cov(B_d, t) L^{-T}``,
+    and covariance ``S_d - R_d R_dᵀ``. With ``φ = ρ ⊗ [1, ε]``, ``b_d = vec [m_d, R_d]``::
+
+        E[g]_d   = b_dᵀ E[φ]
+        Var[g]_d = b_dᵀ Cov(φ) b_d + tr((S_d - R_d R_dᵀ) E[ρρᵀ])
+
+    so only moments of ``φ``, ``E(E+1)`` numbers per datum, are integrated.
+
+    Args:
+        features: ``h̃`` with the constant of the bias, ``[N, D]``.
+        targets: probabilities, ``[N, C]``.
+        posterior: of one task over ``E·D`` contrast weights (``K = G = 1``).
+        d: number of shared dimensions; ``D`` or, with a bias, ``D - 1``.
+        full: return the covariance instead of its diagonal.
+
+    Returns:
+        ``E[g]``, ``[N, d]``, and ``Var[g]``, ``[N, d]``, or ``Cov[g]``, ``[N, d, d]``.
+    """
+    e, width = targets.shape[1] - 1, features.shape[1]
+    basis = contrast_basis(e + 1, features)
+    covariance = posterior.covariance[0].view(e, width, e, width)
+    mean = posterior.mean[0].view(e, width)
+    blocks = covariance.diagonal(dim1=1, dim2=3)[..., :d].permute(2, 0, 1)  # S_d, [d, E, E]
+    size = max(1, _CHUNK // (e * d * max(e + 1, d if full else 1)))
+    parts = []
+    for h, y in zip(features.split(size), targets.split(size), strict=True):
+        u = (covariance.reshape(-1, width) @ h.mT).view(e, width, e, -1).permute(3, 1, 0, 2)
+        v = torch.einsum("nw,nwab->nab", h, u)
+        factor = _factor(v)
+        b, r = _conditional(mean, u[:, :d], factor)
+        phi_mean, phi_cov, rho2 = _residual_moments(h @ mean.mT, factor, y, basis)
+        if full:
+            rest = torch.einsum("nab,aibj->nij", rho2, covariance[:, :d, :, :d])
+            rest = rest - torch.einsum("nixe,nxy,njye->nij", r, rho2, r)
+            second = b @ phi_cov @ b.mT + rest
+        else:
+            rest = torch.einsum("dab,nab->nd", blocks, rho2)
+            rest = rest - torch.einsum("ndae,nab,ndbe->nd", r, rho2, r)
+            second = ((b @ phi_cov) * b).sum(-1) + rest.clamp(min=0)
+        parts.append(((b @ phi_mean[..., None])[..., 0], second))
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _factor(v: Tensor) -> Tensor:
+    """Cholesky factor of ``V`` that survives ``V → 0`` and rank deficiency, ``[n, E, E]``."""
+    eps = torch.finfo(v.dtype).eps
+    ridge = v.diagonal(dim1=-2, dim2=-1).sum(-1) * (8 * eps) + torch.finfo(v.dtype).tiny
+    eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+    factor: Tensor = torch.linalg.cholesky_ex((v + v.mT) / 2 + ridge[:, None, None] * eye)[0]
+    return factor
+
+
+def _conditional(mean: Tensor, u: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """``b``, ``[n, d, E·(E+1)]``, and ``R``, ``[n, d, E, E]``, from ``U`` ``[n, d, E, E]``."""
+    n, d, e, _ = u.shape
+    r = torch.linalg.solve_triangular(factor, u.flatten(1, 2).mT, upper=False)
+    r = r.mT.unflatten(1, (d, e))
+    constant = mean[:, :d].mT.expand(n, d, e)[..., None]
+    return torch.cat([constant, r], dim=-1).flatten(2), r
+
+
+def _residual_moments(
+    t_mean: Tensor, factor: Tensor, targets: Tensor, basis: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``E[φ]`` ``[n, F]``, ``Cov(φ)`` ``[n, F, F]`` and ``E[ρρᵀ]`` ``[n, E, E]``.
+
+    Each datum gets the rule that suits the spread of its logits.
+    """
+    n, e = t_mean.shape
+    if e == 1:  # the softmax over two classes is a sigmoid of √2 times the contrast
+        x, w = gaussian_nodes(2**0.5 * t_mean[:, 0], 2**0.5 * factor[:, 0, 0])
+        return _integrate(t_mean, factor, targets, basis, x[..., None], w)
+    f = e * (e + 1)
+    result = (t_mean.new_empty(n, f), t_mean.new_empty(n, f, f), t_mean.new_empty(n, e, e))
+    spread = factor.square().sum((-2, -1)) > _WIDE * e
+    for wide in (False, True):
+        rows = (spread == wide).nonzero()[:, 0]
+        nodes, weights = standard_normal_nodes(e, wide, t_mean.dtype, t_mean.device)
+        for part in rows.split(max(1, _CHUNK // (len(nodes) * f))):
+            inputs = (t_mean[part], factor[part], targets[part], basis, nodes, weights)
+            for total, value in zip(result, _integrate(*inputs), strict=True):
+                total[part] = value
+    return result
+
+
+def _integrate(
+    t_mean: Tensor, factor: Tensor, targets: Tensor, basis: Tensor, nodes: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three moments under given ``nodes`` ``[(n,) J, E]`` and ``weights`` ``[(n,) J]``."""
+    t = t_mean[:, None] + nodes @ factor.mT
+    rho = (torch.softmax(t @ basis, dim=-1) - targets[:, None]) @ basis.mT  # [n, J, E]
+    extended = torch.cat([torch.ones_like(nodes[..., :1]), nodes], dim=-1)
+    phi = (rho[..., :, None] * extended[..., None, :]).flatten(2)
+    phi_mean = (weights[..., None] * phi).sum(1)
+    rho2 = (rho * weights[..., None]).mT @ rho
+    phi = phi - phi_mean[:, None]
+    return phi_mean, (phi * weights[..., None]).mT @ phi, rho2

@@ -1,0 +1,255 @@
+"""The wrapper: any optimizer, with ``step(losses)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bayesagg.aggregation import GradientScale
+from bayesagg.engine import BayesAgg
+from bayesagg.errors import CheckpointError
+from bayesagg.heads import Head
+
+__all__ = ["BayesAggWrapper"]
+
+_KEY = "bayesagg"
+
+Losses = Mapping[str, Tensor] | Sequence[Tensor]
+
+
+class BayesAggWrapper(Optimizer):
+    """Wrap an optimizer; call ``step(losses)`` in place of ``sum(losses).backward(); step()``.
+
+    Example::
+
+        optimizer = BayesAggWrapper(
+            torch.optim.Adam(model.parameters(), lr=1e-3),
+            shared_rep_hook=model.backbone,
+            heads={"age": RegressionHead(model.age), "gender": BinaryHead(model.gender)},
+            steps_per_epoch=len(train_loader),
+        )
+        ...
+        optimizer.zero_grad()
+        optimizer.step(losses)
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``; it owns all parameters.
+        shared_rep_hook: the last shared module; ``None``: h is what the heads receive.
+        heads: task heads by name, or a sequence of them.
+        steps_per_epoch: optimizer steps in an epoch; ``None``: call :meth:`end_epoch` yourself.
+        pretrain_epochs: epochs of linear scalarization first.
+        gradient_scale: as of :class:`bayesagg.BayesAgg`.
+        covariance: as of :class:`bayesagg.BayesAgg`.
+        rule: as of :class:`bayesagg.BayesAgg`.
+        dtype: as of :class:`bayesagg.BayesAgg`.
+        seed: as of :class:`bayesagg.BayesAgg`.
+
+    Attributes:
+        base_optimizer: the wrapped optimizer.
+        engine: the :class:`bayesagg.BayesAgg` that does the work.
+
+    Raises:
+        TypeError: if ``optimizer`` is not an optimizer, or already wrapped.
+        HeadError: as of :class:`bayesagg.BayesAgg`.
+        ValueError: for an argument out of range.
+    """
+
+    base_optimizer: Optimizer
+    engine: BayesAgg
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        shared_rep_hook: nn.Module | None,
+        heads: Mapping[str, Head] | Sequence[Head],
+        *,
+        steps_per_epoch: int | None = None,
+        pretrain_epochs: int = 1,
+        gradient_scale: GradientScale = "sum",
+        covariance: Literal["diagonal", "full"] = "diagonal",
+        rule: str = "paper",
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, BayesAggWrapper):
+            raise TypeError(
+                f"`optimizer` must be a torch.optim.Optimizer that is not wrapped yet, got "
+                f"{type(optimizer).__name__}."
+            )
+        if steps_per_epoch is not None and (
+            not isinstance(steps_per_epoch, int) or steps_per_epoch < 1
+        ):
+            raise ValueError(
+                f"steps_per_epoch must be a positive integer, such as len(train_loader), or None "
+                f"to call end_epoch() yourself; got {steps_per_epoch!r}."
+            )
+        engine = BayesAgg(
+            shared_rep_hook,
+            heads,
+            pretrain_epochs=pretrain_epochs,
+            gradient_scale=gradient_scale,
+            covariance=covariance,
+            rule=rule,
+            dtype=dtype,
+            seed=seed,
+        )
+        self._assemble(optimizer, engine, steps_per_epoch, 0)
+
+    def _assemble(
+        self, optimizer: Optimizer, engine: BayesAgg, steps_per_epoch: int | None, steps: int
+    ) -> None:
+        self.base_optimizer, self.engine = optimizer, engine
+        self.steps_per_epoch, self._steps = steps_per_epoch, steps
+        # Optimizer.__init__ sets up step hooks and profiling, but would also assign state,
+        # defaults and groups, which here are those of the base optimizer: see the setters.
+        self._constructing = True
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._constructing = False
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the wrapped optimizer."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        if not self._constructing:
+            self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """That of the wrapped optimizer."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if not self._constructing:
+            self.base_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Those of the wrapped optimizer."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        if not self._constructing:
+            self.base_optimizer.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Of the wrapped optimizer."""
+        if not self._constructing:
+            self.base_optimizer.add_param_group(param_group)
+
+    @property
+    def task_weights(self) -> dict[str, Tensor]:
+        """Mean weight per output of the last step, by task; see :class:`bayesagg.BayesAgg`."""
+        return self.engine.task_weights
+
+    def backward(self, losses: Losses, targets: Losses | None = None) -> Tensor:
+        """Fill every ``.grad``; see :meth:`bayesagg.BayesAgg.backward`.
+
+        The batch counts for the posterior once :meth:`step` has been taken; :meth:`zero_grad`
+        drops it, so a step that a ``GradScaler`` skips leaves the posterior untouched.
+        """
+        return self.engine._backward(losses, targets)
+
+    def step(  # type: ignore[override]
+        self,
+        losses: Losses | Callable[[], Any] | None = None,
+        *,
+        targets: Losses | None = None,
+        closure: Callable[[], Any] | None = None,
+    ) -> Any:
+        """:meth:`backward` and the wrapped step; without losses, the wrapped step alone.
+
+        Args:
+            losses: as of :meth:`backward`; a callable in first place is a closure.
+            targets: as of :meth:`backward`.
+            closure: re-evaluates the model and calls :meth:`backward`; returns the loss.
+
+        Returns:
+            The sum of the losses, detached, or what the wrapped ``step`` returns.
+        """
+        if callable(losses):
+            if closure is not None:
+                raise TypeError("step() got two closures: pass one, and losses inside of it.")
+            losses, closure = None, losses
+        if losses is not None and closure is not None:
+            raise TypeError("step() takes losses or a closure, not both.")
+        if losses is None and targets is not None:
+            raise TypeError("step() got targets without losses: pass both, or neither.")
+        result: Any = None
+        if losses is not None:
+            result = self.backward(losses, targets)
+        if closure is None:
+            stepped = self.base_optimizer.step()
+        else:
+            stepped = self.base_optimizer.step(closure)
+        self._count_step()
+        return stepped if result is None else result
+
+    def _count_step(self) -> None:
+        """A step counts where a backward pass led to it, not where the state is initialised."""
+        if not self.engine._pending:
+            return
+        self.engine._commit()
+        self._steps += 1
+        if self._steps == self.steps_per_epoch:
+            self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """Fold the epoch into the full-data posterior; see :meth:`bayesagg.BayesAgg.end_epoch`."""
+        self._steps = 0
+        self.engine.end_epoch()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any optimizer; evidence of a backward pass without a step is dropped."""
+        self.engine._discard()
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the wrapped optimizer, and the posterior under ``"bayesagg"``."""
+        own = {"engine": self.engine.get_extra_state(), "steps": self._steps}
+        return {**self.base_optimizer.state_dict(), _KEY: own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: if the state was not saved by a wrapper, or from other heads.
+        """
+        if _KEY not in state_dict:
+            raise CheckpointError(
+                "the state was saved by a plain optimizer: load it with "
+                "`wrapper.base_optimizer.load_state_dict(state)`; the posterior then starts anew."
+            )
+        own = state_dict[_KEY]
+        before = self.engine.get_extra_state()
+        self.engine.set_extra_state(own["engine"])
+        try:
+            self.base_optimizer.load_state_dict(
+                {key: value for key, value in state_dict.items() if key != _KEY}
+            )
+        except Exception:
+            self.engine.set_extra_state(before)
+            raise
+        self._steps = own["steps"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.base_optimizer,
+            "engine": self.engine,
+            "steps_per_epoch": self.steps_per_epoch,
+            "steps": self._steps,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._assemble(**state)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n{self.base_optimizer}\n{self.engine}\n)"
