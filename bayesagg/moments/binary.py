@@ -18,7 +18,8 @@ _TRANSITION = 8.0  # the sigmoid is flat to 3e-4 outside ±8
 
 
 @lru_cache
-def _hermite(nodes: int) -> tuple[list[float], list[float]]:
+def hermite_rule(nodes: int) -> tuple[list[float], list[float]]:
+    """Gauss-Hermite nodes and weights for a standard normal; the weights sum to one."""
     x, w = np.polynomial.hermite_e.hermegauss(nodes)
     return x.tolist(), (w / w.sum()).tolist()
 
@@ -31,7 +32,7 @@ def _legendre(nodes: int) -> tuple[list[float], list[float]]:
 
 @lru_cache
 def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    values = (*_hermite(3 * _PANEL_NODES), *_legendre(_PANEL_NODES))
+    values = (*hermite_rule(3 * _PANEL_NODES), *_legendre(_PANEL_NODES))
     return tuple(torch.tensor(value, dtype=dtype, device=device) for value in values)
 
 
