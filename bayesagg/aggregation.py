@@ -75,14 +75,19 @@ def aggregate_full(
         ``g``, ``[N, d]``, and the diagonals of ``(Σ_j Λ_j)⁻¹ Λ_k``, ``[N, K, d]``.
     """
     n, k, d = mean.shape
+    # A direction without any variance would have infinite precision: lift it to rounding, of its
+    # own task or, where that has none at all, far below that of the others.
+    limits = torch.finfo(covariance.dtype)
+    level = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)  # [N, K]
+    floor = level * (d * limits.eps) + level.amax(1, keepdim=True) * limits.eps**2 + limits.tiny
+    identity = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
+    covariance = covariance + floor[..., None, None] * identity
     if bool((s == 1).all()):
         factor = _cholesky(covariance.flatten(0, 1))
         precision = torch.cholesky_inverse(factor).view(n, k, d, d)
     else:
         values, vectors = torch.linalg.eigh(covariance)
-        floor = values[..., -1:] * torch.finfo(values.dtype).eps
-        values = values.clamp(min=floor.clamp(min=torch.finfo(values.dtype).tiny))
-        power = values.pow(-s[:, None])
+        power = values.clamp(min=floor[..., None]).pow(-s[:, None])
         precision = (vectors * power[..., None, :]) @ vectors.mT
     if present is not None:
         precision = precision * present[..., None, None]

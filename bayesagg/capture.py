@@ -42,12 +42,10 @@ class _Hook:
         self._capture: Callable[[], Capture | None] = weakref.ref(capture)
         self._method, self._argument = method, argument
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         capture = self._capture()
         if capture is not None:
-            getattr(capture, self._method)(*self._argument, module, args, kwargs, output)
+            getattr(capture, self._method)(*self._argument, module, args, output)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return (_inert_hook, ())
@@ -101,10 +99,10 @@ class Capture:
                         del module._forward_hooks[key]
         if self.shared is not None:
             hook = _Hook(self, "_on_shared", ())
-            handles.append(self.shared.register_forward_hook(hook, with_kwargs=True))
+            handles.append(self.shared.register_forward_hook(hook))
         for name, head in self.heads.items():
             hook = _Hook(self, "_on_head", (name,))
-            handles.append(head.module.register_forward_hook(hook, with_kwargs=True))
+            handles.append(head.module.register_forward_hook(hook))
         self._finalizer = weakref.finalize(self, _remove, handles)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,15 +113,20 @@ class Capture:
         self._reset()
         self._attach()
 
-    def _on_shared(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _on_shared(self, module: nn.Module, args: Any, output: Any) -> None:
         is_tensor = isinstance(output, Tensor)
         self._shared_output = weakref.ref(output) if is_tensor else None
         self._shared_type = type(output).__name__
 
-    def _on_head(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _on_head(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled() and output.requires_grad):
             return
-        h: Tensor = args[0] if args else kwargs["input"]
+        if not args:
+            raise CaptureError(
+                f"head {name!r} was called with a keyword argument, which hooks do not see: pass "
+                f"the representation as the first positional argument, head(h)."
+            )
+        h: Tensor = args[0]
         if h is not self.h:  # a new forward pass
             self.clear()
             self.h, self._h_version = h, h._version

@@ -47,6 +47,7 @@ def combine(
     size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
     gradient, totals, labelled = some.new_empty(n, d), some.new_zeros(tasks), some.new_zeros(())
     aggregate = aggregate_full if full else aggregate_diagonal
+    unit = _unit(labels)
     for start in range(0, n, size):
         stop = min(n, start + size)
         means, seconds, masks = [], [], []
@@ -56,7 +57,7 @@ def combine(
             mean, second = block.moments(h, part, posterior, generator, full)
             factor = part.factor[..., None]
             means.append(mean.mul_(factor))
-            seconds.append(_scaled(second, factor, full))
+            seconds.append(_scaled(second, factor / unit, full))
             masks.append(part.present)
         present = _stack(masks, [mean.shape[1] for mean in means], stop - start, some.device)
         gradient[start:stop], weights = aggregate(_cat(means), _cat(seconds), s, present, scale)
@@ -67,6 +68,26 @@ def combine(
 
 def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _unit(labels: Sequence[Labels]) -> Tensor:
+    """Mean factor of the tasks present, a scalar.
+
+    Tasks are weighted relative to it, so that the scale common to all losses (mean or sum over
+    the batch, a ``GradScaler``) has no say in Eq. 7 where tasks differ in ``s``.
+    """
+    total, count = [], []
+    for known in labels:
+        if known.present is None:
+            total.append(known.factor.mean(0).sum())
+            count.append(torch.full_like(total[-1], known.factor.shape[1]))
+        else:
+            seen = known.present.any(0)
+            total.append((known.factor.mean(0) * seen).sum())
+            count.append(seen.sum().to(known.factor.dtype))
+    if len(labels) == 1:
+        return total[0] / count[0].clamp(min=1)
+    return torch.stack(total).sum() / torch.stack(count).sum().clamp(min=1)
 
 
 def _scaled(second: Tensor, factor: Tensor, full: bool) -> Tensor:

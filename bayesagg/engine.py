@@ -163,7 +163,11 @@ class BayesAgg(nn.Module):
     ) -> Tensor:
         """As :meth:`backward`, with the evidence of the batch staged until :meth:`_commit`."""
         named = by_task(losses, self.heads, "losses")
-        given = {} if targets is None else by_task(targets, self.heads, "targets", named)
+        given = (
+            {}
+            if targets is None or len(targets) == 0
+            else by_task(targets, self.heads, "targets", named)
+        )
         h = self._capture.check(list(named))
         check_finite(named)
         means = {name: loss if loss.dim() == 0 else loss.mean() for name, loss in named.items()}
@@ -257,7 +261,7 @@ class BayesAgg(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """State for ``state_dict``: plain tensors, numbers and dicts."""
         return {
-            "heads": {name: _describe(head) for name, head in self.heads.items()},
+            "heads": [[name, _describe(head)] for name, head in self.heads.items()],
             "epoch": self.epoch,
             "draws": self._draws,
             "batches": self._batches,
@@ -269,17 +273,37 @@ class BayesAgg(nn.Module):
         """Inverse of :meth:`get_extra_state`.
 
         Raises:
-            CheckpointError: if the state was saved from other heads; nothing has changed then.
+            CheckpointError: if the state was saved from other heads, or is incomplete; nothing
+                has changed then.
         """
-        own = {name: _describe(head) for name, head in self.heads.items()}
-        if state.get("heads") != own:
+        self._install(state, self._read_blocks(state))
+
+    def _read_blocks(self, state: dict[str, Any]) -> list[Block]:
+        """Blocks in the state of a checkpoint, which is checked; nothing changes yet."""
+        own = [[name, _describe(head)] for name, head in self.heads.items()]
+        complete = isinstance(state, dict) and state.keys() == self.get_extra_state().keys()
+        if complete and state["heads"] != own:
             raise CheckpointError(
-                f"the checkpoint was saved from other heads: it has {state.get('heads')}, this "
-                f"engine {own}. Build the engine with the same heads, in the same order."
+                f"the checkpoint was saved from other heads: it has {state['heads']}, this engine "
+                f"{own}. Build the engine with the same heads, in the same order."
             )
         blocks = make_blocks(self.heads, self.dtype)
+        if not complete:
+            raise CheckpointError(
+                "the checkpoint's state of bayesagg is incomplete, or of another version. Save "
+                "and load the whole `state_dict()`."
+            )
+        if len(state["blocks"]) != len(blocks):
+            raise CheckpointError(
+                "the checkpoint was saved from heads with other settings: heads that differ in "
+                "`moments` or `num_samples` are computed apart. Use the settings it was saved with."
+            )
+        device = next(iter(self.heads.values())).linear.weight.device
         for block, saved in zip(blocks, state["blocks"], strict=True):
-            block.load(saved, next(iter(self.heads.values())).linear.weight.device)
+            block.load(saved, device)
+        return blocks
+
+    def _install(self, state: dict[str, Any], blocks: list[Block]) -> None:
         self._blocks = blocks
         self._discard()
         self.epoch, self._draws = state["epoch"], state["draws"]

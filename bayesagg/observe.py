@@ -110,8 +110,16 @@ def observe(
                 f"task {name!r}: its loss does not depend on the output of its head in the last "
                 f"forward pass. Pass the loss of that pass under the name of the right head."
             )
-    if not all(bool(torch.isfinite(g.detach().sum())) for g in gradients):
-        return None
+    for name, gradient in by_name.items():
+        level = gradient.detach().abs().sum()
+        if bool(torch.isnan(level)):
+            raise LossError(
+                f"task {name!r}: its loss is finite but its gradient is NaN: probably a missing "
+                f"label hidden by torch.where. Leave missing labels out of the loss by a mask, "
+                f"or pass them as NaN through `targets=`."
+            )
+        if bool(torch.isinf(level)):
+            return None
     curvatures = _second_derivatives({name: by_name[name] for name in curved}, outputs)
     observed = {}
     for name in names:

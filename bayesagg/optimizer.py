@@ -156,6 +156,10 @@ class BayesAggWrapper(Optimizer):
         The batch counts for the posterior once :meth:`step` has been taken; :meth:`zero_grad`
         drops it, so a step that a ``GradScaler`` skips leaves the posterior untouched.
         """
+        if self.engine._pending and not any(
+            p.grad is not None for group in self.param_groups for p in group["params"]
+        ):
+            self.engine._discard()  # the model's own zero_grad dropped a step that was not taken
         return self.engine._backward(losses, targets)
 
     def step(  # type: ignore[override]
@@ -205,6 +209,7 @@ class BayesAggWrapper(Optimizer):
     def end_epoch(self) -> None:
         """Fold the epoch into the full-data posterior; see :meth:`bayesagg.BayesAgg.end_epoch`."""
         self._steps = 0
+        self.engine._discard()  # a backward pass whose step was skipped
         self.engine.end_epoch()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -214,8 +219,13 @@ class BayesAggWrapper(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State of the wrapped optimizer, and the posterior under ``"bayesagg"``."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
         own = {"engine": self.engine.get_extra_state(), "steps": self._steps}
-        return {**self.base_optimizer.state_dict(), _KEY: own}
+        state = {**self.base_optimizer.state_dict(), _KEY: own}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state = post_hook(self, state) or state
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`.
@@ -223,22 +233,27 @@ class BayesAggWrapper(Optimizer):
         Raises:
             CheckpointError: if the state was not saved by a wrapper, or from other heads.
         """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
         if _KEY not in state_dict:
             raise CheckpointError(
                 "the state was saved by a plain optimizer: load it with "
                 "`wrapper.base_optimizer.load_state_dict(state)`; the posterior then starts anew."
             )
         own = state_dict[_KEY]
-        before = self.engine.get_extra_state()
-        self.engine.set_extra_state(own["engine"])
-        try:
-            self.base_optimizer.load_state_dict(
-                {key: value for key, value in state_dict.items() if key != _KEY}
+        if not isinstance(own, dict) or own.keys() != {"engine", "steps"}:
+            raise CheckpointError(
+                f"the checkpoint's entry {_KEY!r} is incomplete, or of another version. Save and "
+                f"load the whole `state_dict()`."
             )
-        except Exception:
-            self.engine.set_extra_state(before)
-            raise
+        blocks = self.engine._read_blocks(own["engine"])  # checked before anything is loaded
+        base = {key: value for key, value in state_dict.items() if key != _KEY}
+        self.base_optimizer.load_state_dict(base)
+        self.engine._install(own["engine"], blocks)
         self._steps = own["steps"]
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -188,7 +188,7 @@ class Block(ABC):
             if part is None:
                 loaded[key] = None
                 continue
-            part = {n: t.to(device) for n, t in part.items()}
+            part = {n: t.to(device, self.dtype) for n, t in part.items()}
             self._check_shapes(part)
             loaded[key] = Statistics.from_tensors(part)
         self.full, self.running = loaded["full"], loaded["running"]

@@ -6,12 +6,19 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bayesagg.errors import LossError, TargetError
 from bayesagg.heads import BinaryHead, Head
 from bayesagg.likelihoods.base import Block
 from bayesagg.likelihoods.data import Labels, Observation, Statistics
-from bayesagg.likelihoods.labels import check_shape, factor_of_targets, label_mask, tolerance
+from bayesagg.likelihoods.labels import (
+    check_shape,
+    close,
+    factor_of_targets,
+    label_mask,
+    tolerance,
+)
 from bayesagg.moments import binary_moments, monte_carlo_moments
 from bayesagg.posterior import Gaussian, binary_statistics
 
@@ -32,18 +39,21 @@ class BinaryBlock(Block):
         z, g, curvature = observed.output, observed.gradient, observed.curvature
         p, spread = torch.sigmoid(z), torch.sigmoid(z) * torch.sigmoid(-z)
         tol = tolerance(z.dtype)
-        silent = (g == 0) & (curvature == 0)
-        missing = silent & (spread > torch.finfo(z.dtype).eps)
-        informative = ~missing & (spread > tol / 10)
-        scale = (curvature * informative).sum(0) / (spread * informative).sum(0)
-        # All saturated: the largest gradient is that of a datum on the wrong side, |σ - y| ≈ 1.
-        scale = torch.where(informative.any(0), scale, g.abs().amax(0))
-        scale = torch.where(scale != 0, scale, torch.full_like(scale, 1 / len(z)))[None]
-        deviation = ((curvature - scale * spread).abs() * informative).amax()
-        y = p - g / scale
+        missing = (g == 0) & (curvature == 0) & (spread > torch.finfo(z.dtype).eps)
+        # Where σ is saturated the residual is 0 or ±1 to rounding: told apart by the curvature,
+        # which vanishes like the residual of a right label and faster than that of a wrong one.
+        saturated = spread <= tol / 10
+        right = saturated & (g.abs() <= 2 * curvature)
+        usable = ~missing & ~saturated
+        scale = _factor(z, g, curvature, spread, usable, saturated & ~right)[None]
+        deviation = ((curvature - scale * spread).abs() * usable).amax()
+        y = torch.where(right, p.round(), p - g / scale)
         y = torch.where(missing, torch.zeros_like(y), y)
         valid = (scale > 0).all() & (deviation <= tol * scale.amax())
         valid = valid & (y > -4 * tol).all() & (y < 1 + 4 * tol).all()
+        if len(z) == 1:  # one datum: any loss has a constant factor, so check its value too
+            value = (scale * (F.softplus(z) - y * z)).sum()
+            valid = valid & close(value, observed.loss, 8 * tol, (scale * z.abs()).sum())
         if not bool(valid):
             raise LossError(
                 f"task {name!r}: the loss is not a binary cross-entropy of constant weight, so "
@@ -100,3 +110,21 @@ class BinaryBlock(Block):
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
         """Rows of the mean."""
         return {name: posterior.mean[part] for name, part in self.slices.items()}
+
+
+def _factor(
+    z: Tensor, gradient: Tensor, curvature: Tensor, spread: Tensor, usable: Tensor, wrong: Tensor
+) -> Tensor:
+    """Factor of the loss, ``[K]``, from the best evidence that the batch has.
+
+    The curvature of data that are not saturated; else of negative saturated logits, whose small
+    ``σ(1-σ)`` is exact; else the gradient of saturated data on the wrong side, which is the factor;
+    else (all right: there is no gradient) that of a mean.
+    """
+    exact = (z < 0) & (curvature > 0)
+    factor = torch.full_like(z[0], 1 / len(z))
+    factor = torch.where(wrong.any(0), (gradient.abs() * wrong).amax(0), factor)
+    for chosen in (exact, usable):
+        ratio = (curvature * chosen).sum(0) / (spread * chosen).sum(0)
+        factor = torch.where(chosen.any(0), ratio, factor)
+    return factor

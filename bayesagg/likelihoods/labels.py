@@ -7,12 +7,20 @@ from torch import Tensor
 
 from bayesagg.errors import TargetError
 
-__all__ = ["check_shape", "factor_of_targets", "label_mask", "tolerance"]
+__all__ = ["check_shape", "close", "factor_of_targets", "label_mask", "tolerance"]
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """Relative error allowed when a loss is checked: rounding of the output's dtype, amplified."""
     return max(1e-3, 8 * torch.finfo(dtype).eps)
+
+
+def close(value: Tensor, loss: Tensor, tol: float, scale: Tensor | float = 0.0) -> Tensor:
+    """Whether a loss has the value that its likelihood and the recovered labels give it.
+
+    ``scale`` is the size of the terms of the value where they cancel.
+    """
+    return (value - loss).abs() <= tol * (torch.maximum(value.abs(), loss.abs()) + scale)
 
 
 def check_shape(name: str, target: Tensor | None, output: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from bayesagg.errors import HeadError, LossError, TargetError
 from bayesagg.heads import Head, MulticlassHead
 from bayesagg.likelihoods.base import Block
 from bayesagg.likelihoods.data import Labels, Observation, Statistics
-from bayesagg.likelihoods.labels import factor_of_targets, label_mask, tolerance
+from bayesagg.likelihoods.labels import close, factor_of_targets, label_mask, tolerance
 from bayesagg.moments import monte_carlo_moments, multiclass_moments
 from bayesagg.posterior import Gaussian, contrast_basis, multiclass_statistics
 
@@ -55,20 +55,23 @@ class MulticlassBlock(Block):
         silent = (g == 0).all(1)
         certain = (p == 1).any(1)  # saturated to rounding: silent although labelled
         missing = silent & ~certain
-        label = torch.where(silent, z.argmax(1), g.argmin(1))
+        label = torch.where(g.amin(1) < 0, g.argmin(1), z.argmax(1))
         y = F.one_hot(label, z.shape[1]).to(z.dtype)
         others = 1 - y
         wrong = (p * others).sum(1)
         factors = (g * others).sum(1) / wrong.clamp(min=torch.finfo(z.dtype).tiny)
         tol = tolerance(z.dtype)
-        informative = ~silent & (wrong > 0)
+        informative = wrong > torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps
         total = (wrong * informative).sum()
         scale = (
             (factors * wrong * informative).sum() / total if bool(total > 0) else g.new_tensor(0)
         )
         scale = torch.where(scale != 0, scale, torch.full_like(scale, 1 / len(z)))
         deviation = (g - scale * (p - y)).abs() * ~missing[:, None]
-        if not bool((scale > 0) & (deviation.amax() <= tol * scale)):
+        valid = (scale > 0) & (deviation.amax() <= tol * scale)
+        if len(z) == 1:  # one datum: check the value too
+            valid = valid & close(scale * F.cross_entropy(z, label), observed.loss, tol)
+        if not bool(valid):
             raise LossError(
                 f"task {name!r}: the loss is not a cross-entropy of constant weight, so labels "
                 f"cannot be recovered from its derivatives. If it is another loss, or has class "
@@ -157,7 +160,7 @@ class MulticlassBlock(Block):
         first = self.heads[0]
         parts = []
         for k in range(self.num_tasks):
-            single = Gaussian(posterior.mean[k : k + 1], posterior.whitener[k : k + 1])
+            single = Gaussian(posterior.mean[k : k + 1], posterior.factor[k : k + 1])
             targets = labels.targets[:, k]
             if first.moments == "monte_carlo":
                 mean, second = self._sampled(features, targets, single, generator, full)

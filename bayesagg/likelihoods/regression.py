@@ -11,7 +11,13 @@ from bayesagg.errors import CheckpointError, LossError
 from bayesagg.heads import Head, RegressionHead
 from bayesagg.likelihoods.base import Block
 from bayesagg.likelihoods.data import Labels, Observation, Statistics
-from bayesagg.likelihoods.labels import check_shape, factor_of_targets, label_mask, tolerance
+from bayesagg.likelihoods.labels import (
+    check_shape,
+    close,
+    factor_of_targets,
+    label_mask,
+    tolerance,
+)
 from bayesagg.moments import regression_moments
 from bayesagg.posterior import Gaussian, regression_statistics
 
@@ -51,7 +57,7 @@ class RegressionBlock(Block):
             quadratic = quadratic & ~(~present & (g != 0)).any()
         if z.shape[0] == 1:  # one datum: any loss has a constant factor, so check its value too
             value = (g.square() / (4 * f)).nan_to_num().sum()
-            quadratic = quadratic & ((value - observed.loss).abs() <= tol * value)
+            quadratic = quadratic & close(value, observed.loss, tol)
         if not bool(quadratic):
             raise LossError(
                 f"task {name!r}: the loss is not a squared error of constant weight (its second "
@@ -159,7 +165,7 @@ class RegressionBlock(Block):
                 f"shape {tuple(noise.shape)}; it was saved from other heads."
             )
         super().load(state, device)
-        self._noise = None if noise is None else noise.to(device).clone()
+        self._noise = None if noise is None else noise.to(device, self.dtype, copy=True)
 
 
 def _total(values: Tensor, labels: Labels) -> Tensor:

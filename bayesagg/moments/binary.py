@@ -12,7 +12,7 @@ from bayesagg.posterior import Gaussian
 
 __all__ = ["binary_moments", "gaussian_nodes"]
 
-_PANEL_NODES = 16
+_PANEL_NODES, _PANELS = 16, 4
 _WIDE = 2.0  # logit standard deviation from which the panels are more accurate than Hermite nodes
 _TRANSITION = 8.0  # the sigmoid is flat to 3e-4 outside ±8
 
@@ -32,15 +32,15 @@ def _legendre(nodes: int) -> tuple[list[float], list[float]]:
 
 @lru_cache
 def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    values = (*hermite_rule(3 * _PANEL_NODES), *_legendre(_PANEL_NODES))
+    values = (*hermite_rule(_PANELS * _PANEL_NODES), *_legendre(_PANEL_NODES))
     return tuple(torch.tensor(value, dtype=dtype, device=device) for value in values)
 
 
 def gaussian_nodes(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes and weights for ``E[f(σ(z))]``, ``z ~ N(mean, sd²)``, at any scale.
 
-    Narrow Gaussians get 48 Gauss-Hermite nodes. Wide ones, on which the sigmoid is a step that
-    Hermite nodes straddle, get three 16-node Gauss-Legendre panels that end where it does, and
+    Narrow Gaussians get 64 Gauss-Hermite nodes. Wide ones, on which the sigmoid is a step that
+    Hermite nodes straddle, get four 16-node Gauss-Legendre panels that end where it does, and
     reach far enough for the exponential tail of a saturated residual (``σ² ≈ e^{2z}``).
 
     Args:
@@ -49,25 +49,32 @@ def gaussian_nodes(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         standardised nodes ``(z - mean) / sd`` and weights that sum to about one, both of the
-        shape of ``mean`` with 48 nodes appended.
+        shape of ``mean`` with 64 nodes appended.
     """
     x, w, t, tw = _constants(mean.dtype, mean.device)
     nodes, weights = x.expand(*mean.shape, -1), w.expand(*mean.shape, -1)
     wide = sd > _WIDE
     if not bool(wide.any()):
         return nodes, weights
-    m, s = mean[wide], sd[wide]
-    inner_low = torch.clamp(-_TRANSITION * torch.ones_like(m), m - 13 * s, m + 13 * s)
-    inner_high = torch.clamp(_TRANSITION * torch.ones_like(m), m - 13 * s, m + 13 * s)
-    low, high = torch.minimum(m - 6.5 * s, inner_low), torch.maximum(m + 6.5 * s, inner_high)
-    edges = torch.stack([low, inner_low, inner_high, high], dim=-1)
-    edges = (edges - m[:, None]) / s[:, None]
+    edges = _panel_edges(mean[wide], sd[wide])
     length = edges.diff(dim=-1)[..., None]
     panel = (edges[:, :-1, None] + length * t).flatten(-2)
     density = torch.exp(-0.5 * panel.square()) / (2 * torch.pi) ** 0.5
     nodes, weights = nodes.clone(), weights.clone()
     nodes[wide], weights[wide] = panel, (length * tw).flatten(-2) * density
     return nodes, weights
+
+
+def _panel_edges(m: Tensor, s: Tensor) -> Tensor:
+    """Standardised ends of the panels, ``[n, 5]``: the support, the transition, the longest cut."""
+    low, high = m - 13 * s, m + 13 * s
+    edge = torch.full_like(m, _TRANSITION)
+    inner_low, inner_high = torch.clamp(-edge, low, high), torch.clamp(edge, low, high)
+    low, high = torch.minimum(m - 6.5 * s, inner_low), torch.maximum(m + 6.5 * s, inner_high)
+    edges = (torch.stack([low, inner_low, inner_high, high], -1) - m[:, None]) / s[:, None]
+    longest = edges.diff(dim=-1).argmax(-1, keepdim=True)
+    middle = (edges.gather(-1, longest) + edges.gather(-1, longest + 1)) / 2
+    return torch.cat([edges, middle], dim=-1).sort(dim=-1).values
 
 
 def binary_moments(
@@ -103,7 +110,11 @@ def binary_moments(
 
     z = features @ posterior.mean.mT
     x, w = gaussian_nodes(z, sd)
-    e = torch.sigmoid(torch.addcmul(z[..., None], sd[..., None], x)).sub_(targets[..., None])
+    # σ(z) - y from the side of the label, where no digits are lost: s (σ(s z) - min(y, 1 - y)).
+    side = torch.where(targets > 0.5, -1.0, 1.0).to(z.dtype)[..., None]
+    soft = torch.minimum(targets, 1 - targets)[..., None]
+    e = torch.sigmoid(torch.addcmul(z[..., None], sd[..., None], x).mul_(side))
+    e = e.sub_(soft).mul_(side)
     ex = e * x
     c0, c1 = (w * e).sum(-1), (w * ex).sum(-1)
     second = (w * e.square()).sum(-1)

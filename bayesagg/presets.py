@@ -1,0 +1,149 @@
+"""The published settings of the paper (Appendix B), literally, for each of its benchmarks.
+
+Example::
+
+    preset = PAPER["utkface"]
+    optimizer = BayesAggWrapper(
+        torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4),
+        shared_rep_hook=model.backbone,
+        heads={
+            "age": RegressionHead(model.age, **preset.regression),
+            "gender": BinaryHead(model.gender, **preset.binary),
+            "ethnicity": MulticlassHead(model.ethnicity, **preset.multiclass),
+        },
+        steps_per_epoch=len(train_loader),
+        **preset.wrapper,
+    )
+
+Where the paper searched over ``s`` the preset has the default of the authors' research code, or
+the middle of the range where that code has no script (QM9). Two departures from the code, whose
+behaviour contradicts the paper: the bias is inside the posterior, and binary tasks do not share a
+joint covariance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["PAPER", "Preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one benchmark.
+
+    Attributes:
+        wrapper: keyword arguments of ``BayesAggWrapper``.
+        regression: keyword arguments of ``RegressionHead``; empty where there is none.
+        binary: keyword arguments of ``BinaryHead``; empty where there is none.
+        multiclass: keyword arguments of ``MulticlassHead``; empty where there is none.
+        training: epochs, batch size, optimizer, learning rate, weight decay, schedule, and the
+            norms to which the research code clips gradients.
+        s_grid: values of ``s`` searched, by kind of head.
+    """
+
+    wrapper: dict[str, Any]
+    training: dict[str, Any]
+    s_grid: dict[str, tuple[float, ...]]
+    regression: dict[str, Any] = field(default_factory=dict)
+    binary: dict[str, Any] = field(default_factory=dict)
+    multiclass: dict[str, Any] = field(default_factory=dict)
+
+
+def _wrapper(pretrain_epochs: int) -> dict[str, Any]:
+    return {
+        "rule": "paper",
+        "gradient_scale": "mean",
+        "covariance": "diagonal",
+        "pretrain_epochs": pretrain_epochs,
+    }
+
+
+def _regression(s: float, prior_variance: float) -> dict[str, Any]:
+    return {
+        "s": s,
+        "prior_variance": prior_variance,
+        "noise_variance": 1.0,
+        "readout": "posterior",
+    }
+
+
+def _classification(s: float, prior_variance: float) -> dict[str, Any]:
+    return {
+        "s": s,
+        "prior_variance": prior_variance,
+        "moments": "monte_carlo",
+        "num_samples": 1024,
+        "readout": "gradient",
+    }
+
+
+_STEPS = "x0.1 at 60 % and 80 % of the epochs"
+
+PAPER: dict[str, Preset] = {
+    "qm9": Preset(
+        wrapper=_wrapper(50),
+        # The paper gives no prior variance for QM9, and the code has no script: this is the
+        # library's default.
+        regression=_regression(s=0.85, prior_variance=1.0),
+        training={
+            "epochs": 300,
+            "batch_size": 120,
+            "optimizer": "Adam",
+            "lr": 1e-3,
+            "weight_decay": 0.0,
+            "schedule": "ReduceLROnPlateau on the validation Δm",
+        },
+        s_grid={"regression": (0.75, 0.85, 0.95)},
+    ),
+    "cifar_mtl": Preset(
+        wrapper=_wrapper(3),
+        binary=_classification(s=5e-4, prior_variance=5e-4),
+        training={
+            "epochs": 50,
+            "batch_size": 128,
+            "optimizer": "Adam",
+            "lr": 1e-3,
+            "weight_decay": 1e-4,
+            "schedule": _STEPS,
+            "clip_heads": 50.0,
+        },
+        s_grid={"binary": (5e-2, 5e-3, 5e-4)},
+    ),
+    "chestxray14": Preset(
+        wrapper=_wrapper(1),
+        binary=_classification(s=5e-4, prior_variance=5e-3),
+        training={
+            "epochs": 100,
+            "batch_size": 256,
+            "optimizer": "Adam",
+            "lr": 1e-3,
+            "weight_decay": 0.0,
+            "schedule": _STEPS,
+            "clip_heads": 50.0,
+        },
+        s_grid={"binary": (5e-2, 5e-3, 5e-4)},
+    ),
+    "utkface": Preset(
+        wrapper=_wrapper(10),
+        regression=_regression(s=0.3, prior_variance=5e-3),
+        binary=_classification(s=0.1, prior_variance=5e-3),
+        multiclass=_classification(s=0.1, prior_variance=5e-3),
+        training={
+            "epochs": 100,
+            "batch_size": 128,
+            "optimizer": "Adam",
+            "lr": 1e-3,
+            "weight_decay": 1e-4,
+            "schedule": _STEPS,
+            "clip_heads": 10.0,
+            "clip_shared": 5.0,
+        },
+        s_grid={
+            "regression": (0.3, 0.5, 0.8),
+            "binary": (0.005, 0.05, 0.1),
+            "multiclass": (0.005, 0.05, 0.1),
+        },
+    ),
+}
