@@ -146,7 +146,9 @@ class Capture:
         if self.h is None:
             raise CaptureError(
                 "No forward pass was seen: run the model in training mode, with gradients "
-                "enabled, before `backward` or `step(losses)`; every forward pass serves one."
+                "enabled, before `backward` or `step(losses)`; every forward pass serves one. A "
+                "model that ran under torch.compile before it was wrapped does not report: wrap "
+                "first, and compile the shared network and the heads apart."
             )
         if self._stray is not None:
             self._raise_stray(self._stray)

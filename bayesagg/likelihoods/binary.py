@@ -40,29 +40,32 @@ class BinaryBlock(Block):
         p, spread = torch.sigmoid(z), torch.sigmoid(z) * torch.sigmoid(-z)
         tol = tolerance(z.dtype)
         missing = (g == 0) & (curvature == 0) & (spread > torch.finfo(z.dtype).eps)
-        # Where σ is saturated the residual is 0 or ±1 to rounding: told apart by the curvature,
-        # which vanishes like the residual of a right label and faster than that of a wrong one.
-        saturated = spread <= tol / 10
-        right = saturated & (g.abs() <= 2 * curvature)
-        usable = ~missing & ~saturated
-        scale = _factor(z, g, curvature, spread, usable, saturated & ~right)[None]
-        deviation = ((curvature - scale * spread).abs() * usable).amax()
+        eps = torch.finfo(z.dtype).eps
+        # The curvature is f σ(1-σ) to eps / (1 - σ); for negative logits it is exact.
+        usable = ~missing & (torch.where(z < 0, spread / eps, spread) > min(tol / 10, 10 * eps))
+        right = ~missing & ~usable & (g.abs() <= 2 * curvature)
+        scale = _factor(z, g, curvature, spread, usable, ~missing & ~usable & ~right)[None]
+        off = torch.where(usable, curvature / spread / scale - 1, torch.zeros_like(z)).abs()
+        rounding = tol + 4 * torch.where(z < 0, torch.zeros_like(z), eps / spread)
         y = torch.where(right, p.round(), p - g / scale)
         y = torch.where(missing, torch.zeros_like(y), y)
-        valid = (scale > 0).all() & (deviation <= tol * scale.amax())
+        valid = (scale > 0).all() & ((off <= rounding) | ~usable).all()
         valid = valid & (y > -4 * tol).all() & (y < 1 + 4 * tol).all()
-        if len(z) == 1:  # one datum: any loss has a constant factor, so check its value too
-            value = (scale * (F.softplus(z) - y * z)).sum()
-            valid = valid & close(value, observed.loss, 8 * tol, (scale * z.abs()).sum())
+        # Where the factor of a datum cannot be seen, a weight and a soft label are the same.
+        hard = torch.minimum(y.abs(), (1 - y).abs()) <= 4 * tol
+        valid = valid & (hard | usable | missing).all()
+        snap = max(4 * eps, 4e-3)
+        y = torch.where(y < snap, torch.zeros_like(y), y)
+        y = torch.where(y > 1 - snap, torch.ones_like(y), y)
+        if bool(usable.any(0).all()):  # a loss with the same derivatives here has another value
+            each = F.binary_cross_entropy_with_logits(z, y, reduction="none")
+            valid = valid & close((scale * each * ~missing).sum(), observed.loss, 8 * tol)
         if not bool(valid):
             raise LossError(
                 f"task {name!r}: the loss is not a binary cross-entropy of constant weight, so "
                 f"labels cannot be recovered from its derivatives. If it is another loss, or has "
                 f"class or example weights, pass `targets=`."
             )
-        # Exact zeros and ones came back with the rounding of a subtraction.
-        y = torch.where(y < 4 * tol, torch.zeros_like(y), y)
-        y = torch.where(y > 1 - 4 * tol, torch.ones_like(y), y)
         return Labels(z, y, scale, ~missing if bool(missing.any()) else None)
 
     def _given(self, name: str, observed: Observation) -> Labels:

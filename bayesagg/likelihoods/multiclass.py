@@ -61,7 +61,8 @@ class MulticlassBlock(Block):
         wrong = (p * others).sum(1)
         factors = (g * others).sum(1) / wrong.clamp(min=torch.finfo(z.dtype).tiny)
         tol = tolerance(z.dtype)
-        informative = wrong > torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps
+        informative = ~missing & (wrong > 0)
+        informative &= wrong > torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps
         total = (wrong * informative).sum()
         scale = (
             (factors * wrong * informative).sum() / total if bool(total > 0) else g.new_tensor(0)
@@ -69,8 +70,8 @@ class MulticlassBlock(Block):
         scale = torch.where(scale != 0, scale, torch.full_like(scale, 1 / len(z)))
         deviation = (g - scale * (p - y)).abs() * ~missing[:, None]
         valid = (scale > 0) & (deviation.amax() <= tol * scale)
-        if len(z) == 1:  # one datum: check the value too
-            valid = valid & close(scale * F.cross_entropy(z, label), observed.loss, tol)
+        nll = F.cross_entropy(z, label, reduction="none") * ~missing
+        valid = valid & close(scale * nll.sum(), observed.loss, tol)
         if not bool(valid):
             raise LossError(
                 f"task {name!r}: the loss is not a cross-entropy of constant weight, so labels "

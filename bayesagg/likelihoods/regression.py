@@ -55,9 +55,8 @@ class RegressionBlock(Block):
         quadratic = (deviation <= tol * scale).all() & (scale >= 0).all()
         if not everywhere:
             quadratic = quadratic & ~(~present & (g != 0)).any()
-        if z.shape[0] == 1:  # one datum: any loss has a constant factor, so check its value too
-            value = (g.square() / (4 * f)).nan_to_num().sum()
-            quadratic = quadratic & close(value, observed.loss, tol)
+        value = torch.where(present, g.square() / (4 * f), torch.zeros_like(f)).sum()
+        quadratic = quadratic & close(value, observed.loss, tol)
         if not bool(quadratic):
             raise LossError(
                 f"task {name!r}: the loss is not a squared error of constant weight (its second "

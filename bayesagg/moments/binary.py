@@ -12,8 +12,10 @@ from bayesagg.posterior import Gaussian
 
 __all__ = ["binary_moments", "gaussian_nodes"]
 
+_NARROW_NODES = 32
 _PANEL_NODES, _PANELS = 16, 4
 _WIDE = 2.0  # logit standard deviation from which the panels are more accurate than Hermite nodes
+_NARROW = 1.0  # logit standard deviation up to which 32 Hermite nodes are as good as 64
 _TRANSITION = 8.0  # the sigmoid is flat to 3e-4 outside ±8
 
 
@@ -32,7 +34,11 @@ def _legendre(nodes: int) -> tuple[list[float], list[float]]:
 
 @lru_cache
 def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    values = (*hermite_rule(_PANELS * _PANEL_NODES), *_legendre(_PANEL_NODES))
+    values = (
+        *hermite_rule(_NARROW_NODES),
+        *hermite_rule(_PANELS * _PANEL_NODES),
+        *_legendre(_PANEL_NODES),
+    )
     return tuple(torch.tensor(value, dtype=dtype, device=device) for value in values)
 
 
@@ -49,13 +55,14 @@ def gaussian_nodes(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         standardised nodes ``(z - mean) / sd`` and weights that sum to about one, both of the
-        shape of ``mean`` with 64 nodes appended.
+        shape of ``mean`` with 64 nodes appended; 32 where every Gaussian is
+        narrow.
     """
-    x, w, t, tw = _constants(mean.dtype, mean.device)
-    nodes, weights = x.expand(*mean.shape, -1), w.expand(*mean.shape, -1)
+    few, few_weights, x, w, t, tw = _constants(mean.dtype, mean.device)
     wide = sd > _WIDE
-    if not bool(wide.any()):
-        return nodes, weights
+    if not bool((sd > _NARROW).any()):
+        return few.expand(*mean.shape, -1), few_weights.expand(*mean.shape, -1)
+    nodes, weights = x.expand(*mean.shape, -1), w.expand(*mean.shape, -1)
     edges = _panel_edges(mean[wide], sd[wide])
     length = edges.diff(dim=-1)[..., None]
     panel = (edges[:, :-1, None] + length * t).flatten(-2)

@@ -61,7 +61,7 @@ def multiclass_moments(
     In contrasts (:func:`bayesagg.posterior.contrast_basis`) ``g = Bᵀρ`` with ``B = QW`` and
     ``ρ = Q(p - y)``. The contrasts of the logits are ``t = m_t + L ε``, ``LLᵀ = Cov(t) = V``, and
     given ε every column of ``B`` is normal with mean ``m_d + R_d ε``, ``R_d = Cov(B_d, t) L^{-T}``,
-    and covariance ``S_d - R_d R_dᵀ``. With ``φ = [ρ, ρ ⊗ ε]``, ``b_d = [m_d, vec R_d]``::
+    and covariance ``S_d - R_d R_dᵀ``. With ``φ = [ρ, ε ⊗ ρ]``, ``b_d = [m_d, vec R_d]``::
 
         E[g]_d   = b_dᵀ E[φ]
         Var[g]_d = b_dᵀ Cov(φ) b_d + tr((S_d - R_d R_dᵀ) E[ρρᵀ])
@@ -88,20 +88,23 @@ def multiclass_moments(
     size = max(1, _CHUNK // (e * d * max(e + 1, d if full else 1)))
     parts = []
     for h, y in zip(features.split(size), targets.split(size), strict=True):
-        u = (covariance.reshape(-1, width) @ h.mT).view(e, width, e, -1).permute(3, 1, 0, 2)
-        v = torch.einsum("nw,nwab->nab", h, u)
+        u = torch.matmul(h, covariance.view(e, width, e * width)).transpose(0, 1)  # [n, E, E·D]
+        v = (u.unflatten(2, (e, width)) @ h[:, None, :, None])[..., 0]
         factor = _factor(v)
-        b, r = _conditional(mean, u[:, :d], factor)
+        r = _scores(u, factor).unflatten(2, (e, width))[..., :d]  # [n, ε, contrast, d]
+        constant = mean[None, :, :d].expand(len(h), e, d)
+        b = torch.cat([constant, r.flatten(1, 2)], dim=1)  # [n, F, d]
         phi_mean, phi_cov, rho2 = _residual_moments(h @ mean.mT, factor, y, basis, max_nodes)
+        first = (phi_mean[:, None] @ b)[:, 0]
         if full:
             rest = torch.einsum("nab,aibj->nij", rho2, covariance[:, :d, :, :d])
-            rest = rest - torch.einsum("nixe,nxy,njye->nij", r, rho2, r)
-            second = b @ phi_cov @ b.mT + rest
+            rest = rest - torch.einsum("nexi,nxy,neyj->nij", r, rho2, r)
+            second = b.mT @ phi_cov @ b + rest
         else:
-            rest = torch.einsum("dab,nab->nd", blocks, rho2)
-            rest = rest - torch.einsum("ndae,nab,ndbe->nd", r, rho2, r)
-            second = ((b @ phi_cov) * b).sum(-1) + rest.clamp(min=0)
-        parts.append(((b @ phi_mean[..., None])[..., 0], second))
+            rest = rho2.flatten(1) @ blocks.flatten(1).mT
+            rest = rest - ((rho2[:, None] @ r) * r).sum((1, 2))
+            second = ((phi_cov @ b) * b).sum(1) + rest.clamp(min=0)
+        parts.append((first, second))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -114,13 +117,12 @@ def _factor(v: Tensor) -> Tensor:
     return factor
 
 
-def _conditional(mean: Tensor, u: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """``b``, ``[n, d, E·(E+1)]``, and ``R``, ``[n, d, E, E]``, from ``U`` ``[n, d, E, E]``."""
-    n, d, e, _ = u.shape
-    r = torch.linalg.solve_triangular(factor, u.flatten(1, 2).mT, upper=False)
-    r = r.mT.unflatten(1, (d, e))
-    constant = mean[:, :d].mT.expand(n, d, e)
-    return torch.cat([constant, r.flatten(2)], dim=-1), r
+def _scores(u: Tensor, factor: Tensor) -> Tensor:
+    """``L⁻¹ U``, ``[n, E, E·D]``: covariances of the weights with ε instead of the logits."""
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    scores: Tensor = inverse @ u
+    return scores
 
 
 def _residual_moments(
@@ -170,7 +172,7 @@ def _integrate(
     p = logits.sub_(logits.amax(1, keepdim=True)).exp_()
     p = p.div_(p.sum(1, keepdim=True)).sub_(targets[..., None])
     rho = basis @ p  # [n, E, J]
-    phi = torch.cat([rho, (rho[:, :, None] * nodes[..., None, :, :]).flatten(1, 2)], dim=1)
+    phi = torch.cat([rho, (nodes[..., :, None, :] * rho[:, None]).flatten(1, 2)], dim=1)
     phi_mean = (phi * weights).sum(-1)
     rho2 = (rho * weights) @ rho.mT
     phi -= phi_mean[..., None]

@@ -1,0 +1,37 @@
+"""Renders the TeX between dollar signs as MathML while the pages are built.
+
+Browsers show MathML by themselves, so the pages carry neither a script nor fonts for it.
+"""
+
+import html
+import logging
+import re
+
+from latex2mathml.converter import convert
+
+log = logging.getLogger("mkdocs.hooks.mathml")
+
+# What pymdownx.arithmatex leaves of $…$ and $$…$$ with `generic: true`.
+_FORMULA = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+)
+# The converter copies a command that it does not know, or an alignment outside `align*`.
+_NOT_CONVERTED = re.compile(r"<m\w+>(\\[A-Za-z]+|&(?:amp;)?)</m\w+>")
+
+
+def on_page_content(content, *, page, **_):
+    """Replace every formula of a page; a strict build fails on one that cannot be converted."""
+
+    def render(match):
+        tex = html.unescape(match["tex"]).strip()
+        display = "block" if match["tag"] == "div" else "inline"
+        try:
+            mathml = convert(tex, display=display)
+        except Exception as error:
+            log.warning("%s: cannot convert the formula %r: %r", page.file.src_uri, tex, error)
+            return match[0]
+        if unknown := _NOT_CONVERTED.search(mathml):
+            log.warning("%s: %s is not supported in %r", page.file.src_uri, unknown[1], tex)
+        return mathml if display == "inline" else f'<div class="formula">{mathml}</div>'
+
+    return _FORMULA.sub(render, content)

@@ -1,0 +1,1 @@
+"""Runnable examples; the quick one is ``python -m examples.demo``."""

@@ -1,0 +1,205 @@
+"""The paper's formulas as they are printed, to measure the closed forms against.
+
+Dense d×d second moments per datum (Eq. 4), J samples of the weights with dense outer products
+(Eq. 11), one joint covariance over all binary outputs with its Jacobian (Eq. 9 and 10), explicit
+inverses, and Eq. 7 on the diagonal. The bias is a feature that is always one. Everything is
+vectorised and runs as one or a few matrix products; only the data are cut into chunks, where the
+samples of all of them would not fit in memory. Kept literal on purpose: do not optimise.
+
+Shapes: B data, d features, D = d + 1, K outputs or C classes, P = K·D weights in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 1 << 29
+"""Size of the largest tensor that is made at once."""
+
+TINY_VARIANCE = 1e-12
+"""Floor for E[g²] − E[g]², which rounding can make negative."""
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean (…, P) and dense covariance (P, P)."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance (B, K, d) of the gradient of each task at each datum's features."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def augment(h: Tensor) -> Tensor:
+    """Features (B, d) with a column of ones for the bias (B, D)."""
+    return torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+
+
+def regression_posterior(h: Tensor, y: Tensor, prior_mean: Tensor, prior_inv: Tensor) -> Gaussian:
+    """Eq. 2 with τ = 1 for K outputs that share one covariance: mean (K, D), covariance (D, D).
+
+    ``y`` is (B, K), ``prior_mean`` (K, D); ``prior_inv`` is the inverse of the prior covariance
+    (D, D), which the caller inverts once an epoch.
+    """
+    x = augment(h)
+    covariance = torch.linalg.inv(prior_inv + x.T @ x)
+    mean = (covariance @ (prior_inv @ prior_mean.T + x.T @ y)).T
+    return Gaussian(mean, covariance)
+
+
+def regression_moments(h: Tensor, y: Tensor, posterior: Gaussian) -> Moments:
+    """Eq. 4: E[g] and the dense E[g gᵀ] of every datum and output, then its diagonal."""
+    x, (b, d) = augment(h), h.shape
+    m, cov = posterior.mean, posterior.covariance
+    outer = m.unsqueeze(2) * m.unsqueeze(1)
+    plus, minus = cov + outer, cov - outer
+    a = x.unsqueeze(2) * x.unsqueeze(1)
+
+    mean = 2 * (x @ cov + m.unsqueeze(1) * (x @ m.T - y).T.unsqueeze(2))
+    plus_h = plus @ x.T
+    m_ht_plus = m[:, None, :, None] * plus_h.transpose(1, 2).unsqueeze(2)
+    ht_m_minus = (m @ x.T)[:, :, None, None] * minus.unsqueeze(1)
+    cubic = m_ht_plus + m_ht_plus.transpose(2, 3) + ht_m_minus
+
+    aat_plus = ((a + a.transpose(1, 2)).reshape(1, -1, d + 1) @ plus).unflatten(1, (b, d + 1))
+    quartic = plus.unsqueeze(1) @ aat_plus
+    quartic += torch.einsum("bij,ji->b", a, cov)[:, None, None] * plus.unsqueeze(1)
+    quartic += torch.einsum("ki,bij,kj->kb", m, a, m)[:, :, None, None] * minus.unsqueeze(1)
+
+    label = y.T[:, :, None, None]
+    second = 4 * (label**2 * plus.unsqueeze(1) - 2 * label * cubic + quartic)
+    covariance = second - mean.unsqueeze(3) * mean.unsqueeze(2)
+    variance = covariance.diagonal(dim1=2, dim2=3)
+    return Moments(mean.transpose(0, 1)[..., :d], variance.transpose(0, 1)[..., :d])
+
+
+def taylor_posterior(
+    h: Tensor,
+    residual: Tensor,
+    hessian: Tensor,
+    weight: Tensor,
+    prior_mean: Tensor,
+    prior_inv: Tensor,
+) -> Gaussian:
+    """Eq. 9 with the generalised Gauss-Newton matrix of Eq. 10, one joint covariance (P, P).
+
+    ``residual`` is ∂ℓ/∂f (B, o), ``hessian`` ∂²ℓ/∂f² (B, o, o), ``weight`` ŵ (o, D); the prior
+    mean is (P,) and the inverse of its covariance (P, P).
+    """
+    x, outputs = augment(h), residual.shape[1]
+    eye = torch.eye(outputs, dtype=h.dtype, device=h.device)
+    jacobian = torch.einsum("bd,oc->bocd", x, eye).flatten(2)
+    ggn = jacobian.flatten(0, 1).T @ (hessian @ jacobian).flatten(0, 1)
+    gradient = residual.flatten() @ jacobian.flatten(0, 1)
+    a = gradient + prior_inv @ (weight.flatten() - prior_mean)
+    covariance = torch.linalg.inv(ggn + prior_inv)
+    return Gaussian(weight.flatten() - covariance @ a, covariance)
+
+
+def binary_posterior(
+    h: Tensor, y: Tensor, weight: Tensor, prior_mean: Tensor, prior_inv: Tensor
+) -> Gaussian:
+    """Eq. 9 and 10 for all K binary outputs together: P = K·D. Labels (B, K)."""
+    p = torch.sigmoid(augment(h) @ weight.T)
+    return taylor_posterior(h, p - y, torch.diag_embed(p * (1 - p)), weight, prior_mean, prior_inv)
+
+
+def multiclass_posterior(
+    h: Tensor, y: Tensor, weight: Tensor, prior_mean: Tensor, prior_inv: Tensor
+) -> Gaussian:
+    """Eq. 9 and 10 for one task of C classes: P = C·D. Labels (B,) are class indices."""
+    p = torch.softmax(augment(h) @ weight.T, dim=1)
+    onehot = torch.nn.functional.one_hot(y, p.shape[1]).to(p.dtype)
+    hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    return taylor_posterior(h, p - onehot, hessian, weight, prior_mean, prior_inv)
+
+
+def binary_moments(
+    h: Tensor, y: Tensor, posterior: Gaussian, samples: int, *, dense: bool = True
+) -> Moments:
+    """Eq. 11 with ``samples`` draws of every output's weights.
+
+    The outputs are sampled one by one, each from its block of the joint covariance: the blocks
+    are what their gradients depend on, and K small Cholesky factors are cheaper than a joint one.
+    """
+    x, (b, d) = augment(h), h.shape
+    outputs = y.shape[1]
+    w = _sample_blocks(posterior, outputs, samples)
+    residual = torch.sigmoid(torch.einsum("bd,kjd->bkj", x, w)) - y.unsqueeze(2)
+    step = _chunk(samples * outputs * d * h.element_size())
+    parts = [
+        _sample_moments(residual[i : i + step].unsqueeze(3) * w[..., :d], dense)
+        for i in range(0, b, step)
+    ]
+    return _join(parts)
+
+
+def multiclass_moments(
+    h: Tensor, y: Tensor, posterior: Gaussian, samples: int, *, dense: bool = True
+) -> Moments:
+    """Eq. 11 with ``samples`` joint draws of the weights of all C classes; one task."""
+    x, (b, d) = augment(h), h.shape
+    classes = posterior.mean.numel() // (d + 1)
+    w = _sample_blocks(posterior, 1, samples)[0].unflatten(1, (classes, d + 1))
+    residual = torch.softmax(torch.einsum("bd,jcd->bjc", x, w), dim=2)
+    residual -= torch.nn.functional.one_hot(y, classes).to(h.dtype).unsqueeze(1)
+    step = _chunk(samples * d * h.element_size())
+    parts = []
+    for i in range(0, b, step):
+        g = torch.einsum("bjc,jcd->bjd", residual[i : i + step], w[..., :d])
+        parts.append(_sample_moments(g.unsqueeze(1), dense))
+    return _join(parts)
+
+
+def _sample_blocks(posterior: Gaussian, blocks: int, samples: int) -> Tensor:
+    """Draws (blocks, J, P / blocks) from each diagonal block of the posterior by itself."""
+    size = posterior.mean.numel() // blocks
+    mean = posterior.mean.view(blocks, 1, size)
+    joint = posterior.covariance.view(blocks, size, blocks, size)
+    cov = joint.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    # An explicit inverse is symmetric up to rounding only.
+    factor = torch.linalg.cholesky((cov + cov.transpose(1, 2)) / 2)
+    noise = torch.randn(blocks, samples, size, dtype=mean.dtype, device=mean.device)
+    draws: Tensor = mean + noise @ factor.transpose(1, 2)
+    return draws
+
+
+def _sample_moments(g: Tensor, dense: bool) -> Moments:
+    """Moments of gradient samples (b, K, J, d): the d×d matrix as printed, or its diagonal."""
+    mean = g.mean(2)
+    if dense:
+        second = g.transpose(2, 3) @ g / g.shape[2]
+        covariance = second - mean.unsqueeze(3) * mean.unsqueeze(2)
+        return Moments(mean, covariance.diagonal(dim1=2, dim2=3).clone())
+    return Moments(mean, g.square().mean(2) - mean.square())
+
+
+def _chunk(bytes_per_datum: int) -> int:
+    return max(1, CHUNK_BYTES // bytes_per_datum)
+
+
+def _join(parts: list[Moments]) -> Moments:
+    mean = torch.cat([part.mean for part in parts])
+    return Moments(mean, torch.cat([part.variance for part in parts]))
+
+
+def aggregate(moments: list[Moments], exponents: list[float]) -> Tensor:
+    """Eq. 7 with (λ)^s, s per group of tasks: the update direction (B, d)."""
+    precision = torch.cat(
+        [
+            (1 / part.variance.clamp_min(TINY_VARIANCE)) ** s
+            for part, s in zip(moments, exponents, strict=True)
+        ],
+        dim=1,
+    )
+    mean = torch.cat([part.mean for part in moments], dim=1)
+    return (precision * mean).sum(1) / precision.sum(1)

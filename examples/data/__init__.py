@@ -1,0 +1,77 @@
+"""Data sets of the examples, each as standardised tensors with a train/validation/test split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class DataUnavailableError(RuntimeError):
+    """The data set is not on this computer; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set.
+
+    Attributes:
+        x: Inputs, shape ``(n, …)``.
+        y: Targets, shape ``(n, K)``, one column per task.
+    """
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class MultiTaskData:
+    """A data set of K tasks over the same inputs.
+
+    Attributes:
+        tasks: Name of each task, length K.
+        units: Unit of each task, length K.
+        train: Training part; its targets, as those of the others, are in units of ``target_scale``.
+        val: Validation part.
+        test: Test part.
+        target_scale: Standard deviation of each target on the training part, shape ``(K,)``, in
+            ``units``: an absolute error of a standardised target times this is in the units of the
+            data set.
+    """
+
+    tasks: tuple[str, ...]
+    units: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+    target_scale: Tensor
+
+
+def split_indices(
+    count: int, *, val_fraction: float, test_fraction: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shuffle ``range(count)`` and cut it into training, validation and test indices.
+
+    Args:
+        count: Number of data.
+        val_fraction: Share of the data in the validation part, rounded down.
+        test_fraction: Share of the data in the test part, rounded down; the rest is for training.
+        seed: Seed of the permutation. It does not touch the global random state.
+
+    Returns:
+        Disjoint indices of the training, validation and test part that together cover all data.
+
+    Raises:
+        ValueError: Where a part would be empty.
+    """
+    n_val, n_test = int(count * val_fraction), int(count * test_fraction)
+    n_train = count - n_val - n_test
+    if min(n_train, n_val, n_test) < 1:
+        raise ValueError(
+            f"{count} data leave an empty part (training {n_train}, validation {n_val}, "
+            f"test {n_test}); use more data or other fractions"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    train, val, test = order.split([n_train, n_val, n_test])
+    return train, val, test

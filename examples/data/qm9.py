@@ -1,0 +1,244 @@
+"""QM9 from the package ``qm9pack``: geometric descriptors of the molecules and 11 targets.
+
+The molecules, their geometries and the targets are those of Ramakrishnan et al., "Quantum chemistry
+structures and properties of 134 kilo molecules" (2014), without the molecules that failed the
+authors' consistency check. A message-passing network on the molecular graph, as in the paper, takes
+hours; here each molecule is described by a fixed vector that an MLP reads in milliseconds: sorted
+eigenvalues of the Coulomb matrix (Rupp et al., 2012), atom counts, and a histogram of the pair
+distances for each pair of elements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from examples.data import DataUnavailableError, MultiTaskData, Split, split_indices
+from examples.data.descriptors import (
+    ATOMIC_NUMBERS,
+    MAX_ATOMS,
+    SETTINGS,
+    Floats,
+    Integers,
+    descriptors,
+)
+
+
+class Target(NamedTuple):
+    """A target of QM9: short name, column of the CSV files (spelt as shipped), unit."""
+
+    name: str
+    column: str
+    unit: str
+
+
+TARGETS = (
+    Target("mu", "Dipole_debye", "D"),
+    Target("alpha", "Polarizability_bohr3", "bohr^3"),
+    Target("homo", "HOMO_au", "Ha"),
+    Target("lumo", "LUMO_au", "Ha"),
+    Target("r2", "R2_bohr2", "bohr^2"),
+    Target("zpve", "ZPVE_au", "Ha"),
+    Target("u0", "InternalEnergy_0K_au", "Ha"),
+    Target("u", "InternalEnergy_298K_au", "Ha"),
+    Target("h", "Enthalphy_298K_au", "Ha"),
+    Target("g", "GibbsFreeEnergy_298K_au", "Ha"),
+    Target("cv", "Heatcapacity_Cv_cal_mol_K", "cal/mol/K"),
+)
+TOTAL_MOLECULES = 130_831
+
+_CLIP = 6.0  # standard deviations: rare pairs of elements (F-F) would give inputs of 100
+
+
+def read_frame() -> pd.DataFrame:
+    """Read the molecules and targets that ``qm9pack`` ships.
+
+    The files are read by path because importing the package needs an old setuptools.
+
+    Returns:
+        130,831 rows: ``Elements`` and ``XYZ_Ang`` as text, and the target columns.
+
+    Raises:
+        DataUnavailableError: If ``qm9pack`` is not installed, or its files are not where version
+            1.0.3 has them.
+    """
+    spec = importlib.util.find_spec("qm9pack")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataUnavailableError(
+            "QM9 is read from the package qm9pack, which is not installed; "
+            "get it with: pip install qm9pack==1.0.3 (a 104 MB download)"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))) / "data"
+    columns = ["Elements", "XYZ_Ang", *(target.column for target in TARGETS)]
+    try:
+        parts = [pd.read_csv(folder / f"qm9_part{i}.csv", usecols=columns) for i in (1, 2, 3)]
+    except FileNotFoundError as error:
+        raise DataUnavailableError(
+            f"qm9pack is installed without {error.filename}; "
+            "reinstall it with: pip install --force-reinstall qm9pack==1.0.3"
+        ) from error
+    return pd.concat(parts, ignore_index=True)
+
+
+def parse_geometry(elements: pd.Series[str], xyz: pd.Series[str]) -> tuple[Integers, Floats]:
+    """Parse the two text columns of ``qm9pack`` into padded arrays.
+
+    Args:
+        elements: Such as ``"['C','H']"``, one per molecule.
+        xyz: Such as ``"[[0.1,5.E-10,-2.],[0.,1.,0.]]"``, one per molecule, in Å. JSON has no
+            numbers like ``5.E-10``; this parser takes them.
+
+    Returns:
+        Atomic numbers, shape ``(n, 29)``, int64, and coordinates in Å, shape ``(n, 29, 3)``,
+        float64; both are 0 beyond the molecule's atoms.
+
+    Raises:
+        ValueError: On an unknown element, or where coordinates and elements differ in number.
+    """
+    lengths = np.zeros(len(elements), dtype=np.int64)
+    symbols: list[str] = []
+    for row, text in enumerate(elements):
+        atoms = text.strip("[]").replace("'", "").replace(" ", "").split(",")
+        lengths[row] = len(atoms)
+        symbols.extend(atoms)
+    try:
+        flat_numbers = np.array([ATOMIC_NUMBERS[symbol] for symbol in symbols])
+    except KeyError as error:
+        raise ValueError(f"unknown element {error} in the column Elements") from error
+    # One split of the joined text parses 7 million numbers in a second; a loop takes a minute.
+    joined = ",".join(xyz).replace("[", "").replace("]", "")
+    coordinates = np.array(joined.split(","), dtype=np.float64)
+    if coordinates.size != 3 * flat_numbers.size:
+        raise ValueError(
+            f"the column XYZ_Ang holds {coordinates.size} coordinates, "
+            f"{3 * flat_numbers.size} are needed for the atoms of the column Elements"
+        )
+    occupied = np.arange(MAX_ATOMS) < lengths[:, None]
+    numbers = np.zeros((len(lengths), MAX_ATOMS), dtype=np.int64)
+    positions = np.zeros((len(lengths), MAX_ATOMS, 3))
+    numbers[occupied] = flat_numbers
+    positions[occupied] = coordinates.reshape(-1, 3)
+    return numbers, positions
+
+
+def load_arrays(molecules: int, *, seed: int = 0) -> tuple[Floats, Floats]:
+    """Descriptors and targets of a random choice of molecules, from the cache where it has them.
+
+    The cache is the folder of the environment variable ``BAYESAGG_CACHE``, by default
+    ``~/.cache/bayesagg``; deleting it is safe.
+
+    Args:
+        molecules: How many of the 130,831 molecules.
+        seed: Seed of the choice.
+
+    Returns:
+        Descriptors, shape ``(molecules, 274)``, float32, as of :func:`descriptors`, and targets,
+        shape ``(molecules, 11)``, float64, in the units of :data:`TARGETS`.
+
+    Raises:
+        DataUnavailableError: If ``qm9pack`` is not installed.
+        ValueError: If there are not that many molecules.
+    """
+    if not 1 <= molecules <= TOTAL_MOLECULES:
+        raise ValueError(f"QM9 has {TOTAL_MOLECULES} molecules, {molecules} were asked for")
+    path = _cache_path(molecules, seed)
+    cached = _read_cache(path)
+    if cached is not None:
+        return cached
+    frame = read_frame()
+    chosen = frame.iloc[np.random.default_rng(seed).permutation(len(frame))[:molecules]]
+    features = descriptors(*parse_geometry(chosen["Elements"], chosen["XYZ_Ang"]))
+    targets = chosen[[target.column for target in TARGETS]].to_numpy(np.float64)
+    _write_cache(path, features, targets)
+    return features, targets
+
+
+def _cache_path(molecules: int, seed: int) -> Path:
+    """File that holds these features: its name changes with all they depend on."""
+    default = Path.home() / ".cache" / "bayesagg"
+    folder = Path(os.environ.get("BAYESAGG_CACHE") or default).expanduser()
+    try:
+        version = importlib.metadata.version("qm9pack")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    key = {"qm9pack": version, "molecules": molecules, "seed": seed, **SETTINGS}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"qm9-{molecules}-{digest}.npz"
+
+
+def _read_cache(path: Path) -> tuple[Floats, Floats] | None:
+    """Arrays of the cache, ``None`` where the file is absent or cannot be read."""
+    try:
+        with np.load(path) as arrays:
+            return arrays["features"], arrays["targets"]
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write_cache(path: Path, features: Floats, targets: Floats) -> None:
+    """Write the arrays in one go: a reader sees the whole file or none, however many write."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, features=features, targets=targets)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        warnings.warn(
+            f"the descriptors of QM9 were not cached ({error}); "
+            "set BAYESAGG_CACHE to a folder that can be written",
+            stacklevel=3,
+        )
+
+
+def load_qm9(molecules: int = 30_000, *, seed: int = 0) -> MultiTaskData:
+    """QM9 as 11 standardised regression tasks on descriptors of the molecules.
+
+    Args:
+        molecules: How many molecules, chosen at random; split 80/10/10.
+        seed: Seed of the choice and of the split.
+
+    Returns:
+        Inputs of shape ``(n, 274)``, standardised on the training part and clipped to ±6 standard
+        deviations; targets of shape ``(n, 11)``, standardised on the training part. Both float32.
+
+    Raises:
+        DataUnavailableError: If ``qm9pack`` is not installed.
+        ValueError: If there are not that many molecules, or so few that a part is empty.
+    """
+    train, val, test = split_indices(molecules, val_fraction=0.1, test_fraction=0.1, seed=seed)
+    features, targets = (torch.from_numpy(array) for array in load_arrays(molecules, seed=seed))
+    x, _ = _standardise(features.double(), train)
+    y, scale = _standardise(targets, train)
+    x, y = x.clamp(-_CLIP, _CLIP).float(), y.float()
+    return MultiTaskData(
+        tasks=tuple(target.name for target in TARGETS),
+        units=tuple(target.unit for target in TARGETS),
+        train=Split(x[train], y[train]),
+        val=Split(x[val], y[val]),
+        test=Split(x[test], y[test]),
+        target_scale=scale.float(),
+    )
+
+
+def _standardise(values: torch.Tensor, train: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre and scale columns by the rows ``train``; columns constant there are only centred."""
+    mean, scale = values[train].mean(0), values[train].std(0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (values - mean) / scale, scale

@@ -1,0 +1,66 @@
+"""Independent trainings side by side, one process each, with one progress count."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from multiprocessing.queues import SimpleQueue
+from typing import TypeVar
+
+import torch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Tick = Callable[[], None]
+
+_ticks: SimpleQueue[None] | None = None  # set in worker processes only
+
+
+def run_jobs(
+    function: Callable[[Job, Tick], Result], jobs: Sequence[Job], *, workers: int, on_tick: Tick
+) -> list[Result]:
+    """Call ``function`` on every job, in this process or in several.
+
+    Small networks gain nothing from several threads, so each worker computes with one; the jobs are
+    started in the given order: put long ones first.
+
+    Args:
+        function: Takes a job and a function to call at each unit of progress. Defined at the top of
+            a module, as jobs and results are pickled.
+        jobs: What to do.
+        workers: Number of processes; with 1 nothing is started.
+        on_tick: Called in this process for each unit of progress.
+
+    Returns:
+        Results in the order of ``jobs``.
+    """
+    if workers == 1:
+        return [function(job, on_tick) for job in jobs]
+    context = multiprocessing.get_context("spawn")  # forking a process that has used torch can hang
+    # A put has arrived when it returns: at a job's end all of its ticks can be read.
+    ticks: SimpleQueue[None] = context.SimpleQueue()
+    with ProcessPoolExecutor(workers, context, _start_worker, (ticks,)) as pool:
+        futures = [pool.submit(_work, function, job) for job in jobs]
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            while not ticks.empty():
+                ticks.get()
+                on_tick()
+            if any(future.exception() for future in done):
+                pool.shutdown(cancel_futures=True)
+                break
+        return [future.result() for future in futures]
+
+
+def _start_worker(ticks: SimpleQueue[None]) -> None:
+    global _ticks
+    _ticks = ticks
+    torch.set_num_threads(1)
+
+
+def _work(function: Callable[[Job, Tick], Result], job: Job) -> Result:
+    assert _ticks is not None
+    ticks = _ticks
+    return function(job, lambda: ticks.put(None))

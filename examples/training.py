@@ -1,0 +1,172 @@
+"""One training loop for every method: what differs between methods is the update.
+
+An update takes the losses of a batch and changes the parameters. Data, order of batches, schedule,
+warm-up, gradient clipping (none) and the epoch that is evaluated (the last) are the loop's, so that
+no method of a comparison has them to itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from examples.data import MultiTaskData, Split
+from examples.models import MultiTaskNet, SingleTaskNets
+
+Losses = dict[str, Tensor]
+Criterion = Callable[[Any, Tensor], Losses]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What all methods share.
+
+    Attributes:
+        epochs: Passes over the training part.
+        pretrain_epochs: How many of them, at first, minimise the sum of the losses.
+        batch_size: Data per step.
+        learning_rate: Adam's, at the first step; it follows half a cosine to 0 at the last.
+        seed: Seed of the weights and of the order of the batches.
+    """
+
+    epochs: int = 30
+    pretrain_epochs: int = 1
+    batch_size: int = 120
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def steps_per_epoch(self, data: MultiTaskData) -> int:
+        """Optimizer steps in an epoch; the last batch may be smaller."""
+        return math.ceil(len(data.train.x) / self.batch_size)
+
+
+class Update(Protocol):
+    """A method's step from the losses of a batch to new parameters."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What the learning-rate schedule acts on."""
+
+    def step(self, losses: Losses) -> None:
+        """Compute gradients from ``losses`` (name → scalar with a graph) and step."""
+
+    def task_weights(self) -> Tensor | None:
+        """Weights of the tasks in the last step, shape ``(K,)``; ``None``: the method has none."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training leaves besides the model.
+
+    Attributes:
+        seconds: Wall time of the whole training.
+        seconds_per_step: Median over the epochs (after the first ones, which minimise the sum of
+            losses for every method) of the mean time of a step, in seconds.
+        weights: Mean task weights of each epoch as shares that sum to 1, ``(epochs, K)``; rows are
+            empty for a method without weights.
+    """
+
+    seconds: float
+    seconds_per_step: float
+    weights: list[list[float]]
+
+
+def train(
+    model: nn.Module,
+    update: Update,
+    data: MultiTaskData,
+    criterion: Criterion,
+    settings: TrainSettings,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> History:
+    """Train ``model`` in place.
+
+    Args:
+        model: Maps inputs to outputs.
+        update: The method.
+        data: Only the training part is read.
+        criterion: Maps what the model returns and targets ``(B, K)`` to a loss per task.
+        settings: What all methods share.
+        on_epoch: Called after each epoch, for a progress bar.
+
+    Returns:
+        Times and task weights.
+    """
+    steps = settings.steps_per_epoch(data)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+        update.optimizer, T_max=settings.epochs * steps
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    seconds: list[float] = []
+    weights: list[list[float]] = []
+    model.train()
+    for _ in range(settings.epochs):
+        start = time.perf_counter()
+        shares: list[Tensor] = []
+        order = torch.randperm(len(data.train.x), generator=generator)
+        for rows in order.split(settings.batch_size):
+            update.step(criterion(model(data.train.x[rows]), data.train.y[rows]))
+            scheduler.step()
+            step_weights = update.task_weights()
+            if step_weights is not None:
+                shares.append(step_weights / step_weights.sum())
+        seconds.append(time.perf_counter() - start)
+        weights.append(torch.stack(shares).mean(0).tolist() if shares else [])
+        on_epoch()
+    measured = seconds[settings.pretrain_epochs :] or seconds
+    return History(sum(seconds), median(measured) / steps, weights)
+
+
+def mean_squared_errors(tasks: tuple[str, ...]) -> Criterion:
+    """Criterion of regression tasks: for outputs ``(B, K)`` the mean squared error of each."""
+
+    def criterion(outputs: Tensor, y: Tensor) -> Losses:
+        errors = F.mse_loss(outputs, y, reduction="none").mean(0)
+        return dict(zip(tasks, errors.unbind(), strict=True))
+
+    return criterion
+
+
+@torch.no_grad()
+def mean_absolute_errors(model: nn.Module, data: MultiTaskData, part: Split) -> list[float]:
+    """Mean absolute error of each task on ``part``, in the units of the data set, length K."""
+    model.eval()
+    return _absolute_errors(model(part.x), data, part)
+
+
+@torch.no_grad()
+def refit_absolute_errors(
+    model: MultiTaskNet | SingleTaskNets, data: MultiTaskData, part: Split
+) -> list[float]:
+    """Mean absolute errors on ``part`` with heads refit to the training part, length K.
+
+    The heads are replaced by the least-squares heads on the final features (with bias, and a unit
+    ridge against all of the training part), whatever method trained them: it tells apart what a
+    method does to the features and how its heads are read out.
+    """
+    model.eval()
+    h, h_part = (_with_bias(model.features(x)).double() for x in (data.train.x, part.x))
+    gram = h.mT @ h + torch.eye(h.shape[-1], dtype=h.dtype)
+    # (1, n, K) for a shared representation, (K, n, 1) for one representation per task.
+    y = data.train.y.double()
+    y = y.unsqueeze(0) if len(h) == 1 else y.T.unsqueeze(-1)
+    weights = torch.linalg.solve(gram, h.mT @ y)
+    predicted = (h_part @ weights).transpose(0, 1).reshape(len(part.x), -1)
+    return _absolute_errors(predicted, data, part)
+
+
+def _with_bias(h: Tensor) -> Tensor:
+    return torch.cat([h, torch.ones_like(h[..., :1])], dim=-1)
+
+
+def _absolute_errors(predicted: Tensor, data: MultiTaskData, part: Split) -> list[float]:
+    errors: list[float] = ((predicted - part.y).abs().mean(0) * data.target_scale).tolist()
+    return errors

@@ -1,0 +1,44 @@
+"""What every test shares: device, dtype, seeds, threads and the hypothesis profiles.
+
+BAYESAGG_TEST_DEVICE   any torch device, "cpu" by default
+BAYESAGG_TEST_DTYPE    a floating dtype by name, "float64" by default
+HYPOTHESIS_PROFILE     "ci" (default: the same examples every time) or "explore" (new ones)
+"""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+DEVICE = torch.device(os.environ.get("BAYESAGG_TEST_DEVICE", "cpu"))
+DTYPE = getattr(torch, os.environ.get("BAYESAGG_TEST_DTYPE", "float64"), None)
+
+
+def pytest_configure(config):
+    if not (isinstance(DTYPE, torch.dtype) and DTYPE.is_floating_point):
+        raise pytest.UsageError("BAYESAGG_TEST_DTYPE is not the name of a floating torch dtype")
+    # Leave the cores to the workers: with a thread pool each, they wait for one another.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+# Session-wide, so that hypothesis accepts them: it refuses fixtures made anew per test function.
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def dtype() -> torch.dtype:
+    return DTYPE
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

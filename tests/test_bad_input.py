@@ -1,0 +1,911 @@
+"""Bad input of every kind: its own error, a message that helps, and nothing has changed.
+
+A case prepares a situation and returns two calls: the bad one, and a good one that goes on from
+there. Everything is run twice, with the bad call and without: afterwards both must agree in every
+bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from bayesagg import BayesAgg, BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.errors import (
+    CaptureError,
+    CheckpointError,
+    FeatureError,
+    HeadError,
+    LossError,
+    TargetError,
+    UnknownTaskError,
+)
+from tests.helpers import (
+    LOSSES,
+    QUICK,
+    WIDTH,
+    Net,
+    assert_finite,
+    assert_same,
+    difference,
+    make_batch,
+    make_heads,
+    make_losses,
+    make_net,
+    snapshot,
+    train,
+    wrap,
+)
+
+
+def nothing() -> None:
+    """Where there is no sense in going on."""
+
+
+@dataclass
+class Bench:
+    """A network in training, its optimizer and the next batch."""
+
+    net: nn.Module
+    optimizer: BayesAggWrapper
+    x: torch.Tensor
+    labels: dict[str, torch.Tensor]
+
+    def losses(self, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Of a forward pass, made here if there was none."""
+        out = self.net(self.x) if out is None else out
+        return make_losses(out, self.labels)
+
+    def step(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        """A call for later."""
+        return functools.partial(self.optimizer.step, *args, **kwargs)
+
+    def go_on(self) -> None:
+        """One good step from a new forward pass."""
+        self.optimizer.step(self.losses())
+
+    def use(self, net: nn.Module, **kwargs: Any) -> None:
+        """Another network, wrapped anew."""
+        self.net = net.to(self.x)
+        if "heads" not in kwargs:
+            kwargs["settings"] = QUICK
+        self.optimizer = wrap(self.net, "momentum", **kwargs)
+
+    def rewrap(self, **kwargs: Any) -> None:
+        """One good step under another wrapper of the same network."""
+        self.use(self.net, **kwargs)
+        self.go_on()
+
+
+@dataclass
+class Case:
+    """The error, patterns of its message, and what to do."""
+
+    name: str
+    error: type[Exception]
+    says: tuple[str, ...]
+    prepare: Callable[[Bench], tuple[Callable[[], Any], Callable[[], Any]]] = field(repr=False)
+    phases: tuple[str, ...]
+
+
+CASES: list[Case] = []
+PHASES = {"pretraining": 1, "after": 4, "accumulating": 4}  # steps that were taken before
+
+
+def bad(
+    error: type[Exception], *says: str, phases: tuple[str, ...] = tuple(PHASES), **variants: Any
+) -> Callable[..., Any]:
+    """Register a case, or one for each variant (name → further argument)."""
+
+    def register(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        name = prepare.__name__
+        if not variants:
+            CASES.append(Case(name, error, says, prepare, phases))
+        for variant, value in variants.items():
+
+            def with_value(bench: Bench, value: Any = value) -> Any:
+                return prepare(bench, value)
+
+            CASES.append(Case(f"{name}-{variant}", error, says, with_value, phases))
+        return prepare
+
+    return register
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+@bad(
+    LossError,
+    "task 'bin'",
+    "not finite",
+    r"labels.*targets=|learning rate",
+    nan=torch.nan,
+    inf=torch.inf,
+)
+def loss_is_not_finite(bench, value):
+    losses = bench.losses()
+    return bench.step({**losses, "bin": losses["bin"] * value}), bench.step(losses)
+
+
+@bad(LossError, "task 'reg'", "not finite")
+def one_datum_of_an_unreduced_loss_is_not_finite(bench):
+    losses = bench.losses()
+    wrong = F.mse_loss(bench.net(bench.x)["reg"], bench.labels["reg"], reduction="none")
+    wrong = wrong + torch.zeros_like(wrong).index_fill(
+        0, torch.tensor(1).to(wrong.device), torch.nan
+    )
+    losses = bench.losses()
+    return bench.step({**losses, "reg": wrong}), bench.step(losses)
+
+
+@bad(LossError, "task 'reg'", "(?i)nan|not finite|missing", "targets=|mask")
+def label_is_nan_and_hidden_by_where(bench):
+    """The loss is finite and its gradient is not: ``0 · NaN`` behind ``torch.where``."""
+    out = bench.net(bench.x)
+    labels = bench.labels["reg"].clone()
+    labels[0] = torch.nan
+    squares = (out["reg"] - labels).square()
+    wrong = torch.where(labels.isnan(), torch.zeros_like(squares), squares).mean()
+    assert wrong.isfinite()
+    losses = bench.losses(out)
+    return bench.step({**losses, "reg": wrong}), bench.step(losses)
+
+
+@bad(LossError, "task 'cls'", "detached")
+def loss_is_detached(bench):
+    losses = bench.losses()
+    return bench.step({**losses, "cls": losses["cls"].detach()}), bench.step(losses)
+
+
+@bad(LossError, "task 'reg'", "last forward pass", all=["reg", "bin", "cls"], one=["reg"])
+def loss_is_of_an_older_forward_pass(bench, names):
+    old, new = bench.losses(), bench.losses()
+    return bench.step({**new, **{name: old[name] for name in names}}), bench.step(new)
+
+
+@bad(LossError, "task 'bin'", "right head")
+def loss_is_that_of_another_task(bench):
+    losses = bench.losses()
+    return bench.step({"reg": losses["reg"], "bin": losses["cls"]}), bench.step(losses)
+
+
+@bad(
+    LossError,
+    "losses",
+    "pass|Use",
+    mapping=lambda losses: {},
+    sequence=lambda losses: [],
+    too_few=lambda losses: [losses["reg"], losses["bin"]],
+    too_many=lambda losses: [*losses.values(), losses["reg"]],
+    sum=lambda losses: sum(losses.values()),
+    generator=lambda losses: iter(losses.values()),
+)
+def losses_are_no_collection_of_all(bench, change):
+    losses = bench.losses()
+    return bench.step(change(losses)), bench.step(losses)
+
+
+@bad(LossError, "task 'reg'", "tensors", float=float, none=lambda loss: None)
+def loss_is_no_tensor(bench, change):
+    losses = bench.losses()
+    wrong = {**losses, "reg": change(losses["reg"].detach())}
+    return bench.step(wrong), bench.step(losses)
+
+
+@bad(UnknownTaskError, "'age'", "heads: 'reg', 'bin', 'cls'")
+def task_of_a_loss_is_unknown(bench):
+    losses = bench.losses()
+    return bench.step({**losses, "age": losses["reg"]}), bench.step(losses)
+
+
+def wrong_kind(name: str, helped: bool = True, **losses: Callable[..., Any]) -> None:
+    """Losses of another kind than the head's; with ``targets=`` those that may be are taken."""
+
+    def prepare(bench, loss):
+        out = bench.net(bench.x)
+        losses = {**bench.losses(out), name: loss(out[name], bench.labels[name])}
+        targets = {name: bench.labels[name]}
+        good = bench.step(losses, targets=targets) if helped else bench.step(bench.losses(out))
+        return bench.step(losses), good
+
+    prepare.__name__ = f"loss_is_not_of_the_kind_of_{name}"
+    bad(LossError, f"task '{name}'", "pass `targets=`", **losses)(prepare)
+
+
+def weights_of(z: torch.Tensor) -> torch.Tensor:
+    """Per-example weights."""
+    return torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype)
+
+
+def one_hot(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Classes as probabilities."""
+    return F.one_hot(y, z.shape[1]).to(z.dtype)
+
+
+wrong_kind(
+    "reg",
+    absolute=F.l1_loss,
+    huber=lambda z, y: F.huber_loss(z, y, delta=0.3),
+    cosh=lambda z, y: (z - y).cosh().log().mean(),
+    weighted=lambda z, y: (weights_of(z)[:, None] * (z - y).square()).mean(),
+    squared_per_task=lambda z, y: F.mse_loss(z, y, reduction="none").sum(1).sqrt().mean(),
+)
+wrong_kind(
+    "reg", helped=False, binary=lambda z, y: F.binary_cross_entropy_with_logits(z, y.sigmoid())
+)
+wrong_kind(
+    "bin",
+    squared_probability=lambda z, y: F.mse_loss(z.sigmoid(), y),
+    hinge=lambda z, y: (1 - z * (2 * y - 1)).relu().mean(),
+    weighted=lambda z, y: F.binary_cross_entropy_with_logits(z, y, weight=weights_of(z)[:, None]),
+    class_weight=lambda z, y: F.binary_cross_entropy_with_logits(
+        z, y, pos_weight=torch.full_like(z[0], 3.0)
+    ),
+    focal=lambda z, y: ((z.sigmoid() - y).square() * F.softplus(z - 2 * y * z)).mean(),
+)
+wrong_kind(
+    "bin",
+    helped=False,
+    softmax=lambda z, y: F.cross_entropy(z, y[:, 0].long()),
+    squared=F.mse_loss,
+)
+wrong_kind(
+    "cls",
+    weighted=lambda z, y: (weights_of(z) * F.cross_entropy(z, y, reduction="none")).mean(),
+    class_weight=lambda z, y: F.cross_entropy(z, y, weight=weights_of(z[0])),
+    one_against_rest=lambda z, y: F.binary_cross_entropy_with_logits(z, one_hot(y, z)),
+    raw_likelihood=F.nll_loss,
+    squared=lambda z, y: F.mse_loss(z.softmax(1), one_hot(y, z)),
+)
+wrong_kind("cls", helped=False, smoothed=lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2))
+
+
+@bad(
+    LossError,
+    "pass `targets=`",
+    reg_cosh=("reg", lambda z, y: (z - y).cosh().log().mean()),
+    reg_absolute=("reg", F.l1_loss),
+    bin_squared=("bin", F.mse_loss),
+    bin_squared_probability=("bin", lambda z, y: F.mse_loss(z.sigmoid(), y)),
+    cls_smoothed=("cls", lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2)),
+    cls_squared=("cls", lambda z, y: F.mse_loss(z.softmax(1), one_hot(y, z))),
+)
+def loss_is_of_another_kind_in_a_batch_of_one(bench, choice):
+    """Where every factor is constant over the batch."""
+    name, loss = choice
+    out = bench.net(bench.x[:1])
+    labels = {task: y[:1] for task, y in bench.labels.items()}
+    losses = make_losses(out, labels)
+    wrong = {**losses, name: loss(out[name], labels[name])}
+    return bench.step(wrong), bench.step(losses)
+
+
+# --- targets -------------------------------------------------------------------------------------
+
+
+@bad(
+    UnknownTaskError,
+    "'age'",
+    "`targets`",
+    no_head=lambda losses, labels: (losses, {"age": labels["reg"]}),
+)
+@bad(
+    UnknownTaskError,
+    "'bin'",
+    "no loss",
+    no_loss=lambda losses, labels: ({"reg": losses["reg"]}, {"bin": labels["bin"]}),
+)
+@bad(
+    TargetError,
+    "targets",
+    "mapping",
+    too_few=lambda losses, labels: (losses, [labels["reg"]]),
+    one_tensor=lambda losses, labels: (losses, labels["reg"]),
+)
+@bad(
+    TargetError,
+    "task 'reg'",
+    "tensors",
+    list=lambda losses, labels: (losses, {"reg": labels["reg"].tolist()}),
+)
+def targets_do_not_belong(bench, change):
+    losses = bench.losses()
+    given, targets = change(losses, bench.labels)
+    return bench.step(given, targets=targets), bench.step(losses)
+
+
+def wrong_targets(name: str, says: str, **changes: Callable[..., Any]) -> None:
+    """Labels changed in one way, passed with the right losses; then the right ones."""
+
+    def prepare(bench, change):
+        out = bench.net(bench.x)
+        losses = bench.losses(out)
+        targets = {**bench.labels, name: change(bench.labels[name].clone(), out[name].detach())}
+        return bench.step(losses, targets=targets), bench.step(losses, targets=bench.labels)
+
+    prepare.__name__ = f"targets_are_wrong_for_{name}"
+    bad(TargetError, f"task '{name}'", says, **changes)(prepare)
+
+
+def entry(value: float) -> Callable[..., torch.Tensor]:
+    """The first label replaced."""
+
+    def change(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        y.view(-1)[0] = value
+        return y
+
+    return change
+
+
+def probabilities(value: float) -> Callable[..., torch.Tensor]:
+    """Classes as probabilities, the first one replaced."""
+
+    def change(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return entry(value)(one_hot(y, z), z)
+
+    return change
+
+
+wrong_targets("reg", "NaN for a missing label", inf=entry(torch.inf), minus_inf=entry(-torch.inf))
+wrong_targets("bin", "NaN for a missing label", inf=entry(torch.inf))
+wrong_targets(
+    "reg",
+    "one target per output",
+    fewer_outputs=lambda y, z: y[:, :1],
+    fewer_data=lambda y, z: y[:-1],
+    more_data=lambda y, z: torch.cat([y, y]),
+    transposed=lambda y, z: y.mT,
+    flat=lambda y, z: y[:, 0],
+)
+wrong_targets("bin", "one target per output", fewer_data=lambda y, z: y[:-1])
+wrong_targets("bin", r"\[0, 1\].*NaN", two=entry(2.0), negative=entry(-1.0))
+wrong_targets("cls", "outside 0 to 2", three=entry(3), negative=entry(-1), other=entry(-99))
+wrong_targets(
+    "cls",
+    "class index per datum|integer dtype",
+    fewer_data=lambda y, z: y[:-1],
+    one_hot_integers=lambda y, z: F.one_hot(y, 3),
+    floating=lambda y, z: y.to(z.dtype),
+    fewer_classes=lambda y, z: one_hot(y, z)[:, :2],
+)
+wrong_targets("cls", "sum to one", too_large=probabilities(2.0), below_zero=probabilities(-0.5))
+wrong_targets("cls", "infinite|sum to one", inf=probabilities(torch.inf))
+wrong_targets("reg", "points away", mirrored=lambda y, z: 2 * z - y)
+wrong_targets("bin", "points away", inverted=lambda y, z: 1 - y)
+wrong_targets("cls", "points away", rotated=lambda y, z: (y + 1) % 3)
+
+
+# --- forward passes ------------------------------------------------------------------------------
+
+
+@bad(CaptureError, "No forward pass", "run the model in training mode")
+def forward_pass_is_missing(bench):
+    losses = bench.losses()
+    bench.optimizer.step(losses)
+    return bench.step(losses), bench.go_on
+
+
+@bad(CaptureError, "No forward pass", "gradients enabled")
+def forward_pass_without_gradients(bench):
+    bench.optimizer.step(bench.losses())
+    with torch.no_grad():
+        losses = bench.losses()
+    return bench.step(losses), bench.go_on
+
+
+@bad(CaptureError, "No forward pass", "training mode")
+def forward_pass_in_evaluation_mode(bench):
+    bench.optimizer.step(bench.losses())
+    bench.net.eval()
+    losses = bench.losses()
+    bench.net.train()
+    return bench.step(losses), bench.go_on
+
+
+@bad(CaptureError, "No forward pass", phases=("after",))
+def heads_are_applied_functionally(bench):
+    bench.optimizer.step(bench.losses())
+    h = bench.net.trunk(bench.x)
+    heads = bench.net.heads.items()
+    out = {name: F.linear(h, head.weight, head.bias) for name, head in heads}
+    return bench.step(bench.losses(out)), bench.go_on
+
+
+@bad(CaptureError, "No forward pass", r"torch\.compile", phases=("after",))
+def model_was_compiled_before_it_was_wrapped(bench):
+    """Hooks that come after the first call of compiled code never run."""
+    bench.net = make_net(bench.x.device, bench.x.dtype)
+    compiled = torch.compile(bench.net, backend="eager")
+    compiled(bench.x)
+    bench.use(bench.net)
+    losses = bench.losses(compiled(bench.x))
+    torch.compiler.reset()
+    return bench.step(losses), bench.go_on
+
+
+@bad(CaptureError, "task 'bin'", "leave absent tasks out")
+def head_did_not_run(bench):
+    old = bench.losses()
+    h = bench.net.trunk(bench.x)
+    new = bench.losses({name: bench.net.heads[name](h) for name in ("reg", "cls")})
+    return bench.step({**new, "bin": old["bin"]}), bench.step(new)
+
+
+class Changed(Net):
+    """Something between the trunk and the heads."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            super().__init__()
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.change(self.trunk(x))
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+@bad(
+    CaptureError,
+    "head '(reg|bin|cls)'",
+    "shared_rep_hook=None",
+    activation=torch.relu,
+    copy=torch.clone,
+    dropout=F.dropout,
+)
+def something_lies_between(bench, change):
+    bench.use(Changed(change))
+    losses = bench.losses()
+    return bench.step(losses), functools.partial(bench.rewrap, shared_rep_hook=None)
+
+
+class TwoTrunks(Net):
+    """The first head on the trunk, the others on a second one."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            super().__init__()
+            self.second = copy.deepcopy(self.trunk)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h, other = self.trunk(x), self.second(x)
+        return {n: head(h if n == "reg" else other) for n, head in self.heads.items()}
+
+
+@bad(CaptureError, "task 'reg'", "one and the same tensor")
+def two_trunks_and_no_hook(bench):
+    bench.use(TwoTrunks(), shared_rep_hook=None)
+    return bench.step(bench.losses()), nothing
+
+
+@bad(CaptureError, "head 'cls'", "second backbone", "shared_rep_hook=None")
+def two_trunks_and_a_hook(bench):
+    bench.use(TwoTrunks())
+    return bench.step(bench.losses()), nothing
+
+
+@bad(CaptureError, "head 'cls' ran", "`shared_rep_hook` did not", "None")
+def hooked_module_does_not_run(bench):
+    bench.use(bench.net, shared_rep_hook=nn.Tanh())
+    return bench.step(bench.losses()), bench.rewrap
+
+
+class Tuple(nn.Module):
+    """A trunk that returns more than h, as recurrent ones do."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.trunk(x), None
+
+
+@bad(CaptureError, "tuple, not a tensor", "shared_rep_hook=None")
+def hooked_module_returns_a_tuple(bench):
+    net = Changed(lambda pair: pair[0])
+    net.trunk = Tuple(net.trunk)
+    bench.use(net)
+    return bench.step(bench.losses()), functools.partial(bench.rewrap, shared_rep_hook=None)
+
+
+@bad(CaptureError, "frozen", "Unfreeze")
+def trunk_is_frozen(bench):
+    bench.net.trunk.requires_grad_(False)
+    losses = bench.losses()
+
+    def unfreeze():
+        bench.net.trunk.requires_grad_(True)
+        bench.go_on()
+
+    return bench.step(losses), unfreeze
+
+
+@bad(FeatureError, "in place", "out-of-place")
+def features_change_in_place(bench):
+    h = bench.net.trunk(bench.x)
+    out = {}
+    for name, head in bench.net.heads.items():
+        out[name] = head(h)
+        if name == "bin":
+            h.mul_(2)
+    return bench.step(bench.losses(out)), bench.go_on
+
+
+@bad(FeatureError, "task 'bin'", "in place", "out-of-place")
+def output_changes_in_place(bench):
+    out = bench.net(bench.x)
+    out["bin"].mul_(2)
+    return bench.step(bench.losses(out)), bench.go_on
+
+
+@bad(FeatureError, "non-finite", "check the inputs", nan=torch.nan, inf=torch.inf)
+def features_are_not_finite(bench, value):
+    """In a datum that no loss looks at, so that all losses are finite."""
+    x = bench.x.clone()
+    x[-1] = value
+    out = {name: z[:-1] for name, z in bench.net(x).items()}
+    losses = make_losses(out, {name: y[:-1] for name, y in bench.labels.items()})
+    assert all(loss.isfinite() for loss in losses.values())
+    return bench.step(losses), bench.go_on
+
+
+# --- heads ---------------------------------------------------------------------------------------
+
+bad_setting = functools.partial(bad, phases=("after",))
+
+
+def head_of(module: nn.Module, kind: type = RegressionHead, **settings: Any) -> Any:
+    """A call that makes a head."""
+    return functools.partial(kind, module, **settings)
+
+
+@bad_setting(
+    HeadError,
+    "RegressionHead needs",
+    "linear",
+    sequential=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
+    activation=nn.ReLU(),
+    bilinear=nn.Bilinear(4, 4, 2),
+    embedding=nn.Embedding(4, 2),
+    transposed=nn.ConvTranspose2d(4, 2, 1),
+    no_module="linear",
+)
+@bad_setting(
+    HeadError,
+    "RegressionHead needs a convolution of kernel size 1",
+    "linear",
+    wide=nn.Conv2d(4, 2, 3),
+    wide_one_way=nn.Conv2d(4, 2, (1, 3)),
+    stride=nn.Conv2d(4, 2, 1, stride=2),
+    groups=nn.Conv1d(4, 2, 1, groups=2),
+    padding=nn.Conv3d(4, 2, 1, padding=1),
+)
+def head_is_not_linear(bench, module):
+    return head_of(module), bench.go_on
+
+
+@bad_setting(HeadError, "lazy", "one forward pass", linear=nn.LazyLinear, conv=nn.LazyConv2d)
+def head_is_not_initialised(bench, kind):
+    module = kind(2) if kind is nn.LazyLinear else kind(2, 1)
+    return head_of(module), bench.go_on
+
+
+@bad_setting(
+    HeadError,
+    "s must be a finite number >= 0",
+    negative=-0.1,
+    nan=torch.nan,
+    inf=torch.inf,
+    text="0.5",
+    none=None,
+    bool=True,
+)
+def exponent_is_bad(bench, s):
+    return head_of(bench.net.heads["reg"], s=s), bench.go_on
+
+
+@bad_setting(
+    HeadError, "prior_variance must be a finite number > 0", zero=0, negative=-1.0, inf=torch.inf
+)
+def prior_variance_is_bad(bench, value):
+    return head_of(bench.net.heads["cls"], MulticlassHead, prior_variance=value), bench.go_on
+
+
+@bad_setting(HeadError, "noise_variance must be", zero=0.0, negative=-1, text="x", none=None)
+def noise_variance_is_bad(bench, value):
+    return head_of(bench.net.heads["reg"], noise_variance=value), bench.go_on
+
+
+@bad_setting(HeadError, "num_samples must be an integer of at least 2", one=1, float=2.5, text="8")
+def num_samples_is_bad(bench, value):
+    return head_of(bench.net.heads["bin"], BinaryHead, num_samples=value), bench.go_on
+
+
+@bad_setting(
+    HeadError,
+    "BinaryHead: .* must be one of",
+    moments={"moments": "exact"},
+    readout={"readout": "newton"},
+)
+def choice_is_bad(bench, settings):
+    return head_of(bench.net.heads["bin"], BinaryHead, **settings), bench.go_on
+
+
+@bad_setting(HeadError, "at least two outputs", "use BinaryHead")
+def classes_are_too_few(bench):
+    return head_of(nn.Linear(WIDTH, 1), MulticlassHead), bench.go_on
+
+
+@bad_setting(HeadError, "readout='posterior'", "parametrization", "readout='gradient'")
+def parametrized_head_is_to_be_written(bench):
+    module = parametrizations.weight_norm(nn.Linear(WIDTH, 2))
+    return head_of(module, readout="posterior"), bench.go_on
+
+
+# --- the wrapper's arguments ---------------------------------------------------------------------
+
+
+def wrapper_of(bench: Bench, **kwargs: Any) -> Callable[[], Any]:
+    """A call that wraps the same optimizer and network anew."""
+    return lambda: wrap(bench.net, bench.optimizer.base_optimizer, **kwargs)
+
+
+@bad_setting(HeadError, "heads 'reg' and 'again'", "own linear")
+def module_is_given_twice(bench):
+    heads = make_heads(bench.net)
+    heads["again"] = RegressionHead(bench.net.heads["reg"])
+    return wrapper_of(bench, heads=heads), bench.go_on
+
+
+@bad_setting(
+    HeadError,
+    "heads 'reg'.* and 'other'",
+    "same shared tensor",
+    width=nn.Linear(WIDTH + 1, 2),
+    conv=nn.Conv1d(WIDTH, 2, 1),
+)
+def heads_read_different_things(bench, module):
+    heads = {**make_heads(bench.net), "other": RegressionHead(module)}
+    return wrapper_of(bench, heads=heads), bench.go_on
+
+
+@bad_setting(HeadError, r"heads\['reg'\] is a Linear", "wrap the module in RegressionHead")
+def head_is_a_bare_module(bench):
+    return wrapper_of(bench, heads=dict(bench.net.heads)), bench.go_on
+
+
+@bad_setting(HeadError, "`heads` is empty", "pass one", mapping={}, sequence=[])
+def heads_are_empty(bench, heads):
+    return wrapper_of(bench, heads=heads), bench.go_on
+
+
+@bad_setting(
+    CaptureError, "`shared_rep_hook` must be", "Pass the module itself", text="trunk", number=3
+)
+def hook_is_no_module(bench, hook):
+    return wrapper_of(bench, shared_rep_hook=hook), bench.go_on
+
+
+@bad_setting(ValueError, "steps_per_epoch", r"len\(train_loader\)", zero=0, negative=-1, float=2.5)
+def steps_per_epoch_is_bad(bench, value):
+    return wrapper_of(bench, steps_per_epoch=value), bench.go_on
+
+
+@bad_setting(
+    ValueError, "pretrain_epochs must be an integer >= 0", negative=-1, float=1.0, none=None
+)
+def pretrain_epochs_is_bad(bench, value):
+    return wrapper_of(bench, pretrain_epochs=value), bench.go_on
+
+
+@bad_setting(
+    ValueError,
+    "must be one of",
+    rule={"rule": "nash"},
+    covariance={"covariance": "dense"},
+    gradient_scale={"gradient_scale": "max"},
+    dtype={"dtype": torch.float16},
+)
+def option_is_unknown(bench, options):
+    return wrapper_of(bench, **options), bench.go_on
+
+
+@bad_setting(TypeError, "not wrapped yet", "BayesAggWrapper")
+def optimizer_is_wrapped_twice(bench):
+    return lambda: wrap(bench.net, bench.optimizer), bench.go_on
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+bad_state = functools.partial(bad, phases=("after", "accumulating"))
+
+
+def saved_by(bench: Bench, heads: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of a run with other heads, after an epoch under the same optimizer."""
+    engine = BayesAgg(None, heads, pretrain_epochs=0)
+    h = nn.Linear(bench.x.shape[1], next(iter(heads.values())).in_features).to(bench.x)(bench.x)
+    losses = {}
+    for name, head in heads.items():
+        like = {"regression": "reg", "binary": "bin", "multiclass": "cls"}[head.kind]
+        losses[name] = LOSSES[like](head.module.to(bench.x)(h), bench.labels[like])
+    engine.backward(losses)
+    engine.end_epoch()
+    own = {"engine": engine.get_extra_state(), "steps": 0}
+    return {**bench.optimizer.base_optimizer.state_dict(), "bayesagg": own}
+
+
+REG, BIN, CLS = RegressionHead, BinaryHead, MulticlassHead
+
+
+def linear(outputs: int, **kwargs: Any) -> nn.Linear:
+    """Without a trace in the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        return nn.Linear(kwargs.pop("width", WIDTH), outputs, **kwargs)
+
+
+@bad_state(
+    CheckpointError,
+    "other heads",
+    "same heads, in the same order",
+    names=lambda: {"other": REG(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
+    fewer=lambda: {"reg": REG(linear(2)), "bin": BIN(linear(2))},
+    order=lambda: {"bin": BIN(linear(2)), "reg": REG(linear(2)), "cls": CLS(linear(3))},
+    kind=lambda: {"reg": BIN(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
+    bias=lambda: {
+        "reg": REG(linear(2, bias=False)),
+        "bin": BIN(linear(2)),
+        "cls": CLS(linear(3)),
+    },
+    width=lambda: {
+        "reg": REG(linear(2, width=3)),
+        "bin": BIN(linear(2, width=3)),
+        "cls": CLS(linear(3, width=3)),
+    },
+)
+def checkpoint_is_of_other_heads(bench, heads):
+    state = saved_by(bench, heads())
+    return functools.partial(bench.optimizer.load_state_dict, state), bench.go_on
+
+
+@bad_state(CheckpointError, "moments|settings|other heads")
+def checkpoint_is_of_other_moments(bench):
+    """Heads that are computed together share a posterior's layout."""
+    net = make_net(bench.x.device, bench.x.dtype, outputs={"one": 2, "two": 2})
+    sampled = {"moments": "monte_carlo"}
+    saved = {"one": BIN(net.heads["one"]), "two": BIN(net.heads["two"])}
+    ours = {"one": BIN(net.heads["one"]), "two": BIN(net.heads["two"], **sampled)}
+    bench.use(net, heads=ours)
+    state = saved_by(bench, saved)
+
+    def go_on():
+        out = net(bench.x)
+        y = bench.labels["bin"]
+        bench.optimizer.step({n: F.binary_cross_entropy_with_logits(z, y) for n, z in out.items()})
+
+    go_on()
+    return functools.partial(bench.optimizer.load_state_dict, state), go_on
+
+
+@bad_state(CheckpointError, "order")
+def checkpoint_has_like_heads_in_another_order(bench):
+    """Nothing but the order tells whose posterior is whose."""
+    net = make_net(bench.x.device, bench.x.dtype, outputs={"one": 2, "two": 2})
+    heads = {name: REG(module) for name, module in net.heads.items()}
+    bench.use(net, heads=heads)
+    state = saved_by(bench, dict(reversed(heads.items())))
+
+    def go_on():
+        out = net(bench.x)
+        y = bench.labels["reg"]
+        bench.optimizer.step({n: F.mse_loss(z, y) for n, z in out.items()})
+
+    go_on()
+    return functools.partial(bench.optimizer.load_state_dict, state), go_on
+
+
+@bad_state(CheckpointError, "plain optimizer", r"base_optimizer\.load_state_dict")
+def checkpoint_is_of_a_plain_optimizer(bench):
+    state = bench.optimizer.base_optimizer.state_dict()
+    return functools.partial(bench.optimizer.load_state_dict, state), bench.go_on
+
+
+@bad_state(
+    CheckpointError,
+    "checkpoint",
+    empty=lambda own: {},
+    no_engine=lambda own: {"steps": own["steps"]},
+    no_steps=lambda own: {"engine": own["engine"]},
+    no_blocks=lambda own: {**own, "engine": {**own["engine"], "blocks": []}},
+    other_layout=lambda own: {
+        **own,
+        "engine": {k: v for k, v in own["engine"].items() if k != "draws"},
+    },
+    null=lambda own: None,
+)
+def checkpoint_is_incomplete(bench, change):
+    state = bench.optimizer.state_dict()
+    state["bayesagg"] = change(state["bayesagg"])
+    return functools.partial(bench.optimizer.load_state_dict, state), bench.go_on
+
+
+@bad_state(ValueError, "parameter group")
+def checkpoint_is_of_another_base(bench):
+    """Refused by the base, after the posterior was found good."""
+    other_net = make_net(bench.x.device, bench.x.dtype, seed=3)
+    base = torch.optim.SGD([{"params": [p]} for p in other_net.parameters()], 0.1)
+    other = wrap(other_net, base, settings=QUICK)
+    train(other_net, other, 4)
+    state = other.state_dict()
+    return functools.partial(bench.optimizer.load_state_dict, state), bench.go_on
+
+
+# --- the test ------------------------------------------------------------------------------------
+
+_TRAINED: dict[Any, Any] = {}
+
+
+def make_bench(phase: str, device: torch.device, dtype: torch.dtype) -> Bench:
+    """A copy of a run that was trained once, with its gradients."""
+    key = (phase, device, dtype)
+    if key not in _TRAINED:
+        net = make_net(device, dtype)
+        net.trunk[2] = nn.ReLU()  # which lets infinities through
+        optimizer = wrap(net, "momentum", settings=QUICK)
+        train(net, optimizer, PHASES[phase])
+        net.trunk[1].eval()  # every datum by itself
+        _TRAINED[key] = net, optimizer
+    net, optimizer = copy.deepcopy(_TRAINED[key])
+    for p, q in zip(net.parameters(), _TRAINED[key][0].parameters(), strict=True):
+        p.grad = None if q.grad is None else q.grad.clone()
+    bench = Bench(net, optimizer, *make_batch(device, dtype, seed=50))
+    if phase == "accumulating":
+        optimizer.backward(bench.losses())
+    return bench
+
+
+def test_cases_have_names_of_their_own():
+    names = [case.name for case in CASES]
+    assert len(names) > 100
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
+@pytest.mark.parametrize(
+    ("case", "phase"),
+    [pytest.param(c, phase, id=f"{c.name}-{phase}") for c in CASES for phase in c.phases],
+)
+def test_bad_input(case, phase, device, dtype):
+    """Its own error, its message, no change, and training goes on as if nothing had happened."""
+    results = []
+    for wrong in (True, False):
+        torch.manual_seed(0)
+        bench = make_bench(phase, device, dtype)
+        call, good = case.prepare(bench)
+        if wrong:
+            before = snapshot(bench.net, bench.optimizer)
+            with pytest.raises(case.error) as caught:
+                call()
+            assert type(caught.value) is case.error
+            for pattern in case.says:
+                assert re.search(pattern, str(caught.value)), (pattern, str(caught.value))
+            assert_same(before, snapshot(bench.net, bench.optimizer))
+        torch.manual_seed(0)
+        good()
+        results.append(snapshot(bench.net, bench.optimizer))
+    if good is not nothing:
+        assert difference(before["parameters"], results[0]["parameters"]) is not None
+    assert_finite(results[0]["parameters"])
+    assert_same(*results)

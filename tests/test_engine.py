@@ -1,0 +1,909 @@
+"""The engine over whole training runs: what it watches, what it leaves alone, what it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
+
+from bayesagg import BayesAgg, BayesAggWrapper, RegressionHead
+from bayesagg.errors import CaptureError
+from tests.helpers import (
+    OPTIMIZERS,
+    OUTPUTS,
+    QUICK,
+    SAMPLED,
+    WIDTH,
+    assert_finite,
+    assert_same,
+    difference,
+    gradients,
+    make_batch,
+    make_heads,
+    make_losses,
+    make_net,
+    snapshot,
+    tensors_of,
+    train,
+    train_step,
+    wrap,
+)
+
+
+@pytest.fixture
+def net(device, dtype):
+    return make_net(device, dtype)
+
+
+@pytest.fixture
+def batch(device, dtype):
+    return make_batch(device, dtype, seed=99)
+
+
+def plain_net(device, dtype, outputs=OUTPUTS, **kwargs):
+    """Every datum by itself: no batch normalisation."""
+    return make_net(
+        device,
+        dtype,
+        outputs=outputs,
+        trunk=lambda: nn.Sequential(nn.Linear(5, WIDTH), nn.Tanh()),
+        **kwargs,
+    )
+
+
+# --- what leaves no trace ------------------------------------------------------------------------
+
+
+def evaluate(net, x, mode):
+    """A forward pass without training; the features it made, seen weakly."""
+    seen = []
+    handle = net.trunk.register_forward_hook(lambda m, a, h: seen.append(weakref.ref(h)))
+    net.train("eval" not in mode)
+    contexts = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+    with contexts.get(mode.removeprefix("eval_"), contextlib.nullcontext)():
+        out = net(x)
+    net.train()
+    handle.remove()
+    assert out["reg"].requires_grad == (mode == "eval")
+    return seen[0]
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "inference", "eval_no_grad"])
+@pytest.mark.parametrize("when", ["between_steps", "between_forward_and_backward"])
+def test_evaluation_leaves_no_trace(when, mode, device, dtype, batch):
+    """Neither in the state nor in memory; the training forward pass before it still counts."""
+    x, labels = batch
+    results = []
+    for evaluated in (False, True):
+        net = plain_net(device, dtype)
+        optimizer = wrap(net, settings=QUICK)
+        train(net, optimizer, 4)
+        losses = make_losses(net(x), labels) if when == "between_forward_and_backward" else None
+        if evaluated:
+            before = snapshot(net, optimizer)
+            assert evaluate(net, x + 1, mode)() is None
+            assert_same(before, snapshot(net, optimizer))
+        optimizer.step(losses or make_losses(net(x), labels))
+        results.append(snapshot(net, optimizer))
+    assert_same(*results)
+
+
+def test_a_step_keeps_nothing_of_its_graph(net, batch):
+    """Features and outputs are freed with the last reference of the user."""
+    x, labels = batch
+    optimizer = wrap(net, settings=QUICK)
+    seen = []
+    for module in (net.trunk, *net.heads.values()):
+        module.register_forward_hook(lambda m, a, out: seen.append(weakref.ref(out)))
+    for _ in range(5):
+        optimizer.step(make_losses(net(x), labels))
+        assert len(seen) == 4
+        assert [ref() for ref in seen] == [None] * 4
+        seen.clear()
+
+
+def test_a_forward_pass_replaces_the_one_before(net, batch):
+    """A training forward pass that no step uses is dropped when the next one runs."""
+    x, labels = batch
+    optimizer = wrap(net)
+    seen = []
+    net.trunk.register_forward_hook(lambda m, a, h: seen.append(weakref.ref(h)))
+    net(x)
+    net(x)
+    assert seen[0]() is None
+    optimizer.step(make_losses(net(x), labels))
+    assert [ref() for ref in seen] == [None] * 3
+
+
+# --- who takes part ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
+@pytest.mark.parametrize("absent", [["reg"], ["bin"], ["cls"], ["reg", "cls"]], ids="-".join)
+def test_absent_tasks_take_no_part(absent, steps, net, device, dtype, batch):
+    """No gradient, no evidence, no say: the step is that of an engine without them."""
+    x, labels = batch
+    kept = [name for name in OUTPUTS if name not in absent]
+    optimizer = wrap(net, "sgd")
+    train(net, optimizer, steps)
+    other_net = copy.deepcopy(net)
+    heads = {name: head for name, head in make_heads(other_net).items() if name in kept}
+    other = wrap(other_net, "sgd", heads=heads)
+    state = optimizer.state_dict()["bayesagg"]["engine"]
+    engine = other.engine.get_extra_state()
+    kinds = list(OUTPUTS)
+    engine.update(epoch=state["epoch"], draws=state["draws"], batches=state["batches"])
+    engine["blocks"] = [state["blocks"][kinds.index(name)] for name in kept]
+    other.engine.set_extra_state(engine)
+
+    before = state["blocks"]
+    found = []
+    for a_net, an_optimizer in ((net, optimizer), (other_net, other)):
+        a_net.zero_grad()
+        losses = make_losses(a_net(x), labels)
+        an_optimizer.step({name: losses[name] for name in kept})
+        found.append(gradients(a_net))
+    torch.testing.assert_close(found[0], found[1])
+    for name, gradient in found[0].items():
+        if name.split(".")[1] in absent:
+            assert gradient is None
+    blocks = optimizer.state_dict()["bayesagg"]["engine"]["blocks"]
+    for name, old, new in zip(kinds, before, blocks, strict=True):
+        seen = new["running"]["count"] - old["running"]["count"]
+        assert (seen == (0 if name in absent else len(x))).all()
+        unchanged = difference(old["running"]["shift"], new["running"]["shift"]) is None
+        assert unchanged == (name in absent)
+    weights = optimizer.task_weights
+    if steps == 4:
+        assert all(not weights[name].any() for name in absent)
+    assert sum(w.sum() for w in weights.values()).item() == pytest.approx(1)
+
+
+def test_a_task_that_is_always_absent_keeps_its_head_and_its_prior(net, batch):
+    x, labels = batch
+    optimizer = wrap(net, "momentum", settings=SAMPLED, steps_per_epoch=1)
+    head = net.heads["reg"]
+    before = [p.detach().clone() for p in head.parameters()]
+    for _ in range(4):
+        optimizer.zero_grad()
+        losses = make_losses(net(x), labels)
+        optimizer.step({"bin": losses["bin"], "cls": losses["cls"]})
+        for old, p in zip(before, head.parameters(), strict=True):
+            assert torch.equal(old, p)
+            assert p.grad is None
+
+
+def test_a_task_keeps_its_evidence_through_an_epoch_without_labels(net, batch):
+    x, labels = batch
+    optimizer = wrap(net, "sgd", settings=SAMPLED, steps_per_epoch=1)
+    optimizer.step(make_losses(net(x), labels))
+    first = optimizer.state_dict()["bayesagg"]["engine"]["blocks"]
+    losses = make_losses(net(x), labels)
+    optimizer.step({"bin": losses["bin"]})
+    second = optimizer.state_dict()["bayesagg"]["engine"]["blocks"]
+    for key, value in first[0]["full"].items():  # perhaps one covariance per output now
+        kept = second[0]["full"][key]
+        assert torch.equal(kept, value.expand_as(kept))
+    assert difference(first[1], second[1]) is not None
+    assert difference(first[2], second[2]) is None
+
+
+def masked_losses(out, labels, present):
+    """The mean over the data with a label, divided as for the whole batch."""
+    losses = {}
+    for name, z in out.items():
+        keep = present[name]
+        size = keep.numel()
+        if name == "cls":
+            losses[name] = F.cross_entropy(z, labels[name], reduction="none")[keep].sum() / size
+        else:
+            loss = make_losses({name: z}, {name: labels[name].nan_to_num()}, "none")[name]
+            losses[name] = loss[keep].sum() / size
+    return losses
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
+@pytest.mark.parametrize("given", ["targets", "recovered"])
+def test_missing_labels(given, steps, device, dtype):
+    """NaN and -100 in targets, or no gradient: no evidence and no say for those data alone."""
+    net = plain_net(device, dtype)
+    optimizer = wrap(net, "sgd")
+    train(net, optimizer, steps)
+    start = copy.deepcopy((net, optimizer))
+    x, labels = make_batch(device, dtype, seed=9)
+    present = {name: torch.ones_like(y, dtype=torch.bool) for name, y in labels.items()}
+    present["reg"][1, 0] = present["reg"][2] = present["bin"][2] = present["cls"][2:4] = False
+    targets = {name: y.clone() for name, y in labels.items()}
+    targets["reg"][~present["reg"]] = torch.nan
+    targets["bin"][~present["bin"]] = torch.nan
+    targets["cls"][~present["cls"]] = -100
+    optimizer.zero_grad()
+    features = net.trunk(x)
+    features.retain_grad()
+    out = {name: head(features) for name, head in net.heads.items()}
+    losses = masked_losses(out, labels, present)
+    optimizer.step(losses, targets=targets if given == "targets" else None)
+    assert [bool(row.any()) for row in features.grad] == [True, True, False, True, True, True]
+    counts = [b["running"]["count"] for b in optimizer.state_dict()["bayesagg"]["engine"]["blocks"]]
+    old = [b["running"]["count"] for b in start[1].state_dict()["bayesagg"]["engine"]["blocks"]]
+    seen = [(a - b).tolist() for a, b in zip(counts, old, strict=True)]
+    assert seen == [[4, 5], [5, 5], [4]]
+    assert_finite(gradients(net))
+
+
+@pytest.mark.parametrize("name", ["reg", "bin", "cls"])
+def test_missing_labels_of_one_task_are_a_smaller_batch(name, device, dtype):
+    """With a single task, data without a label might as well not be there."""
+    results = []
+    for drop in (False, True):
+        net = plain_net(device, dtype, {name: OUTPUTS[name]})
+        optimizer = wrap(net, "sgd", steps_per_epoch=2)
+        for index in range(6):
+            x, labels = make_batch(device, dtype, seed=index)
+            y = labels[name]
+            missing = torch.arange(len(x), device=device) % 3 == index % 3
+            optimizer.zero_grad()
+            if drop:
+                losses = make_losses(net(x[~missing]), {name: y[~missing]}, "sum")
+                optimizer.step(losses)
+                continue
+            out = net(x)[name]
+            losses = make_losses({name: out[~missing]}, {name: y[~missing]}, "sum")
+            y = y.clone()
+            y[missing] = -100 if name == "cls" else torch.nan
+            optimizer.step(losses, targets={name: y})
+        results.append((snapshot(net)["parameters"], optimizer.state_dict()["bayesagg"]))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    blocks = [[b["full"] for b in r[1]["engine"]["blocks"]] for r in results]
+    # one covariance per output where labels are missing, one for all where none are
+    for block in blocks[1]:
+        block["precision"] = block["precision"].expand_as(blocks[0][0]["precision"])
+    torch.testing.assert_close(*blocks)
+
+
+def test_ignore_index_needs_no_targets(device, dtype):
+    """``F.cross_entropy`` leaves the gradient of ignored data at zero."""
+    results = []
+    for given in (False, True):
+        net = plain_net(device, dtype, {"cls": 3})
+        optimizer = wrap(net, "sgd", steps_per_epoch=1)
+        for index in range(3):
+            x, labels = make_batch(device, dtype, seed=index, outputs={"cls": 3})
+            labels["cls"][::2] = -100
+            losses = make_losses(net(x), labels)
+            optimizer.step(losses, targets=labels if given else None)
+        results.append(snapshot(net, optimizer))
+    torch.testing.assert_close(results[0]["parameters"], results[1]["parameters"])
+    full = [r["optimizer"]["bayesagg"]["engine"]["blocks"][0]["full"] for r in results]
+    torch.testing.assert_close(*full)
+    assert full[0]["count"].tolist() == [3]
+
+
+def test_empty_targets_are_no_targets(net, batch):
+    x, labels = batch
+    optimizer = wrap(net)
+    optimizer.step(make_losses(net(x), labels), targets={})
+    assert net.trunk[0].weight.grad.any()
+
+
+# --- one of several, alone, apart ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["momentum", "adam"])
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["quadrature", "sampled"])
+def test_the_engine_alone_equals_the_wrapper(settings, base, device, dtype):
+    """Bit for bit, with an optimizer of one's own."""
+    nets = [make_net(device, dtype) for _ in range(2)]
+    wrapper = wrap(nets[0], base, settings=settings)
+    train(nets[0], wrapper, 8)
+    optimizer = OPTIMIZERS[base](nets[1].parameters())
+    engine = BayesAgg(nets[1].trunk, make_heads(nets[1], **settings))
+    for index in range(8):
+        x, labels = make_batch(device, dtype, seed=index)
+        optimizer.zero_grad()
+        total = engine.backward(make_losses(nets[1](x), labels))
+        assert not total.requires_grad
+        optimizer.step()
+        if index % 3 == 2:
+            engine.end_epoch()
+    ours, theirs = snapshot(nets[0], wrapper), snapshot(nets[1], optimizer)
+    assert difference(ours["optimizer"].pop("bayesagg")["engine"], engine.get_extra_state()) is None
+    for key in ("parameters", "gradients", "buffers", "optimizer"):
+        assert difference(ours[key], theirs[key]) is None, key
+
+
+class Module(nn.Module):
+    """A training module that owns network and engine, as trainers want it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.engine = BayesAgg(net.trunk, make_heads(net, **SAMPLED))
+
+
+def run(module, optimizer, steps):
+    """Steps of a :class:`Module`; three are an epoch."""
+    for index in steps:
+        like = next(module.parameters())
+        x, labels = make_batch(like.device, like.dtype, seed=index)
+        optimizer.zero_grad()
+        module.engine.backward(make_losses(module.net(x), labels))
+        optimizer.step()
+        if index % 3 == 2:
+            module.engine.end_epoch()
+
+
+def test_an_engine_as_attribute_registers_no_parameters(net):
+    """Nothing appears twice; what it knows is in the module's state under its own name."""
+    plain = set(net.state_dict())
+    module = Module(net)
+    assert len(list(module.parameters())) == len(list(net.parameters()))
+    assert set(module.state_dict()) == {f"net.{key}" for key in plain} | {"engine._extra_state"}
+    assert set(net.state_dict()) == plain
+    assert not list(module.engine.parameters()) and not list(module.engine.children())
+
+
+@pytest.mark.parametrize("stop", [2, 5, 6], ids=["pretraining", "mid_epoch", "end"])
+def test_an_engine_as_attribute_is_saved_with_the_module(stop, device, dtype):
+    """``state_dict`` and ``load_state_dict`` of the module carry the posterior, bit for bit."""
+    modules = [Module(make_net(device, dtype, seed=seed)) for seed in (0, 1)]
+    optimizers = [OPTIMIZERS["adam"](module.parameters()) for module in modules]
+    run(modules[0], optimizers[0], range(stop))
+    file = io.BytesIO()
+    torch.save([modules[0].state_dict(), optimizers[0].state_dict()], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    run(modules[1], optimizers[1], range(20, 24))
+    modules[1].load_state_dict(states[0])
+    optimizers[1].load_state_dict(states[1])
+    for module, optimizer in zip(modules, optimizers, strict=True):
+        run(module, optimizer, range(stop, 8))
+    states = [snapshot(m.net, o) for m, o in zip(modules, optimizers, strict=True)]
+    assert_same(*states, ignore=["defaults"])
+    assert difference(*[m.engine.get_extra_state() for m in modules]) is None
+
+
+def test_a_module_with_an_engine_can_be_copied(net, batch):
+    """The copy's engine watches the copy, and only that."""
+    module = Module(net)
+    optimizer = OPTIMIZERS["sgd"](module.parameters())
+    run(module, optimizer, range(4))
+    other = copy.deepcopy(module)
+    before = snapshot(net, module.engine)
+    run(other, OPTIMIZERS["sgd"](other.parameters()), range(4, 8))
+    assert_same(before, snapshot(net, module.engine))
+    run(module, optimizer, range(4, 8))
+    assert_same(snapshot(other.net, other.engine), snapshot(net, module.engine))
+
+
+def test_two_wrappers_do_not_touch_each_other(device, dtype):
+    """Two models trained in turns end as each does alone."""
+    alone = []
+    for seed in (0, 1):
+        net = make_net(device, dtype, seed=seed)
+        optimizer = wrap(net, settings=SAMPLED)
+        train(net, optimizer, range(seed, 8 + seed))
+        alone.append(snapshot(net, optimizer))
+    nets = [make_net(device, dtype, seed=seed) for seed in (0, 1)]
+    optimizers = [wrap(net, settings=SAMPLED) for net in nets]
+    for index in range(8):
+        batches = [make_batch(device, dtype, seed=index + which) for which in (0, 1)]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses = [make_losses(n(x), y) for n, (x, y) in zip(nets, batches, strict=True)]
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.step(loss)
+    for which in (0, 1):
+        assert_same(alone[which], snapshot(nets[which], optimizers[which]))
+
+
+# --- life of a wrapper ---------------------------------------------------------------------------
+
+
+def hooks(model):
+    return sum(
+        len(found)
+        for module in model.modules()
+        for found in (
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+        )
+    )
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_deleted_wrapper_removes_its_hooks(steps, net, batch):
+    """Hooks and posteriors go with the wrapper; the model remains as it was before."""
+    optimizer = wrap(net, settings=QUICK)
+    assert hooks(net) > 0
+    train(net, optimizer, steps)
+    out = net(batch[0])  # a forward pass that no step has used
+    refs = [weakref.ref(optimizer), weakref.ref(optimizer.engine)]
+    if steps:
+        state = optimizer.engine._blocks[0].running.precision
+        refs.append(weakref.ref(state))
+        del state
+    features = weakref.ref(optimizer.engine._capture.h)
+    del optimizer
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+    assert hooks(net) == 0
+    del out
+    assert features() is None
+
+
+def test_a_wrapper_and_its_model_are_freed_together(device, dtype):
+    net = make_net(device, dtype)
+    optimizer = wrap(net)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    train(net, optimizer, 1)
+    refs = [weakref.ref(net), weakref.ref(net.trunk), weakref.ref(optimizer)]
+    del net, optimizer
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+
+
+def test_a_failed_wrapper_leaves_no_hooks(net):
+    """Wrapping that fails at its last check leaves the model alone."""
+    with pytest.raises(ValueError, match="rule"):
+        wrap(net, rule="nash")
+    with pytest.raises(ValueError, match="steps_per_epoch"):
+        wrap(net, steps_per_epoch=0)
+    gc.collect()
+    assert hooks(net) == 0
+
+
+def test_a_wrapper_can_be_replaced(net, batch):
+    """As a notebook cell that is run twice does; the old one is gone."""
+    optimizer = wrap(net, settings=QUICK)
+    count = hooks(net)
+    optimizer = wrap(net, settings=QUICK)
+    gc.collect()
+    assert hooks(net) == count
+    train(net, optimizer, 4)
+
+
+def saved_whole(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "average": lambda net: AveragedModel(net).module,
+    "saved": saved_whole,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(COPIES))
+def test_a_copied_model_has_no_live_hook(kind, net, batch):
+    """An average or a saved model reports to nobody, in training mode too, and trains alone."""
+    x, labels = batch
+    optimizer = wrap(net, settings=QUICK)
+    train(net, optimizer, 4)
+    losses = make_losses(net(x), labels)
+    other = COPIES[kind](net)
+    before = snapshot(net, optimizer)
+    other.train()
+    sum(make_losses(other(x + 1), labels).values()).backward()
+    assert_same(before, snapshot(net, optimizer))
+    optimizer.step(losses)  # the forward pass of the original is still the last one
+    assert net.trunk[0].weight.grad.any()
+    ref = weakref.ref(optimizer)
+    del optimizer, losses
+    gc.collect()
+    assert ref() is None
+    other(x)
+
+
+@pytest.mark.parametrize("kind", sorted(COPIES))
+def test_a_copied_model_can_be_wrapped(kind, device, dtype):
+    """It trains as the original does, and carries no more hooks than it needs."""
+    net = make_net(device, dtype)
+    optimizer = wrap(net, settings=QUICK)
+    other = COPIES[kind](net)
+    other_optimizer = wrap(other, settings=QUICK)
+    assert hooks(other) == hooks(net)
+    for index in range(5):
+        train_step(net, optimizer, index)
+        train_step(other, other_optimizer, index)
+    assert_same(
+        snapshot(net, optimizer)["parameters"], snapshot(other, other_optimizer)["parameters"]
+    )
+    del optimizer, other_optimizer
+    gc.collect()
+    assert hooks(other) == hooks(net) == 0
+
+
+@pytest.mark.parametrize("where", ["trunk", "heads.reg"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
+def test_hooks_of_others_in_a_saved_model(wrapped, where, net, batch, monkeypatch):
+    """A hook of the user's gets the three arguments of any hook.
+
+    The process that loads a model counts its hooks from zero again, so that the user's may get a
+    number that was the wrapper's.
+    """
+    optimizer = wrap(net)
+    number = next(iter(net.get_submodule(where)._forward_hooks))
+    other = saved_whole(net)
+    wrappers = [optimizer, wrap(other)] if wrapped else [optimizer]
+    monkeypatch.setattr(RemovableHandle, "next_id", number)
+    seen = []
+
+    def hook(module, args, output):
+        seen.append(output)
+
+    other.get_submodule(where).register_forward_hook(hook)
+    other(batch[0])
+    assert len(seen) == len(wrappers[:1])
+
+
+# --- layouts -------------------------------------------------------------------------------------
+
+
+class Layout(nn.Module):
+    """The same network on ``[N, d]``, on ``[B, T, d]`` or, with 1×1 convolutions, on maps."""
+
+    def __init__(self, source: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        linear = source.trunk[0]
+        self.trunk = nn.Sequential(self._like(linear), nn.Tanh())
+        self.heads = nn.ModuleDict({n: self._like(head) for n, head in source.heads.items()})
+
+    def _like(self, linear: nn.Linear) -> nn.Module:
+        shape = {"conv1d": (1,), "conv2d": (1, 1), "conv3d": (1, 1, 1)}.get(self.kind)
+        if shape is None:
+            return copy.deepcopy(linear)
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(shape)]
+        module = conv(linear.in_features, linear.out_features, 1).to(linear.weight)
+        with torch.no_grad():
+            module.weight.copy_(linear.weight.view(*linear.weight.shape, *shape))
+            module.bias.copy_(linear.bias)
+        return module
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.trunk(x)
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+# batch 2 times 6 positions
+LAYOUTS = {
+    "tokens": lambda t: t.view(2, 6, -1),
+    "grid": lambda t: t.view(2, 3, 2, -1),
+    "conv1d": lambda t: t.view(2, 6, -1).movedim(-1, 1),
+    "conv2d": lambda t: t.view(2, 3, 2, -1).movedim(-1, 1),
+    "conv3d": lambda t: t.view(2, 3, 2, 1, -1).movedim(-1, 1),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LAYOUTS))
+@pytest.mark.parametrize("given", [False, True], ids=["recovered", "targets"])
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_layouts_equal_the_flattened_computation(covariance, given, kind, device, dtype):
+    """Every position is a datum."""
+    flat = plain_net(device, dtype)
+    other = Layout(flat, kind)
+    arguments = {"settings": SAMPLED, "covariance": covariance, "steps_per_epoch": 2}
+    optimizers = [wrap(net, "sgd", **arguments) for net in (flat, other)]
+    for index in range(5):
+        x, labels = make_batch(device, dtype, seed=index, size=12)
+        shaped = {name: LAYOUTS[kind](y) for name, y in labels.items()}
+        shaped["cls"] = shaped["cls"].squeeze(1 if kind.startswith("conv") else -1)
+        inputs = ((flat, x, labels), (other, LAYOUTS[kind](x), shaped))
+        for (net, x, labels), optimizer in zip(inputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            out = net(x)
+            assert out["cls"].shape[0] == len(x)
+            losses = make_losses({name: out[name] for name in ("reg", "bin")}, labels)
+            classes = out["cls"] if net is flat or kind.startswith("conv") else None
+            if classes is None:
+                classes = out["cls"].movedim(-1, 1)
+            losses["cls"] = F.cross_entropy(classes, labels["cls"])
+            optimizer.step(losses, targets=labels if given else None)
+        ours, theirs = ([g for g in gradients(net).values()] for net in (flat, other))
+        for one, two in zip(ours, theirs, strict=True):
+            assert (one is None) == (two is None)
+            if one is not None:
+                torch.testing.assert_close(one, two.view(one.shape))
+    blocks = [o.state_dict()["bayesagg"]["engine"]["blocks"] for o in optimizers]
+    assert blocks[0][0]["full"]["count"].tolist() == [24, 24]
+    torch.testing.assert_close(*blocks)
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
+def test_a_sequence_of_heads_is_named_by_number(steps, device, dtype):
+    """And takes losses in the same order, equal to a mapping."""
+    results = []
+    for kind in ("mapping", "sequence"):
+        net = make_net(device, dtype)
+        heads = list(make_heads(net, **QUICK).values())
+        optimizer = wrap(net, heads=heads)
+        assert list(optimizer.task_weights) == ["0", "1", "2"]
+        for index in range(steps + 1):
+            x, labels = make_batch(device, dtype, seed=index)
+            losses = list(make_losses(net(x), labels).values())
+            if kind == "mapping":
+                losses = dict(zip("012", losses, strict=True))
+            optimizer.step(losses)
+        results.append(snapshot(net, optimizer))
+    assert_same(*results)
+
+
+def test_heads_with_and_without_bias_go_together(device, dtype):
+    net = plain_net(device, dtype, {"reg": 2, "bin": 1, "cls": 3})
+    net.heads["bare"] = nn.Linear(WIDTH, 1, bias=False).to(net.trunk[0].weight)
+    heads = {**make_heads(Subset(net)), "bare": RegressionHead(net.heads["bare"])}
+    optimizer = BayesAggWrapper(OPTIMIZERS["sgd"](net.parameters()), net.trunk, heads)
+    for index in range(4):
+        x, labels = make_batch(device, dtype, seed=index, outputs={"reg": 2, "bin": 1, "cls": 3})
+        out = net(x)
+        losses = make_losses({name: out[name] for name in labels}, labels)
+        losses["bare"] = F.mse_loss(out["bare"], labels["reg"][:, :1])
+        before = net.heads["bare"].weight.detach().clone()
+        optimizer.step(losses)
+        optimizer.end_epoch()
+        assert not torch.equal(before, net.heads["bare"].weight)
+    assert_finite(gradients(net))
+
+
+class Subset:
+    """The heads that :func:`make_heads` knows."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.heads = {name: net.heads[name] for name in OUTPUTS}
+
+
+def test_the_hook_may_be_left_out(device, dtype):
+    """``shared_rep_hook=None`` takes what the heads receive: the same bits."""
+    results = []
+    for kwargs in ({}, {"shared_rep_hook": None}):
+        net = make_net(device, dtype)
+        optimizer = wrap(net, settings=SAMPLED, **kwargs)
+        train(net, optimizer, 5)
+        results.append(snapshot(net, optimizer))
+    assert_same(*results, ignore=["hooks"])
+
+
+def test_heads_called_with_a_keyword_are_refused(net, batch):
+    """Hooks do not see keyword arguments; the error says how to call the head."""
+    optimizer = wrap(net)
+    h = net.trunk(batch[0])
+    with pytest.raises(CaptureError, match=r"head 'reg'.*first positional argument"):
+        net.heads["reg"](input=h)
+    train(net, optimizer, 1)
+    assert net.trunk[0].weight.grad.any()
+
+
+# --- one backward pass ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tasks", [1, 7])
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_one_backward_pass_through_the_trunk(covariance, tasks, device, dtype, batch):
+    """Whatever the number of tasks, before and after pre-training."""
+    net = plain_net(device, dtype, {f"t{k}": 1 for k in range(tasks)})
+    heads = {name: RegressionHead(module) for name, module in net.heads.items()}
+    optimizer = wrap(net, "sgd", heads=heads, steps_per_epoch=1, covariance=covariance)
+    passes = []
+    net.trunk[0].weight.register_hook(lambda g: passes.append(g))
+    x, labels = batch
+    for step in range(3):
+        out = net(x)
+        optimizer.step({n: F.mse_loss(z, labels["reg"][:, :1]) for n, z in out.items()})
+        assert len(passes) == step + 1
+
+
+# --- epochs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 3])
+@pytest.mark.parametrize("manual", [False, True], ids=["counted", "manual"])
+def test_pretraining_is_linear_scalarization(manual, epochs, device, dtype):
+    """The gradients of the sum of the losses exactly, for that many epochs and no longer."""
+    net = make_net(device, dtype)
+    steps = None if manual else 2
+    optimizer = wrap(net, "sgd", settings=SAMPLED, steps_per_epoch=steps, pretrain_epochs=epochs)
+    for index in range(2 * epochs + 2):
+        assert optimizer.engine.epoch == index // 2
+        assert optimizer.engine.pretraining == (index < 2 * epochs)
+        x, labels = make_batch(device, dtype, seed=index)
+        optimizer.zero_grad()
+        sum(make_losses(net(x), labels).values()).backward()
+        plain = gradients(net)
+        optimizer.zero_grad()
+        optimizer.backward(make_losses(net(x), labels))
+        ours = gradients(net)
+        if index < 2 * epochs:
+            assert difference(plain, ours) is None
+        else:
+            assert not torch.allclose(plain["trunk.0.weight"], ours["trunk.0.weight"])
+            assert ours["heads.reg.weight"] is None
+        optimizer.step()
+        if manual and index % 2:
+            optimizer.end_epoch()
+
+
+def test_the_last_epoch_of_pretraining_is_the_prior(device, dtype):
+    """Of several epochs of linear scalarization, only the last one's evidence is kept."""
+    net = make_net(device, dtype)
+    optimizer = wrap(net, "sgd", pretrain_epochs=2)
+    features = []
+    net.trunk.register_forward_hook(lambda m, a, h: features.append(h.detach()))
+    train(net, optimizer, 6)
+    h = torch.cat(features[3:])
+    h = torch.cat([h, torch.ones_like(h[:, :1])], 1)
+    full = optimizer.state_dict()["bayesagg"]["engine"]["blocks"][0]["full"]
+    torch.testing.assert_close(full["precision"][0], (h.mT @ h).to(full["precision"]))
+    assert full["count"].tolist() == [18, 18]
+
+
+def test_without_a_number_of_steps_epochs_end_by_hand(net):
+    optimizer = wrap(net, settings=SAMPLED, steps_per_epoch=None)
+    train(net, optimizer, 5)
+    assert optimizer.engine.epoch == 0
+    optimizer.end_epoch()
+    assert optimizer.engine.epoch == 1
+    optimizer.end_epoch()  # without a step in between
+    assert optimizer.engine.epoch == 1
+    train(net, optimizer, 1)
+    optimizer.end_epoch()
+    assert optimizer.engine.epoch == 2
+    blocks = optimizer.state_dict()["bayesagg"]["engine"]["blocks"]
+    assert [block["full"]["count"].tolist() for block in blocks] == [[6, 6], [6, 6], [6]]
+    assert [block["running"] for block in blocks] == [None] * 3
+
+
+def test_an_epoch_may_be_ended_early(net):
+    """``end_epoch`` also starts the count of steps anew."""
+    optimizer = wrap(net, settings=SAMPLED, steps_per_epoch=3)
+    train(net, optimizer, 2)
+    optimizer.end_epoch()
+    train(net, optimizer, 2)
+    assert optimizer.engine.epoch == 1
+    train(net, optimizer, 1)
+    assert optimizer.engine.epoch == 2
+
+
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_uniform_weights_scale(scale, device, dtype, batch):
+    """With s = 0 the sum is K times the mean, and weights are uniform."""
+    settings = {name: {"s": 0.0} for name in OUTPUTS}
+    found = {}
+    for kind in ("sum", "mean"):
+        net = make_net(device, dtype)
+        optimizer = wrap(net, "sgd", settings=settings, pretrain_epochs=0, gradient_scale=kind)
+        x, labels = batch
+        optimizer.step(make_losses(net(x), labels))
+        found[kind] = net.trunk[0].weight.grad
+        for weights in optimizer.task_weights.values():
+            torch.testing.assert_close(weights, torch.full_like(weights, 0.2))
+    factor = {"sum": 5, "mean": 1}[scale]
+    torch.testing.assert_close(found[scale], factor * found["mean"])
+
+
+# --- hard numbers --------------------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """A trunk that passes its inputs through, so that features are known."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+WIDE = 6
+FEATURES = {
+    "normal": lambda x: x,
+    "constant": lambda x: torch.full_like(x, 0.7),
+    "constant_datum": lambda x: x[:1].expand_as(x),
+    "duplicated": lambda x: x[:, :1].expand_as(x),
+    "zero": lambda x: torch.zeros_like(x),
+    "one_datum": lambda x: x[:1],
+    "fewer_data_than_dimensions": lambda x: x[:3],
+    "tiny": lambda x: x * 1e-6,
+    "huge": lambda x: x * 1e6,
+    "mixed_scales": lambda x: x * torch.logspace(-6, 6, x.shape[1]).to(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::bayesagg.errors.NumericalWarning")
+@pytest.mark.parametrize("kind", sorted(FEATURES))
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(
+    ("covariance", "noise"), [("diagonal", 1.0), ("diagonal", "learned"), ("full", 1.0)]
+)
+def test_hard_features(covariance, noise, bias, kind, device, dtype):
+    """No NaN and no infinity in anything that a run leaves behind."""
+    net = make_net(device, dtype, trunk=lambda: Fixed(WIDE), width=WIDE, bias=bias)
+    settings = {**SAMPLED, "reg": {"noise_variance": noise}}
+    settings["cls"] = {}
+    optimizer = wrap(net, "adam", settings=settings, steps_per_epoch=1, covariance=covariance)
+    for index in range(4):
+        x, labels = make_batch(device, dtype, seed=index, inputs=WIDE)
+        x = FEATURES[kind](x)
+        labels = {name: y[: len(x)] for name, y in labels.items()}
+        optimizer.zero_grad()
+        optimizer.step(make_losses(net(x), labels))
+        assert_finite(snapshot(net, optimizer)["gradients"])
+    assert_finite(snapshot(net, optimizer))
+
+
+@pytest.mark.filterwarnings("ignore::bayesagg.errors.NumericalWarning")
+@pytest.mark.parametrize("size", [1e2, 1e4])
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+@pytest.mark.parametrize("readout", ["gradient", "posterior"])
+@pytest.mark.parametrize("single", [True, False], ids=["float32", "float64"])
+def test_saturated_logits(single, readout, right, size, device):
+    """Certain of everything, rightly or wrongly: labels, posterior and gradients stay finite."""
+    dtype = torch.float32 if single else torch.float64
+    outputs = {"bin": 2, "cls": 3}
+    net = make_net(device, dtype, outputs=outputs, trunk=lambda: Fixed(WIDE), width=WIDE)
+    with torch.no_grad():
+        for head in net.heads.values():
+            head.weight *= size
+    settings = {name: {"readout": readout} for name in outputs}
+    optimizer = wrap(net, "adam", settings=settings, steps_per_epoch=1)
+    for index in range(4):
+        x, _ = make_batch(device, dtype, seed=index, inputs=WIDE)
+        out = net(x)
+        labels = {"bin": (out["bin"] > 0).to(x), "cls": out["cls"].argmax(1)}
+        if not right:
+            labels = {"bin": 1 - labels["bin"], "cls": out["cls"].argmin(1)}
+        optimizer.zero_grad()
+        optimizer.step(make_losses(out, labels))
+        assert_finite(snapshot(net, optimizer)["gradients"])
+    assert_finite(snapshot(net, optimizer))
+
+
+@pytest.mark.parametrize("s", [0.0, 1.0, 20.0])
+def test_exponents(s, net, batch):
+    """Weights sum to one, however far apart the precisions are."""
+    settings = {name: {"s": s} for name in OUTPUTS}
+    optimizer = wrap(net, settings=settings, steps_per_epoch=1)
+    train(net, optimizer, 3)
+    weights = torch.cat([w.reshape(-1) for w in optimizer.task_weights.values()])
+    assert_finite(snapshot(net, optimizer))
+    assert weights.sum().item() == pytest.approx(1)
+    assert (weights >= 0).all()
+
+
+# --- soak ----------------------------------------------------------------------------------------
+
+
+def live_tensors():
+    gc.collect()
+    return sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+
+
+def test_hundreds_of_steps_keep_no_more_than_a_few(device, dtype):
+    """The number of living tensors and the size of the state do not grow."""
+    net = plain_net(device, dtype)
+    optimizer = wrap(net, settings=SAMPLED, steps_per_epoch=10)
+    counts, sizes = [], []
+    for index in range(300):
+        train_step(net, optimizer, index)
+        if index % 100 == 55:
+            counts.append(live_tensors())
+            sizes.append(sum(t.numel() for t in tensors_of(optimizer.state_dict())))
+    assert counts[1:] == counts[:1] * 2
+    assert sizes[1:] == sizes[:1] * 2
+    assert optimizer.engine.epoch == 30
+    assert_finite(snapshot(net, optimizer))

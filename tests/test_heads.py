@@ -1,0 +1,143 @@
+"""Descriptions of heads: what is accepted, what is read from a module and what is written to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from bayesagg import BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.errors import BayesAggError, HeadError
+from bayesagg.heads import named_heads
+
+KINDS = [RegressionHead, BinaryHead, MulticlassHead]
+MODULES = {
+    "linear": lambda bias: nn.Linear(4, 3, bias=bias),
+    "conv1d": lambda bias: nn.Conv1d(4, 3, 1, bias=bias),
+    "conv2d": lambda bias: nn.Conv2d(4, 3, 1, bias=bias, padding="valid"),
+    "conv3d": lambda bias: nn.Conv3d(4, 3, 1, bias=bias, dilation=2),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["bias", "no_bias"])
+def bias(request):
+    return request.param
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_describes_its_module(kind, module, bias):
+    linear = MODULES[module](bias)
+    head = kind(linear)
+    assert (head.in_features, head.out_features, head.has_bias) == (4, 3, bias)
+    assert head.channels_first == (module != "linear")
+    assert head.num_tasks == (1 if kind is MulticlassHead else 3)
+    assert head.linear is linear and head.module is linear
+    assert len(head.parameters()) == 1 + bias
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_weights_are_read_and_written_with_the_bias_last(module, bias, device, dtype):
+    """What is written is what the module then computes, in its own dtype and place."""
+    linear = MODULES[module](bias).to(device=device, dtype=dtype)
+    head = RegressionHead(linear)
+    before = [p.data_ptr() for p in linear.parameters()]
+    weights = torch.randn(3, 4 + bias, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        head.write(weights)
+    assert [p.data_ptr() for p in linear.parameters()] == before
+    torch.testing.assert_close(head.weights(), weights.to(dtype), rtol=0, atol=0)
+    assert not head.weights().requires_grad
+    x = torch.randn(2, 4, dtype=dtype, device=device)
+    expected = x @ head.weights()[:, :4].mT + (head.weights()[:, -1] if bias else 0)
+    shape = x if module == "linear" else x[(...,) + (None,) * int(module[4])]
+    torch.testing.assert_close(linear(shape).flatten(1), expected)
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_a_parametrized_head_can_be_read(name):
+    linear = getattr(parametrizations, name)(nn.Linear(4, 3))
+    head = BinaryHead(linear)
+    torch.testing.assert_close(head.weights()[:, :4], linear.weight.detach())
+    with pytest.raises(HeadError, match="parametrization"):
+        RegressionHead(linear)
+
+
+def test_defaults_are_those_of_the_paper():
+    """Regression heads are read out from the posterior, classification heads are trained."""
+    linear = nn.Linear(4, 3)
+    assert RegressionHead(linear).readout == "posterior"
+    assert BinaryHead(linear).readout == MulticlassHead(linear).readout == "gradient"
+    assert BinaryHead(linear).moments == MulticlassHead(linear).moments == "quadrature"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_are_keywords_and_fixed(kind):
+    """A posterior that was computed under them does not change under its feet."""
+    linear = nn.Linear(4, 3)
+    with pytest.raises(TypeError):
+        kind(linear, 0.5)
+    head = kind(linear, s=1, prior_variance=2, readout="gradient")
+    assert (head.s, head.prior_variance, head.readout) == (1, 2, "gradient")
+    for setting, value in (("s", 2.0), ("prior_variance", 1.0), ("module", linear)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(head, setting, value)
+
+
+@pytest.mark.parametrize("noise_variance", [1, 0.5, "learned"])
+def test_noise_variance_is_of_regression_alone(noise_variance):
+    linear = nn.Linear(4, 3)
+    assert RegressionHead(linear, noise_variance=noise_variance).noise_variance == noise_variance
+    for kind in (BinaryHead, MulticlassHead):
+        with pytest.raises(TypeError, match="noise_variance"):
+            kind(linear, noise_variance=noise_variance)
+
+
+@pytest.mark.parametrize("kind", [BinaryHead, MulticlassHead])
+def test_moments_are_of_classification_alone(kind):
+    linear = nn.Linear(4, 3)
+    head = kind(linear, moments="monte_carlo", num_samples=2)
+    assert (head.moments, head.num_samples) == ("monte_carlo", 2)
+    for setting in ({"moments": "monte_carlo"}, {"num_samples": 8}):
+        with pytest.raises(TypeError):
+            RegressionHead(linear, **setting)
+
+
+def test_a_head_that_is_initialised_by_a_forward_pass():
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(HeadError, match="lazy"):
+        BinaryHead(lazy)
+    lazy(torch.zeros(2, 4))
+    assert BinaryHead(lazy).in_features == 4
+
+
+def test_subclasses_of_linear_modules_are_linear():
+    class Mine(nn.Linear):
+        pass
+
+    assert RegressionHead(Mine(4, 3)).in_features == 4
+
+
+def test_names_and_order_are_kept():
+    heads = {"b": RegressionHead(nn.Linear(4, 1)), "a": BinaryHead(nn.Linear(4, 2))}
+    assert list(named_heads(heads)) == ["b", "a"]
+    assert named_heads(heads) is not heads
+    assert list(named_heads(list(heads.values()))) == ["0", "1"]
+    assert named_heads(tuple(heads.values()))["1"] is heads["a"]
+
+
+def test_one_module_under_two_descriptions_is_refused():
+    linear = nn.Linear(4, 2)
+    with pytest.raises(HeadError, match=r"'a' and 'b' share one module"):
+        named_heads({"a": RegressionHead(linear), "b": BinaryHead(linear)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_are_of_two_families(kind):
+    """Caught as the library's or as Python's."""
+    for family in (BayesAggError, ValueError):
+        with pytest.raises(family):
+            kind(nn.ReLU())

@@ -1,0 +1,950 @@
+"""The wrapper is an optimizer like any other: schedulers, checkpoints, hooks, copies, scalers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from bayesagg import BayesAgg, BayesAggWrapper
+from bayesagg.posterior import augment
+from tests.helpers import (
+    OPTIMIZERS,
+    QUICK,
+    SAMPLED,
+    assert_finite,
+    assert_same,
+    difference,
+    gradients,
+    make_batch,
+    make_heads,
+    make_losses,
+    make_net,
+    snapshot,
+    train,
+    train_step,
+    wrap,
+)
+
+BASES = sorted(OPTIMIZERS)
+PLAIN_BASES = [name for name in BASES if name != "lbfgs"]  # those that need no closure
+SETTINGS = {
+    "default": {},
+    "learned_noise": {"reg": {"noise_variance": "learned"}},
+    "monte_carlo": SAMPLED,
+    "posterior_readout": {name: {"readout": "posterior"} for name in ("reg", "bin", "cls")},
+    "gradient_readout": {"reg": {"readout": "gradient"}},
+}
+
+
+@pytest.fixture
+def net(device, dtype):
+    return make_net(device, dtype)
+
+
+@pytest.fixture
+def batch(device, dtype):
+    return make_batch(device, dtype, seed=99)
+
+
+def saved_and_loaded(state):
+    """Through a file, as a checkpoint is read by default: no arbitrary objects."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# --- the class -----------------------------------------------------------------------------------
+
+
+def test_it_is_an_optimizer_and_says_what_it_wraps(net):
+    optimizer = wrap(net, "adamw")
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    for part in ("BayesAggWrapper", "AdamW", "regression 4 -> 2", "multiclass 4 -> 3", "lr: 0.01"):
+        assert part in repr(optimizer)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_groups_state_and_defaults_are_those_of_the_base(base, net):
+    """Live objects, before and after everything that replaces them."""
+    optimizer = wrap(net, base, settings=QUICK)
+
+    def same():
+        inner = optimizer.base_optimizer
+        return (
+            optimizer.param_groups is inner.param_groups
+            and optimizer.state is inner.state
+            and optimizer.defaults is inner.defaults
+        )
+
+    assert same()
+    train(net, optimizer, 2, closure=base == "lbfgs")
+    assert same()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert same()
+    optimizer.param_groups[0]["lr"] = 0.125
+    assert optimizer.base_optimizer.param_groups[0]["lr"] == 0.125
+    optimizer.base_optimizer.load_state_dict(optimizer.base_optimizer.state_dict())
+    assert same()
+    assert len(optimizer.state) == len(optimizer.base_optimizer.state) > 0 or base == "sgd"
+
+
+def test_assigned_groups_state_and_defaults_reach_the_base(net):
+    """As checkpoint libraries assign them."""
+    optimizer = wrap(net, "adam")
+    groups, defaults = list(optimizer.param_groups), dict(optimizer.defaults)
+    optimizer.param_groups, optimizer.defaults = groups, defaults
+    optimizer.state = state = type(optimizer.state)(dict)
+    base = optimizer.base_optimizer
+    assert base.param_groups is groups and base.defaults is defaults and base.state is state
+
+
+def test_add_param_group_reaches_the_base_and_trains(net, batch):
+    """Heads added to the base later, as a head that is unfrozen."""
+    base = torch.optim.SGD(net.trunk.parameters(), lr=0.1)
+    optimizer = wrap(net, base)
+    assert len(base.param_groups) == 1
+    optimizer.add_param_group({"params": list(net.heads.parameters()), "lr": 0.5})
+    assert [group["lr"] for group in base.param_groups] == [0.1, 0.5]
+    x, labels = batch
+    before = net.heads["cls"].weight.detach().clone()
+    optimizer.step(make_losses(net(x), labels))
+    torch.testing.assert_close(
+        net.heads["cls"].weight, before - 0.5 * net.heads["cls"].weight.grad, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("wrong", ["sgd", 3, None])
+def test_only_an_optimizer_can_be_wrapped(wrong, net):
+    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
+        BayesAggWrapper(wrong, net.trunk, make_heads(net))
+
+
+# --- zero_grad, step, closures -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("steps", [2, 4], ids=["pretraining", "after"])
+def test_zero_grad(set_to_none, steps, net, batch):
+    """Gradients vanish as asked, and so does the evidence of the backward pass."""
+    optimizer, twin_net = wrap(net), copy.deepcopy(net)
+    twin = wrap(twin_net)
+    train(net, optimizer, steps)
+    train(twin_net, twin, steps)
+    x, labels = batch
+    optimizer.backward(make_losses(net(x), labels))
+    optimizer.zero_grad(set_to_none=set_to_none)
+    for p in net.trunk.parameters():
+        assert p.grad is None if set_to_none else not p.grad.any()
+    twin_net(x)  # for the running statistics of the batch normalisation
+    train(net, optimizer, range(steps, 8))
+    train(twin_net, twin, range(steps, 8))
+    assert optimizer.state_dict()["bayesagg"]["engine"]["draws"] == 9
+    assert_same(snapshot(twin_net)["parameters"], snapshot(net)["parameters"])
+    blocks, twins = (o.state_dict()["bayesagg"]["engine"]["blocks"] for o in (optimizer, twin))
+    assert difference(twins, blocks) is None
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroed_gradients_do_not_decay_posterior_heads(set_to_none, net):
+    """A gradient of zeros would let weight decay and momentum move the head."""
+    optimizer = wrap(net, "momentum", settings=QUICK)
+    train(net, optimizer, 3)
+    head = net.heads["reg"]
+    before = [p.detach().clone() for p in head.parameters()]
+    for index in (3, 4):
+        like = net.trunk[0].weight
+        x, labels = make_batch(like.device, like.dtype, seed=index)
+        optimizer.zero_grad(set_to_none=set_to_none)
+        optimizer.step(make_losses(net(x), labels))
+    for old, new in zip(before, head.parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), old, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("base", PLAIN_BASES)
+@pytest.mark.parametrize("form", ["backward", "closure", "keyword", "targets"])
+def test_all_forms_of_a_step_agree(form, base, device, dtype):
+    """``step(losses)``, ``backward`` and ``step()``, ``step(closure)`` in either place."""
+    nets = [make_net(device, dtype) for _ in range(2)]
+    one, other = (wrap(net, base, settings=QUICK) for net in nets)
+    for index in range(7):
+        train_step(nets[0], one, index)
+        x, labels = make_batch(device, dtype, seed=index)
+
+        def closure(x=x, labels=labels):
+            other.zero_grad()
+            return other.backward(make_losses(nets[1](x), labels))
+
+        if form == "closure":
+            result = other.step(closure)
+        elif form == "keyword":
+            result = other.step(closure=closure)
+        else:
+            other.zero_grad()
+            losses = make_losses(nets[1](x), labels)
+            if form == "backward":
+                result = other.backward(losses)
+                assert other.step() is None
+            else:
+                result = other.step(losses, targets={"reg": labels["reg"]})
+        assert not result.requires_grad
+        assert result.dim() == 0
+    ours, theirs = snapshot(nets[0], one), snapshot(nets[1], other)
+    if form == "targets":  # given labels are not rounded as recovered ones are
+        torch.testing.assert_close(ours["parameters"], theirs["parameters"])
+    else:
+        assert_same(ours, theirs)
+
+
+def test_step_returns_the_sum_of_the_losses(net, batch):
+    x, labels = batch
+    optimizer = wrap(net)
+    losses = make_losses(net(x), labels)
+    expected = sum(losses.values()).item()
+    assert optimizer.step(losses).item() == expected
+
+
+def test_a_closure_called_many_times_counts_once(net, batch):
+    """LBFGS evaluates the closure again and again: one step, one batch of evidence."""
+    optimizer = wrap(net, "lbfgs", pretrain_epochs=0, steps_per_epoch=2)
+    x, labels = batch
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        calls.append(None)
+        return optimizer.backward(make_losses(net(x), labels))
+
+    optimizer.step(closure)
+    assert len(calls) > 1
+    engine = optimizer.state_dict()["bayesagg"]["engine"]
+    assert (engine["batches"], engine["epoch"]) == (1, 0)
+    for block in engine["blocks"]:
+        assert (block["running"]["count"] == len(x)).all()
+    optimizer.step(closure)
+    assert optimizer.state_dict()["bayesagg"]["engine"]["epoch"] == 1
+
+
+def test_a_closure_without_gradients_is_given_some(net, batch):
+    """As any optimizer does, the base enables gradients around its closure."""
+    optimizer = wrap(net, "sgd")
+    x, labels = batch
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        return optimizer.backward(make_losses(net(x), labels))
+
+    before = net.trunk[0].weight.detach().clone()
+    with torch.no_grad():
+        optimizer.step(closure)
+    assert not torch.equal(before, net.trunk[0].weight)
+
+
+def test_a_step_without_anything_new_does_not_count(net, batch):
+    """``step()`` alone is the base's step: no batch, no end of an epoch."""
+    optimizer = wrap(net, steps_per_epoch=2)
+    x, labels = batch
+    optimizer.step(make_losses(net(x), labels))
+    before = optimizer.state_dict()["bayesagg"]
+    for _ in range(3):
+        optimizer.step()
+    assert difference(before, optimizer.state_dict()["bayesagg"]) is None
+
+
+# --- learning rate schedulers --------------------------------------------------------------------
+
+SCHEDULERS = {
+    "step": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.5),
+    "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=12),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=10),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)],
+        milestones=[3],
+    ),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
+}
+
+
+@pytest.mark.parametrize("base", ["momentum", "adam"])
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_schedulers_drive_the_base(name, base, net, device, dtype):
+    """The same rates (and momenta) as on a plain optimizer, and no warning (which is an error)."""
+    plain_net = make_net(device, dtype)
+    plain = OPTIMIZERS[base](plain_net.parameters())
+    optimizer = wrap(net, base, settings=QUICK)
+    schedulers = [SCHEDULERS[name](o) for o in (plain, optimizer)]
+    seen = set()
+    for index in range(10):
+        train_step(net, optimizer, index)
+        plain.step()
+        for scheduler in schedulers:
+            scheduler.step(*([1.0] if name == "plateau" else []))
+        ours, theirs = (
+            {k: v for k, v in o.param_groups[0].items() if k != "params"}
+            for o in (optimizer.base_optimizer, plain)
+        )
+        assert ours == theirs
+        seen.add(ours["lr"])
+    assert len(seen) > 1
+
+
+def test_a_scheduled_rate_is_used(net, batch):
+    optimizer = wrap(net, "sgd")
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+    train(net, optimizer, 1)
+    scheduler.step()
+    before = snapshot(net)["parameters"]
+    x, labels = batch
+    optimizer.step(make_losses(net(x), labels))
+    assert_same(before, snapshot(net)["parameters"])
+
+
+def test_a_scheduler_before_the_optimizer_still_warns(net):
+    """The order is watched through ``step``, which the scheduler patches."""
+    optimizer = wrap(net)
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    with pytest.warns(UserWarning, match=r"lr_scheduler\.step\(\)` before `optimizer\.step"):
+        scheduler.step()
+
+
+def test_schedulers_survive_a_checkpoint(net, device, dtype):
+    optimizer = wrap(net, settings=QUICK)
+    scheduler = lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    for index in range(3):
+        train_step(net, optimizer, index)
+        scheduler.step()
+    other_net = make_net(device, dtype, seed=1)
+    other = wrap(other_net, settings=QUICK)
+    other_scheduler = lr_scheduler.StepLR(other, 2, gamma=0.5)
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    other_scheduler.load_state_dict(saved_and_loaded(scheduler.state_dict()))
+    train_step(other_net, other, 3)
+    other_scheduler.step()
+    assert other.base_optimizer.param_groups[0]["lr"] == 0.01 * 0.25
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def assert_resumes(device, dtype, base, settings, stop, last=8, kwargs=None):
+    """Stopping after ``stop`` steps and going on from the file gives the same bits."""
+    closure = base == "lbfgs"
+    net = make_net(device, dtype)
+    optimizer = wrap(net, base, settings=settings, **(kwargs or {}))
+    train(net, optimizer, stop, closure=closure)
+    file = saved_and_loaded({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+    train(net, optimizer, range(stop, last), closure=closure)
+
+    other_net = make_net(device, dtype, seed=1)
+    other = wrap(other_net, base, settings=settings, **(kwargs or {}))
+    train(other_net, other, range(20, 22), closure=closure)  # all of which is to be overwritten
+    other_net.load_state_dict(file["net"])
+    other.load_state_dict(file["optimizer"])
+    train(other_net, other, range(stop, last), closure=closure)
+    # torch itself adds an entry to the defaults on loading
+    assert_same(snapshot(net, optimizer), snapshot(other_net, other), ignore=["defaults"])
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("stop", [1, 3, 5, 6], ids=["pretraining", "its_end", "mid_epoch", "end"])
+def test_a_loaded_run_goes_on_in_the_same_bits(stop, base, device, dtype):
+    assert_resumes(device, dtype, base, QUICK, stop)
+
+
+@pytest.mark.parametrize("settings", sorted(SETTINGS))
+@pytest.mark.parametrize("stop", [2, 5, 6], ids=["pretraining", "mid_epoch", "end"])
+def test_a_loaded_run_goes_on_with_all_settings(stop, settings, device, dtype):
+    assert_resumes(device, dtype, "adam", SETTINGS[settings], stop)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"covariance": "full"},
+        {"gradient_scale": "mean"},
+        {"pretrain_epochs": 0},
+        {"pretrain_epochs": 2},
+        {"seed": 7},
+        {"dtype": torch.float32},
+    ],
+    ids=str,
+)
+def test_a_loaded_run_goes_on_with_all_arguments(kwargs, device, dtype):
+    assert_resumes(device, dtype, "momentum", SAMPLED, 4, kwargs=kwargs)
+
+
+@pytest.mark.parametrize("precisions", [("float64", "float32"), ("float32", "float64")])
+def test_a_checkpoint_of_another_precision(precisions, net, device, dtype):
+    """The posterior goes on in the precision of the engine that loads it."""
+    saved, loaded = (getattr(torch, name) for name in precisions)
+    optimizer = wrap(net, settings=QUICK, dtype=saved)
+    train(net, optimizer, 4)
+    other_net = make_net(device, dtype, seed=1)
+    other = wrap(other_net, settings=QUICK, dtype=loaded)
+    other.load_state_dict(optimizer.state_dict())
+    train(other_net, other, range(4, 8))
+    for block in other.state_dict()["bayesagg"]["engine"]["blocks"]:
+        for part in (block["full"], block["running"]):
+            assert {tensor.dtype for tensor in part.values()} == {loaded}
+
+
+def test_state_dict_is_a_copy_of_the_posterior(net):
+    """Later training does not reach into a state that was taken before."""
+    optimizer = wrap(net, settings=QUICK)
+    train(net, optimizer, 4)
+    state = optimizer.state_dict()["bayesagg"]
+    copied = copy.deepcopy(state)
+    train(net, optimizer, range(4, 9))
+    assert difference(copied, state) is None
+    assert difference(state, optimizer.state_dict()["bayesagg"]) is not None
+
+
+def test_a_loaded_state_is_copied(net, device, dtype):
+    """Training after loading does not reach into the state that was loaded."""
+    optimizer = wrap(net, settings=QUICK)
+    train(net, optimizer, 4)
+    state = optimizer.state_dict()["bayesagg"]
+    copied = copy.deepcopy(state)
+    other_net = make_net(device, dtype, seed=1)
+    other = wrap(other_net, settings=QUICK)
+    other.load_state_dict({**other.base_optimizer.state_dict(), "bayesagg": state})
+    train(other_net, other, range(4, 9))
+    assert difference(copied, state) is None
+
+
+def test_a_state_of_the_wrapper_has_the_parts_of_any_optimizer(net):
+    """Plain tools find ``state`` and ``param_groups``, and the base loads them."""
+    optimizer = wrap(net, "adam")
+    train(net, optimizer, 2)
+    state = optimizer.state_dict()
+    assert set(state) >= {"state", "param_groups"}
+    plain = torch.optim.Adam(net.parameters())
+    plain.load_state_dict({key: state[key] for key in ("state", "param_groups")})
+    assert len(plain.state) == len(optimizer.state)
+
+
+def test_dcp_initialises_a_fresh_state(net, device, dtype):
+    """Distributed checkpointing makes zero gradients and a step at rate zero before it loads."""
+    optimizer = wrap(net, "adam", settings=QUICK)
+    before = snapshot(net, optimizer)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    rate, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], torch.tensor(0.0)
+    optimizer.step(closure=None)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    assert len(optimizer.state) == len(list(net.parameters()))
+    after = snapshot(net, optimizer)
+    for both in (before, after):
+        both["optimizer"].pop("state")
+    assert_same(before, after)
+
+    trained_net = make_net(device, dtype)
+    trained = wrap(trained_net, "adam", settings=QUICK)
+    train(trained_net, trained, 4)
+    optimizer.load_state_dict(saved_and_loaded(trained.state_dict()))
+    net.load_state_dict(trained_net.state_dict())
+    train(trained_net, trained, range(4, 7))
+    train(net, optimizer, range(4, 7))
+    assert_same(snapshot(trained_net, trained), snapshot(net, optimizer))
+
+
+def test_dcp_round_trip(net, device, dtype):
+    """``torch.distributed.checkpoint`` reads the optimizer state by parameter name, and back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about parts of itself
+        dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    optimizer = wrap(net, "adam", settings=QUICK)
+    train(net, optimizer, 4)
+    state = dcp.get_optimizer_state_dict(net, optimizer.base_optimizer)
+    fresh_net = make_net(device, dtype)
+    fresh = wrap(fresh_net, "adam", settings=QUICK)
+    fresh_net.load_state_dict(net.state_dict())
+    dcp.set_optimizer_state_dict(fresh_net, fresh.base_optimizer, state)
+    fresh.engine.load_state_dict(optimizer.engine.state_dict())
+    assert (
+        difference(
+            optimizer.base_optimizer.state_dict()["state"],
+            fresh.base_optimizer.state_dict()["state"],
+        )
+        is None
+    )
+    assert_same(
+        snapshot(net, optimizer.engine), snapshot(fresh_net, fresh.engine), ignore=["gradients"]
+    )
+
+
+# --- hooks ---------------------------------------------------------------------------------------
+
+
+def test_step_hooks_fire_once_and_see_the_wrapper(net, batch):
+    optimizer = wrap(net)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", o, args)))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", o, args)))
+    x, labels = batch
+    losses = make_losses(net(x), labels)
+    optimizer.step(losses)
+    assert [kind for kind, *_ in seen] == ["pre", "post"]
+    for _, seen_optimizer, args in seen:
+        assert seen_optimizer is optimizer
+        assert args[-1] is losses
+    optimizer.backward(make_losses(net(x), labels))
+    assert len(seen) == 2
+    optimizer.step()
+    assert len(seen) == 4
+
+
+def test_a_step_pre_hook_can_replace_the_losses(net, batch):
+    optimizer = wrap(net)
+    x, labels = batch
+    handle = optimizer.register_step_pre_hook(
+        lambda o, args, kwargs: ((o, {"reg": args[-1]["reg"]}), kwargs)
+    )
+    optimizer.step(make_losses(net(x), labels))
+    assert net.heads["bin"].weight.grad is None
+    assert net.heads["reg"].weight.grad is not None
+    handle.remove()
+    optimizer.step(make_losses(net(x), labels))
+    assert net.heads["bin"].weight.grad is not None
+
+
+def test_step_hooks_of_the_base_fire_once(net):
+    optimizer = wrap(net)
+    seen = []
+    optimizer.base_optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.base_optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    train(net, optimizer, 1)
+    assert seen == ["pre", "post"]
+
+
+def test_global_step_hooks_see_the_wrapper_once(net):
+    optimizer = wrap(net)
+    seen = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda o, *_: seen.append(("pre", o))),
+        register_optimizer_step_post_hook(lambda o, *_: seen.append(("post", o))),
+    ]
+    try:
+        train(net, optimizer, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [kind for kind, o in seen if o is optimizer] == ["pre", "post"]
+
+
+def test_step_hooks_of_the_scheduled_optimizer_fire(net):
+    """A scheduler patches ``step``; hooks must still run, once."""
+    optimizer = wrap(net)
+    lr_scheduler.StepLR(optimizer, 1)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    train(net, optimizer, 1)
+    assert seen == ["post"]
+
+
+def test_state_dict_hooks_fire(net):
+    optimizer = wrap(net)
+    seen = []
+
+    def post(o, state):
+        seen.append(("post", o))
+        return {**state, "extra": 1}
+
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append(("pre", o)))
+    optimizer.register_state_dict_post_hook(post)
+    state = optimizer.state_dict()
+    assert seen == [("pre", optimizer), ("post", optimizer)]
+    assert state["extra"] == 1
+    assert "bayesagg" in state
+
+
+def test_load_state_dict_hooks_fire(net):
+    optimizer = wrap(net)
+    state = optimizer.state_dict()
+    seen = []
+
+    def pre(o, given):
+        seen.append(("pre", o))
+        given = copy.deepcopy(given)
+        given["param_groups"][0]["lr"] = 0.25
+        return given
+
+    optimizer.register_load_state_dict_pre_hook(pre)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(("post", o)))
+    optimizer.load_state_dict(state)
+    assert seen == [("pre", optimizer), ("post", optimizer)]
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+# --- copies --------------------------------------------------------------------------------------
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(COPIES))
+@pytest.mark.parametrize("base", PLAIN_BASES)  # torch's LBFGS does not survive a copy
+@pytest.mark.parametrize("order", ["model_first", "optimizer_first"])
+def test_a_copy_trains_alike_and_apart(order, base, kind, net):
+    """The copy continues in the same bits; neither of the two touches the other."""
+    optimizer = wrap(net, base, settings=QUICK)
+    lr_scheduler.StepLR(optimizer, 1)  # which patches `step` on the instance
+    train(net, optimizer, 4)
+    before = snapshot(net, optimizer)
+    if order == "model_first":
+        other_net, other = COPIES[kind]((net, optimizer))
+    else:
+        other, other_net = COPIES[kind]((optimizer, net))
+    # torch copies no gradients of parameters
+    assert_same(before, snapshot(other_net, other), ignore=["gradients", "defaults"])
+    assert other.param_groups is other.base_optimizer.param_groups
+    assert other.param_groups[0]["params"][0] is other_net.trunk[0].weight
+    train(other_net, other, range(4, 8))
+    assert_same(before, snapshot(net, optimizer))
+    after = snapshot(other_net, other)
+    train(net, optimizer, range(4, 8))
+    assert_same(after, snapshot(net, optimizer), ignore=["defaults"])
+    assert_same(after, snapshot(other_net, other))
+
+
+def test_step_hooks_work_in_a_copy(net):
+    """Hooks themselves are not copied, as with any optimizer, but can be registered."""
+    _, optimizer = copy.deepcopy((net, wrap(net)))
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    optimizer.step()
+    assert seen == [1]
+
+
+# --- between backward and step -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
+def test_clipping_between_backward_and_step(steps, net, batch):
+    optimizer = wrap(net, "sgd")
+    train(net, optimizer, steps)
+    x, labels = batch
+    optimizer.zero_grad()
+    optimizer.backward(make_losses(net(x), labels))
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    assert norm > 1e-3
+    before = snapshot(net)["parameters"]
+    optimizer.step()
+    moved = [
+        (p - before[name]).square().sum()
+        for name, p in net.named_parameters()
+        if p.grad is not None  # the posterior may have written the regression head
+    ]
+    torch.testing.assert_close(
+        torch.stack(moved).sum().sqrt().item(), 0.05 * 1e-3, rtol=1e-3, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
+def test_two_half_batches_accumulate(steps, net):
+    """Gradients add up in ``.grad``, as the sum of both alone."""
+    net.trunk[1].eval()  # batch statistics would differ between halves and whole
+    optimizer = wrap(net, "sgd")
+    train(net, optimizer, steps)
+    like = net.trunk[0].weight
+    x, labels = make_batch(like.device, like.dtype, seed=7)
+    halves = [slice(0, 3), slice(3, 6)]
+
+    def backward(part):
+        out = net(x[part])
+        losses = make_losses(out, {name: y[part] for name, y in labels.items()})
+        optimizer.backward({name: loss / 2 for name, loss in losses.items()})
+
+    alone = []
+    for part in halves:
+        optimizer.zero_grad()
+        backward(part)
+        alone.append(gradients(net))
+    optimizer.zero_grad()
+    for part in halves:
+        backward(part)
+    together = gradients(net)
+    for name, gradient in together.items():
+        if gradient is None:
+            assert steps == 4 and name.startswith("heads.reg")
+            continue
+        torch.testing.assert_close(gradient, alone[0][name] + alone[1][name])
+        assert gradient.any()
+    if steps == 1:  # linear scalarization: the gradient of the whole batch
+        optimizer.zero_grad()
+        optimizer.backward(make_losses(net(x), labels))
+        torch.testing.assert_close(gradients(net), together)
+
+
+@pytest.mark.parametrize("steps", [0, 4], ids=["pretraining", "after"])
+@pytest.mark.parametrize("settings", ["default", "learned_noise"])
+def test_two_half_batches_are_the_evidence_of_the_whole(settings, steps, device, dtype):
+    """One step, one epoch's end: the same full-data posterior."""
+    posteriors = []
+    for parts in ([slice(0, 6)], [slice(0, 3), slice(3, 6)]):
+        net = make_net(device, dtype)
+        net.trunk[1].eval()
+        optimizer = wrap(net, "sgd", settings=SETTINGS[settings], steps_per_epoch=None)
+        for index in range(steps):
+            train_step(net, optimizer, index)
+            optimizer.end_epoch()
+        x, labels = make_batch(device, dtype, seed=7)
+        optimizer.zero_grad()
+        for part in parts:
+            losses = make_losses(net(x[part]), {name: y[part] for name, y in labels.items()})
+            optimizer.backward({name: loss / len(parts) for name, loss in losses.items()})
+        optimizer.step()
+        optimizer.end_epoch()
+        state = optimizer.state_dict()["bayesagg"]["engine"]
+        assert state["epoch"] == steps + 1
+        posteriors.append([block["full"] for block in state["blocks"]])
+    torch.testing.assert_close(posteriors[0], posteriors[1])
+
+
+# --- who sets the heads --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", PLAIN_BASES)
+def test_the_posterior_sets_its_heads_alone(base, device, dtype):
+    """Untouched by weight decay and momentum within an epoch, the ridge solution at its end."""
+    net = make_net(device, dtype)
+    settings = {**QUICK, "reg": {"prior_variance": 0.5, "noise_variance": 0.3}}
+    optimizer = wrap(net, base, settings=settings)
+    features = []
+    net.trunk.register_forward_hook(lambda m, a, out: features.append(out.detach()))
+    head = net.heads["reg"]
+    train(net, optimizer, 3)
+    for epoch in (1, 2):
+        features.clear()
+        targets = []
+        for index in range(3 * epoch, 3 * epoch + 3):
+            before = [p.detach().clone() for p in head.parameters()]
+            like = next(net.parameters())
+            targets.append(make_batch(like.device, like.dtype, seed=index)[1]["reg"])
+            train_step(net, optimizer, index)
+            unchanged = [torch.equal(b, p) for b, p in zip(before, head.parameters(), strict=True)]
+            assert unchanged == [index % 3 != 2] * 2
+            assert head.weight.grad is None and head.bias.grad is None
+        h = augment(torch.cat(features), True)
+        eye = torch.eye(h.shape[1], device=h.device, dtype=h.dtype)
+        expected = torch.linalg.solve(h.mT @ h / 0.3 + eye / 0.5, h.mT @ torch.cat(targets) / 0.3)
+        torch.testing.assert_close(
+            torch.cat([head.weight, head.bias[:, None]], 1).detach(), expected.mT
+        )
+
+
+@pytest.mark.parametrize("name", ["bin", "cls"])
+def test_posterior_readout_of_classification(name, net):
+    """Written at the end of pre-training and of every epoch after it, and only then."""
+    optimizer = wrap(net, "momentum", settings={name: {"readout": "posterior"}}, pretrain_epochs=2)
+    head = net.heads[name]
+    for index in range(12):
+        before = head.weight.detach().clone()
+        train_step(net, optimizer, index)
+        assert torch.equal(before, head.weight) == (index >= 6 and index % 3 != 2)
+        assert (head.weight.grad is None) == (index >= 6)
+    assert_finite(head.weight)
+
+
+def test_gradient_heads_are_trained_by_ordinary_gradients(net, batch):
+    """Exact: the gradient at h changes nothing at the heads."""
+    optimizer = wrap(net, "sgd", settings={"reg": {"readout": "gradient"}})
+    train(net, optimizer, 4)
+    x, labels = batch
+    optimizer.zero_grad()
+    sum(make_losses(net(x), labels).values()).backward()
+    plain = gradients(net)
+    optimizer.zero_grad()
+    optimizer.backward(make_losses(net(x), labels))
+    ours = gradients(net)
+    for name in plain:
+        if name.startswith("heads"):
+            torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=0)
+        elif name == "trunk.0.weight":
+            assert not torch.allclose(ours[name], plain[name])
+    before = snapshot(net)["parameters"]
+    optimizer.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] - 0.05 * p.grad)
+
+
+# --- gradient scaling ----------------------------------------------------------------------------
+
+
+def scaled_step(net, optimizer, scaler, index, *, overflow=None, zero=None):
+    """One step under a scaler; the gradient overflows at the trunk's weight or at an output."""
+    x, labels = make_batch(next(net.parameters()).device, torch.float32, seed=index)
+    (zero or optimizer.zero_grad)()
+    out = net(x)
+    handle = None
+    if overflow == "trunk":
+        handle = net.trunk[0].weight.register_hook(lambda g: g * torch.inf)
+    elif overflow is not None:
+        out[overflow].register_hook(lambda g: g * torch.inf)
+    losses = make_losses(out, labels)
+    optimizer.backward({name: scaler.scale(loss) for name, loss in losses.items()})
+    if handle is not None:
+        handle.remove()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def scaler_for(device):
+    return torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=10**6)
+
+
+@pytest.mark.parametrize("settings", ["same_s", "own_s"])
+def test_a_scaler_changes_nothing_but_rounding(settings, device):
+    """Also where the tasks weigh their precision by different exponents."""
+    s = {"same_s": (0.85, 0.85, 0.85), "own_s": (0.85, 0.3, 0.0)}[settings]
+    settings = {name: {"s": value} for name, value in zip(("reg", "bin", "cls"), s, strict=True)}
+    nets = [make_net(device, torch.float32) for _ in range(2)]
+    plain, scaled = (wrap(net, "sgd", settings=settings) for net in nets)
+    scaler = scaler_for(device)
+    for index in range(8):
+        train_step(nets[0], plain, index)
+        scaled_step(nets[1], scaled, scaler, index)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    parameters = [snapshot(net)["parameters"] for net in nets]
+    torch.testing.assert_close(*parameters, **tolerance)
+    torch.testing.assert_close(plain.task_weights, scaled.task_weights, **tolerance)
+    states = [o.state_dict()["bayesagg"]["engine"] for o in (plain, scaled)]
+    assert states[0]["epoch"] == states[1]["epoch"] == 2
+    running = [[block["running"] for block in state["blocks"]] for state in states]
+    torch.testing.assert_close(*running, **tolerance)
+
+
+@pytest.mark.parametrize("overflow", ["trunk", "reg", "cls"])
+@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
+@pytest.mark.parametrize("zero", ["optimizer", "model"])
+def test_a_skipped_step_leaves_no_trace(zero, steps, overflow, device):
+    """Parameters, posterior and epoch are those of a run in which the step was never tried."""
+    results = []
+    for skip in (False, True):
+        net = make_net(device, torch.float32)
+        net.trunk[1].eval()  # its running statistics move in any forward pass
+        optimizer, scaler = wrap(net, "momentum"), scaler_for(device)
+        for index in range(steps):
+            scaled_step(net, optimizer, scaler, index)
+        if skip:
+            before = snapshot(net, optimizer)
+            scaled_step(net, optimizer, scaler, 99, overflow=overflow)
+            assert scaler.get_scale() == 2.0**9
+            after = snapshot(net, optimizer)
+            for key in ("parameters", "buffers"):
+                assert_same(before[key], after[key])
+            engines = [s["optimizer"]["bayesagg"]["engine"] for s in (before, after)]
+            assert_same(*engines, ignore=["draws", "task_weights"])
+        scaler = scaler_for(device)
+        zero_grad = {"optimizer": optimizer, "model": net}[zero].zero_grad
+        for index in range(steps, 7):
+            scaled_step(net, optimizer, scaler, index, zero=zero_grad)
+        results.append(snapshot(net, optimizer))
+    for key in ("parameters", "gradients", "buffers"):
+        assert_same(results[0][key], results[1][key])
+    engines = [result["optimizer"]["bayesagg"]["engine"] for result in results]
+    assert_same(*engines, ignore=["draws"])
+
+
+@pytest.mark.parametrize("overflow", ["trunk", "reg"])
+def test_a_skipped_last_step_is_not_folded_in_at_the_end_of_the_epoch(overflow, device):
+    """Without ``steps_per_epoch`` the epoch may end right after a skipped step."""
+    net = make_net(device, torch.float32)
+    optimizer, scaler = wrap(net, "sgd", steps_per_epoch=None), scaler_for(device)
+    for index in range(2):
+        scaled_step(net, optimizer, scaler, index)
+    scaled_step(net, optimizer, scaler, 2, overflow=overflow)
+    optimizer.end_epoch()
+    for block in optimizer.state_dict()["bayesagg"]["engine"]["blocks"]:
+        assert (block["full"]["count"] == 12).all()
+    scaled_step(net, optimizer, scaler, 3, overflow=overflow)
+    optimizer.end_epoch()
+    assert optimizer.state_dict()["bayesagg"]["engine"]["epoch"] == 1
+
+
+# --- as other code uses optimizers ---------------------------------------------------------------
+
+
+def test_wrapped_engine_is_public(net):
+    optimizer = wrap(net)
+    assert isinstance(optimizer.engine, BayesAgg)
+    assert optimizer.task_weights is optimizer.engine.task_weights
+    assert set(optimizer.task_weights) == {"reg", "bin", "cls"}
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
+def test_task_weights_sum_to_one(steps, net):
+    optimizer = wrap(net)
+    train(net, optimizer, steps)
+    weights = optimizer.task_weights
+    assert {name: len(w) for name, w in weights.items()} == {"reg": 2, "bin": 2, "cls": 1}
+    assert sum(w.sum() for w in weights.values()).item() == pytest.approx(1)
+    uniform = all(torch.allclose(w, torch.full_like(w, 0.2)) for w in weights.values())
+    assert uniform == (steps == 1)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_reductions(reduction, device, dtype):
+    """A sum is B times the mean; unreduced losses are averaged."""
+    results = []
+    for kind in ("mean", reduction):
+        net = make_net(device, dtype)
+        optimizer = wrap(net, "sgd")
+        train(net, optimizer, 4)
+        x, labels = make_batch(device, dtype, seed=9)
+        losses = make_losses(net(x), labels, kind)
+        if kind == "sum":
+            losses = {n: v / (labels[n].numel()) for n, v in losses.items()}
+        optimizer.step(losses)
+        results.append(snapshot(net, optimizer))
+    torch.testing.assert_close(results[0]["parameters"], results[1]["parameters"])
+
+
+def test_two_parameter_groups_and_a_plain_loss_between(net, batch):
+    """A task without a head may be trained by hand: gradients add up in ``.grad``."""
+    optimizer = wrap(net, "sgd")
+    train(net, optimizer, 4)
+    x, labels = batch
+    optimizer.zero_grad()
+    optimizer.backward(make_losses(net(x), labels))
+    ours = gradients(net)
+    penalty = sum(p.square().sum() for p in net.trunk.parameters())
+    penalty.backward()
+    for name, p in net.trunk.named_parameters():
+        torch.testing.assert_close(p.grad, ours[f"trunk.{name}"] + 2 * p.detach())
+    optimizer.step()
+    assert optimizer.state_dict()["bayesagg"]["engine"]["batches"] == 2
+
+
+def test_step_refuses_what_it_cannot_do(net, batch):
+    optimizer = wrap(net)
+    x, labels = batch
+    losses = make_losses(net(x), labels)
+    before = snapshot(net, optimizer)
+    for args, kwargs in (
+        ((losses,), {"closure": lambda: None}),
+        ((lambda: None,), {"closure": lambda: None}),
+        ((), {"targets": labels}),
+    ):
+        with pytest.raises(TypeError, match=r"step\(\)"):
+            optimizer.step(*args, **kwargs)
+    assert_same(before, snapshot(net, optimizer))
+    optimizer.step(losses)
+    assert F.mse_loss(net(x)["reg"], labels["reg"]).isfinite()
