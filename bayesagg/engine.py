@@ -190,6 +190,8 @@ class BayesAgg(nn.Module):
     def _plan(self, h: Tensor, observed: dict[str, Observation]) -> _Plan:
         """Read the labels, and compute the gradient at h and the evidence of the batch."""
         rows = flatten(h.detach(), self._channels_first).to(self.dtype)
+        if len(rows) == 0:
+            raise FeatureError("the batch is empty: skip it, or drop the last batch of the loader.")
         if rows.shape[1] != self._d:
             raise FeatureError(
                 f"the shared representation has {rows.shape[1]} dimensions, the heads take "

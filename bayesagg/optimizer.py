@@ -81,7 +81,9 @@ class BayesAggWrapper(Optimizer):
                 f"{type(optimizer).__name__}."
             )
         if steps_per_epoch is not None and (
-            not isinstance(steps_per_epoch, int) or steps_per_epoch < 1
+            isinstance(steps_per_epoch, bool)
+            or not isinstance(steps_per_epoch, int)
+            or steps_per_epoch < 1
         ):
             raise ValueError(
                 f"steps_per_epoch must be a positive integer, such as len(train_loader), or None "

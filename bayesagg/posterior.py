@@ -63,6 +63,14 @@ class Gaussian:
         """Diagonal of ``S``, shape ``[G, M]``."""
         return self.whitener.square().sum(-2)
 
+    @cached_property
+    def tasks(self) -> list[Gaussian]:
+        """One Gaussian a task; kept, because each keeps its covariance."""
+        if len(self.mean) == 1:
+            return [self]
+        factors = self.factor.expand(len(self.mean), -1, -1).split(1)
+        return [Gaussian(m, f) for m, f in zip(self.mean.split(1), factors, strict=True)]
+
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw weights, shape ``[num_samples, K, M]``."""
         noise = torch.randn(

@@ -160,8 +160,7 @@ class MulticlassBlock(Block):
         """Cubature over the logit contrasts, or Eq. 11; task by task."""
         first = self.heads[0]
         parts = []
-        for k in range(self.num_tasks):
-            single = Gaussian(posterior.mean[k : k + 1], posterior.factor[k : k + 1])
+        for k, single in enumerate(posterior.tasks):
             targets = labels.targets[:, k]
             if first.moments == "monte_carlo":
                 mean, second = self._sampled(features, targets, single, generator, full)

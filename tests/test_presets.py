@@ -1,0 +1,63 @@
+"""The presets are the published settings, and the library takes them as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.presets import PAPER
+
+HEADS = {
+    "regression": (RegressionHead, 1),
+    "binary": (BinaryHead, 1),
+    "multiclass": (MulticlassHead, 5),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_preset_trains(name):
+    """Every kind of head of the benchmark takes its settings, and a step past pre-training."""
+    preset = PAPER[name]
+    kinds = [kind for kind in HEADS if getattr(preset, kind)]
+    assert kinds == list(preset.s_grid)
+    trunk = nn.Sequential(nn.Linear(3, 4), nn.ELU())
+    modules = nn.ModuleDict({kind: nn.Linear(4, HEADS[kind][1]) for kind in kinds})
+    heads = {kind: HEADS[kind][0](modules[kind], **getattr(preset, kind)) for kind in kinds}
+    base = torch.optim.Adam([*trunk.parameters(), *modules.parameters()])
+    optimizer = BayesAggWrapper(base, trunk, heads, steps_per_epoch=1, **preset.wrapper)
+    for _ in range(preset.wrapper["pretrain_epochs"] + 1):
+        h = trunk(torch.randn(8, 3))
+        losses = {}
+        for kind in kinds:
+            z = modules[kind](h)
+            if kind == "regression":
+                losses[kind] = nn.functional.mse_loss(z, torch.randn(8, 1))
+            elif kind == "binary":
+                y = torch.randint(2, (8, 1)).to(z)
+                losses[kind] = nn.functional.binary_cross_entropy_with_logits(z, y)
+            else:
+                losses[kind] = nn.functional.cross_entropy(z, torch.randint(5, (8,)))
+        optimizer.zero_grad()
+        optimizer.step(losses)
+    assert not optimizer.engine.pretraining
+    assert sum(float(w.sum()) for w in optimizer.task_weights.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrain", "batch", "s"),
+    [
+        ("qm9", 50, 120, {"regression": 0.85}),
+        ("cifar_mtl", 3, 128, {"binary": 5e-4}),
+        ("chestxray14", 1, 256, {"binary": 5e-4}),
+        ("utkface", 10, 128, {"regression": 0.3, "binary": 0.1, "multiclass": 0.1}),
+    ],
+)
+def test_published_settings(name, pretrain, batch, s):
+    preset = PAPER[name]
+    assert preset.wrapper["pretrain_epochs"] == pretrain
+    assert preset.wrapper["gradient_scale"] == "mean"
+    assert preset.training["batch_size"] == batch
+    assert {kind: getattr(preset, kind)["s"] for kind in s} == s
+    assert all(s[kind] in grid for kind, grid in preset.s_grid.items())
