@@ -3,7 +3,7 @@
 #   make demo    the quick example          make demo DEMO_ARGS='--help'
 #   make test    every check                make test PYTEST_ARGS='-k posterior'
 #   make docs    the documentation, into site/
-#   make bench   the benchmark comparison
+#   make bench   speed and memory against the paper's formulas and plain training
 #   make clean   removes .venv and everything that was built
 #
 # Another interpreter than python3: make demo PYTHON=python3.12

@@ -28,7 +28,9 @@ class Head:
 
     Args:
         module: ``nn.Linear`` on ``[..., d]``, or a 1×1 convolution on ``[B, d, ...]``.
-        s: exponent of the gradient precision in Eq. 7; 0 weights all tasks alike.
+        s: exponent of the gradient precision in Eq. 7; 0 weights all tasks alike. Heads of
+            different kinds on one network should have the same, or the kind with the smaller
+            exponent is drowned out: the weights compare variances raised to different powers.
         prior_variance: γ of the isotropic prior ``N(0, γ I)`` over the weights and the bias.
         readout: who sets the head's weights: ``"posterior"`` writes the full-data posterior mean
             into the module at each epoch's end and the optimizer leaves it alone, ``"gradient"``
