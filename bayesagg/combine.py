@@ -13,7 +13,7 @@ from bayesagg.posterior import Gaussian
 
 __all__ = ["combine"]
 
-_CHUNK = 1 << 18  # elements of a [n, K, d] tensor of moments; small enough for the cache
+_CHUNK = 1 << 18  # elements of a [n, K, d] tensor of moments; bounds the extra memory
 
 
 def combine(

@@ -122,7 +122,6 @@ class BayesAgg(nn.Module):
             BayesAggError: a specific subclass for each kind of bad input, before any gradient,
                 parameter or buffer has changed.
         """
-        self._commit()
         total = self._backward(losses, targets)
         self._commit()
         return total

@@ -52,7 +52,7 @@ def by_task(
 
 
 def check_finite(losses: Mapping[str, Tensor]) -> None:
-    """One look at the sum of all; the culprit is sought only where it is not finite.
+    """Every loss can be differentiated and is finite, also where it is not reduced.
 
     Raises:
         LossError: for a loss that is not finite or does not require gradients.

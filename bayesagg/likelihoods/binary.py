@@ -64,7 +64,8 @@ class BinaryBlock(Block):
             raise LossError(
                 f"task {name!r}: the loss is not a binary cross-entropy of constant weight, so "
                 f"labels cannot be recovered from its derivatives. If it is another loss, or has "
-                f"class or example weights, pass `targets=`."
+                f"class or example weights, pass `targets=`. A "
+                f"regulariser added to it needs a backward pass of its own."
             )
         return Labels(z, y, scale, ~missing if bool(missing.any()) else None)
 

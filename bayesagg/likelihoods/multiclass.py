@@ -76,7 +76,8 @@ class MulticlassBlock(Block):
             raise LossError(
                 f"task {name!r}: the loss is not a cross-entropy of constant weight, so labels "
                 f"cannot be recovered from its derivatives. If it is another loss, or has class "
-                f"or example weights or label smoothing, pass `targets=`."
+                f"or example weights or label smoothing, pass `targets=`. A "
+                f"regulariser added to it needs a backward pass of its own."
             )
         present = ~missing[:, None] if bool(missing.any()) else None
         return Labels(z[:, None], y[:, None], scale.view(1, 1), present)

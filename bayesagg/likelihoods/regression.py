@@ -61,7 +61,8 @@ class RegressionBlock(Block):
             raise LossError(
                 f"task {name!r}: the loss is not a squared error of constant weight (its second "
                 f"derivative at the head's output varies over the batch or vanishes). If it is "
-                f"another loss or has per-example weights, pass `targets=`."
+                f"another loss or has per-example weights, pass `targets=`. A "
+                f"regulariser added to it needs a backward pass of its own."
             )
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         y = torch.addcdiv(z, g, scale, value=-0.5)
