@@ -42,12 +42,15 @@ def aggregate_diagonal(
         ``g``, ``[N, d]``, and ``α``, ``[N, K, d]``, which sums to one over the present tasks.
     """
     score = log_variance * -s[:, None]
-    if present is None:
-        weights = torch.softmax(score, dim=1)
-    else:
-        score = score.masked_fill(~present[..., None], -torch.inf)
-        weights = torch.softmax(score, dim=1).nan_to_num_()  # NaN: no task present at all
+    if present is not None:
+        score = score.masked_fill_(~present[..., None], -torch.inf)
         mean = mean.masked_fill(~present[..., None], 0)
+    # The softmax step by step: torch.softmax would copy tensors whose tasks are not innermost.
+    top = score.amax(1, keepdim=True)
+    weights = score.sub_(top).exp_()
+    weights.div_(weights.sum(1, keepdim=True))
+    if present is not None:
+        weights.nan_to_num_()  # NaN: no task present at all
     gradient = (weights * mean).sum(1)
     return (gradient * _count(mean, present) if scale == "sum" else gradient), weights
 

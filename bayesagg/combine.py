@@ -25,6 +25,7 @@ def combine(
     scale: GradientScale,
     full: bool,
     generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Aggregate the tasks' gradients at the shared representation.
 
@@ -36,6 +37,8 @@ def combine(
         scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
         full: Eq. 6 instead of Eq. 7.
         generator: of Monte-Carlo samples.
+        dtype: of the moments and of Eq. 7, once the posteriors are known. Eq. 6, which solves
+            with covariances, stays in the dtype of the posteriors.
 
     Returns:
         gradient, ``[N, d]``, and the mean weight of every task over the labelled data, ``[K]``,
@@ -43,9 +46,11 @@ def combine(
     """
     some = next(iter(features.values()))
     n, d, tasks = len(some), blocks[0].d, sum(block.num_tasks for block in blocks)
-    s = torch.cat([block.per_task("s", some.device) for block in blocks])
+    work = some.dtype if full else dtype
+    s = torch.cat([block.per_task("s", some.device) for block in blocks]).to(work)
     size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
-    gradient, totals, labelled = some.new_empty(n, d), some.new_zeros(tasks), some.new_zeros(())
+    gradient = torch.empty(n, d, dtype=work, device=some.device)
+    totals, labelled = gradient.new_zeros(tasks), gradient.new_zeros(())
     aggregate = aggregate_full if full else aggregate_diagonal
     unit = _unit(labels)
     for start in range(0, n, size):
@@ -54,20 +59,22 @@ def combine(
         for block, known, posterior in zip(blocks, labels, posteriors, strict=True):
             part = known.rows(start, stop)
             h = features[block.bias][start:stop]
-            mean, second = block.moments(h, part, posterior, generator, full)
-            factor = part.factor[..., None]
-            means.append(mean.mul_(factor))
-            seconds.append(_scaled(second, factor / unit, full))
+            mean, second = block.moments(h, part, posterior, generator, full, work)
+            means.append(mean.mul_(part.factor[..., None].to(work)))
+            seconds.append(_scaled(second, part.factor[..., None] / unit, full))
             masks.append(part.present)
         present = _stack(masks, [mean.shape[1] for mean in means], stop - start, some.device)
         gradient[start:stop], weights = aggregate(_cat(means), _cat(seconds), s, present, scale)
-        totals += weights.mean(-1).sum(0)
+        totals += weights.sum((0, 2))
         labelled += stop - start if present is None else present.any(1).sum()
-    return gradient, totals / labelled.clamp(min=1)
+    return gradient, totals / (d * labelled.clamp(min=1))
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    """Tasks of all blocks, ``[n, K, …]``, with the tasks outermost in memory."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.transpose(0, 1) for part in parts]).transpose(0, 1)
 
 
 def _unit(labels: Sequence[Labels]) -> Tensor:
@@ -94,8 +101,7 @@ def _scaled(second: Tensor, factor: Tensor, full: bool) -> Tensor:
     """Second moment of a loss with a factor: a covariance, or the logarithm of a variance."""
     if full:
         return second * factor[..., None].square()
-    tiny = torch.finfo(second.dtype).tiny  # only exact zeros are lifted
-    return second.clamp_(min=tiny).log_().add_(2 * factor.log())
+    return second.add_(2 * factor.log().to(second.dtype))
 
 
 def _stack(

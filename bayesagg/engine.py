@@ -223,6 +223,8 @@ class BayesAgg(nn.Module):
             scale=self.gradient_scale,
             full=self.covariance == "full",
             generator=torch.Generator(h.device).manual_seed(self.seed + self._draws),
+            # Moments need no more digits than the gradient that they make, but 32 bits of range.
+            dtype=min(self.dtype, torch.promote_types(h.dtype, torch.float32), key=_bits),
         )
         return _Plan(unflatten(gradient, h, self._channels_first), evidence, weights)
 
@@ -319,6 +321,10 @@ class BayesAgg(nn.Module):
             f"gradient_scale={self.gradient_scale!r}, pretrain_epochs={self.pretrain_epochs}, "
             f"epoch={self.epoch}, heads={{{heads}}}"
         )
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
 
 
 def _describe(head: Head) -> str:

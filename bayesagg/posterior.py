@@ -47,25 +47,21 @@ class Gaussian:
     @cached_property
     def whitener(self) -> Tensor:
         """Inverse of ``factor``, ``[G, M, M]``: ``S = whitenerᵀ whitener``."""
-        identity = torch.eye(self.factor.shape[-1], dtype=self.mean.dtype, device=self.mean.device)
-        whitener: Tensor = torch.linalg.solve_triangular(
-            self.factor, identity.expand_as(self.factor), upper=False
-        )
-        return whitener
+        return _inverse(self.factor)
 
     @cached_property
     def covariance(self) -> Tensor:
         """``S``, shape ``[G, M, M]``."""
         return torch.cholesky_inverse(self.factor)
 
-    @cached_property
+    @property
     def variance(self) -> Tensor:
         """Diagonal of ``S``, shape ``[G, M]``."""
         return self.whitener.square().sum(-2)
 
     @cached_property
     def tasks(self) -> list[Gaussian]:
-        """One Gaussian a task; kept, because each keeps its covariance."""
+        """One Gaussian a task; kept, because each keeps its inverse factor."""
         if len(self.mean) == 1:
             return [self]
         factors = self.factor.expand(len(self.mean), -1, -1).split(1)
@@ -118,6 +114,14 @@ def _cholesky(precision: Tensor) -> Tensor:
     )
 
 
+def _inverse(factor: Tensor) -> Tensor:
+    """Inverse of a lower triangular ``[G, M, M]``, solved in place: large ones cost page faults."""
+    groups, size, _ = factor.shape
+    result = torch.eye(size, dtype=factor.dtype, device=factor.device).repeat(groups, 1, 1).mT
+    torch.linalg.solve_triangular(factor, result, upper=False, out=result)
+    return result
+
+
 def from_natural(precision: Tensor, shift: Tensor) -> Gaussian:
     """Gaussian with the given natural parameters.
 
@@ -132,9 +136,11 @@ def from_natural(precision: Tensor, shift: Tensor) -> Gaussian:
         NumericalWarning: if jitter was added, with the amount.
     """
     factor = _cholesky(precision)
-    if len(factor) == 1:
-        return Gaussian(torch.cholesky_solve(shift.mT, factor[0]).mT, factor)
-    return Gaussian(torch.cholesky_solve(shift[..., None], factor)[..., 0], factor)
+    # Not by the inverse factor, which loses the digits that a bad condition leaves.
+    right = shift.mT[None] if len(factor) == 1 else shift[..., None]
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    mean = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return Gaussian(mean[0].mT if len(factor) == 1 else mean[..., 0], factor)
 
 
 def weighted_gram(features: Tensor, weights: Tensor, chunk: int = 1 << 22) -> Tensor:

@@ -107,8 +107,12 @@ class Block(ABC):
         posterior: Gaussian,
         generator: torch.Generator,
         full: bool,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """``E[g]`` and ``Var[g]`` (or ``Cov[g]``) for factor one, ``[N, K, d]`` (``[…, d]``)."""
+        """``E[g]`` and ``log Var[g]`` (or ``Cov[g]``) for factor one, ``[N, K, d]`` (``[…, d]``).
+
+        In ``dtype``, unless ``full``.
+        """
 
     @abstractmethod
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:

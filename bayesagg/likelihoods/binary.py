@@ -19,7 +19,7 @@ from bayesagg.likelihoods.labels import (
     label_mask,
     tolerance,
 )
-from bayesagg.moments import binary_moments, monte_carlo_moments
+from bayesagg.moments import binary_moments, log_variance, monte_carlo_moments
 from bayesagg.posterior import Gaussian, binary_statistics
 
 __all__ = ["BinaryBlock"]
@@ -102,14 +102,18 @@ class BinaryBlock(Block):
         posterior: Gaussian,
         generator: torch.Generator,
         full: bool,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Quadrature over the logit, or Eq. 11."""
         first = self.heads[0]
         if first.moments == "monte_carlo":
-            return monte_carlo_moments(
+            mean, second = monte_carlo_moments(
                 features, labels.targets, posterior, self.d, first.num_samples, generator, full
             )
-        return binary_moments(features, labels.targets, posterior, self.d, full)
+            return (mean, second) if full else (mean.to(dtype), log_variance(second, dtype))
+        return binary_moments(
+            features, labels.targets, posterior, self.d, full, log=not full, dtype=dtype
+        )
 
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
         """Rows of the mean."""

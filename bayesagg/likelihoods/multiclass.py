@@ -13,7 +13,7 @@ from bayesagg.heads import Head, MulticlassHead
 from bayesagg.likelihoods.base import Block
 from bayesagg.likelihoods.data import Labels, Observation, Statistics
 from bayesagg.likelihoods.labels import close, factor_of_targets, label_mask, tolerance
-from bayesagg.moments import monte_carlo_moments, multiclass_moments
+from bayesagg.moments import log_variance, monte_carlo_moments, multiclass_moments
 from bayesagg.posterior import Gaussian, contrast_basis, multiclass_statistics
 
 __all__ = ["MulticlassBlock"]
@@ -157,19 +157,26 @@ class MulticlassBlock(Block):
         posterior: Gaussian,
         generator: torch.Generator,
         full: bool,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Cubature over the logit contrasts, or Eq. 11; task by task."""
-        first = self.heads[0]
         parts = []
         for k, single in enumerate(posterior.tasks):
             targets = labels.targets[:, k]
-            if first.moments == "monte_carlo":
-                mean, second = self._sampled(features, targets, single, generator, full)
+            if self.heads[0].moments == "monte_carlo":
+                parts.append(self._sampled(features, targets, single, generator, full, dtype))
             else:
-                mean, second = multiclass_moments(
-                    features, targets, single, self.d, full, max_nodes=_TRAINING_NODES
+                pair = multiclass_moments(
+                    features,
+                    targets,
+                    single,
+                    self.d,
+                    full,
+                    max_nodes=_TRAINING_NODES,
+                    log=not full,
+                    dtype=dtype,
                 )
-            parts.append((mean, second))
+                parts.append(pair)
         return torch.stack([p[0] for p in parts], 1), torch.stack([p[1] for p in parts], 1)
 
     def _sampled(
@@ -179,17 +186,14 @@ class MulticlassBlock(Block):
         posterior: Gaussian,
         generator: torch.Generator,
         full: bool,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
+        samples = self.heads[0].num_samples
         mean, second = monte_carlo_moments(
-            features,
-            targets[:, None],
-            posterior,
-            self.d,
-            self.heads[0].num_samples,
-            generator,
-            full,
+            features, targets[:, None], posterior, self.d, samples, generator, full
         )
-        return mean[:, 0], second[:, 0]
+        mean, second = mean[:, 0], second[:, 0]
+        return (mean, second) if full else (mean.to(dtype), log_variance(second, dtype))
 
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
         """Contrasts back to classes; the common mode, which no output depends on, is zero."""

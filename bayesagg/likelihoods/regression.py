@@ -133,9 +133,12 @@ class RegressionBlock(Block):
         posterior: Gaussian,
         generator: torch.Generator,
         full: bool,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Closed form."""
-        return regression_moments(features, labels.targets, posterior, self.d, full)
+        return regression_moments(
+            features, labels.targets, posterior, self.d, full, log=not full, dtype=dtype
+        )
 
     def commit(self, batch: Statistics) -> None:
         """Also move the running mean of squared residuals."""

@@ -5,13 +5,14 @@ Each function takes a Gaussian posterior over head weights and returns, for a lo
 """
 
 from bayesagg.moments.binary import binary_moments, gaussian_nodes
-from bayesagg.moments.monte_carlo import monte_carlo_moments
+from bayesagg.moments.monte_carlo import log_variance, monte_carlo_moments
 from bayesagg.moments.multiclass import multiclass_moments
 from bayesagg.moments.regression import regression_moments
 
 __all__ = [
     "binary_moments",
     "gaussian_nodes",
+    "log_variance",
     "monte_carlo_moments",
     "multiclass_moments",
     "regression_moments",

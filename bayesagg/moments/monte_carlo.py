@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bayesagg.posterior import Gaussian, contrast_basis
 
-__all__ = ["monte_carlo_moments"]
+__all__ = ["log_variance", "monte_carlo_moments"]
 
 _CHUNK = 1 << 22  # elements of the largest intermediate
 
@@ -54,3 +54,8 @@ def monte_carlo_moments(
         second = torch.einsum("njkd,njke->nkde", g, g) if full else g.square_().sum(1)
         parts.append((mean, second / num_samples))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def log_variance(variance: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logarithm of a sampled variance, in ``dtype``; only exact zeros are lifted."""
+    return variance.clamp(min=torch.finfo(variance.dtype).tiny).log().to(dtype)

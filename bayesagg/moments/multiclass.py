@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.moments.binary import gaussian_nodes, hermite_rule
+from bayesagg.moments.whitened import log_or_scale
 from bayesagg.posterior import Gaussian, contrast_basis
 
 __all__ = ["multiclass_moments", "standard_normal_nodes"]
@@ -54,7 +55,10 @@ def multiclass_moments(
     posterior: Gaussian,
     d: int,
     full: bool = False,
+    *,
     max_nodes: int = 8192,
+    log: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Moments of ``g = Wᵀ(p(z) - y)``, ``z = W h̃``, for one task.
 
@@ -76,36 +80,55 @@ def multiclass_moments(
         full: return the covariance instead of its diagonal.
         max_nodes: of the cubature, at least 64. Narrow logits need far fewer. With the default
             the error is that of about 10⁶ samples; with 256 nodes it is below that of J = 1024.
+        log: return the logarithm of the variance, which cannot underflow.
+        dtype: of the results without ``full``; that of the posterior by default.
 
     Returns:
         ``E[g]``, ``[N, d]``, and ``Var[g]``, ``[N, d]``, or ``Cov[g]``, ``[N, d, d]``.
     """
     e, width = targets.shape[1] - 1, features.shape[1]
+    dtype = posterior.mean.dtype if full or dtype is None else dtype
     basis = contrast_basis(e + 1, features)
     covariance = posterior.covariance[0].view(e, width, e, width)
     mean = posterior.mean[0].view(e, width)
-    blocks = covariance.diagonal(dim1=1, dim2=3)[..., :d].permute(2, 0, 1)  # S_d, [d, E, E]
-    size = max(1, _CHUNK // (e * d * max(e + 1, d if full else 1)))
+    blocks = covariance.diagonal(dim1=1, dim2=3)[..., :d].flatten(0, 1).to(dtype)  # S_d, [E·E, d]
+    size = max(1, _CHUNK // (e * max(e * width, d * max(e + 1, d if full else 1))))
     parts = []
     for h, y in zip(features.split(size), targets.split(size), strict=True):
-        u = torch.matmul(h, covariance.view(e, width, e * width)).transpose(0, 1)  # [n, E, E·D]
-        v = (u.unflatten(2, (e, width)) @ h[:, None, :, None])[..., 0]
-        factor = _factor(v)
-        r = _scores(u, factor).unflatten(2, (e, width))[..., :d]  # [n, ε, contrast, d]
-        constant = mean[None, :, :d].expand(len(h), e, d)
+        factor, scores = _scores(h, covariance)
+        r = scores[..., :d].to(dtype)  # [n, ε, contrast, d]
+        constant = mean[None, :, :d].to(dtype).expand(len(h), e, d)
         b = torch.cat([constant, r.flatten(1, 2)], dim=1)  # [n, F, d]
         phi_mean, phi_cov, rho2 = _residual_moments(h @ mean.mT, factor, y, basis, max_nodes)
-        first = (phi_mean[:, None] @ b)[:, 0]
+        # Relative to E[ρᵀρ], what is left is of order one.
+        level = rho2.diagonal(dim1=1, dim2=2).sum(1)[:, None]
+        safe = level.clamp(min=torch.finfo(level.dtype).tiny)[..., None]
+        phi_cov, rho2 = (phi_cov / safe).to(dtype), (rho2 / safe).to(dtype)
+        first = (phi_mean.to(dtype)[:, None] @ b)[:, 0]
         if full:
             rest = torch.einsum("nab,aibj->nij", rho2, covariance[:, :d, :, :d])
             rest = rest - torch.einsum("nexi,nxy,neyj->nij", r, rho2, r)
-            second = b.mT @ phi_cov @ b + rest
+            second = level[..., None] * (b.mT @ phi_cov @ b + rest)
         else:
-            rest = rho2.flatten(1) @ blocks.flatten(1).mT
+            rest = rho2.flatten(1) @ blocks
             rest = rest - ((rho2[:, None] @ r) * r).sum((1, 2))
-            second = ((phi_cov @ b) * b).sum(1) + rest.clamp(min=0)
+            second = ((phi_cov @ b) * b).sum(1) + rest.clamp_(min=0)
+            second = log_or_scale(second.clamp_(min=0), level, log)
         parts.append((first, second))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _scores(h: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """``L`` with ``LLᵀ = V``, ``[n, E, E]``, and the weights' covariances with ε: ``L⁻¹ U``.
+
+    ``covariance`` is ``[E, D, E, D]``, the result ``[n, E, E, D]``.
+    """
+    e, width = covariance.shape[:2]
+    u = torch.matmul(h, covariance.reshape(e, width, e * width)).transpose(0, 1)  # [n, E, E·D]
+    factor = _factor((u.unflatten(2, (e, width)) @ h[:, None, :, None])[..., 0])
+    identity = torch.eye(e, dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return factor, (inverse @ u).unflatten(2, (e, width))
 
 
 def _factor(v: Tensor) -> Tensor:
@@ -115,14 +138,6 @@ def _factor(v: Tensor) -> Tensor:
     eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
     factor: Tensor = torch.linalg.cholesky_ex((v + v.mT) / 2 + ridge[:, None, None] * eye)[0]
     return factor
-
-
-def _scores(u: Tensor, factor: Tensor) -> Tensor:
-    """``L⁻¹ U``, ``[n, E, E·D]``: covariances of the weights with ε instead of the logits."""
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    scores: Tensor = inverse @ u
-    return scores
 
 
 def _residual_moments(
@@ -135,7 +150,7 @@ def _residual_moments(
     n, e = t_mean.shape
     if e == 1:  # the softmax over two classes is a sigmoid of √2 times the contrast
         x, w = gaussian_nodes(2**0.5 * t_mean[:, 0], 2**0.5 * factor[:, 0, 0])
-        return _integrate(t_mean, factor, targets, basis, x[:, None], w[:, None])
+        return _integrate(t_mean, factor, targets, basis, x[:, None], w.expand_as(x)[:, None])
     f = e * (e + 1)
     result = (t_mean.new_empty(n, f), t_mean.new_empty(n, f, f), t_mean.new_empty(n, e, e))
     spread = factor.square().sum((-2, -1)) / e
@@ -171,6 +186,9 @@ def _integrate(
     logits = basis.mT @ torch.baddbmm(t_mean[..., None], factor, nodes.expand(len(factor), -1, -1))
     p = logits.sub_(logits.amax(1, keepdim=True)).exp_()
     p = p.div_(p.sum(1, keepdim=True)).sub_(targets[..., None])
+    # The residuals add up to zero: that of the label, close to -0 or far more, from the others.
+    label = targets.argmax(1)[:, None, None].expand(-1, 1, p.shape[2])
+    p = p.scatter_(1, label, 0.0).scatter_(1, label, -p.sum(1, keepdim=True))
     rho = basis @ p  # [n, E, J]
     phi = torch.cat([rho, (nodes[..., :, None, :] * rho[:, None]).flatten(1, 2)], dim=1)
     phi_mean = (phi * weights).sum(-1)

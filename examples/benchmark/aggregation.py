@@ -130,6 +130,7 @@ def run_library(problem: Problem) -> Tensor:
         scale="mean",
         full=False,
         generator=torch.Generator(),
+        dtype=problem.h.dtype,
     )
     return gradient
 

@@ -1,4 +1,4 @@
-"""Binary moments: 48 nodes against fine composite rules and against sampling."""
+"""Binary moments: the nodes against fine composite rules and against sampling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from bayesagg.moments import binary_moments, gaussian_nodes
-from bayesagg.moments.binary import _WIDE
+from bayesagg.moments.binary import _HERMITE
 from bayesagg.posterior import Gaussian
 from tests import reference
 
@@ -87,9 +87,10 @@ def test_grid_of_wide_and_saturated_logits(device, y, logit, sd):
     check(device, h, y, m, factor, 3)
 
 
-def test_no_step_between_narrow_and_wide_rules(device):
+@pytest.mark.parametrize("bound", [bound for bound, _ in _HERMITE])
+def test_no_step_between_rules(device, bound):
     results = []
-    for sd in (_WIDE - 1e-9, _WIDE + 1e-9):
+    for sd in (bound - 1e-9, bound + 1e-9):
         h, m, factor = problem(5, 2, True, 1.0, 1.5, sd)
         results.append(moments(device, h, 1.0, m, factor, 2))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-3)
