@@ -63,6 +63,9 @@ def check_finite(losses: Mapping[str, Tensor]) -> None:
                 f"task {name!r}: its loss does not require gradients: it was detached, or "
                 f"computed under torch.no_grad()."
             )
+    values = [loss.detach() for loss in losses.values()]
+    if all(value.dim() == 0 for value in values) and bool(torch.stack(values).sum().isfinite()):
+        return  # one look at the device in the common case
     for name, loss in losses.items():
         if not bool(torch.isfinite(loss.detach()).all()):
             raise LossError(
@@ -110,16 +113,8 @@ def observe(
                 f"task {name!r}: its loss does not depend on the output of its head in the last "
                 f"forward pass. Pass the loss of that pass under the name of the right head."
             )
-    for name, gradient in by_name.items():
-        level = gradient.detach().abs().sum()
-        if bool(torch.isnan(level)):
-            raise LossError(
-                f"task {name!r}: its loss is finite but its gradient is NaN: probably a missing "
-                f"label hidden by torch.where. Leave missing labels out of the loss by a mask, "
-                f"or pass them as NaN through `targets=`."
-            )
-        if bool(torch.isinf(level)):
-            return None
+    if not _finite(by_name):
+        return None
     curvatures = _second_derivatives({name: by_name[name] for name in curved}, outputs)
     observed = {}
     for name in names:
@@ -129,10 +124,29 @@ def observe(
             output=flatten(outputs[name].detach(), channels_first),
             gradient=flatten(by_name[name].detach(), channels_first),
             curvature=None if curvature is None else flatten(curvature, channels_first),
-            loss=losses[name].detach(),
+            loss=losses[name].detach().view(1),
             target=None if target is None else _flat_target(target, outputs[name], channels_first),
         )
     return observed
+
+
+def _finite(gradients: Mapping[str, Tensor]) -> bool:
+    """Whether no gradient overflowed.
+
+    Raises:
+        LossError: for a gradient that is NaN.
+    """
+    levels = torch.stack([g.detach().abs().sum() for g in gradients.values()])
+    if bool(levels.isfinite().all()):
+        return True
+    for name, level in zip(gradients, levels, strict=True):
+        if bool(torch.isnan(level)):
+            raise LossError(
+                f"task {name!r}: its loss is finite but its gradient is NaN: probably a missing "
+                f"label hidden by torch.where. Leave missing labels out of the loss by a mask, "
+                f"or pass them as NaN through `targets=`."
+            )
+    return False
 
 
 def _second_derivatives(
@@ -142,8 +156,9 @@ def _second_derivatives(
     smooth = {name: g for name, g in gradients.items() if g.requires_grad}
     if smooth:
         values = torch.autograd.grad(
-            [g.sum() for g in smooth.values()],
+            list(smooth.values()),
             [outputs[name] for name in smooth],
+            [torch.ones_like(g) for g in smooth.values()],
             retain_graph=True,
             allow_unused=True,
         )

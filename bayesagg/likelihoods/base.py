@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bayesagg.errors import CheckpointError
+from bayesagg.errors import CheckpointError, LossError
 from bayesagg.heads import Head
 from bayesagg.likelihoods.data import Labels, Observation, Statistics
 from bayesagg.posterior import Gaussian, from_natural
@@ -73,6 +73,9 @@ class Block(ABC):
         self, observed: Mapping[str, Observation], rows: int, device: torch.device
     ) -> Labels:
         """Labels of all heads of the block, in the dtype of the posterior algebra."""
+        joint = self._joint_labels(observed)
+        if joint is not None:
+            return joint.to(self.dtype)
         parts = [
             self.read_labels(name, head, observed[name])
             if name in observed
@@ -80,6 +83,18 @@ class Block(ABC):
             for name, head in zip(self.names, self.heads, strict=True)
         ]
         return Labels.stack(parts).to(self.dtype)
+
+    def _joint_labels(self, observed: Mapping[str, Observation]) -> Labels | None:
+        """Labels of all heads at once, which is faster than one by one; ``None``: not possible."""
+        if len(self.heads) == 1 or any(name not in observed for name in self.names):
+            return None
+        joint = Observation.join([observed[name] for name in self.names])
+        if joint is None:
+            return None
+        try:
+            return self.read_labels(self.names[0], self.heads[0], joint)
+        except LossError:  # one by one, to name the task
+            return None
 
     @abstractmethod
     def read_labels(self, name: str, head: Head, observed: Observation) -> Labels:

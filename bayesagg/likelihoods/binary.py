@@ -38,28 +38,29 @@ class BinaryBlock(Block):
         assert observed.curvature is not None
         z, g, curvature = observed.output, observed.gradient, observed.curvature
         p, spread = torch.sigmoid(z), torch.sigmoid(z) * torch.sigmoid(-z)
-        tol = tolerance(z.dtype)
-        missing = (g == 0) & (curvature == 0) & (spread > torch.finfo(z.dtype).eps)
-        eps = torch.finfo(z.dtype).eps
+        tol, eps = tolerance(z.dtype), torch.finfo(z.dtype).eps
+        zero, negative = torch.zeros_like(z), z < 0
+        missing = (g == 0) & (curvature == 0) & (spread > eps)
+        known = ~missing
         # The curvature is f σ(1-σ) to eps / (1 - σ); for negative logits it is exact.
-        usable = ~missing & (torch.where(z < 0, spread / eps, spread) > min(tol / 10, 10 * eps))
-        right = ~missing & ~usable & (g.abs() <= 2 * curvature)
-        scale = _factor(z, g, curvature, spread, usable, ~missing & ~usable & ~right)[None]
-        off = torch.where(usable, curvature / spread / scale - 1, torch.zeros_like(z)).abs()
-        rounding = tol + 4 * torch.where(z < 0, torch.zeros_like(z), eps / spread)
-        y = torch.where(right, p.round(), p - g / scale)
-        y = torch.where(missing, torch.zeros_like(y), y)
-        valid = (scale > 0).all() & ((off <= rounding) | ~usable).all()
-        valid = valid & (y > -4 * tol).all() & (y < 1 + 4 * tol).all()
+        usable = known & (torch.where(negative, spread / eps, spread) > min(tol / 10, 10 * eps))
+        hidden = known & ~usable
+        right = hidden & (g.abs() <= 2 * curvature)
+        scale = _factor(z, g, curvature, spread, usable, hidden & ~right)[None]
+        off = torch.where(usable, curvature / spread / scale - 1, zero).abs()
+        rounding = tol + 4 * torch.where(negative, zero, eps / spread)
+        y = torch.where(right, p.round(), p - g / scale).masked_fill_(missing, 0)
+        valid = (scale > 0) & ((off <= rounding) | ~usable) & (y > -4 * tol) & (y < 1 + 4 * tol)
         # Where the factor of a datum cannot be seen, a weight and a soft label are the same.
         hard = torch.minimum(y.abs(), (1 - y).abs()) <= 4 * tol
-        valid = valid & (hard | usable | missing).all()
+        valid = (valid & (hard | ~hidden)).all()
         snap = max(4 * eps, 4e-3)
-        y = torch.where(y < snap, torch.zeros_like(y), y)
-        y = torch.where(y > 1 - snap, torch.ones_like(y), y)
-        if bool(usable.any(0).all()):  # a loss with the same derivatives here has another value
-            each = F.binary_cross_entropy_with_logits(z, y, reduction="none")
-            valid = valid & close((scale * each * ~missing).sum(), observed.loss, 8 * tol)
+        y = y.masked_fill_(y < snap, 0).masked_fill_(y > 1 - snap, 1)
+        # A loss with the same derivatives at these outputs has another value.
+        each = F.binary_cross_entropy_with_logits(z, y, reduction="none")
+        value = observed.per_head((scale * each * known).sum(0))
+        blind = observed.per_head((~usable.any(0)).to(z.dtype)) > 0
+        valid = valid & (blind | close(value, observed.loss, 8 * tol)).all()
         if not bool(valid):
             raise LossError(
                 f"task {name!r}: the loss is not a binary cross-entropy of constant weight, so "
@@ -67,7 +68,7 @@ class BinaryBlock(Block):
                 f"class or example weights, pass `targets=`. A "
                 f"regulariser added to it needs a backward pass of its own."
             )
-        return Labels(z, y, scale, ~missing if bool(missing.any()) else None)
+        return Labels(z, y, scale, known if bool(missing.any()) else None)
 
     def _given(self, name: str, observed: Observation) -> Labels:
         z = observed.output

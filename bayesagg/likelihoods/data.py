@@ -13,14 +13,15 @@ __all__ = ["Labels", "Observation", "Statistics"]
 
 @dataclass
 class Observation:
-    """What the loss of one head says at its output, before anything is believed.
+    """What the loss of one head, or of several, says at its output, before anything is believed.
 
     Attributes:
         output: head output, ``[N, o]``, detached.
         gradient: ``∂loss/∂output``, ``[N, o]``.
         curvature: diagonal of ``∂²loss/∂output²``, ``[N, o]``; ``None`` where not asked for.
-        loss: sum of the loss, 0-dimensional.
+        loss: value of the loss of each head, ``[H]``.
         target: what the user passed, flattened to ``[N]`` or ``[N, o]``; ``None``: recover.
+        owners: index of the head of every output, ``[o]``; ``None`` for one head.
     """
 
     output: Tensor
@@ -28,6 +29,35 @@ class Observation:
     curvature: Tensor | None
     loss: Tensor
     target: Tensor | None
+    owners: Tensor | None = None
+
+    @staticmethod
+    def join(parts: Sequence[Observation]) -> Observation | None:
+        """Several heads as one, ``None`` where they differ in dtype or have targets."""
+        first = parts[0].output
+        curvatures = [part.curvature for part in parts if part.curvature is not None]
+        if (
+            any(part.target is not None or part.output.dtype != first.dtype for part in parts)
+            or any(part.gradient.dtype != first.dtype for part in parts)
+            or len(curvatures) != len(parts)
+        ):
+            return None
+        sizes = torch.tensor([part.output.shape[1] for part in parts])
+        owners = torch.repeat_interleave(torch.arange(len(parts)), sizes)
+        return Observation(
+            torch.cat([part.output for part in parts], dim=1),
+            torch.cat([part.gradient for part in parts], dim=1),
+            torch.cat(curvatures, dim=1),
+            torch.cat([part.loss for part in parts]),
+            None,
+            owners.to(first.device),
+        )
+
+    def per_head(self, values: Tensor) -> Tensor:
+        """Sum of ``values``, ``[o]``, over the outputs of each head, ``[H]``."""
+        if self.owners is None:
+            return values.sum(0, keepdim=True)
+        return values.new_zeros(len(self.loss)).index_add_(0, self.owners, values)
 
 
 @dataclass

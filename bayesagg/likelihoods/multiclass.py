@@ -71,7 +71,7 @@ class MulticlassBlock(Block):
         deviation = (g - scale * (p - y)).abs() * ~missing[:, None]
         valid = (scale > 0) & (deviation.amax() <= tol * scale)
         nll = F.cross_entropy(z, label, reduction="none") * ~missing
-        valid = valid & close(scale * nll.sum(), observed.loss, tol)
+        valid = valid & close(scale * nll.sum(), observed.loss[0], tol)
         if not bool(valid):
             raise LossError(
                 f"task {name!r}: the loss is not a cross-entropy of constant weight, so labels "

@@ -55,8 +55,8 @@ class RegressionBlock(Block):
         quadratic = (deviation <= tol * scale).all() & (scale >= 0).all()
         if not everywhere:
             quadratic = quadratic & ~(~present & (g != 0)).any()
-        value = torch.where(present, g.square() / (4 * f), torch.zeros_like(f)).sum()
-        quadratic = quadratic & close(value, observed.loss, tol)
+        value = torch.where(present, g.square() / (4 * f), torch.zeros_like(f)).sum(0)
+        quadratic = quadratic & close(observed.per_head(value), observed.loss, tol).all()
         if not bool(quadratic):
             raise LossError(
                 f"task {name!r}: the loss is not a squared error of constant weight (its second "
