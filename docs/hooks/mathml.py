@@ -30,6 +30,8 @@ def on_page_content(content, *, page, **_):
         except Exception as error:
             log.warning("%s: cannot convert the formula %r: %r", page.file.src_uri, tex, error)
             return match[0]
+        # The converter makes a letter of this relation, which browsers set without space around it.
+        mathml = mathml.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
         if unknown := _NOT_CONVERTED.search(mathml):
             log.warning("%s: %s is not supported in %r", page.file.src_uri, unknown[1], tex)
         return mathml if display == "inline" else f'<div class="formula">{mathml}</div>'

@@ -1,0 +1,166 @@
+"""What to watch while training: conflict and certainty of tasks, and calibration of classifiers.
+
+Numbers only; :mod:`bayesagg.plots` draws them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Reliability",
+    "brier_score",
+    "expected_calibration_error",
+    "gradient_certainty",
+    "gradient_conflict",
+    "reliability",
+]
+
+
+def gradient_conflict(mean: Tensor) -> Tensor:
+    """How often a task's gradient points away from another's, data and other tasks pooled.
+
+    Two gradients conflict where their inner product is negative, as in PCGrad (Yu et al., 2020).
+
+    Args:
+        mean: ``E[g]``, or any gradients, ``[N, K, d]`` with ``K >= 2``.
+
+    Returns:
+        share of the data and other tasks that each task conflicts with, ``[K]``, 0 to 1.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    _check_moments(mean)
+    if mean.shape[1] < 2:
+        raise ValueError("conflict needs at least two tasks, got one")
+    negative = (mean @ mean.mT < 0).to(mean.dtype)  # [N, K, K], the diagonal is never negative
+    return negative.sum((0, 2)) / (len(mean) * (mean.shape[1] - 1))
+
+
+def gradient_certainty(mean: Tensor, variance: Tensor) -> Tensor:
+    """Signal to noise ratio of each task's gradient: ``‖E[g]‖ / √(Σ_d Var[g]_d)``.
+
+    Args:
+        mean: ``E[g]``, ``[N, K, d]``.
+        variance: ``Var[g]``, ``[N, K, d]``.
+
+    Returns:
+        median over the data, ``[K]``; below one the uncertainty is larger than the gradient.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    _check_moments(mean)
+    if variance.shape != mean.shape:
+        raise ValueError(
+            f"mean has shape {tuple(mean.shape)}, variance {tuple(variance.shape)}; they must agree"
+        )
+    noise = variance.sum(-1).sqrt().clamp(min=torch.finfo(mean.dtype).tiny)
+    ratio: Tensor = torch.linalg.vector_norm(mean, dim=-1) / noise
+    return ratio.median(0).values
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram: one entry per bin of the confidence, ``[bins]`` each.
+
+    Attributes:
+        confidence: mean confidence in the bin; NaN where it is empty.
+        accuracy: share of right predictions in the bin; NaN where it is empty.
+        count: predictions in the bin.
+    """
+
+    confidence: Tensor
+    accuracy: Tensor
+    count: Tensor
+
+
+def reliability(probabilities: Tensor, targets: Tensor, bins: int = 15) -> Reliability:
+    """Accuracy against confidence, the probability of the predicted class (Naeini et al., 2015).
+
+    Args:
+        probabilities: of all classes, ``[N, C]``, or of the second of two, ``[N]``.
+        targets: class indices, ``[N]``.
+        bins: number of bins of equal width on [0, 1].
+
+    Returns:
+        the diagram.
+
+    Raises:
+        ValueError: for shapes that do not fit, values outside of [0, 1] or no data.
+    """
+    p, y = _predictions(probabilities, targets)
+    confidence, predicted = p.max(1)
+    right = (predicted == y).to(p.dtype)
+    place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (0, 1/bins], …
+    count = torch.zeros(bins, dtype=p.dtype, device=p.device).index_add_(
+        0, place, torch.ones_like(right)
+    )
+    totals = torch.zeros(2, bins, dtype=p.dtype, device=p.device)
+    totals.index_add_(1, place, torch.stack([confidence, right]))
+    return Reliability(totals[0] / count, totals[1] / count, count)
+
+
+def expected_calibration_error(probabilities: Tensor, targets: Tensor, bins: int = 15) -> float:
+    """ECE: mean distance of accuracy and confidence over the bins, weighted by their counts.
+
+    Args:
+        probabilities: as of :func:`reliability`.
+        targets: as of :func:`reliability`.
+        bins: as of :func:`reliability`; the paper takes 15.
+
+    Returns:
+        a number between 0 (best) and 1.
+
+    Raises:
+        ValueError: as of :func:`reliability`.
+    """
+    table = reliability(probabilities, targets, bins)
+    gap = (table.accuracy - table.confidence).abs().nan_to_num()
+    return float((gap * table.count).sum() / table.count.sum())
+
+
+def brier_score(probabilities: Tensor, targets: Tensor) -> float:
+    """Squared distance of the probabilities from the one-hot label, averaged over the data.
+
+    Summed over classes, as Brier (1950) has it; divide by their number for a mean.
+
+    Args:
+        probabilities: as of :func:`reliability`.
+        targets: as of :func:`reliability`.
+
+    Returns:
+        a number between 0 (best) and 2.
+
+    Raises:
+        ValueError: as of :func:`reliability`.
+    """
+    p, y = _predictions(probabilities, targets)
+    one_hot = torch.zeros_like(p).scatter_(1, y[:, None], 1)
+    return float((p - one_hot).square().sum(1).mean())
+
+
+def _check_moments(mean: Tensor) -> None:
+    if mean.dim() != 3 or 0 in mean.shape:
+        raise ValueError(f"expected [data, tasks, dimensions], got shape {tuple(mean.shape)}")
+
+
+def _predictions(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of all classes ``[N, C]`` in float64, and class indices ``[N]``."""
+    p, y = probabilities.detach().double(), targets.detach().long()
+    if p.dim() == 1:
+        p = torch.stack([1 - p, p], dim=1)
+    if p.dim() != 2 or y.shape != p.shape[:1] or len(p) == 0:
+        raise ValueError(
+            f"expected probabilities [N] or [N, C] and class indices [N], got "
+            f"{tuple(probabilities.shape)} and {tuple(targets.shape)}"
+        )
+    if not bool(((p >= 0) & (p <= 1)).all()):
+        raise ValueError("probabilities must lie in [0, 1]; pass them after the softmax or sigmoid")
+    if not bool(((y >= 0) & (y < p.shape[1])).all()):
+        raise ValueError(f"class indices must lie in 0 to {p.shape[1] - 1}")
+    return p, y.to(p.device)

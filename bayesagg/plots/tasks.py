@@ -1,0 +1,163 @@
+"""One line per task over training: weights, conflict, certainty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesagg.plots.style import Floats, Values, array, line_style, new_axes, polish
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_certainty", "plot_conflict", "plot_task_weights"]
+
+
+def plot_task_weights(
+    history: Sequence[Mapping[str, Tensor]],
+    *,
+    steps: Sequence[float] | None = None,
+    unit: str = "step",
+    ax: Axes | None = None,
+) -> Axes:
+    """What the wrapper's ``task_weights`` were over training, and the uniform weight.
+
+    Args:
+        history: ``dict(optimizer.task_weights)``, noted at some steps; at least one.
+        steps: when they were noted; 1, 2, … if not given.
+        unit: of ``steps``: ``"step"`` or ``"epoch"``.
+        ax: to draw into.
+
+    Returns:
+        the Axes with one line per output of every task, and a dotted one where all are equal.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if there is nothing to draw, or entries differ in their tasks.
+    """
+    if not history:
+        raise ValueError("the history is empty: append dict(optimizer.task_weights) while training")
+    if any(list(entry) != list(history[0]) for entry in history):
+        raise ValueError("the entries of the history have different tasks")
+    names = [
+        name if len(weights) == 1 else f"{name} {output}"
+        for name, weights in history[0].items()
+        for output in range(len(weights))
+    ]
+    table = [torch.cat([weights.detach().cpu() for weights in entry.values()]) for entry in history]
+    own = ax is None
+    ax = _lines(table, names, steps, unit, ax)
+    ax.axhline(1 / len(names), color="0.4", ls=(0, (1, 3)), lw=1.5, label="uniform")
+    ax.set_ylabel("mean weight [share]")
+    ax.set_ylim(bottom=0)
+    return _legend(ax, own)
+
+
+def plot_conflict(
+    history: Values | Sequence[Tensor],
+    *,
+    names: Sequence[str] | None = None,
+    steps: Sequence[float] | None = None,
+    unit: str = "step",
+    ax: Axes | None = None,
+) -> Axes:
+    """Share of data and other tasks that each task's gradient points away from, over training.
+
+    Args:
+        history: of :func:`bayesagg.diagnostics.gradient_conflict`, ``[T, K]`` or a sequence of
+            ``T`` results, 0 to 1.
+        names: of the tasks.
+        steps: when they were noted; 1, 2, … if not given.
+        unit: of ``steps``.
+        ax: to draw into.
+
+    Returns:
+        the Axes with one line per task, in percent.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: for another shape.
+    """
+    own = ax is None
+    table = 100 * array(history, "times, tasks")
+    ax = _lines(table, names, steps, unit, ax)
+    ax.set_ylabel("conflict with other tasks [% of pairs]")
+    ax.set_ylim(0, 100)
+    return _legend(ax, own)
+
+
+def plot_certainty(
+    history: Values | Sequence[Tensor],
+    *,
+    names: Sequence[str] | None = None,
+    steps: Sequence[float] | None = None,
+    unit: str = "step",
+    ax: Axes | None = None,
+) -> Axes:
+    """Signal to noise ratio of each task's gradient over training, on a logarithmic axis.
+
+    Args:
+        history: of :func:`bayesagg.diagnostics.gradient_certainty`, ``[T, K]`` or a sequence of
+            ``T`` results, positive.
+        names: of the tasks.
+        steps: when they were noted; 1, 2, … if not given.
+        unit: of ``steps``.
+        ax: to draw into.
+
+    Returns:
+        the Axes with one line per task, and a dotted one where gradient and noise are equal.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: for another shape.
+    """
+    own = ax is None
+    ax = _lines(array(history, "times, tasks"), names, steps, unit, ax)
+    ax.axhline(1, color="0.4", ls=(0, (1, 3)), lw=1.5, label="gradient = noise")
+    _plain_decades(ax)
+    ax.set_ylabel("certainty, ‖E[g]‖ / sd [ratio]")
+    return _legend(ax, own)
+
+
+def _lines(
+    table: Floats | Sequence[Any],
+    names: Sequence[str] | None,
+    steps: Sequence[float] | None,
+    unit: str,
+    ax: Axes | None,
+) -> Axes:
+    values = array(table, "times, tasks")
+    times, tasks = values.shape
+    x = np.arange(1, times + 1) if steps is None else np.asarray(steps, dtype=np.float64)
+    labels = [f"task {k}" for k in range(tasks)] if names is None else list(names)
+    if x.shape != (times,) or len(labels) != tasks:
+        raise ValueError(
+            f"{times} times and {tasks} tasks, but {len(x)} steps and {len(labels)} names"
+        )
+    ax = new_axes(ax, (7.2, max(4.4, 0.26 * tasks)))  # room for the legend beside it
+    for k in range(tasks):
+        ax.plot(x, values[:, k], label=labels[k], **line_style(k, times))
+    ax.locator_params(axis="x", integer=True)
+    ax.set_xlabel(f"{unit} of training")
+    return ax
+
+
+def _legend(ax: Axes, own: bool) -> Axes:
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return polish(ax, own)
+
+
+def _plain_decades(ax: Axes) -> None:
+    """A logarithmic axis with numbers as 0.5, not 5 × 10⁻¹; between decades where there is room."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    plain, none = StrMethodFormatter("{x:g}"), NullFormatter()
+    ax.yaxis.set_minor_formatter(plain if high < 100 * low else none)

@@ -1,0 +1,87 @@
+"""Conflict, certainty and calibration against their definitions, taken one by one."""
+
+import itertools
+
+import pytest
+import torch
+
+from bayesagg.diagnostics import (
+    brier_score,
+    expected_calibration_error,
+    gradient_certainty,
+    gradient_conflict,
+    reliability,
+)
+
+
+def test_conflict_counts_pairs_that_point_apart():
+    mean = torch.randn(7, 4, 3)
+    expected = [0.0] * 4
+    for datum, (a, b) in itertools.product(mean, itertools.permutations(range(4), 2)):
+        expected[a] += float(datum[a] @ datum[b] < 0) / (7 * 3)
+    assert gradient_conflict(mean).tolist() == pytest.approx(expected)
+    assert gradient_conflict(mean[:, :1].repeat(1, 2, 1)).tolist() == [0, 0]
+    assert gradient_conflict(torch.cat([mean[:, :1], -mean[:, :1]], 1)).tolist() == [1, 1]
+
+
+def test_certainty_is_the_median_signal_to_noise_ratio():
+    mean, variance = torch.randn(5, 2, 3), torch.rand(5, 2, 3) + 0.1
+    for k in range(2):
+        pairs = zip(mean[:, k], variance[:, k], strict=True)
+        ratios = [float(m.norm() / v.sum() ** 0.5) for m, v in pairs]
+        assert float(gradient_certainty(mean, variance)[k]) == pytest.approx(sorted(ratios)[2])
+
+
+def test_certainty_without_noise_is_finite():
+    assert gradient_certainty(torch.ones(1, 1, 2), torch.zeros(1, 1, 2)).isfinite().all()
+
+
+def test_reliability_bins_by_confidence():
+    probabilities = torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1], [0.0, 1.0]])
+    table = reliability(probabilities, torch.tensor([1, 1, 0, 0]), bins=2)
+    assert table.count.tolist() == [1, 3]  # a confidence on the edge belongs to the lower bin
+    assert table.confidence.tolist() == pytest.approx([0.5, 0.9])
+    assert table.accuracy.tolist() == pytest.approx([0, 2 / 3])
+
+
+def test_calibration_error_is_the_weighted_gap():
+    p, y = torch.rand(200, 3).softmax(1), torch.randint(3, (200,))
+    confidence, predicted = p.max(1)
+    expected = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            gap = (predicted == y)[inside].double().mean() - confidence[inside].double().mean()
+            expected += float(gap.abs() * inside.sum() / 200)
+    assert expected_calibration_error(p, y) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_binary_probability_is_that_of_class_one():
+    p, y = torch.rand(50, dtype=torch.float64), torch.randint(2, (50,))
+    both = torch.stack([1 - p, p], 1)
+    assert brier_score(p, y) == pytest.approx(2 * float((p - y).square().mean()))
+    assert brier_score(p, y) == pytest.approx(brier_score(both, y))
+    assert expected_calibration_error(p, y) == expected_calibration_error(both, y)
+
+
+def test_perfect_and_worst_scores():
+    y = torch.tensor([0, 1])
+    assert brier_score(torch.eye(2), y) == expected_calibration_error(torch.eye(2), y) == 0
+    assert brier_score(torch.eye(2), 1 - y) == 2
+    assert expected_calibration_error(torch.eye(2), 1 - y) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gradient_conflict(torch.ones(2, 3)), "data, tasks, dimensions"),
+        (lambda: gradient_conflict(torch.ones(2, 1, 3)), "two tasks"),
+        (lambda: gradient_certainty(torch.ones(2, 1, 3), torch.ones(2, 1, 2)), "agree"),
+        (lambda: brier_score(torch.tensor([2.0]), torch.tensor([1])), r"\[0, 1\]"),
+        (lambda: brier_score(torch.tensor([0.5]), torch.tensor([2])), "0 to 1"),
+        (lambda: brier_score(torch.ones(2, 2), torch.tensor([1])), "class indices"),
+    ],
+)
+def test_wrong_shapes_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,105 @@
+"""The documentation's navigation, its formulas, and the workflow that builds it."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def hook(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "hooks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def navigation(entries, pages):
+    config = SimpleNamespace(nav=entries)
+    found = [SimpleNamespace(src_uri=page) for page in pages]
+    hook("nav").on_files(SimpleNamespace(documentation_pages=lambda: found), config=config)
+    return config.nav
+
+
+# --- navigation ----------------------------------------------------------------------------------
+
+
+def test_patterns_take_pages_in_order_and_once():
+    entries = [{"Home": "index.md"}, {"How-to": ["how-to/c*.md", "how-to/*"]}, {"More": ["*"]}]
+    pages = ["how-to/a.md", "index.md", "how-to/c.md", "z.md", "how-to/b.md"]
+    assert navigation(entries, pages) == [
+        {"Home": "index.md"},
+        {"How-to": ["how-to/c.md", "how-to/a.md", "how-to/b.md"]},
+        {"More": ["z.md"]},
+    ]
+
+
+def test_an_empty_section_is_left_out_and_a_missing_page_is_not():
+    entries = [{"Home": "index.md"}, {"How-to": ["how-to/*"]}, "gone.md"]
+    assert navigation(entries, ["index.md"]) == [{"Home": "index.md"}, "gone.md"]
+
+
+def settings():
+    class Loader(yaml.SafeLoader):
+        """Also reads the tags for Python objects that extensions use, as nothing."""
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    return yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+
+
+def test_every_page_has_its_place():
+    docs = ROOT / "docs"
+    pages = [path.relative_to(docs).as_posix() for path in docs.rglob("*.md")]
+    nav = navigation(settings()["nav"], pages)
+    titles = [next(iter(entry)) for entry in nav]
+    assert titles == [
+        *("Home", "Get started", "How-to", "Theory"),
+        *("Benchmarks", "API", "Changelog", "Contributing"),
+    ], "a page that no entry before the last matches"
+
+
+# --- formulas ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tex", "part"),
+    [(r"w \sim x", "<mo>&#x0223C;</mo>"), (r"\mathbf{1}", 'mathvariant="bold"')],
+)
+def test_formulas_become_mathml(tex, part):
+    pytest.importorskip("latex2mathml")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    content = f'<span class="arithmatex">\\({tex}\\)</span>'
+    rendered = hook("mathml").on_page_content(content, page=page)
+    assert rendered.startswith("<math") and part in rendered
+
+
+def test_a_formula_that_cannot_be_converted_is_reported(caplog):
+    pytest.importorskip("latex2mathml")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    hook("mathml").on_page_content(
+        '<span class="arithmatex">\\(\\nosuchcommand x\\)</span>', page=page
+    )
+    assert "nosuchcommand" in caplog.text
+
+
+# --- workflow ------------------------------------------------------------------------------------
+
+
+def test_the_workflow_runs_what_make_test_runs():
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    job = yaml.safe_load(text)["jobs"]["test"]
+    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12", "3.13"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test PYTHON=python"]
+
+
+def test_issue_forms_can_be_read():
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) == 3
+    for form in forms:
+        content = yaml.safe_load(form.read_text(encoding="utf-8"))
+        if form.name != "config.yml":
+            fields = [part["id"] for part in content["body"]]
+            assert content["name"] and content["description"] and len(set(fields)) == len(fields)
