@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import bayesagg
+from examples.arguments import Parser, make_folder, whole
 from examples.data import DataUnavailableError, MultiTaskData
 from examples.data.qm9 import TOTAL_MOLECULES, load_qm9
 from examples.jobs import Tick, run_jobs
@@ -90,59 +91,25 @@ def run_job(job: Job, tick: Tick) -> Run:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Leave with one line; argparse would print the usage before it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _whole(low: int, high: int | None = None) -> Any:
-    """Type of an argument that is a whole number in a range."""
-
-    def convert(text: str) -> int:
-        wanted = f"a whole number from {low}" + (f" to {high}" if high else "")
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{value} is not {wanted}")
-        return value
-
-    return convert
-
-
-def _make_folder(path: Path, parser: argparse.ArgumentParser) -> None:
-    """Make the folder for results before minutes of training find that it cannot be made."""
-    if path.is_file():
-        parser.error(f"argument --output: '{path}' is a file; name a folder to write into")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output: cannot write into '{path}': {error.strerror}")
-    if not os.access(path, os.W_OK):
-        parser.error(f"argument --output: cannot write into '{path}': no permission")
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad argument ends the program with one line and status 2."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m examples.demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = partial(parser.add_argument, metavar="N")
-    add("--seeds", type=_whole(1), default=1, help="trainings of each method (default: 1)")
-    add("--epochs", type=_whole(1), default=30, help="epochs of each training (default: 30)")
+    add("--seeds", type=whole(1), default=1, help="trainings of each method (default: 1)")
+    add("--epochs", type=whole(1), default=30, help="epochs of each training (default: 30)")
     add(
         "--molecules",
-        type=_whole(MIN_MOLECULES, TOTAL_MOLECULES),
+        type=whole(MIN_MOLECULES, TOTAL_MOLECULES),
         default=30_000,
         help=f"molecules, chosen at random, {MIN_MOLECULES} to {TOTAL_MOLECULES} (default: 30000)",
     )
     add(
         "--workers",
-        type=_whole(1),
+        type=whole(1),
         default=min(4, os.cpu_count() or 1),
         help="trainings at a time, each in its own process (default: the cores, at most 4)",
     )
@@ -162,7 +129,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="where figure, CSV and JSON are written (default: output/demo)",
     )
     options = parser.parse_args(arguments)
-    _make_folder(options.output, parser)
+    make_folder(options.output, parser)
     return options
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing.queues import SimpleQueue
 from typing import TypeVar
 
@@ -18,7 +18,12 @@ _ticks: SimpleQueue[None] | None = None  # set in worker processes only
 
 
 def run_jobs(
-    function: Callable[[Job, Tick], Result], jobs: Sequence[Job], *, workers: int, on_tick: Tick
+    function: Callable[[Job, Tick], Result],
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    on_tick: Tick,
+    on_result: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Call ``function`` on every job, in this process or in several.
 
@@ -31,12 +36,17 @@ def run_jobs(
         jobs: What to do.
         workers: Number of processes; with 1 nothing is started.
         on_tick: Called in this process for each unit of progress.
+        on_result: Called in this process with each result as soon as it is there.
 
     Returns:
         Results in the order of ``jobs``.
     """
     if workers == 1:
-        return [function(job, on_tick) for job in jobs]
+        results = []
+        for job in jobs:
+            results.append(function(job, on_tick))
+            on_result(results[-1])
+        return results
     context = multiprocessing.get_context("spawn")  # forking a process that has used torch can hang
     # A put has arrived when it returns: at a job's end all of its ticks can be read.
     ticks: SimpleQueue[None] = context.SimpleQueue()
@@ -44,10 +54,13 @@ def run_jobs(
         futures = [pool.submit(_work, function, job) for job in jobs]
         pending = set(futures)
         while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             while not ticks.empty():
                 ticks.get()
                 on_tick()
+            for future in done:
+                if not future.exception():
+                    on_result(future.result())
             if any(future.exception() for future in done):
                 pool.shutdown(cancel_futures=True)
                 break

@@ -1,13 +1,14 @@
-"""The methods of the demo by name: how each turns the losses of a batch into a step.
+"""The updates that all comparisons share, and the methods of the demo by name.
 
-A method is built from a model and the settings that all methods share; to add one, write an update
-(:class:`examples.training.Update`) and an entry of :data:`METHODS`.
+A method is built from a model and the settings that all methods share. Every update steps through
+:meth:`LinearScalarization.step`, which has the warm-up and the clipping, so that no method has them
+to itself.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -15,94 +16,168 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesagg import BayesAggWrapper, RegressionHead
+from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.heads import Head
 from bayesagg.presets import PAPER
-from examples.models import MultiTaskNet
 from examples.training import Losses, TrainSettings, Update
+
+HEADS: dict[str, type[Head]] = {
+    head.kind: head for head in (RegressionHead, BinaryHead, MulticlassHead)
+}
 
 
 def adam(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """Adam as every method uses it (``fused`` changes its speed only)."""
-    return torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=True)
+    return torch.optim.Adam(
+        model.parameters(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def clip_gradients(model: nn.Module, norm: float | None) -> None:
+    """Scale the gradients down to ``norm``; those of each network by itself where there are many.
+
+    A model of independent networks says so by a method ``network_gradients``: what one network
+    does must not depend on the others.
+    """
+    if norm is None:
+        return
+    split = getattr(model, "network_gradients", None)
+    own = [p.grad for p in model.parameters() if p.grad is not None]
+    for gradients in split() if split else [own]:
+        total = torch.nn.utils.get_total_norm(gradients)
+        scale = (norm / (total + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(scale)
 
 
 class LinearScalarization:
-    """Minimise the sum of the losses."""
+    """Minimise the sum of the losses; the base of the other updates.
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, steps_per_epoch: int) -> None:
+    The first epochs minimise the sum whatever the method, and have weights of one.
+
+    Args:
+        model: Its parameters are trained.
+        settings: What all methods share.
+        steps_per_epoch: Steps in an epoch.
+    """
+
+    weighted = False  # whether task_weights() has something to say
+
+    def __init__(self, model: Any, settings: TrainSettings, steps_per_epoch: int) -> None:
+        self.model, self.settings = model, settings
         self.optimizer = adam(model, settings)
+        self.warmup_steps = settings.pretrain_epochs * steps_per_epoch
+        self.weights: Tensor | None = None
 
     def step(self, losses: Losses) -> None:
-        """Take a step down the gradient of the objective."""
+        """Compute gradients, clip them and step."""
         self.optimizer.zero_grad()
-        self.objective(losses).backward()
+        if self.warmup_steps > 0:
+            self.warmup_steps -= 1
+            values = torch.stack(list(losses.values()))
+            self.weights = torch.ones_like(values)
+            values.sum().backward()
+        else:
+            self.backward(losses)
+        clip_gradients(self.model, self.settings.clip_norm)
         self.optimizer.step()
 
-    def objective(self, losses: Losses) -> Tensor:
-        """Sum of the losses, a scalar."""
-        return torch.stack(list(losses.values())).sum()
+    def backward(self, losses: Losses) -> None:
+        """Fill the gradients."""
+        self.objective(torch.stack(list(losses.values()))).backward()
+
+    def objective(self, values: Tensor) -> Tensor:
+        """A scalar from the losses, shape ``(K,)``; sets ``weights``."""
+        self.weights = torch.ones_like(values)
+        return values.sum()
+
+    def after_step(self, losses_now: Callable[[], Losses]) -> None:
+        """Do nothing."""
 
     def task_weights(self) -> Tensor | None:
-        """No weights: all are equal."""
-        return None
+        """Weights of the tasks in the last step, shape ``(K,)``; ``None``: all are always equal."""
+        return self.weights if self.weighted else None
 
 
 class ScaleInvariant(LinearScalarization):
     """Minimise the sum of the logarithms of the losses, so the weight of a task is 1 / its loss."""
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, steps_per_epoch: int) -> None:
-        super().__init__(model, settings, steps_per_epoch)
-        self._pretrain_steps = settings.pretrain_epochs * steps_per_epoch
+    weighted = True
 
-    def objective(self, losses: Losses) -> Tensor:
-        """Sum of the log losses, a scalar; of the losses during the first epochs."""
-        values = torch.stack(list(losses.values()))
-        if self._pretrain_steps > 0:
-            self._pretrain_steps -= 1
-            self._weights = torch.ones_like(values)
-            return values.sum()
-        self._weights = 1 / values.detach()
+    def objective(self, values: Tensor) -> Tensor:
+        """Sum of the log losses."""
+        self.weights = 1 / values.detach()
         return values.log().sum()
 
-    def task_weights(self) -> Tensor:
-        """Inverse losses of the last batch (ones during the first epochs), shape ``(K,)``."""
-        return self._weights
 
+class BayesAggregation(LinearScalarization):
+    """BayesAgg with the given settings of the wrapper and of the heads of each kind."""
 
-class BayesAggregation:
-    """BayesAgg of regression tasks, with the given settings of the wrapper and of its head."""
+    weighted = True
+    optimizer: BayesAggWrapper
 
     def __init__(
         self,
-        model: MultiTaskNet,
+        model: Any,
         settings: TrainSettings,
         steps_per_epoch: int,
-        wrapper: dict[str, Any],
-        head: dict[str, Any],
+        wrapper: Mapping[str, Any],
+        heads: Mapping[str, Mapping[str, Any]],
     ) -> None:
+        super().__init__(model, settings, steps_per_epoch)
+        self.groups = model.groups
         self.optimizer = BayesAggWrapper(
-            adam(model, settings),
+            self.optimizer,
             shared_rep_hook=model.backbone,
-            heads={"tasks": RegressionHead(model.head, **head)},
+            heads={
+                group.name: HEADS[group.kind](group.module, **heads.get(group.kind, {}))
+                for group in self.groups
+            },
             steps_per_epoch=steps_per_epoch,
             pretrain_epochs=settings.pretrain_epochs,
             **wrapper,
         )
+        self.warmup_steps = 0  # the wrapper has its own, in which it reads the labels already
 
-    def step(self, losses: Losses) -> None:
-        """Take a step down the aggregated gradient."""
-        self.optimizer.zero_grad()
-        # One head has all tasks as its outputs, so its loss is the sum of theirs.
-        self.optimizer.step({"tasks": torch.stack(list(losses.values())).sum()})
+    def backward(self, losses: Losses) -> None:
+        """Fill the gradients: a head with several tasks has the sum of their losses."""
+        values, grouped, start = list(losses.values()), {}, 0
+        for group in self.groups:
+            grouped[group.name] = torch.stack(values[start : start + group.tasks]).sum()
+            start += group.tasks
+        self.optimizer.backward(grouped)
 
     def task_weights(self) -> Tensor:
         """Mean weights of the tasks in the last batch, shape ``(K,)``."""
-        return self.optimizer.task_weights["tasks"]
+        weights = self.optimizer.task_weights
+        return torch.cat([weights[group.name] for group in self.groups])
+
+
+def library_settings(
+    wrapper: Mapping[str, Any], heads: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Settings of the wrapper, and of the heads by kind, with the library's defaults filled in."""
+    shared = ("optimizer", "shared_rep_hook", "heads", "steps_per_epoch", "pretrain_epochs")
+    parameters = inspect.signature(BayesAggWrapper).parameters.values()
+    full = {
+        "wrapper": {p.name: p.default for p in parameters if p.name not in shared} | {**wrapper}
+    }
+    for kind, given in heads.items():
+        own = [f for f in fields(HEADS[kind]) if f.kw_only and f.name != "_"]
+        full[kind] = {f.name: f.default for f in own} | {**given}
+    # Text where JSON has no such type (a torch.dtype).
+    return {
+        name: {k: v if isinstance(v, int | float) else str(v) for k, v in part.items()}
+        for name, part in full.items()
+    }
 
 
 @dataclass(frozen=True)
 class Method:
-    """An entry of the comparison.
+    """An entry of the demo.
 
     Attributes:
         label: Name in tables and figures.
@@ -121,16 +196,12 @@ def _bayesagg(
     label: str, wrapper: dict[str, Any], head: dict[str, Any], ablation_of: str | None = None
 ) -> Method:
     """A method of the wrapper; what is not given is the library's default, and recorded too."""
-    shared = ("optimizer", "shared_rep_hook", "heads", "steps_per_epoch", "pretrain_epochs")
-    parameters = inspect.signature(BayesAggWrapper).parameters.values()
-    settings = {p.name: p.default for p in parameters if p.name not in shared} | wrapper
-    settings |= {f.name: f.default for f in fields(RegressionHead) if f.kw_only and f.name != "_"}
-    settings |= head
+    heads = {"regression": head}
+    recorded = library_settings(wrapper, heads)
     return Method(
         label=label,
-        build=partial(BayesAggregation, wrapper=wrapper, head=head),
-        # Text where JSON has no such type (a torch.dtype).
-        settings={k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()},
+        build=partial(BayesAggregation, wrapper=wrapper, heads=heads),
+        settings=recorded["wrapper"] | recorded["regression"],
         ablation_of=ablation_of,
     )
 

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+Kind = Literal["regression", "binary", "multiclass"]
+
+
+class HeadGroup(NamedTuple):
+    """A linear head: its name, the kind of its tasks, the layer, and how many tasks it serves.
+
+    Losses follow the order of the groups, and within a group that of its outputs.
+    """
+
+    name: str
+    kind: Kind
+    module: nn.Linear
+    tasks: int
 
 
 class MultiTaskNet(nn.Module):
@@ -23,6 +38,11 @@ class MultiTaskNet(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(width, tasks)
+
+    @property
+    def groups(self) -> tuple[HeadGroup, ...]:
+        """The one head, of regression tasks."""
+        return (HeadGroup("tasks", "regression", self.head, self.head.out_features),)
 
     def features(self, x: Tensor) -> Tensor:
         """Shared representation, shape ``(1, B, width)``: one network, B data."""
@@ -55,8 +75,8 @@ class SingleTaskNets(nn.Module):
         super().__init__()
         self.tasks = len(networks)
         backbones = [network.backbone.children() for network in networks]
-        self.layers = nn.Sequential(*map(_stack, zip(*backbones, strict=True)))
-        self.head = _stack([network.head for network in networks])
+        self.layers = nn.Sequential(*map(stack, zip(*backbones, strict=True)))
+        self.head = stack([network.head for network in networks])
 
     def features(self, x: Tensor) -> Tensor:
         """Representations, shape ``(K, B, width)``."""
@@ -69,7 +89,7 @@ class SingleTaskNets(nn.Module):
         return outputs
 
 
-class _StackedLinear(nn.Module):
+class StackedLinear(nn.Module):
     """K linear layers of the same shape: ``(K, B, in)`` to ``(K, B, out)``."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -83,10 +103,11 @@ class _StackedLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-def _stack(layers: Sequence[nn.Module]) -> nn.Module:
+def stack(layers: Sequence[nn.Module]) -> nn.Module:
+    """K layers of the same shape as one that maps ``(K, B, in)`` to ``(K, B, out)``."""
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if len(linear) == len(layers):
-        return _StackedLinear(linear)
+        return StackedLinear(linear)
     if any(True for _ in layers[0].parameters()):
         raise TypeError(
             f"single-task networks are stacked from linear layers and activations, "

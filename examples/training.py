@@ -1,7 +1,7 @@
 """One training loop for every method: what differs between methods is the update.
 
 An update takes the losses of a batch and changes the parameters. Data, order of batches, schedule,
-warm-up, gradient clipping (none) and the epoch that is evaluated (the last) are the loop's, so that
+warm-up, gradient clipping and the epoch that is evaluated (the last) are the same for all, so that
 no method of a comparison has them to itself.
 """
 
@@ -34,6 +34,8 @@ class TrainSettings:
         pretrain_epochs: How many of them, at first, minimise the sum of the losses.
         batch_size: Data per step.
         learning_rate: Adam's, at the first step; it follows half a cosine to 0 at the last.
+        weight_decay: Adam's, a multiple of the parameters that is added to their gradient.
+        clip_norm: Largest norm of the gradient of all parameters together; ``None``: no clipping.
         seed: Seed of the weights and of the order of the batches.
     """
 
@@ -41,11 +43,35 @@ class TrainSettings:
     pretrain_epochs: int = 1
     batch_size: int = 120
     learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
     seed: int = 0
 
-    def steps_per_epoch(self, data: MultiTaskData) -> int:
+    def steps_per_epoch(self, data: TrainingData) -> int:
         """Optimizer steps in an epoch; the last batch may be smaller."""
-        return math.ceil(len(data.train.x) / self.batch_size)
+        return math.ceil(len(data.train) / self.batch_size)
+
+
+class Part(Protocol):
+    """Data that batches are taken from: tensors, or anything that can be collated."""
+
+    def __len__(self) -> int:
+        """Number of data."""
+
+    def batch(self, rows: Tensor) -> tuple[Any, Tensor]:
+        """Inputs, as the model takes them, and targets, ``(B, K)``, of the given rows."""
+
+
+class TrainingData(Protocol):
+    """What the loop reads of a data set."""
+
+    @property
+    def train(self) -> Part:
+        """The training part."""
+
+
+class DivergedError(ArithmeticError):
+    """A loss is no longer finite."""
 
 
 class Update(Protocol):
@@ -57,6 +83,9 @@ class Update(Protocol):
 
     def step(self, losses: Losses) -> None:
         """Compute gradients from ``losses`` (name → scalar with a graph) and step."""
+
+    def after_step(self, losses_now: Callable[[], Losses]) -> None:
+        """Look at what the step did; ``losses_now`` computes the losses of its batch again."""
 
     def task_weights(self) -> Tensor | None:
         """Weights of the tasks in the last step, shape ``(K,)``; ``None``: the method has none."""
@@ -82,7 +111,7 @@ class History:
 def train(
     model: nn.Module,
     update: Update,
-    data: MultiTaskData,
+    data: TrainingData,
     criterion: Criterion,
     settings: TrainSettings,
     on_epoch: Callable[[], None] = lambda: None,
@@ -99,6 +128,9 @@ def train(
 
     Returns:
         Times and task weights.
+
+    Raises:
+        DivergedError: If a loss is not finite at the end of an epoch.
     """
     steps = settings.steps_per_epoch(data)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -111,13 +143,19 @@ def train(
     for _ in range(settings.epochs):
         start = time.perf_counter()
         shares: list[Tensor] = []
-        order = torch.randperm(len(data.train.x), generator=generator)
+        order = torch.randperm(len(data.train), generator=generator)
         for rows in order.split(settings.batch_size):
-            update.step(criterion(model(data.train.x[rows]), data.train.y[rows]))
+            x, y = data.train.batch(rows)
+            losses = criterion(model(x), y)
+            update.step(losses)
+            update.after_step(lambda x=x, y=y: criterion(model(x), y))
             scheduler.step()
             step_weights = update.task_weights()
             if step_weights is not None:
                 shares.append(step_weights / step_weights.sum())
+        for task, loss in losses.items():
+            if not loss.isfinite():
+                raise DivergedError(f"the loss of {task} is {loss.item()}")
         seconds.append(time.perf_counter() - start)
         weights.append(torch.stack(shares).mean(0).tolist() if shares else [])
         on_epoch()

@@ -47,7 +47,7 @@ def measure(shape: Shape, arm: str) -> MemoryUse:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _run(shape, arm)
-    events = _trace(profiler)
+    events = trace(profiler)
     step = _window(events, _STEP)
     ends = _window(events, _EPOCH_END) if arm == "bayesagg" else None
     return MemoryUse(max(step), step[-1] - step[0], max(ends) if ends else None)
@@ -66,7 +66,7 @@ def _run(shape: Shape, arm: str) -> None:
             step.optimizer.end_epoch()
 
 
-def _trace(profiler: Any) -> list[dict[str, Any]]:
+def trace(profiler: Any) -> list[dict[str, Any]]:
     """The profiler's events in order of time; the exported trace is its public format."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")

@@ -24,6 +24,14 @@ class Split:
     x: Tensor
     y: Tensor
 
+    def __len__(self) -> int:
+        """Number of data."""
+        return len(self.x)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the given rows."""
+        return self.x[rows], self.y[rows]
+
 
 @dataclass(frozen=True)
 class MultiTaskData:

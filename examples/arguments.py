@@ -1,0 +1,44 @@
+"""Command lines of the examples: a parser, and types of arguments with clear errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with one line; argparse would print the usage before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def whole(low: int, high: int | None = None) -> Any:
+    """Type of an argument that is a whole number in a range."""
+
+    def convert(text: str) -> int:
+        wanted = f"a whole number from {low}" + (f" to {high}" if high else "")
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{value} is not {wanted}")
+        return value
+
+    return convert
+
+
+def make_folder(path: Path, parser: argparse.ArgumentParser) -> None:
+    """Make the folder for results before minutes of training find that it cannot be made."""
+    if path.is_file():
+        parser.error(f"argument --output: '{path}' is a file; name a folder to write into")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output: cannot write into '{path}': {error.strerror}")
+    if not os.access(path, os.W_OK):
+        parser.error(f"argument --output: cannot write into '{path}': no permission")

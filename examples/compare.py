@@ -1,0 +1,241 @@
+"""Compare multi-task methods on a benchmark: ``python -m examples.compare qm9 --trials 6``.
+
+Every method has the same number of trials over learning rate, weight decay and its own settings;
+the validation part chooses. It is then trained with the chosen settings and several seeds, the same
+for all, and measured on the test part. A finished run is kept in the output folder and is not
+computed again, whatever the next command asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.arguments import Parser, make_folder, whole
+from examples.comparison import report
+from examples.comparison.benchmarks import SOURCES
+from examples.comparison.catalogue import SINGLE_TASK, SINGLE_TASK_METHOD, Method, bayesagg, methods
+from examples.comparison.costs import Cost, measure_costs
+from examples.comparison.figure import plot_comparison
+from examples.comparison.pipeline import (
+    ComparisonError,
+    Outcome,
+    Plan,
+    execute,
+    shared_settings,
+)
+from examples.comparison.runs import Data, load
+from examples.comparison.store import Store
+from examples.data import DataUnavailableError
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad argument ends the program with one line and status 2."""
+    parser = Parser(
+        prog="python -m examples.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_what(parser)
+    _add_how(parser)
+    options = parser.parse_args(arguments)
+    _check_size(options, parser)
+    options.plan = _plan(options, parser)
+    make_folder(options.output, parser)
+    return options
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    """Benchmark, size and methods."""
+    names = list(methods("qm9"))
+    parser.add_argument(
+        "benchmark", choices=SOURCES, metavar="BENCHMARK", help=f"one of: {', '.join(SOURCES)}"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help=f"all, none or some of: {', '.join(names)} (default: all)",
+    )
+    parser.add_argument(
+        "--arm",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON"),
+        help="another arm; JSON gives settings of the wrapper and of the heads of each kind, as in "
+        """'{"wrapper": {"gradient_scale": "mean"}, "regression": {"s": 0.5}}', or """
+        """settings of another method, as in '{"method": "uw", "rate": 10}'; may be repeated""",
+    )
+    for name in ("molecules", "patients"):
+        source = next(s for s in SOURCES.values() if s.size_name == name)
+        low, high = source.size_range
+        parser.add_argument(
+            f"--{name}",
+            type=whole(low, high),
+            metavar="N",
+            help=f"{name}, chosen at random, {low} to {high} (default: {source.size})",
+        )
+    parser.add_argument(
+        "--train-size",
+        type=whole(10),
+        metavar="N",
+        help="use N data of the training part (default: all of it)",
+    )
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    """Seeds, trials, training, processes and output."""
+
+    def add(name: str, kind: Any, default: Any, text: str) -> None:
+        parser.add_argument(name, type=kind, default=default, metavar="N", help=text)
+
+    add("--seeds", whole(1), 5, "trainings of each method with its settings (default: 5)")
+    add("--trials", whole(1), 1, "settings tried for each method; 1: the default (default: 1)")
+    add("--search-seeds", whole(1), 1, "trainings of each trial (default: 1)")
+    parser.add_argument(
+        "--untuned",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="methods that keep their default settings while the others are tuned",
+    )
+    add("--epochs", whole(1), None, "epochs of each training (default: the benchmark's)")
+    add("--warmup-epochs", whole(0), 1, "of them, at first, linear scalarization (default: 1)")
+    add("--batch-size", whole(2), None, "data per step (default: the benchmark's)")
+    add("--learning-rate", float, None, "default learning rate (default: the benchmark's)")
+    add("--clip-norm", float, None, "largest norm of the gradient (default: no clipping)")
+    add("--jobs", whole(1), min(4, os.cpu_count() or 1), "processes (default: cores, at most 4)")
+    parser.add_argument(
+        "--costs",
+        action="store_true",
+        help="measure time and memory of a step of every method, one after the other",
+    )
+    parser.add_argument(
+        "--output",
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where runs, tables and figure are written (default: output/compare/BENCHMARK)",
+    )
+
+
+def _check_size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    source = SOURCES[options.benchmark]
+    for name in ("molecules", "patients"):
+        if getattr(options, name) is not None and source.size_name != name:
+            parser.error(f"argument --{name}: {options.benchmark} has none; see --train-size")
+    for name in ("learning_rate", "clip_norm"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is not a positive number")
+    if options.output is None:
+        options.output = Path("output/compare") / options.benchmark
+
+
+def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
+    source = SOURCES[options.benchmark]
+    chosen = _methods(options, parser)
+    for name in options.untuned:
+        if name not in chosen:
+            parser.error(f"argument --untuned: {name!r} is not among the methods of the comparison")
+    given = {
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "clip_norm": options.clip_norm,
+        "pretrain_epochs": options.warmup_epochs,
+    }
+    size = getattr(options, source.size_name) if source.size_name else None
+    return Plan(
+        data=Data(options.benchmark, size or source.size, options.train_size),
+        methods=chosen,
+        training=replace(source.settings, **{k: v for k, v in given.items() if v is not None}),
+        seeds=options.seeds,
+        trials=options.trials,
+        search_seeds=options.search_seeds,
+        untuned=tuple(options.untuned),
+        workers=options.jobs,
+    )
+
+
+def _methods(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Method]:
+    """Methods by name, the arms of the command line last."""
+    known = methods(SOURCES[options.benchmark].preset)
+    names = {"all": list(known), "none": []}.get(options.methods[0], options.methods)
+    for name in names:
+        if name not in known:
+            parser.error(f"argument --methods: unknown method {name!r}; known: {', '.join(known)}")
+    chosen = {name: known[name] for name in names}
+    for name, text in options.arm:
+        if name in known or name == SINGLE_TASK:
+            parser.error(f"argument --arm: {name!r} is the name of a method; choose another")
+        try:
+            chosen[name] = _arm(name, json.loads(text), known)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            parser.error(f"argument --arm: {name}: {error}")
+    if not chosen:
+        parser.error("no methods: name some with --methods or --arm")
+    return chosen
+
+
+def _arm(name: str, given: dict[str, Any], known: dict[str, Method]) -> Method:
+    """An arm of the library, or a method of the catalogue with other settings."""
+    if "method" in given:
+        own = dict(given)
+        base = known[own.pop("method")]
+        return replace(base.with_settings(own), label=name, space={})
+    unknown = given.keys() - {"wrapper", "regression", "binary", "multiclass"}
+    if unknown:
+        raise ValueError(f"unknown part {sorted(unknown)[0]!r}")
+    arm = bayesagg(name, **given)
+    arm.described()
+    return arm
+
+
+def write_all(folder: Path, plan: Plan, outcome: Outcome, costs: dict[str, Cost]) -> list[Path]:
+    """Write tables, CSV, JSON and the figure; returns the files."""
+    data, shared = load(plan.data), shared_settings(plan)
+    labels = {name: method.label for name, method in plan.methods.items()}
+    labels |= {"ls": "LS", SINGLE_TASK: SINGLE_TASK_METHOD.label}
+    title = f"{SOURCES[plan.data.benchmark].title}: {len(data.train):,} training data"
+    files = [folder / f"results.{suffix}" for suffix in ("md", "csv", "json", "png")]
+    files[0].write_text(report.page(title, plan, outcome, labels, shared, costs), encoding="utf-8")
+    report.write_csv(files[1], outcome, data, shared)
+    report.write_json(files[2], outcome, data, shared, costs)
+    plot_comparison(files[3], outcome, labels, data.tasks, title)
+    return files
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison; returns the exit status."""
+    options = parse_arguments(arguments)
+    plan: Plan = options.plan
+    torch.set_num_threads(1)  # as in the processes: results do not depend on --jobs
+    try:
+        load(plan.data)
+        outcome = execute(plan, Store(options.output / "runs.jsonl"))
+    except (DataUnavailableError, ComparisonError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    costs = {}
+    if options.costs:
+        measured = {"ls": methods("qm9")["ls"]} | dict(plan.methods)
+        costs = measure_costs(measured, load(plan.data), plan.training)
+    files = write_all(options.output, plan, outcome, costs)
+    print(files[0].read_text(encoding="utf-8"))
+    print("Written:", *files, sep="\n  ")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""What a benchmark is, and how one on a table is made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from examples.comparison.networks import mlp, single_task
+from examples.comparison.tasks import Outputs, Task
+from examples.data import DataUnavailableError, Split
+from examples.training import Part, TrainSettings
+
+_CLIP = 6.0  # standard deviations: rare columns would give inputs of 100
+_CHUNK = 4096  # data at once in evaluation
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Data, model and measures of an experiment.
+
+    Attributes:
+        tasks: Tasks, sorted by kind.
+        train: Training part.
+        val: Validation part, for selection only.
+        test: Test part.
+        scale: What regression targets were divided by, shape ``(K,)``; 1 for the others.
+        model: Makes a multi-task model: it maps inputs to outputs by head, and has ``backbone``,
+            whose output is the shared representation, and ``groups``
+            (:class:`examples.models.HeadGroup`), in the order of the tasks.
+        single_task: Makes the single-task models as one module that gives the same outputs, in
+            which no two tasks share a parameter.
+        network: What the model is, for the record.
+        version: What identifies the data: everything they depend on.
+        extra: More measures on outputs by head and targets, by name.
+    """
+
+    tasks: tuple[Task, ...]
+    train: Part
+    val: Part
+    test: Part
+    scale: Tensor
+    model: Callable[[], nn.Module]
+    single_task: Callable[[], nn.Module]
+    network: str
+    version: dict[str, Any]
+    extra: dict[str, Callable[[Outputs, Tensor], float]] = field(default_factory=dict)
+
+    @property
+    def higher_is_better(self) -> list[bool]:
+        """For each task whether a higher value of its metric is better."""
+        return [task.higher_is_better for task in self.tasks]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A benchmark by name, before its data are read.
+
+    Attributes:
+        title: Name in tables and figures.
+        load: Reads the data: takes the size (``None``: the default) and the largest number of
+            training data (``None``: all).
+        settings: Default settings of the training.
+        preset: Entry of :data:`bayesagg.presets.PAPER` for the paper's arm.
+        size: Default size.
+        size_name: What the size counts; empty where it cannot be chosen.
+        size_range: Smallest and largest size.
+    """
+
+    title: str
+    load: Callable[[int | None, int | None], Benchmark]
+    settings: TrainSettings
+    preset: str
+    size: int | None = None
+    size_name: str = ""
+    size_range: tuple[int, int] = (0, 0)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, part: Part) -> tuple[Outputs, Tensor]:
+    """Outputs by head in evaluation mode, and the targets, of a whole part."""
+    model.eval()
+    outputs: list[Outputs] = []
+    targets: list[Tensor] = []
+    for rows in torch.arange(len(part)).split(_CHUNK):
+        x, y = part.batch(rows)
+        outputs.append(model(x))
+        targets.append(y)
+    return {name: torch.cat([o[name] for o in outputs]) for name in outputs[0]}, torch.cat(targets)
+
+
+def package_file(package: str, name: str, requirement: str) -> Path:
+    """A file that a package carries, found without importing the package.
+
+    Raises:
+        DataUnavailableError: If the package is not installed, or without that file.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    if not folders:
+        raise DataUnavailableError(
+            f"the data are read from the package {package}, which is not installed; "
+            f"get it with: pip install {requirement}"
+        )
+    path = Path(folders[0]) / name
+    if not path.exists():
+        raise DataUnavailableError(
+            f"{package} is installed without {name}; "
+            f"reinstall it with: pip install --force-reinstall {requirement}"
+        )
+    return path
+
+
+def table_benchmark(
+    tasks: Sequence[Task],
+    x: Tensor,
+    y: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    *,
+    widths: Sequence[int],
+    version: dict[str, Any],
+    package: str,
+    max_train: int | None,
+    extra: dict[str, Callable[[Outputs, Tensor], float]] | None = None,
+) -> Benchmark:
+    """Make a benchmark of an MLP on a table.
+
+    Inputs and regression targets are standardised on the training part, inputs clipped to ±6
+    standard deviations.
+
+    Args:
+        tasks: Tasks, sorted by kind.
+        x: Inputs, shape ``(n, d)``, float64.
+        y: Targets, shape ``(n, K)``, float64, one column per task.
+        parts: Rows of the training, validation and test part.
+        widths: Layers of the MLP.
+        version: What identifies the data besides the package and the sizes of the parts.
+        package: The distribution that carries the data.
+        max_train: Use that many rows of the training part, the first ones.
+        extra: As of :class:`Benchmark`.
+
+    Raises:
+        ValueError: If an input or a target is not finite.
+    """
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError(f"the table of {package} has values that are not finite")
+    train, val, test = parts
+    train = train[:max_train]
+    x = ((x - x[train].mean(0)) / _spread(x[train])).clamp(-_CLIP, _CLIP).float()
+    regression = torch.tensor([task.kind == "regression" for task in tasks])
+    scale = torch.where(regression, _spread(y[train]), 1.0)
+    y = ((y - torch.where(regression, y[train].mean(0), 0.0)) / scale).float()
+    shape: dict[str, Any] = {"inputs": x.shape[1], "widths": widths, "tasks": tasks}
+    return Benchmark(
+        tasks=tuple(tasks),
+        train=Split(x[train], y[train]),
+        val=Split(x[val], y[val]),
+        test=Split(x[test], y[test]),
+        scale=scale.float(),
+        model=partial(mlp, **shape),
+        single_task=partial(single_task, **shape),
+        network=f"MLP {'-'.join(map(str, widths))}, ELU, linear heads",
+        version={
+            "package": f"{package} {importlib.metadata.version(package)}",
+            "parts": [len(train), len(val), len(test)],
+            "inputs": x.shape[1],
+            **version,
+        },
+        extra=extra or {},
+    )
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Standard deviation of each column, 1 where it is constant."""
+    spread = values.std(0)
+    return torch.where(spread > 0, spread, 1.0)

@@ -1,0 +1,107 @@
+"""Seconds and peak memory of a step of every method, side by side on the same batches."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from examples.benchmark.memory import trace
+from examples.comparison.benchmark import Benchmark
+from examples.comparison.catalogue import Method
+from examples.comparison.tasks import criterion
+from examples.methods import LinearScalarization
+from examples.training import Losses, TrainSettings
+
+_ROUNDS = 15  # of two steps each
+_SETTLE = 3  # steps before them
+_EPOCH = 40  # longer than all of these: no epoch ends among the steps that count
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step of a method costs.
+
+    Attributes:
+        seconds: Median time of forward pass, update and whatever follows the step.
+        ratio: To that of linear scalarization: median over the rounds, in each of which every
+            method takes a step.
+        peak_bytes: Largest amount of memory alive during a step, above what was alive before it:
+            activations, gradients, what the method keeps for the length of the step.
+    """
+
+    seconds: float
+    ratio: float
+    peak_bytes: int
+
+
+class _Stepper:
+    """A method in its steady state: after an epoch of linear scalarization and a few steps."""
+
+    def __init__(self, method: Method, data: Benchmark, settings: TrainSettings) -> None:
+        torch.manual_seed(settings.seed)
+        self._model, self._losses = data.model(), criterion(data.tasks)
+        self._update: LinearScalarization = method.update(
+            self._model, replace(settings, pretrain_epochs=1), _EPOCH, **method.settings
+        )
+        self._model.train()
+
+    def step(self, x: Any, y: torch.Tensor) -> None:
+        def losses() -> Losses:
+            return self._losses(self._model(x), y)
+
+        self._update.step(losses())
+        self._update.after_step(losses)
+
+
+def measure_costs(
+    methods: Mapping[str, Method], data: Benchmark, settings: TrainSettings
+) -> dict[str, Cost]:
+    """Measure every method, among them linear scalarization under the name ``ls``.
+
+    The end of an epoch, at which the library updates its prior, is left out.
+
+    Args:
+        methods: Methods by name, ``ls`` among them.
+        data: Benchmark.
+        settings: Batch size and the rest.
+    """
+    batch = data.train.batch(torch.arange(min(settings.batch_size, len(data.train))))
+    steppers = {name: _Stepper(method, data, settings) for name, method in methods.items()}
+    for stepper in steppers.values():
+        for _ in range(_EPOCH + _SETTLE):
+            stepper.step(*batch)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(_ROUNDS):
+        for name, stepper in steppers.items():
+            stepper.step(*batch)  # the caches are the method's own
+            start = time.perf_counter()
+            stepper.step(*batch)
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: Cost(
+            median(times),
+            median(t / ls for t, ls in zip(times, seconds["ls"], strict=True)),
+            _peak(steppers[name], batch),
+        )
+        for name, times in seconds.items()
+    }
+
+
+def _peak(stepper: _Stepper, batch: tuple[Any, torch.Tensor]) -> int:
+    """Largest sum of what PyTorch allocated and did not release yet, over one step."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        stepper.step(*batch)
+    changes = [int(e["args"]["Bytes"]) for e in trace(profiler) if e.get("name") == "[memory]"]
+    alive = peak = 0
+    for change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak

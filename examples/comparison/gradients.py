@@ -1,0 +1,265 @@
+"""Methods that weigh the gradients of the tasks; most weights are TorchJD's.
+
+The heads receive the gradient of their own losses, the shared layers a combination of the tasks'
+gradients. Its scale, which is a matter of convention in most of these methods, is that of linear
+scalarization: weights of methods that average sum to K. Adam forgets the scale of the first epochs
+slowly, so another convention would be a lower learning rate in disguise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, nn
+from torchjd.aggregation import (
+    AlignedMTLWeighting,
+    CAGradWeighting,
+    IMTLGWeighting,
+    PCGradWeighting,
+)
+
+from examples.methods import LinearScalarization
+from examples.training import Losses, TrainSettings
+
+Floats = npt.NDArray[np.float64]
+
+
+class GradientWeighting(LinearScalarization):
+    """The base: per-task gradients, weights from their Gram matrix, the weighted sum.
+
+    Args:
+        model: As of :class:`examples.methods.LinearScalarization`, with a ``backbone``.
+        settings: As there.
+        steps_per_epoch: As there.
+        representation: Compute the weights from the gradients at the shared representation (the
+            methods with the suffix -UB) and not from those of the shared parameters.
+    """
+
+    weighted = True
+    batched: ClassVar[bool] = True  # gradients of all tasks by one vectorised pass
+
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainSettings,
+        steps_per_epoch: int,
+        representation: bool = False,
+    ) -> None:
+        super().__init__(model, settings, steps_per_epoch)
+        self._representation = representation
+        self._h: Tensor | None = None
+        model.backbone.register_forward_hook(self._keep)
+        self._heads = [p for group in model.groups for p in group.module.parameters()]
+        heads = {id(p) for p in self._heads}
+        self._shared = [p for p in model.parameters() if id(p) not in heads]
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._h = output
+
+    def combine(self, gramian: Tensor) -> Tensor:
+        """Weights of the tasks' gradients, shape ``(K,)``.
+
+        Args:
+            gramian: Inner products of the tasks' gradients, shape ``(K, K)``, divided by the mean
+                of the diagonal. Its dtype, that of the gradients, sets the tolerance of inverses.
+        """
+        raise NotImplementedError
+
+    def backward(self, losses: Losses) -> None:
+        """Fill the gradients of the heads and of the shared parameters."""
+        assert self._h is not None
+        h, self._h = self._h, None
+        values = torch.stack(list(losses.values()))
+        at_h = self._jacobian(values, [h], torch.eye(len(values)))[0]
+        for p, g in zip(self._heads, torch.autograd.grad(values.sum(), self._heads), strict=True):
+            p.grad = g
+        if self._representation:
+            self.weights = self._weigh(at_h.flatten(1))
+            h.backward(torch.tensordot(self.weights, at_h, 1))
+            return
+        rows = self._jacobian(h, self._shared, at_h)
+        self.weights = self._weigh(torch.cat([row.flatten(1) for row in rows], 1))
+        for p, row in zip(self._shared, rows, strict=True):
+            p.grad = torch.tensordot(self.weights, row, 1)
+
+    def _jacobian(self, outputs: Tensor, inputs: list[Any], vectors: Tensor) -> list[Tensor]:
+        """Vector-Jacobian product of each vector, ``(K, …)`` per input."""
+        if self.batched:
+            found = torch.autograd.grad(
+                outputs, inputs, vectors, is_grads_batched=True, retain_graph=True
+            )
+            return list(found)
+        each = [torch.autograd.grad(outputs, inputs, v, retain_graph=True) for v in vectors]
+        return [torch.stack(rows) for rows in zip(*each, strict=True)]
+
+    def _weigh(self, rows: Tensor) -> Tensor:
+        """Weights from the tasks' gradients, shape ``(K, n)``."""
+        gramian = rows @ rows.T
+        size = gramian.diagonal().mean()
+        if not size.isfinite() or size == 0:
+            return torch.ones(len(rows))  # a gradient of zero has no direction to choose
+        return self.combine(gramian / size).to(rows.dtype)
+
+
+class MGDA(GradientWeighting):
+    """MGDA (Désidéri, 2012; Sener and Koltun, 2018): the point of smallest norm in the hull.
+
+    Args:
+        model: As of :class:`GradientWeighting`.
+        settings: As there.
+        steps_per_epoch: As there.
+        representation: As there.
+        normalize: Divide each task's gradient by its norm first.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainSettings,
+        steps_per_epoch: int,
+        representation: bool = False,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__(model, settings, steps_per_epoch, representation)
+        self._normalize = normalize
+
+    def combine(self, gramian: Tensor) -> Tensor:
+        """K times the convex weights, of the normalised gradients where asked for."""
+        if not self._normalize:
+            return len(gramian) * smallest_norm(gramian)
+        norms = gramian.diagonal().sqrt().clamp_min(1e-12)
+        weights = smallest_norm(gramian / norms / norms[:, None]) / norms
+        return sums_to(weights, len(gramian))
+
+
+class PCGrad(GradientWeighting):
+    """PCGrad (Yu et al., 2020): each gradient loses what conflicts with the others; the sum."""
+
+    _projection = PCGradWeighting()
+
+    def combine(self, gramian: Tensor) -> Tensor:
+        """Weights of the sum of the projected gradients."""
+        return self._projection(gramian)
+
+
+class CAGrad(GradientWeighting):
+    """CAGrad (Liu et al., 2021): within a ball around the mean, the best for the worst-off task.
+
+    Args:
+        model: As of :class:`GradientWeighting`.
+        settings: As there.
+        steps_per_epoch: As there.
+        c: Radius of the ball as a share of the norm of the mean gradient.
+    """
+
+    def __init__(
+        self, model: Any, settings: TrainSettings, steps_per_epoch: int, c: float = 0.4
+    ) -> None:
+        super().__init__(model, settings, steps_per_epoch)
+        self._ball = CAGradWeighting(c=c)
+
+    def combine(self, gramian: Tensor) -> Tensor:
+        """K times the weights around the mean."""
+        return len(gramian) * self._ball(gramian)
+
+
+class IMTLG(GradientWeighting):
+    """IMTL-G (Liu et al., 2021): the combination projects equally on all tasks' gradients."""
+
+    _equal = IMTLGWeighting()
+
+    def combine(self, gramian: Tensor) -> Tensor:
+        """K times the weights, which sum to one and may be negative."""
+        return len(gramian) * self._equal(gramian)
+
+
+class FairGrad(GradientWeighting):
+    """FairGrad (Ban and Ji, 2024): G Gᵀ w = w^(-1/α); with α = 1 Nash-MTL (Navon et al., 2022).
+
+    Args:
+        model: As of :class:`GradientWeighting`.
+        settings: As there.
+        steps_per_epoch: As there.
+        alpha: Kind of fairness.
+    """
+
+    def __init__(
+        self, model: Any, settings: TrainSettings, steps_per_epoch: int, alpha: float = 2.0
+    ) -> None:
+        super().__init__(model, settings, steps_per_epoch)
+        self._alpha = alpha
+
+    def combine(self, gramian: Tensor) -> Tensor:
+        """The solution, scaled to sum to K."""
+        return sums_to(fair_weights(gramian.double(), self._alpha), len(gramian))
+
+
+class AlignedMTL(GradientWeighting):
+    """Aligned-MTL (Senushkin et al., 2023): the sum after all singular values are made equal."""
+
+    _alignment = AlignedMTLWeighting()
+
+    def combine(self, gramian: Tensor) -> Tensor:
+        """The weights, scaled to absolute values that sum to K."""
+        return sums_to(self._alignment(gramian), len(gramian))
+
+
+def sums_to(weights: Tensor, total: float) -> Tensor:
+    """Scale weights so that their absolute values sum to ``total``."""
+    return total * weights / weights.abs().sum().clamp_min(1e-300)
+
+
+def smallest_norm(gramian: Tensor) -> Tensor:
+    """Convex weights of the combination of smallest norm, shape ``(K,)``.
+
+    By non-negative least squares of the combination with one more dimension, in which every
+    gradient is 1 and the goal is 1: its solution, scaled to sum to one, is the point. (TorchJD's
+    MGDA takes Frank-Wolfe steps, of which a hundred leave several per cent.)
+
+    Args:
+        gramian: Positive semi-definite, shape ``(K, K)``.
+    """
+    values, vectors = np.linalg.eigh(gramian.double().numpy())
+    root = np.sqrt(values.clip(0))[:, None] * vectors.T
+    ones = np.ones((1, len(root)))
+    weights, _ = nnls(np.concatenate([root, ones]), np.append(np.zeros(len(root)), 1.0))
+    return torch.from_numpy(weights / weights.sum()).to(gramian.dtype)
+
+
+def fair_weights(gramian: Tensor, alpha: float, iterations: int = 100) -> Tensor:
+    """Solve ``gramian @ w = w ** (-1 / alpha)`` for positive w, shape ``(K,)``.
+
+    The equation is that of the minimum of a convex function, ``½ wᵀ G w - Σ φ(w)`` with
+    ``φ' = w^(-1/α)``, which Newton's method with a line search finds. (TorchJD 0.18 has Nash-MTL,
+    whose solver gives up on badly scaled gradients and returns equal weights, and FairGrad, whose
+    least squares take 20 ms for 11 tasks.)
+
+    Args:
+        gramian: Positive semi-definite, shape ``(K, K)``, float64, with a positive diagonal.
+        alpha: Positive.
+        iterations: Largest number of Newton steps.
+    """
+    matrix, power = gramian.numpy(), 1 / alpha
+    w = np.maximum(matrix.diagonal(), 1e-12) ** (-1 / (1 + power))
+
+    def value(w: Floats) -> float:
+        concave = np.log(w) if power == 1 else w ** (1 - power) / (1 - power)
+        return float(0.5 * w @ matrix @ w - concave.sum())
+
+    for _ in range(iterations):
+        slope = matrix @ w - w**-power
+        step = -np.linalg.solve(matrix + np.diag(power * w ** (-power - 1)), slope)
+        fall = float(-slope @ step)
+        if fall < 1e-18 * max(1.0, abs(value(w))):
+            break
+        size, start = 1.0, value(w)
+        while (w + size * step).min() <= 0 or value(w + size * step) > start - 0.1 * size * fall:
+            size /= 2
+            if size < 1e-12:  # at the limit of the numbers
+                return torch.from_numpy(w)
+        w = w + size * step
+    return torch.from_numpy(w)

@@ -1,0 +1,115 @@
+"""MLPs for tasks of several kinds: one with shared layers, and one network per task at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from examples.comparison.tasks import Outputs, Task, grouped
+from examples.models import HeadGroup, stack
+
+
+class TaskNet(nn.Module):
+    """A shared backbone with linear heads: one for all tasks of a kind, one per multi-class task.
+
+    Args:
+        backbone: Maps inputs to the shared representation, shape ``(B, width)``. Its output is what
+            the heads receive.
+        width: Dimensions of the shared representation.
+        tasks: Tasks, sorted by kind.
+    """
+
+    def __init__(self, backbone: nn.Module, width: int, tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        heads = {}
+        for name, _, which in grouped(tasks):
+            outputs = sum(task.classes for task in tasks[which])
+            heads[name] = nn.Linear(width, outputs)
+        self.heads = nn.ModuleDict(heads)
+        self._kinds = [
+            (name, kind, which.stop - which.start) for name, kind, which in grouped(tasks)
+        ]
+
+    @property
+    def groups(self) -> tuple[HeadGroup, ...]:
+        """The heads, in the order of the tasks."""
+        return tuple(
+            HeadGroup(name, kind, self.heads[name], count) for name, kind, count in self._kinds
+        )
+
+    def features(self, x: Tensor) -> Tensor:
+        """Shared representation, shape ``(1, B, width)``: one network, B data."""
+        h: Tensor = self.backbone(x)
+        return h.unsqueeze(0)
+
+    def forward(self, x: Tensor) -> Outputs:
+        """Outputs by head, each ``(B, outputs)``."""
+        h = self.backbone(x)
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+def mlp(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> TaskNet:
+    """Build an MLP of ELU layers with linear heads."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [nn.Linear(inputs, width), nn.ELU()]
+        inputs = width
+    return TaskNet(nn.Sequential(*layers), inputs, tasks)
+
+
+class IndependentNets(nn.Module):
+    """A network per task, evaluated together by batched products; gives what a TaskNet gives.
+
+    As :class:`examples.models.SingleTaskNets`, for tasks of several kinds.
+
+    Args:
+        networks: A network of one task each, in the order of the tasks; weights are copied.
+        tasks: Tasks, sorted by kind.
+    """
+
+    def __init__(self, networks: Sequence[TaskNet], tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.count = len(networks)
+        backbones = [network.backbone.children() for network in networks]
+        self.layers = nn.Sequential(*map(stack, zip(*backbones, strict=True)))
+        heads = [network.groups[0].module for network in networks]
+        self._parts = {name: (kind, which) for name, kind, which in grouped(tasks)}
+        self.heads = nn.ModuleDict(
+            {name: stack(heads[which]) for name, (_, which) in self._parts.items()}
+        )
+
+    def features(self, x: Tensor) -> Tensor:
+        """Representations, shape ``(K, B, width)``."""
+        h: Tensor = self.layers(x.expand(self.count, *x.shape))
+        return h
+
+    def forward(self, x: Tensor) -> Outputs:
+        """Outputs by head, each ``(B, outputs)``."""
+        h = self.features(x)
+        outputs = {}
+        for name, (kind, which) in self._parts.items():
+            values = self.heads[name](h[which])
+            outputs[name] = values[0] if kind == "multiclass" else values.squeeze(-1).T
+        return outputs
+
+    def network_gradients(self) -> list[list[Tensor]]:
+        """Gradients of each network, as views."""
+        result: list[list[Tensor]] = [[] for _ in range(self.count)]
+        shared = [(slice(0, self.count), p) for p in self.layers.parameters()]
+        own = [
+            (which, p)
+            for name, (_, which) in self._parts.items()
+            for p in self.heads[name].parameters()
+        ]
+        for which, parameter in shared + own:
+            if parameter.grad is not None:
+                for k, gradient in enumerate(parameter.grad.unbind(), which.start):
+                    result[k].append(gradient)
+        return result
+
+
+def single_task(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> IndependentNets:
+    """Stack one MLP per task, each with its own random weights."""
+    return IndependentNets([mlp(inputs, widths, [task]) for task in tasks], tasks)

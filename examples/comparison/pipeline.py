@@ -1,0 +1,226 @@
+"""A comparison from search to statistics; every training goes through the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from examples.comparison.catalogue import SINGLE_TASK, SINGLE_TASK_METHOD, Method
+from examples.comparison.runs import Data, Job, Run, criteria, identity, key_of, load, run_job
+from examples.comparison.search import FIRST_SEARCH_SEED, Trial, choose, trial
+from examples.comparison.statistics import Standing, compare, task_means
+from examples.comparison.store import Store
+from examples.jobs import run_jobs
+from examples.training import TrainSettings
+
+AGAINST = ("ls", "si")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare.
+
+    Attributes:
+        data: Which data.
+        methods: Methods by name; the single-task models come on top.
+        training: Default settings of the training.
+        seeds: Trainings of each method with the chosen settings, seeds 0, 1, …
+        trials: Settings that are tried for each method; 1: the default, without a search.
+        search_seeds: Trainings of each trial.
+        untuned: Methods that keep their default settings.
+        workers: Processes.
+    """
+
+    data: Data
+    methods: Mapping[str, Method]
+    training: TrainSettings
+    seeds: int = 5
+    trials: int = 1
+    search_seeds: int = 1
+    untuned: tuple[str, ...] = ()
+    workers: int = 1
+
+    def trials_of(self, name: str) -> int:
+        """Number of trials of a method."""
+        return 1 if name in self.untuned else self.trials
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Outcome of the search for a method.
+
+    Attributes:
+        trial: The settings chosen.
+        number: Their number; 0 is the default.
+        validation: Validation Δm of every trial in percent, infinite where training failed; empty
+            without a search.
+    """
+
+    trial: Trial
+    number: int = 0
+    validation: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of a comparison.
+
+    Attributes:
+        chosen: By method, the single-task models first, the settings.
+        runs: By method its final runs, in the order of the seeds.
+        standings: By method its statistics, without methods of which a run failed.
+    """
+
+    chosen: dict[str, Chosen]
+    runs: dict[str, list[Run]]
+    standings: dict[str, Standing]
+
+
+class ComparisonError(RuntimeError):
+    """The comparison cannot be made; the message says why."""
+
+
+def run_all(jobs: Sequence[Job], store: Store, workers: int, title: str) -> list[Run]:
+    """Do the jobs that are not in the store yet, under one progress bar.
+
+    Returns:
+        A run per job, in order.
+    """
+    keys = [key_of(identity(job)) for job in jobs]
+    todo: dict[str, Job] = {}
+    for key, job in zip(keys, jobs, strict=True):
+        if store.get(key) is None:
+            todo.setdefault(key, job)
+    total = sum(job.settings.epochs for job in todo.values())
+    if todo:
+        skipped = f", {len(jobs) - len(todo)} of {len(jobs)} runs were there"
+        with tqdm(total=total, desc=title + skipped, unit="epoch") as bar:
+            run_jobs(
+                run_job,
+                list(todo.values()),
+                workers=min(workers, len(todo)),
+                on_tick=bar.update,
+                on_result=store.add,
+            )
+    found = [store.get(key) for key in keys]
+    # The same settings may go by two names.
+    return [
+        replace(run, method=job.name, label=job.method.label)
+        for run, job in zip(found, jobs, strict=True)
+        if run is not None
+    ]
+
+
+def execute(plan: Plan, store: Store) -> Outcome:
+    """Search, train with the chosen settings, compare.
+
+    Raises:
+        ComparisonError: If the single-task models, which all is measured by, failed.
+    """
+    everything = {SINGLE_TASK: SINGLE_TASK_METHOD, **plan.methods}
+    chosen = search(plan, everything, store)
+    jobs = [
+        Job(plan.data, name, c.trial.method, replace(c.trial.training, seed=seed), final=True)
+        for name, c in chosen.items()
+        for seed in range(plan.seeds)
+    ]
+    runs: dict[str, list[Run]] = {name: [] for name in everything}
+    for run in run_all(jobs, store, plan.workers, "comparison"):
+        runs[run.method].append(run)
+    return Outcome(chosen, runs, _standings(plan, runs))
+
+
+def search(plan: Plan, methods: Mapping[str, Method], store: Store) -> dict[str, Chosen]:
+    """Choose the settings of each method by the validation part alone."""
+    trials = {
+        name: [trial(method, plan.training, n) for n in range(plan.trials_of(name))]
+        for name, method in methods.items()
+    }
+    if plan.trials == 1:
+        return {name: Chosen(tried[0]) for name, tried in trials.items()}
+    wanted = {name: tried for name, tried in trials.items() if len(tried) > 1}
+    seeds = range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + plan.search_seeds)
+    jobs = [
+        Job(plan.data, name, t.method, replace(t.training, seed=seed), final=False)
+        for name, tried in wanted.items()
+        for t in tried
+        for seed in seeds
+    ]
+    runs = iter(run_all(jobs, store, plan.workers, "search"))
+    found = {name: [[next(runs) for _ in seeds] for _ in tried] for name, tried in wanted.items()}
+    chosen: dict[str, Chosen] = {}
+    for name, number_and_deltas in _choices(plan, found).items():
+        number, deltas = number_and_deltas
+        chosen[name] = Chosen(trials[name][number], number, deltas)
+    return {name: chosen.get(name, Chosen(tried[0])) for name, tried in trials.items()}
+
+
+def _choices(
+    plan: Plan, found: Mapping[str, list[list[Run]]]
+) -> dict[str, tuple[int, list[float]]]:
+    """Number of the chosen trial and validation Δm of every trial, by method.
+
+    The single-task models are chosen by Δm against their own default, the others by Δm against the
+    chosen single-task models.
+    """
+    data = load(plan.data)
+    single = found[SINGLE_TASK]
+    _require(single[0])
+    reference = task_means(criteria(data, single[0], "val"))
+    values = {
+        name: [[None if run.failure else criteria(data, [run], "val")[0] for run in t] for t in ts]
+        for name, ts in found.items()
+    }
+    number, _ = choose(values[SINGLE_TASK], reference, data.higher_is_better)
+    reference = task_means(criteria(data, single[number], "val"))
+    return {name: choose(tried, reference, data.higher_is_better) for name, tried in values.items()}
+
+
+def _standings(plan: Plan, runs: Mapping[str, list[Run]]) -> dict[str, Standing]:
+    data = load(plan.data)
+    _require(runs[SINGLE_TASK])
+    complete = {
+        name: criteria(data, group, "test")
+        for name, group in runs.items()
+        if not any(run.failure for run in group)
+    }
+    single = complete.pop(SINGLE_TASK)
+    if not complete:
+        return {}
+    return compare(complete, single, data.higher_is_better, AGAINST)
+
+
+def _require(runs: Sequence[Run]) -> None:
+    for run in runs:
+        if run.failure:
+            raise ComparisonError(
+                f"the single-task models failed with seed {run.seed} ({run.failure}); all methods "
+                "are measured by them: choose another learning rate"
+            )
+
+
+def shared_settings(plan: Plan) -> dict[str, Any]:
+    """What all methods have in common, for the record."""
+    data = load(plan.data)
+    return {
+        "benchmark": plan.data.benchmark,
+        "data": data.version,
+        "network": data.network,
+        "optimizer": "Adam",
+        "schedule": "cosine to 0",
+        "evaluated": "last epoch",
+        "epochs": plan.training.epochs,
+        "pretrain_epochs": plan.training.pretrain_epochs,
+        "batch_size": plan.training.batch_size,
+        "default_learning_rate": plan.training.learning_rate,
+        "default_weight_decay": plan.training.weight_decay,
+        "clip_norm": plan.training.clip_norm,
+        "seeds": plan.seeds,
+        "trials": plan.trials,
+        "search_seeds": plan.search_seeds,
+        "untuned": list(plan.untuned),
+        "workers": plan.workers,
+    }

@@ -1,0 +1,205 @@
+"""Tables and files of a comparison."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from examples.comparison.benchmark import Benchmark
+from examples.comparison.catalogue import SINGLE_TASK
+from examples.comparison.costs import Cost
+from examples.comparison.pipeline import AGAINST, Chosen, Outcome, Plan
+from examples.comparison.runs import Run, load
+
+CALIBRATION = ("ece", "brier")
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and, from two values on, sample standard deviation."""
+    text = f"{round(mean(values), digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
+    return text if len(values) < 2 else f"{text} ± {stdev(values):.{digits}f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def _order(outcome: Outcome) -> list[str]:
+    """Methods by mean Δm, those that failed last."""
+    done = sorted(outcome.standings, key=lambda name: mean(outcome.standings[name].delta))
+    return done + [n for n in outcome.runs if n not in outcome.standings and n != SINGLE_TASK]
+
+
+def own_settings(chosen: Chosen) -> str:
+    """The settings that were chosen, in few words."""
+    training = chosen.trial.training
+    own = {"lr": f"{training.learning_rate:g}", "wd": f"{training.weight_decay:g}"}
+    own |= {name.removeprefix("heads."): str(v) for name, v in chosen.trial.own.items()}
+    return ", ".join(f"{name} {value}" for name, value in own.items())
+
+
+def calibration(runs: Sequence[Run], name: str) -> float | None:
+    """Mean over seeds and classification tasks; ``None`` where there is none."""
+    found = [values[name] for run in runs for values in run.test if name in values]
+    return mean(found) if found else None
+
+
+def summary_table(outcome: Outcome, labels: Mapping[str, str]) -> str:
+    """A line per method, the best first: Δm, rank, other measures, p-values, settings."""
+    extras = list(outcome.runs[SINGLE_TASK][0].extra)
+    against = list(dict.fromkeys(n for s in outcome.standings.values() for n in s.p_values))
+    measures = [name for name in CALIBRATION if calibration(outcome.runs[SINGLE_TASK], name)]
+    header = ["method", "Δm [%]", "mean rank", *extras, *map(str.upper, measures)]
+    header += [f"p against {labels[name]}" for name in against] + ["settings"]
+    rows = []
+    for name in (*_order(outcome), SINGLE_TASK):
+        runs, standing = outcome.runs[name], outcome.standings.get(name)
+        if standing is None and name != SINGLE_TASK:
+            failed = sum(bool(run.failure) for run in runs)
+            line = [f"failed: {failed} of {len(runs)} seeds"]
+            line += [""] * (len(header) - 3)
+        else:
+            line = [
+                spread(standing.delta) if standing else "0",
+                f"{standing.rank:.2f}" if standing else "",
+                *(spread([run.extra[e] for run in runs], 4) for e in extras),
+                *(f"{calibration(runs, m):.4f}" for m in measures),
+                *(_p_value(standing.p_values.get(o)) if standing else "" for o in against),
+            ]
+        rows.append([labels[name], *line, own_settings(outcome.chosen[name])])
+    return _markdown(header, rows)
+
+
+def _p_value(p: float | None) -> str:
+    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def task_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> str:
+    """A line per task, a column per method: the metric that Δm uses, mean over seeds."""
+    names = [SINGLE_TASK, *(n for n in _order(outcome) if n in outcome.standings)]
+    header = ["test metric", *(labels[name] for name in names)]
+    rows = []
+    for k, task in enumerate(data.tasks):
+        unit = f" [{task.unit}]" if task.unit else ""
+        values = [mean(run.test[k][task.metric] for run in outcome.runs[name]) for name in names]
+        rows.append([f"{task.name}, {task.metric.upper()}{unit}", *(f"{v:.4g}" for v in values)])
+    return _markdown(header, rows)
+
+
+def page(
+    title: str,
+    plan: Plan,
+    outcome: Outcome,
+    labels: Mapping[str, str],
+    shared: Mapping[str, Any],
+    costs: Mapping[str, Cost],
+) -> str:
+    """The tables as Markdown, with what they need to be read."""
+    data = load(plan.data)
+    if plan.trials > 1:
+        search = f"Every method had {plan.trials} trials"
+        if plan.untuned:
+            kept = ", ".join(labels[name] for name in plan.untuned)
+            search += f" ({kept}: none, default settings)"
+        search += ", chosen by Δm on the validation part."
+    else:
+        search = "No method was tuned."
+    best = min(outcome.standings, key=lambda name: mean(outcome.standings[name].delta), default="")
+    tests = (
+        "p: paired t-test of Δm over the seeds, two-sided, with Holm's correction for the number "
+        "of methods compared with the same one."
+    )
+    if best and best not in AGAINST:
+        tests += f" {labels[best]} was picked as the best by these very data."
+    notes = [
+        f"Δm: mean relative difference to the single-task models on the test part, mean over "
+        f"{plan.seeds} seeds ± standard deviation; lower is better. {search}",
+        tests,
+    ]
+    settings = "\n".join(f"- {name}: {json.dumps(v)}" for name, v in shared.items())
+    parts = [f"# {title}", summary_table(outcome, labels), *notes]
+    parts.append(task_table(outcome, labels, data))
+    if costs:
+        parts.append(cost_table(costs, labels))
+    parts += [f"Settings:\n\n{settings}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def cost_table(costs: Mapping[str, Cost], labels: Mapping[str, str]) -> str:
+    """A line per method: time of a step, its ratio to linear scalarization, peak memory."""
+    header = ["method", "ms per step", "ratio to LS", "peak of a step [MiB]"]
+    rows = [
+        [labels[n], f"{1e3 * c.seconds:.2f}", f"{c.ratio:.2f}", f"{c.peak_bytes / 2**20:.1f}"]
+        for n, c in costs.items()
+    ]
+    return _markdown(header, rows)
+
+
+def write_csv(path: Path, outcome: Outcome, data: Benchmark, shared: Mapping[str, Any]) -> None:
+    """Write a line per method, seed, task, part and metric, each with every setting."""
+    common = {
+        k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in shared.items()
+    }
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        head = ["method", "seed", "part", "task", "unit", "metric", "value", "used_for_delta_m"]
+        head += ["learning_rate", "weight_decay", "method_settings", "seconds", "seconds_per_step"]
+        writer.writerow([*head, "failure", "run", *common])
+        for run in (run for runs in outcome.runs.values() for run in runs):
+            training = run.identity["training"]
+            tail = [training["learning_rate"], training["weight_decay"]]
+            tail += [json.dumps(run.identity["settings"]), run.seconds, run.seconds_per_step]
+            tail += [run.failure, run.key, *common.values()]
+            lines = [
+                [part, task.name, task.unit, metric, value, metric == task.metric]
+                for part in ("val", "test")
+                for task, values in zip(data.tasks, getattr(run, part), strict=False)
+                for metric, value in values.items()
+            ]
+            for line in lines or [[""] * 6]:
+                writer.writerow([run.method, run.seed, *line, *tail])
+
+
+def write_json(
+    path: Path,
+    outcome: Outcome,
+    data: Benchmark,
+    shared: Mapping[str, Any],
+    costs: Mapping[str, Cost],
+) -> None:
+    """Write settings, the search, the statistics, the costs and every final run."""
+    content = {
+        "settings": dict(shared),
+        "tasks": [asdict(task) for task in data.tasks],
+        "search": {
+            name: {
+                "chosen": c.number,
+                "settings": own_settings(c),
+                "validation_delta_m": c.validation,
+            }
+            for name, c in outcome.chosen.items()
+        },
+        "summary": {name: asdict(standing) for name, standing in outcome.standings.items()},
+        "costs": {name: asdict(cost) for name, cost in costs.items()},
+        "runs": {name: [asdict(run) for run in runs] for name, runs in outcome.runs.items()},
+    }
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for (an infinite Δm of a failed trial) by null."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return None
+    return value

@@ -1,0 +1,194 @@
+"""One training of a comparison: what identifies it, running it, and what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import bayesagg
+from bayesagg.errors import BayesAggError
+from examples import methods as updates
+from examples import models, training
+from examples.comparison import benchmark as benchmark_module
+from examples.comparison import networks, tasks
+from examples.comparison.benchmark import Benchmark, predict
+from examples.comparison.benchmarks import SOURCES
+from examples.comparison.catalogue import SINGLE_TASK, Method
+from examples.comparison.tasks import criterion, measure, primary
+from examples.jobs import Tick
+from examples.methods import BayesAggregation
+from examples.training import TrainSettings, train
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which data: a benchmark, its size and the largest number of training data."""
+
+    benchmark: str
+    size: int | None
+    max_train: int | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        data: Which data.
+        name: Name of the method.
+        method: The method.
+        settings: What all methods share.
+        final: Whether the test part is evaluated; runs of the search never look at it.
+    """
+
+    data: Data
+    name: str
+    method: Method
+    settings: TrainSettings
+    final: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training leaves.
+
+    Attributes:
+        key: Hash of all that the result depends on.
+        identity: What was hashed.
+        method: Name of the method.
+        label: Its name in tables.
+        val: Metrics per task on the validation part; empty if the training failed.
+        test: The same on the test part; empty for runs of the search.
+        extra: Other measures on the test part.
+        failure: Why there is no result; empty if there is.
+        seconds: Wall time of the training.
+        seconds_per_step: Median over epochs of the mean time of a step.
+        weights: Share of each task in the weights of the last epoch.
+    """
+
+    key: str
+    identity: dict[str, Any]
+    method: str
+    label: str
+    val: list[dict[str, float]]
+    test: list[dict[str, float]]
+    extra: dict[str, float]
+    failure: str
+    seconds: float
+    seconds_per_step: float
+    weights: list[float]
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        return int(self.identity["training"]["seed"])
+
+
+@lru_cache(maxsize=1)  # once per process, whatever the number of its jobs
+def load(data: Data) -> Benchmark:
+    """Read the data of a benchmark."""
+    return SOURCES[data.benchmark].load(data.size, data.max_train)
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """All that the result of a job depends on, in the types that JSON has."""
+    content = {
+        "benchmark": job.data.benchmark,
+        "data": load(job.data).version,
+        "network": load(job.data).network,
+        "single_task": job.name == SINGLE_TASK,
+        "update": job.method.update.__name__,
+        "settings": job.method.described(),
+        "training": asdict(job.settings),
+        "final": job.final,
+        "code": code_version(job),
+        "torch": torch.__version__,
+    }
+    normal: dict[str, Any] = json.loads(json.dumps(content))
+    return normal
+
+
+def key_of(content: dict[str, Any]) -> str:
+    """Hash of an identity."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def code_version(job: Job) -> str:
+    """Hash of the source that the result of a job depends on.
+
+    The files that list methods or benchmarks are no part of it: a new arm leaves results valid.
+    """
+    shared = (training, updates, models, tasks, networks, benchmark_module)
+    modules = [*shared, inspect.getmodule(SOURCES[job.data.benchmark].load)]
+    modules += [inspect.getmodule(cls) for cls in job.method.update.__mro__[:-1]]
+    files = {Path(inspect.getfile(module)) for module in modules if module is not None}
+    if issubclass(job.method.update, BayesAggregation):
+        files |= set(Path(bayesagg.__file__).parent.rglob("*.py"))
+    return _hash_files(tuple(sorted(files)))
+
+
+@lru_cache
+def _hash_files(files: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def run_job(job: Job, tick: Tick) -> Run:
+    """Train, and evaluate at the last epoch; the test part only where it is asked for."""
+    data, content = load(job.data), identity(job)
+    torch.manual_seed(job.settings.seed)
+    model = data.single_task() if job.name == SINGLE_TASK else data.model()
+    result: dict[str, Any] = {"val": [], "test": [], "extra": {}, "failure": ""}
+    history = None
+    try:
+        steps = job.settings.steps_per_epoch(data)
+        update = job.method.update(model, job.settings, steps, **job.method.settings)
+        history = train(model, update, data, criterion(data.tasks), job.settings, tick)
+        result |= _evaluate(model, data, job.final)
+    except (ArithmeticError, BayesAggError, torch.linalg.LinAlgError) as error:
+        result["failure"] = f"{type(error).__name__}: {error}"
+    return Run(
+        key=key_of(content),
+        identity=content,
+        method=job.name,
+        label=job.method.label,
+        seconds=history.seconds if history else 0.0,
+        seconds_per_step=history.seconds_per_step if history else 0.0,
+        weights=history.weights[-1] if history else [],
+        **result,
+    )
+
+
+def _evaluate(model: nn.Module, data: Benchmark, final: bool) -> dict[str, Any]:
+    """Metrics on the validation part and, where it is the final run, on the test part.
+
+    Raises:
+        DivergedError: If a metric is not finite.
+    """
+    result: dict[str, Any] = {}
+    for name in ("val", "test") if final else ("val",):
+        outputs, y = predict(model, getattr(data, name))
+        for head, values in outputs.items():
+            if not values.isfinite().all():
+                raise training.DivergedError(f"outputs of {head} are not finite")
+        result[name] = measure(data.tasks, outputs, y, data.scale)
+        if name == "test":
+            result["extra"] = {n: measured(outputs, y) for n, measured in data.extra.items()}
+    return result
+
+
+def criteria(data: Benchmark, runs: Sequence[Run], part: str) -> list[list[float]]:
+    """The metric of each task that Δm uses, for each run: ``(runs, K)``."""
+    return [primary(data.tasks, getattr(run, part)) for run in runs]

@@ -1,0 +1,162 @@
+"""Tasks of a benchmark: their losses and what they are measured by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from examples.models import Kind
+from examples.training import Losses
+
+Outputs = dict[str, Tensor]
+Metric = Literal["mae", "accuracy", "auroc"]
+BINS = 15  # of the calibration error
+_SHARED_HEADS: tuple[Kind, ...] = ("regression", "binary")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name: Its name.
+        kind: Its likelihood. Tasks of a benchmark are sorted: regression, binary, multi-class.
+        metric: What Δm and the mean rank use.
+        unit: Of a regression target.
+        classes: Of a multi-class task.
+    """
+
+    name: str
+    kind: Kind
+    metric: Metric
+    unit: str = ""
+    classes: int = 1
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher value of the metric is better."""
+        return self.metric != "mae"
+
+
+def grouped(tasks: Sequence[Task]) -> Iterator[tuple[str, Kind, slice]]:
+    """Heads for the tasks: one for all of a kind; a multi-class task has its own.
+
+    Yields:
+        Name of the head, kind, and which tasks it serves.
+
+    Raises:
+        ValueError: If the tasks are not sorted by kind.
+    """
+    order = (*_SHARED_HEADS, "multiclass")
+    places = [order.index(task.kind) for task in tasks]
+    if places != sorted(places):
+        raise ValueError("sort the tasks of a benchmark: regression, binary, multi-class")
+    start = 0
+    for kind in _SHARED_HEADS:
+        count = sum(task.kind == kind for task in tasks)
+        if count:
+            yield kind, kind, slice(start, start + count)
+        start += count
+    for k, task in enumerate(tasks):
+        if task.kind == "multiclass":
+            yield task.name, "multiclass", slice(k, k + 1)
+
+
+def criterion(tasks: Sequence[Task]) -> Callable[[Outputs, Tensor], Losses]:
+    """Squared error, binary cross-entropy or cross-entropy of each task, mean over the batch.
+
+    The result takes outputs by head and targets ``(B, K)``; a class is a whole number there.
+    """
+    groups = list(grouped(tasks))
+    names = [task.name for task in tasks]
+
+    def losses(outputs: Outputs, y: Tensor) -> Losses:
+        values: list[Tensor] = []
+        for head, kind, which in groups:
+            target = y[:, which]
+            if kind == "regression":
+                values += F.mse_loss(outputs[head], target, reduction="none").mean(0).unbind()
+            elif kind == "binary":
+                values += (
+                    F.binary_cross_entropy_with_logits(outputs[head], target, reduction="none")
+                    .mean(0)
+                    .unbind()
+                )
+            else:
+                values.append(F.cross_entropy(outputs[head], target[:, 0].long()))
+        return dict(zip(names, values, strict=True))
+
+    return losses
+
+
+def by_task(tasks: Sequence[Task], outputs: Outputs) -> list[Tensor]:
+    """Outputs of each task: ``(n,)``, or ``(n, C)`` for a multi-class task."""
+    result: list[Tensor] = []
+    for head, kind, _ in grouped(tasks):
+        result += [outputs[head]] if kind == "multiclass" else outputs[head].unbind(1)
+    return result
+
+
+def measure(
+    tasks: Sequence[Task], outputs: Outputs, y: Tensor, scale: Tensor
+) -> list[dict[str, float]]:
+    """Metrics of each task: MAE in its unit, or accuracy, AUROC (binary), ECE and Brier score.
+
+    Args:
+        tasks: The tasks.
+        outputs: By head, for n data.
+        y: Targets, shape ``(n, K)``.
+        scale: What a regression target was divided by, shape ``(K,)``.
+
+    Returns:
+        A dictionary per task.
+    """
+    measured = []
+    for k, (task, output) in enumerate(zip(tasks, by_task(tasks, outputs), strict=True)):
+        if task.kind == "regression":
+            error = (output - y[:, k]).abs().mean() * scale[k]
+            measured.append({"mae": error.item()})
+        elif task.kind == "binary":
+            measured.append(_binary(output.sigmoid(), y[:, k].long()))
+        else:
+            measured.append(_multiclass(output.softmax(1), y[:, k].long()))
+    return measured
+
+
+def _binary(p: Tensor, y: Tensor) -> dict[str, float]:
+    from torchmetrics.functional import classification as metrics  # takes seconds to import
+
+    constant = bool((y == y[0]).all())  # ranks nothing, as chance does
+    return {
+        "accuracy": ((p > 0.5) == y).double().mean().item(),
+        "auroc": 0.5 if constant else metrics.binary_auroc(p, y).item(),
+        "ece": metrics.binary_calibration_error(p, y, n_bins=BINS).item(),
+        "brier": (p - y).square().mean().item(),
+    }
+
+
+def _multiclass(p: Tensor, y: Tensor) -> dict[str, float]:
+    from torchmetrics.functional import classification as metrics
+
+    classes = p.shape[1]
+    return {
+        "accuracy": (p.argmax(1) == y).double().mean().item(),
+        "ece": metrics.multiclass_calibration_error(p, y, classes, n_bins=BINS).item(),
+        "brier": (p - F.one_hot(y, classes)).square().sum(1).mean().item(),
+    }
+
+
+def primary(tasks: Sequence[Task], measured: Sequence[dict[str, float]]) -> list[float]:
+    """The metric of each task that Δm uses, length K."""
+    return [values[task.metric] for task, values in zip(tasks, measured, strict=True)]
+
+
+def joint_accuracy(tasks: Sequence[Task], outputs: Outputs, y: Tensor) -> float:
+    """Accuracy of the best-scoring of tasks that exclude each other (one against the rest)."""
+    scores = torch.stack(by_task(tasks, outputs), 1)
+    return (scores.argmax(1) == y.argmax(1)).double().mean().item()

@@ -1,0 +1,386 @@
+"""The comparison command: resuming, selection, statistics, files, errors."""
+
+import csv
+import importlib.util
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torchmetrics.functional.classification import binary_auroc
+
+from bayesagg.metrics import delta_m
+from examples import compare
+from examples.comparison import pipeline, runs
+from examples.comparison.benchmarks import SOURCES, nih
+from examples.comparison.catalogue import Method, methods
+from examples.comparison.search import choose, trial
+from examples.comparison.statistics import compare as compare_values
+from examples.comparison.statistics import holm
+from examples.comparison.store import Store
+from examples.comparison.tasks import Task, criterion, grouped, joint_accuracy, measure
+from examples.methods import LinearScalarization
+from examples.training import TrainSettings
+
+SMALL = ["nhefs", "--epochs", "2", "--train-size", "120", "--jobs", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    arguments = ["--methods", "ls", "si", "bayesagg", "--seeds", "3", "--trials", "3"]
+    arguments += ["--untuned", "bayesagg", "--arm", "uw10", '{"method": "uw", "rate": 10}']
+    assert compare.main([*SMALL, *arguments, "--output", str(folder)]) == 0
+    return folder, arguments
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+
+def content(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_method_has_its_trials_and_its_seeds(finished):
+    folder, _ = finished
+    found = {}
+    for run in lines(folder):
+        found.setdefault((run["method"], run["identity"]["final"]), []).append(run)
+    assert {name for name, _ in found} == {"stl", "ls", "si", "bayesagg", "uw10"}
+    for name in ("stl", "ls", "si", "uw10"):
+        assert len(found[name, False]) == 3
+        assert {run["identity"]["training"]["seed"] for run in found[name, False]} == {1000}
+        assert not any(run["test"] for run in found[name, False])  # the search never sees it
+    assert ("bayesagg", False) not in found
+    for (_, final), group in found.items():
+        if final:
+            assert [run["identity"]["training"]["seed"] for run in group] == [0, 1, 2]
+            assert all(len(run["test"]) == 4 for run in group)
+    tried = {
+        name: [
+            (
+                run["identity"]["training"]["learning_rate"],
+                run["identity"]["training"]["weight_decay"],
+            )
+            for run in found[name, False]
+        ]
+        for name in ("ls", "si")
+    }
+    assert tried["ls"] == tried["si"]
+    assert len(set(tried["ls"])) == 3
+
+
+def test_the_chosen_trial_has_the_lowest_validation_delta(finished):
+    folder, _ = finished
+    search = content(folder)["search"]
+    for name in ("ls", "si", "uw10"):
+        deltas = search[name]["validation_delta_m"]
+        assert search[name]["chosen"] == deltas.index(min(deltas))
+    assert search["bayesagg"] == {
+        "chosen": 0,
+        "settings": "lr 0.001, wd 0",
+        "validation_delta_m": [],
+    }
+
+
+def test_statistics_follow_from_the_csv(finished):
+    folder, _ = finished
+    with (folder / "results.csv").open() as file:
+        records = [r for r in csv.DictReader(file) if r["used_for_delta_m"] == "True"]
+    values = {}
+    for r in records:
+        if r["part"] == "test":
+            values.setdefault((r["method"], int(r["seed"])), []).append(float(r["value"]))
+    single = torch.tensor([values["stl", seed] for seed in range(3)]).mean(0)
+    higher = [False, True, True, True]
+    deltas = {
+        name: [delta_m(values[name, seed], single, higher) for seed in range(3)]
+        for name in ("ls", "si", "bayesagg", "uw10")
+    }
+    summary = content(folder)["summary"]
+    for name, expected in deltas.items():
+        assert summary[name]["delta"] == pytest.approx(expected, rel=1e-4)
+    raw = {n: stats.ttest_rel(deltas[n], deltas["ls"]).pvalue for n in ("si", "bayesagg", "uw10")}
+    smallest = min(raw, key=raw.get)
+    assert summary[smallest]["p_values"]["ls"] == pytest.approx(min(1, 3 * raw[smallest]), rel=1e-3)
+    assert "p_values" in summary["ls"] and "ls" not in summary["ls"]["p_values"]
+    first = records[0]
+    assert first["epochs"] == "2" and json.loads(first["method_settings"]) == {}
+    assert {r["run"] for r in records} == {
+        r["key"] for r in lines(folder) if r["identity"]["final"]
+    }
+
+
+def test_tables_and_figure_are_written(finished):
+    folder, _ = finished
+    page = (folder / "results.md").read_text()
+    for label in ("| LS |", "| SI |", "| BayesAgg |", "| uw10 |", "| STL |"):
+        assert label in page
+    assert "p against LS" in page and "ECE" in page
+    assert "BayesAgg: none, default settings" in page
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_comparison_is_not_run_again(finished, monkeypatch):
+    folder, arguments = finished
+    before = (folder / "runs.jsonl").read_text(), content(folder)
+    monkeypatch.setattr(pipeline, "run_job", lambda *_: pytest.fail("ran again"))
+    assert compare.main([*SMALL, *arguments, "--output", str(folder)]) == 0
+    assert ((folder / "runs.jsonl").read_text(), content(folder)) == before
+
+
+def test_it_resumes_after_the_last_whole_run(finished, tmp_path, monkeypatch):
+    folder, arguments = finished
+    text = (folder / "runs.jsonl").read_text()
+    count = text.count("\n")
+    cut = text[: len(text) - len(text.splitlines()[-1]) // 2]  # stopped while it wrote
+    (tmp_path / "runs.jsonl").write_text(cut)
+    done = []
+    real = pipeline.run_job
+    monkeypatch.setattr(pipeline, "run_job", lambda job, tick: done.append(job) or real(job, tick))
+    with pytest.warns(UserWarning, match="incomplete"):
+        compare.main([*SMALL, *arguments, "--output", str(tmp_path)])
+    assert len(done) == 1
+    assert len(lines(tmp_path)) == count
+    summaries = [content(place)["summary"] for place in (folder, tmp_path)]
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["--epochs", "3"],
+        ["--batch-size", "32"],
+        ["--clip-norm", "1"],
+        ["--train-size", "130"],
+        ["--learning-rate", "0.002"],
+        ["--warmup-epochs", "0"],
+    ],
+)
+def test_other_settings_never_share_a_run(changed, monkeypatch):
+    def keys(arguments):
+        options = compare.parse_arguments([*SMALL, "--methods", "ls", "bayesagg", *arguments])
+        plan = options.plan
+        return {
+            name: runs.key_of(
+                runs.identity(runs.Job(plan.data, name, method, plan.training, final=True))
+            )
+            for name, method in plan.methods.items()
+        }
+
+    monkeypatch.setattr(compare, "make_folder", lambda *_: None)
+    plain, other = keys([]), keys(changed)
+    assert keys([]) == plain
+    assert not set(plain.values()) & set(other.values())
+    assert len(set(plain.values())) == 2
+
+
+def test_the_library_s_code_is_part_of_its_runs_only(monkeypatch):
+    plan_data = runs.Data("nhefs", None, 120)
+    known, seen = methods("utkface"), {}
+    monkeypatch.setattr(runs, "_hash_files", lambda files: seen.setdefault("files", files) and "0")
+    for name, expected in (("ls", False), ("bayesagg", True)):
+        seen.clear()
+        runs.code_version(runs.Job(plan_data, name, known[name], TrainSettings(), True))
+        names = {file.name for file in seen["files"]}
+        assert ("engine.py" in names) == expected
+        assert {"training.py", "nhefs.py", "methods.py"} <= names
+        assert "catalogue.py" not in names
+
+
+def test_a_changed_line_is_refused(finished, tmp_path):
+    folder, _ = finished
+    run = lines(folder)[0]
+    run["identity"]["training"]["epochs"] = 99
+    (tmp_path / "runs.jsonl").write_text(json.dumps(run) + "\n")
+    with pytest.raises(ValueError, match="changed by hand"):
+        Store(tmp_path / "runs.jsonl")
+    (tmp_path / "runs.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="not a run of a comparison"):
+        Store(tmp_path / "runs.jsonl")
+
+
+class Exploding(LinearScalarization):
+    def objective(self, values):
+        return super().objective(values) * math.nan
+
+
+def test_a_method_that_diverges_is_reported_and_left_out(tmp_path, monkeypatch, capsys):
+    known = methods("utkface")
+    broken = {"ls": known["ls"], "uw": Method("UW", Exploding)}
+    monkeypatch.setattr(compare, "methods", lambda preset: broken)
+    arguments = [*SMALL, "--methods", "ls", "uw", "--seeds", "2", "--trials", "2"]
+    assert compare.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert "failed: 2 of 2 seeds" in capsys.readouterr().out
+    assert list(content(tmp_path)["summary"]) == ["ls"]
+    failures = [run["failure"] for run in lines(tmp_path) if run["method"] == "uw"]
+    assert all("DivergedError" in failure for failure in failures)
+    assert content(tmp_path)["search"]["uw"]["validation_delta_m"][0] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cifar"], "invalid choice: 'cifar'"),
+        (["nhefs", "--methods", "ls", "sgd"], "unknown method 'sgd'"),
+        (["nhefs", "--methods", "none"], "no methods"),
+        (["nhefs", "--untuned", "sgd"], "'sgd' is not among the methods"),
+        (["nhefs", "--molecules", "200"], "nhefs has none; see --train-size"),
+        (["qm9", "--molecules", "99"], "99 is not a whole number from 100"),
+        (["nhefs", "--clip-norm", "-1"], "-1.0 is not a positive number"),
+        (["nhefs", "--arm", "a", "{"], "argument --arm: a:"),
+        (["nhefs", "--arm", "a", '{"weights": {}}'], "unknown part 'weights'"),
+        (["nhefs", "--arm", "ls", "{}"], "'ls' is the name of a method"),
+        (["nhefs", "--output", "{file}"], "is a file"),
+    ],
+)
+def test_a_bad_argument_is_one_line(arguments, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        compare.main([a.replace("{file}", str(tmp_path / "file")) for a in arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_missing_data_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    runs.load.cache_clear()
+    assert compare.main(["yeast", "--output", str(tmp_path)]) == 1
+    assert "pip install river" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_costs_are_of_every_method_and_relative_to_ls(tmp_path, monkeypatch):
+    arguments = [*SMALL, "--methods", "si", "imtl-g", "bayesagg", "--seeds", "1", "--costs"]
+    assert compare.main([*arguments, "--output", str(tmp_path)]) == 0
+    costs = content(tmp_path)["costs"]
+    assert list(costs) == ["ls", "si", "imtl-g", "bayesagg"]
+    assert costs["ls"]["ratio"] == 1
+    assert all(cost["seconds"] > 0 for cost in costs.values())
+    # The tasks' gradients of all shared parameters are alive at once.
+    model = SOURCES["nhefs"].load(None, 120).model()
+    shared = 4 * sum(p.numel() for p in model.backbone.parameters())
+    assert costs["imtl-g"]["peak_bytes"] > costs["ls"]["peak_bytes"] + 3 * shared
+    assert "| IMTL-G |" in (tmp_path / "results.md").read_text().split("peak of a step")[1]
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def test_trials_are_the_same_for_all_and_more_of_them_keep_the_first():
+    base = TrainSettings()
+    plain, own = Method("a", object), Method("b", object, {"c": 1}, {"c": (1, 2, 3)})
+    assert trial(plain, base, 0).training == trial(own, base, 0).training == base
+    assert trial(own, base, 0).method.settings == {"c": 1}
+    tried = [(trial(plain, base, n), trial(own, base, n)) for n in range(1, 25)]
+    assert all(a.training == b.training for a, b in tried)
+    rates = [a.training.learning_rate for a, _ in tried]
+    assert 2.5e-4 <= min(rates) < 4e-4 and 3e-3 < max(rates) <= 4e-3
+    assert {b.method.settings["c"] for _, b in tried} == {1, 2, 3}
+    assert {a.training.weight_decay for a, _ in tried} == {0, 1e-5, 1e-4, 1e-3}
+
+
+def test_a_failed_trial_is_never_chosen():
+    trials = [[None, [1.0]], [[2.0], [2.0]], [[1.5], [1.7]]]
+    number, deltas = choose(trials, [1.0], [False])
+    assert number == 2
+    assert deltas == [math.inf, pytest.approx(100), pytest.approx(60)]
+    assert choose(trials, [1.0], [True])[0] == 1
+
+
+def test_holm_steps_down():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_the_best_method_is_tested_against():
+    values = {"ls": [[1.0], [1.1]], "x": [[0.5], [0.7]], "y": [[2.0], [2.2]]}
+    standings = compare_values(values, [[1.0], [1.0]], [False], ["ls"])
+    assert standings["x"].delta == pytest.approx([-50, -30])
+    assert [standings[name].rank for name in values] == [2, 1, 3]
+    assert set(standings["y"].p_values) == {"ls", "x"}
+    assert set(standings["x"].p_values) == {"ls"}
+
+
+def test_measures_against_their_definitions():
+    tasks = (Task("r", "regression", "mae"), Task("b", "binary", "auroc"))
+    tasks += (Task("c", "multiclass", "accuracy", classes=3),)
+    z = torch.randn(200)
+    y = torch.stack([torch.randn(200), (torch.rand(200) < 0.4).float(), torch.arange(200.0) % 3], 1)
+    logits = torch.randn(200, 3)
+    outputs = {"regression": z[:, None], "binary": z[:, None] * 2, "c": logits}
+    r, b, c = measure(tasks, outputs, y, torch.tensor([5.0, 1.0, 1.0]))
+    assert r["mae"] == pytest.approx(5 * (z - y[:, 0]).abs().mean().item(), rel=1e-5)
+    p = (2 * z).sigmoid()
+    assert b["auroc"] == pytest.approx(binary_auroc(p, y[:, 1].long()).item())
+    assert b["brier"] == pytest.approx(((p - y[:, 1]) ** 2).mean().item(), rel=1e-5)
+    error = 0.0
+    for low in torch.arange(15) / 15:
+        inside = (p > low) & (p <= low + 1 / 15)
+        if inside.any():
+            share = inside.double().mean()
+            error += share * (p[inside].mean() - y[inside, 1].mean()).abs()
+    assert b["ece"] == pytest.approx(error.item(), rel=1e-3)
+    assert c["accuracy"] == pytest.approx((logits.argmax(1) == y[:, 2]).double().mean().item())
+    losses = criterion(tasks)(outputs, y)
+    assert list(losses) == ["r", "b", "c"]
+    assert losses["c"].item() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, y[:, 2].long()).item()
+    )
+
+
+def test_tasks_have_to_be_sorted_by_kind():
+    with pytest.raises(ValueError, match="sort the tasks"):
+        list(grouped([Task("b", "binary", "auroc"), Task("r", "regression", "mae")]))
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "size"),
+    [
+        ("qm9", {"regression": 11}, 200),
+        ("mnist", {"binary": 10}, None),
+        ("yeast", {"binary": 14}, None),
+        ("nhefs", {"regression": 1, "binary": 2, "multiclass": 1}, None),
+        ("nih", {"binary": 14}, 400),
+    ],
+)
+def test_benchmarks(name, kinds, size, tmp_path, monkeypatch):
+    monkeypatch.setenv("BAYESAGG_CACHE", str(tmp_path))
+    data = SOURCES[name].load(size, 100)
+    found = [task.kind for task in data.tasks]
+    assert {kind: found.count(kind) for kind in found} == kinds
+    assert len(data.train) == 100
+    full = SOURCES[name].load(size, None)
+    assert len(full.train) > 100 and len(full.val) == len(data.val)
+    x, y = full.train.batch(torch.arange(len(full.train)))
+    assert x.abs().max() <= 6 and x.mean(0).abs().max() < 0.5
+    for k, task in enumerate(data.tasks):
+        if task.kind == "regression":
+            assert y[:, k].std().item() == pytest.approx(1, rel=1e-3)
+        else:
+            values = set(torch.cat([y, full.test.y])[:, k].tolist())
+            assert values <= set(range(max(2, task.classes)))
+    assert data.version != full.version
+
+
+def test_nih_parts_share_no_patient(monkeypatch):
+    table = pd.read_csv
+    frames = []
+    monkeypatch.setattr(pd, "read_csv", lambda path: frames.append(table(path)) or frames[-1])
+    captured = {}
+    monkeypatch.setattr(nih, "table_benchmark", lambda *a, **k: captured.update(parts=a[3]))
+    nih.load(400, None)
+    people = [set(frames[0]["Patient ID"].iloc[part.numpy()]) for part in captured["parts"]]
+    assert [len(p) for p in people] == [240, 80, 80]
+    assert not (people[0] & people[1] or people[0] & people[2] or people[1] & people[2])
+
+
+def test_joint_accuracy_is_that_of_the_best_scoring_task():
+    tasks = [Task(str(k), "binary", "accuracy") for k in range(3)]
+    outputs = {"binary": torch.tensor([[-1.0, -2.0, -3.0], [0.0, 2.0, 1.0]])}
+    assert joint_accuracy(tasks, outputs, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])) == 0.5

@@ -1,0 +1,480 @@
+"""Each compared method by what defines it, so that a baseline that is silently wrong is caught."""
+
+import pytest
+import torch
+from torch import nn
+from torchjd.aggregation import FairGradWeighting
+
+from bayesagg.presets import PAPER
+from examples.comparison.benchmark import table_benchmark
+from examples.comparison.catalogue import methods
+from examples.comparison.gap import Agent, ImprovableGapBalancing
+from examples.comparison.gradients import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    FairGrad,
+    GradientWeighting,
+    PCGrad,
+    fair_weights,
+)
+from examples.comparison.networks import IndependentNets, TaskNet, mlp, single_task
+from examples.comparison.tasks import Task, criterion
+from examples.comparison.weighting import (
+    FAMO,
+    DynamicWeightAverage,
+    RandomLossWeighting,
+    UncertaintyWeighting,
+)
+from examples.methods import BayesAggregation, LinearScalarization, ScaleInvariant
+from examples.training import TrainSettings, train
+
+TASKS = (
+    Task("r0", "regression", "mae"),
+    Task("r1", "regression", "mae"),
+    Task("b0", "binary", "auroc"),
+    Task("c0", "multiclass", "accuracy", classes=3),
+)
+AT_ONCE = TrainSettings(pretrain_epochs=0)  # no warm-up
+CATALOGUE = methods("utkface")
+GRADIENT = [n for n, m in CATALOGUE.items() if issubclass(m.update, GradientWeighting)]
+
+
+def build(update, tasks=TASKS, **own):
+    """The update on a small network, and a batch's losses by a function."""
+    model = mlp(5, (6, 4), tasks)
+    x, y = torch.randn(20, 5), targets(20, tasks)
+    return update(model, AT_ONCE, 3, **own), lambda: criterion(tasks)(model(x), y)
+
+
+def targets(count, tasks=TASKS):
+    columns = {
+        "regression": lambda: torch.randn(count),
+        "binary": lambda: torch.randint(2, (count,)).float(),
+        "multiclass": lambda: torch.randint(3, (count,)).float(),
+    }
+    return torch.stack([columns[task.kind]() for task in tasks], 1)
+
+
+def regressions(count):
+    return tuple(Task(f"r{k}", "regression", "mae") for k in range(count))
+
+
+def combination(update, rows):
+    """Weights that the update gives gradients, and their combination."""
+    weights = update._weigh(rows)
+    return weights, weights @ rows
+
+
+def scaled_rows(tasks, dimensions, spread=1.0):
+    rows = torch.randn(tasks, dimensions, dtype=torch.float64)
+    return rows * torch.logspace(0, spread, tasks, dtype=torch.float64)[:, None]
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(120, 5, generator=generator, dtype=torch.float64)
+    y = torch.stack([x[:, 0], x[:, 1] * 3, (x[:, 2] > 0) * 1.0, (x[:, 3] > 0) + (x[:, 4] > 1.0)], 1)
+    return table_benchmark(
+        TASKS,
+        x,
+        y,
+        torch.arange(120).split([80, 20, 20]),
+        widths=(6, 4),
+        version={},
+        package="torch",
+        max_train=None,
+    )
+
+
+# --- what all share ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_first_epoch_is_that_of_linear_scalarization(name, data):
+    settings = TrainSettings(epochs=1, batch_size=20, clip_norm=0.5, weight_decay=0.1)
+    backbones = []
+    for method in (CATALOGUE["ls"], CATALOGUE[name]):
+        torch.manual_seed(0)
+        model = data.model()
+        update = method.update(model, settings, 4, **method.settings)
+        train(model, update, data, criterion(TASKS), settings)
+        backbones.append(nn.utils.parameters_to_vector(model.backbone.parameters()))
+    torch.testing.assert_close(*backbones)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_it_trains_in_its_own_way_within_the_clipping(name, data):
+    settings = TrainSettings(epochs=3, batch_size=20, clip_norm=0.01, learning_rate=0.01)
+    method = CATALOGUE[name]
+    torch.manual_seed(0)
+    model = data.model()
+    update = method.update(model, settings, 4, **method.settings)
+    with torch.no_grad():
+        start = sum(criterion(TASKS)(model(data.train.x), data.train.y).values())
+    history = train(model, update, data, criterion(TASKS), settings)
+    with torch.no_grad():
+        end = sum(criterion(TASKS)(model(data.train.x), data.train.y).values())
+    assert end < start
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    assert torch.cat(gradients).norm() <= 0.01 * (1 + 1e-4)
+    if update.task_weights() is not None:
+        assert len(history.weights[-1]) == len(TASKS)
+        assert name in {"pcgrad", "bayesagg-s0"} or torch.tensor(history.weights[-1]).std() > 1e-6
+
+
+def test_networks_of_single_tasks_are_clipped_one_by_one():
+    torch.manual_seed(0)
+    model = single_task(5, (6, 4), TASKS)
+    x, y = torch.randn(20, 5), targets(20)
+    settings = TrainSettings(clip_norm=0.01, pretrain_epochs=0)
+    update = LinearScalarization(model, settings, 3)
+    update.step(criterion(TASKS)(model(x), y))
+    norms = [torch.cat([g.flatten() for g in own]).norm() for own in model.network_gradients()]
+    torch.testing.assert_close(torch.stack(norms), torch.full((4,), 0.01), rtol=1e-3, atol=0)
+    total = nn.utils.get_total_norm(p.grad for p in model.parameters())
+    assert total == pytest.approx(0.02, rel=1e-3)  # no parameter is in two networks, or in none
+
+
+def test_single_task_networks_give_what_each_gives_alone():
+    networks = [mlp(5, (6, 4), [task]) for task in TASKS]
+    together = IndependentNets(networks, TASKS)(x := torch.randn(7, 5))
+    alone = [next(iter(network(x).values())) for network in networks]
+    torch.testing.assert_close(together["regression"], torch.cat(alone[:2], 1))
+    torch.testing.assert_close(together["binary"], alone[2])
+    torch.testing.assert_close(together["c0"], alone[3])
+
+
+# --- weights of the losses -----------------------------------------------------------------------
+
+
+def test_si_does_not_see_the_scale_of_a_loss():
+    update, losses = build(ScaleInvariant)
+    gradients = []
+    for scale in (1.0, 1e3):
+        update.model.zero_grad()
+        values = torch.stack(list(losses().values())) * torch.tensor([1.0, scale, 1.0, 1.0])
+        update.objective(values).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in update.model.parameters()]))
+    torch.testing.assert_close(*gradients)
+    plain = torch.autograd.grad(sum(losses().values()), update.model.backbone[0].weight)[0]
+    assert not torch.allclose(gradients[0][: plain.numel()], plain.flatten(), rtol=0.01)
+
+
+def test_uw_is_stationary_at_the_log_losses():
+    update, losses = build(UncertaintyWeighting)
+    values = torch.stack(list(losses().values())).detach()
+    update.log_variances.data = values.log()
+    update.objective(values).backward()
+    assert update.log_variances.grad.abs().max() < 1e-6
+    update.log_variances.grad = None
+    update.log_variances.data += torch.tensor([0.5, -0.5, 0.5, -0.5])
+    update.objective(values).backward()
+    assert (update.log_variances.grad * torch.tensor([1, -1, 1, -1]) > 0.1).all()
+    start = update.log_variances.detach().clone()
+    update.step(losses())
+    assert (update.log_variances != start).all()  # the optimizer has them
+
+
+def test_rlw_weights_vary_and_average_to_one():
+    update, losses = build(RandomLossWeighting)
+    values = torch.stack(list(losses().values()))
+    drawn = []
+    for _ in range(4000):
+        objective = update.objective(values)
+        drawn.append(update.task_weights())
+        assert objective.item() == pytest.approx((drawn[-1] * values).sum().item(), rel=1e-5)
+    drawn = torch.stack(drawn)
+    assert (drawn > 0).all()
+    torch.testing.assert_close(drawn.sum(1), torch.full((4000,), 4.0))
+    torch.testing.assert_close(drawn.mean(0), torch.ones(4), rtol=0, atol=0.06)
+    assert (drawn.std(0) > 0.5).all()
+
+
+def test_dwa_weights_follow_the_ratio_of_the_last_two_epochs():
+    update, _ = build(DynamicWeightAverage, temperature=2.0)
+    parameter = update.model.heads["regression"].bias[0]
+    epochs = [[4.0, 2.0, 1.0, 1.0], [2.0, 2.0, 3.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
+    for epoch in epochs:
+        for offset in (-0.5, 0.0, 0.5):  # an epoch has three steps; means count
+            losses = {t.name: v + offset + 0 * parameter for t, v in zip(TASKS, epoch, strict=True)}
+            if epoch is epochs[1]:
+                update.objective(torch.stack(list(losses.values())))
+                torch.testing.assert_close(update.weights, torch.ones(4))
+            update.step(losses)
+            if epoch is epochs[2] and offset < 0.5:
+                ratio = torch.tensor([0.5, 1.0, 3.0, 1.0])
+                torch.testing.assert_close(update.weights, 4 * (ratio / 2).softmax(0))
+
+
+def test_famo_steps_down_balanced_log_losses_and_learns_from_their_fall():
+    update, losses = build(FAMO, rate=0.1, decay=0.0)
+    update.logits.data = torch.tensor([0.3, -0.2, 0.5, 0.0])
+    z = update.logits.softmax(0).detach()
+    before = torch.stack(list(losses().values())).detach()
+    weights = z / before
+    weights *= 4 / weights.sum()
+    expected = torch.autograd.grad(
+        (weights * torch.stack(list(losses().values()))).sum(), update.model.backbone[0].weight
+    )[0]
+    update.step(losses())
+    torch.testing.assert_close(update.model.backbone[0].weight.grad, expected)
+    torch.testing.assert_close(update.task_weights(), weights)
+    fall = torch.tensor([0.1, 0.4, 0.0, -0.2])
+    names = [task.name for task in TASKS]
+    update.after_step(lambda: dict(zip(names, before * (-fall).exp(), strict=True)))
+    # Jacobian of the softmax: the weight of a task that fell less than the mean goes up.
+    gradient = z * (fall - (z * fall).sum())
+    torch.testing.assert_close(update.logits.grad, gradient, rtol=1e-3, atol=1e-6)
+    moved = update.logits.detach() - torch.tensor([0.3, -0.2, 0.5, 0.0])
+    assert (moved.sign() == -gradient.sign()).all()
+
+
+def test_igbv2_rewards_the_task_that_improved_least():
+    update, losses = build(ImprovableGapBalancing)
+    first = [torch.stack(list(losses().values())).detach()]
+    for _ in range(3):
+        update.step(losses())
+        first.append(torch.stack(list(losses().values())).detach())
+    torch.testing.assert_close(update.base, torch.stack(first[:3]).mean(0))
+    before, now = update.base * torch.tensor([1.0, 2.0, 3.0, 4.0]), update.base * 0.5
+    assert update.reward(before, now).item() == pytest.approx(0.5)
+    update.step(losses())
+    state, action, reward, after = update.agent._memory[-1]
+    torch.testing.assert_close(state, first[2])
+    torch.testing.assert_close(after, first[3])
+    torch.testing.assert_close(reward, ((first[2] - first[3]) / update.base).min())
+    assert action.sum().item() == pytest.approx(4, rel=1e-5)
+
+
+def test_igbv2_agent_learns_what_is_rewarded():
+    agent = Agent(3, rate=3e-3, seed=0)
+    state = torch.ones(3)
+
+    def mean_action():
+        with torch.no_grad():
+            return agent.act(state.expand(500, 3))[0].mean(0)
+
+    assert mean_action()[2] < 1.5
+    for _ in range(300):
+        with torch.no_grad():
+            action, _ = agent.act(state)
+        agent.remember(state, action, 5 * action[2], state)
+    for _ in range(250):
+        agent.learn()
+    assert mean_action()[2] > 2
+    torch.testing.assert_close(agent.act(state.expand(9, 3))[0].sum(1), torch.full((9,), 3.0))
+
+
+# --- weights of the gradients --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_shared_layers_get_the_weighted_sum_and_heads_their_own_gradient(name):
+    method = CATALOGUE[name]
+    update, losses = build(method.update, **method.settings)
+    values = list(losses().values())
+    shared = list(update.model.backbone.parameters())
+    each = [torch.autograd.grad(value, shared, retain_graph=True) for value in values]
+    heads = list(update.model.heads.parameters())
+    own = torch.autograd.grad(sum(values), heads)
+    torch.manual_seed(1)
+    update.backward(losses())
+    weights = update.task_weights()
+    for k, parameter in enumerate(shared):
+        expected = sum(w * gradients[k] for w, gradients in zip(weights, each, strict=True))
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5)
+    for parameter, expected in zip(heads, own, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_gradients_task_by_task_are_those_of_one_pass(name, monkeypatch):
+    method = CATALOGUE[name]
+    update, losses = build(method.update, **method.settings)
+    found = []
+    for batched in (True, False):
+        monkeypatch.setattr(GradientWeighting, "batched", batched)
+        update.model.zero_grad()
+        torch.manual_seed(1)  # PCGrad draws an order
+        update.backward(losses())
+        found.append(torch.cat([p.grad.flatten() for p in update.model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+class Offsets(nn.Module):
+    """A backbone that is the identity plus a parameter, so that both kinds of gradient agree."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x):
+        return x + self.offset
+
+
+@pytest.mark.parametrize("name", ["mgda", "imtl-g", "aligned-mtl"])
+def test_the_representation_version_is_the_plain_one_on_an_identity(name):
+    x, y = torch.randn(20, 5), targets(20)
+    model = TaskNet(Offsets((20, 5)), 5, TASKS)
+    gradients = []
+    for method in (CATALOGUE[name], CATALOGUE[f"{name}-ub"]):
+        update = method.update(model, AT_ONCE, 3, **method.settings)
+        assert update._representation == (method is not CATALOGUE[name])
+        model.zero_grad()
+        update.backward(criterion(TASKS)(model(x), y))
+        gradients.append(model.backbone.offset.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_representation_version_differs_elsewhere():
+    weights = []
+    for name in ("mgda", "mgda-ub"):
+        torch.manual_seed(0)
+        update, losses = build(MGDA, **CATALOGUE[name].settings)
+        update.backward(losses())
+        weights.append(update.task_weights())
+    assert (weights[0] - weights[1]).abs().max() > 0.01
+
+
+def test_mgda_is_the_point_of_smallest_norm():
+    update, _ = build(MGDA)
+    for spread in (0.2, 0.5, 3.0):
+        rows = scaled_rows(4, 30, spread)
+        weights, mean = combination(update, rows)
+        assert (weights >= 0).all()
+        assert weights.sum().item() == pytest.approx(4)
+        point = mean / 4
+        # The point of smallest norm is the one that no other point of the hull is behind.
+        assert (rows @ point > (1 - 1e-6) * point @ point).all()
+
+
+def test_mgda_of_normalised_gradients():
+    update, _ = build(MGDA, normalize=True)
+    rows = scaled_rows(4, 30, 3.0)
+    weights, _ = combination(update, rows)
+    assert weights.abs().sum().item() == pytest.approx(4)
+    units = rows / rows.norm(dim=1, keepdim=True)
+    shares = weights * rows.norm(dim=1)
+    point = (shares / shares.sum()) @ units
+    assert (units @ point > (1 - 1e-6) * point @ point).all()
+
+
+def test_pcgrad_of_two_tasks_conflicts_with_neither():
+    update, _ = build(PCGrad, regressions(2))
+    rows = torch.tensor([[1.0, 0.0, 0.5], [-3.0, 1.0, 0.2]], dtype=torch.float64)
+    assert (rows @ rows.sum(0) < 0).any()  # the plain sum does
+    _, mean = combination(update, rows)
+    assert (rows @ mean >= -1e-9).all()
+    projected = [
+        rows[k] - (rows[k] @ rows[1 - k]) / rows[1 - k].square().sum() * rows[1 - k] for k in (0, 1)
+    ]
+    torch.testing.assert_close(mean, projected[0] + projected[1])
+
+
+def test_pcgrad_leaves_gradients_that_do_not_conflict():
+    update, _ = build(PCGrad)
+    rows = scaled_rows(4, 30).abs()
+    weights, _ = combination(update, rows)
+    torch.testing.assert_close(weights, torch.ones(4, dtype=torch.float64))
+
+
+def test_cagrad_is_the_best_for_the_worst_off_within_its_ball():
+    update, _ = build(CAGrad, c=0.4)
+    for spread in (0.5, 1.0):
+        rows = scaled_rows(4, 30, spread)
+        _, total = combination(update, rows)
+        found, mean = total / 4, rows.mean(0)
+        radius = 0.4 * mean.norm()
+        assert (found - mean).norm() <= radius * (1 + 1e-3)
+        tries = torch.randn(2000, 4, dtype=torch.float64) @ rows
+        others = mean + radius * tries / tries.norm(dim=1, keepdim=True)
+        worst = (rows @ others.T).min(0).values.max()
+        assert (rows @ found).min() >= worst - 1e-3 * worst.abs()
+
+
+def test_imtlg_projections_are_equal():
+    update, _ = build(IMTLG)
+    rows = scaled_rows(4, 30, 2.0)
+    weights, mean = combination(update, rows)
+    assert weights.sum().item() == pytest.approx(4)
+    projections = rows @ mean / rows.norm(dim=1)
+    torch.testing.assert_close(projections, projections.mean().expand(4))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_fairgrad_solves_its_equation(alpha, spread):
+    rows = scaled_rows(11, 200, spread)
+    rows[8:] = rows[7] + 1e-3 * rows[8:]  # nearly the same task four times
+    gramian = rows @ rows.T / rows.square().sum(1).mean()
+    w = fair_weights(gramian, alpha)
+    assert (w > 0).all()
+    torch.testing.assert_close(gramian @ w, w ** (-1 / alpha), rtol=1e-5, atol=0)
+    update, _ = build(FairGrad, regressions(11), alpha=alpha)
+    weights, _ = combination(update, rows)
+    torch.testing.assert_close(weights, 11 * w / w.sum(), rtol=1e-4, atol=0)
+
+
+def test_fairgrad_agrees_with_torchjd():
+    rows = scaled_rows(4, 30, 1.0)
+    gramian = rows @ rows.T
+    torch.testing.assert_close(
+        fair_weights(gramian, 2.0), FairGradWeighting(2.0)(gramian), rtol=1e-3, atol=0
+    )
+
+
+def test_nash_mtl_is_the_bargaining_solution():
+    method = CATALOGUE["nash-mtl"]
+    update, _ = build(method.update, **method.settings)
+    rows = scaled_rows(4, 30, 3.0)
+    weights, mean = combination(update, rows)
+    gains = weights * (rows @ mean)  # each task gains the same share
+    torch.testing.assert_close(gains, gains.mean().expand(4))
+    assert weights.sum().item() == pytest.approx(4)
+
+
+def test_aligned_mtl_is_the_sum_of_orthogonal_gradients_of_one_length():
+    update, _ = build(AlignedMTL)
+    rows = scaled_rows(4, 30, 2.0)
+    weights, mean = combination(update, rows)
+    # The matrix with the rows' singular vectors and singular values of one: condition number one.
+    left, _, right = torch.linalg.svd(rows, full_matrices=False)
+    expected = (left @ right).sum(0)
+    cosine = expected @ mean / expected.norm() / mean.norm()
+    assert cosine.item() == pytest.approx(1, abs=1e-9)
+    assert weights.abs().sum().item() == pytest.approx(4)
+
+
+def test_a_gradient_of_zero_gives_equal_weights():
+    update, _ = build(FairGrad)
+    torch.testing.assert_close(update._weigh(torch.zeros(4, 30)), torch.ones(4))
+
+
+# --- the library ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["qm9", "cifar_mtl", "chestxray14", "utkface"])
+def test_the_papers_arm_has_its_preset(preset):
+    method = methods(preset)["bayesagg-paper"]
+    described = method.described()
+    assert described["wrapper"]["gradient_scale"] == "mean"
+    for kind, grid in PAPER[preset].s_grid.items():
+        assert described[kind]["s"] == getattr(PAPER[preset], kind)["s"]
+        assert method.space[f"heads.{kind}.s"] == grid
+        assert method.with_settings({f"heads.{kind}.s": 0.7}).described()[kind]["s"] == 0.7
+        assert method.described() == described  # unchanged by it
+
+
+def test_bayesagg_has_one_head_of_a_kind_and_a_weight_per_task():
+    method = CATALOGUE["bayesagg"]
+    update, losses = build(method.update, **method.settings)
+    assert isinstance(update, BayesAggregation)
+    assert list(update.optimizer.engine.heads) == ["regression", "binary", "c0"]
+    for _ in range(4):
+        update.step(losses())
+    weights = update.task_weights()
+    assert weights.shape == (4,)
+    assert weights.sum().item() == pytest.approx(1)
