@@ -28,7 +28,8 @@ def unflatten(rows: Tensor, like: Tensor, channels_first: bool) -> Tensor:
     if not channels_first:
         return rows.reshape(like.shape)
     moved = (like.shape[0], *like.shape[2:], like.shape[1])
-    return rows.reshape(moved).movedim(-1, 1)
+    # In the layout of `like`: other strides slow the whole backward pass down.
+    return torch.empty_like(like).copy_(rows.reshape(moved).movedim(-1, 1))
 
 
 class _Hook:

@@ -41,8 +41,8 @@ def combine(
             with covariances, stays in the dtype of the posteriors.
 
     Returns:
-        gradient, ``[N, d]``, and the mean weight of every task over the labelled data, ``[K]``,
-        in the order of the blocks.
+        gradient, ``[N, d]``, and the mean weight of every task and dimension over the labelled
+        data, ``[K, d]``, in the order of the blocks.
     """
     some = next(iter(features.values()))
     n, d, tasks = len(some), blocks[0].d, sum(block.num_tasks for block in blocks)
@@ -50,7 +50,7 @@ def combine(
     s = torch.cat([block.per_task("s", some.device) for block in blocks]).to(work)
     size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
     gradient = torch.empty(n, d, dtype=work, device=some.device)
-    totals, labelled = gradient.new_zeros(tasks), gradient.new_zeros(())
+    totals, labelled = gradient.new_zeros(tasks, d), gradient.new_zeros(())
     aggregate = aggregate_full if full else aggregate_diagonal
     unit = _unit(labels)
     for start in range(0, n, size):
@@ -65,9 +65,9 @@ def combine(
             masks.append(part.present)
         present = _stack(masks, [mean.shape[1] for mean in means], stop - start, some.device)
         gradient[start:stop], weights = aggregate(_cat(means), _cat(seconds), s, present, scale)
-        totals += weights.sum((0, 2))
+        totals += weights.sum(0)
         labelled += stop - start if present is None else present.any(1).sum()
-    return gradient, totals / (d * labelled.clamp(min=1))
+    return gradient, totals / labelled.clamp(min=1)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

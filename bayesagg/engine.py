@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,9 +15,10 @@ from bayesagg.capture import Capture, flatten, unflatten
 from bayesagg.combine import combine
 from bayesagg.errors import CheckpointError, FeatureError
 from bayesagg.heads import Head, named_heads
-from bayesagg.likelihoods import Block, Observation, Statistics, make_blocks
+from bayesagg.likelihoods import Block, Labels, Observation, Statistics, make_blocks
 from bayesagg.observe import by_task, check_finite, observe
 from bayesagg.posterior import augment
+from bayesagg.subset import check_max_data, draw, extend, select
 
 __all__ = ["BayesAgg"]
 
@@ -49,7 +51,10 @@ class BayesAgg(nn.Module):
         rule: ``"paper"``: Eq. 2-11, one quadratic expansion at the current head weights, the last
             epoch's full-data posterior as prior.
         dtype: of the posterior algebra.
-        seed: of the samples of ``moments="monte_carlo"``.
+        seed: of the samples of ``moments="monte_carlo"``, and of the subsets of ``max_data``.
+        max_data: posterior and moments from a random subset of this many data per step, and the
+            gradient at the posterior mean for the others (:mod:`bayesagg.subset`); for dense
+            heads, where every pixel is a datum. ``None``: from all.
 
     Attributes:
         task_weights: mean weight α per output of the last step, by task, ``[o]``; the weights of
@@ -72,6 +77,7 @@ class BayesAgg(nn.Module):
         rule: str = "paper",
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
+        max_data: int | None = None,
     ) -> None:
         super().__init__()
         _check_choice("gradient_scale", gradient_scale, ("sum", "mean"))
@@ -80,6 +86,7 @@ class BayesAgg(nn.Module):
         _check_choice("dtype", dtype, (torch.float32, torch.float64))
         if not isinstance(pretrain_epochs, int) or pretrain_epochs < 0:
             raise ValueError(f"pretrain_epochs must be an integer >= 0, got {pretrain_epochs!r}.")
+        self.max_data = check_max_data(max_data, covariance)
         self.heads = named_heads(heads)
         self.pretrain_epochs, self.gradient_scale = pretrain_epochs, gradient_scale
         self.covariance, self.rule, self.dtype, self.seed = covariance, rule, dtype, seed
@@ -188,7 +195,7 @@ class BayesAgg(nn.Module):
     @torch.no_grad()
     def _plan(self, h: Tensor, observed: dict[str, Observation]) -> _Plan:
         """Read the labels, and compute the gradient at h and the evidence of the batch."""
-        rows = flatten(h.detach(), self._channels_first).to(self.dtype)
+        rows = flatten(h.detach(), self._channels_first)
         if len(rows) == 0:
             raise FeatureError("the batch is empty: skip it, or drop the last batch of the loader.")
         if rows.shape[1] != self._d:
@@ -196,37 +203,52 @@ class BayesAgg(nn.Module):
                 f"the shared representation has {rows.shape[1]} dimensions, the heads take "
                 f"{self._d}."
             )
-        if not bool(torch.isfinite(rows.sum())):
+        if not bool(torch.isfinite(rows.sum(dtype=self.dtype))):
             raise FeatureError(
                 "the shared representation has non-finite values: lower the learning rate, clip "
                 "gradients, or check the inputs."
             )
-        features = {bias: augment(rows, bias) for bias in {b.bias for b in self._blocks}}
         labels = [block.labels(observed, len(rows), h.device) for block in self._blocks]
         if self.epoch + 1 < self.pretrain_epochs:  # this epoch's evidence would not be used
             return _Plan()
-        evidence = [
-            block.statistics(features[block.bias], known)
-            for block, known in zip(self._blocks, labels, strict=True)
-        ]
+        return self._estimate(h, rows, labels)
+
+    def _estimate(self, h: Tensor, rows: Tensor, labels: list[Labels]) -> _Plan:
+        """Evidence, posteriors and the gradient at h, from all data or from a subset."""
+        generator = torch.Generator(h.device).manual_seed(self.seed + self._draws)
+        subset = None
+        if self.max_data is not None:
+            subset = draw(labels, len(rows), self.max_data, generator)
+        used = (rows if subset is None else rows[subset.index]).to(self.dtype)
+        known = labels if subset is None else select(labels, subset.index)
+        features = {bias: augment(used, bias) for bias in {b.bias for b in self._blocks}}
+        pairs = list(zip(self._blocks, known, strict=True))
+        evidence = [block.statistics(features[block.bias], some) for block, some in pairs]
+        if subset is not None:
+            evidence = [subset.upscale(batch) for batch in evidence]
         if self.pretraining:
             return _Plan(evidence=evidence)
         posteriors = []
-        for block, known, batch in zip(self._blocks, labels, evidence, strict=True):
+        for (block, some), batch in zip(pairs, evidence, strict=True):
             posteriors.append(block.posterior(batch))
-            block.refine(features[block.bias], known, posteriors[-1], batch)
+            refine = block.refine if subset is None else partial(subset.refine, block)
+            refine(features[block.bias], some, posteriors[-1], batch)
         gradient, weights = combine(
             self._blocks,
             features,
-            labels,
+            known,
             posteriors,
             scale=self.gradient_scale,
             full=self.covariance == "full",
-            generator=torch.Generator(h.device).manual_seed(self.seed + self._draws),
+            generator=generator,
             # Moments need no more digits than the gradient that they make, but 32 bits of range.
             dtype=min(self.dtype, torch.promote_types(h.dtype, torch.float32), key=_bits),
         )
-        return _Plan(unflatten(gradient, h, self._channels_first), evidence, weights)
+        if subset is not None:
+            estimate = (gradient, weights, self.gradient_scale)
+            gradient = extend(subset.index, rows, self._blocks, labels, posteriors, *estimate)
+        gradient = unflatten(gradient, h, self._channels_first)
+        return _Plan(gradient, evidence, weights.mean(-1))
 
     def _adopt(self, plan: _Plan) -> None:
         """After the backward pass: stage the evidence, keep the weights, spare the heads."""

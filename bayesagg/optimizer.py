@@ -47,6 +47,7 @@ class BayesAggWrapper(Optimizer):
         rule: as of :class:`bayesagg.BayesAgg`.
         dtype: as of :class:`bayesagg.BayesAgg`.
         seed: as of :class:`bayesagg.BayesAgg`.
+        max_data: as of :class:`bayesagg.BayesAgg`.
 
     Attributes:
         base_optimizer: the wrapped optimizer.
@@ -74,6 +75,7 @@ class BayesAggWrapper(Optimizer):
         rule: str = "paper",
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
+        max_data: int | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, BayesAggWrapper):
             raise TypeError(
@@ -98,6 +100,7 @@ class BayesAggWrapper(Optimizer):
             rule=rule,
             dtype=dtype,
             seed=seed,
+            max_data=max_data,
         )
         self._assemble(optimizer, engine, steps_per_epoch, 0)
 

@@ -118,11 +118,15 @@ print(*(name for name in bayesagg.__all__ if not hasattr(bayesagg, name)))
 
 def test_the_core_imports_without_the_examples_packages():
     blocked = {
+        "accelerate",
+        "lightning",
         "matplotlib",
         "pandas",
+        "pytorch_lightning",
         "qm9pack",
         "scipy",
         "sklearn",
+        "tensorboard",
         "torch_geometric",
         "torchvision",
         "tqdm",

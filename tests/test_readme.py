@@ -57,6 +57,10 @@ def test_the_readme_has_an_example():
     assert blocks(README, "python")
 
 
+# Lightning's and TensorBoard's own: advice about speed, and what their dependencies deprecate.
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+@pytest.mark.filterwarnings("ignore::FutureWarning:lightning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,218 @@
+"""Dense heads: posterior and moments from a random subset of the data, point gradients elsewhere.
+
+With a pixel a datum, a batch has ``N = B·H·W`` data that say much the same. From ``n`` of them,
+drawn anew in every step, come
+
+- the evidence, scaled by ``N/n``: an unbiased estimate of the batch's ``(Λ, η)``;
+- the exact gradient at h of those ``n``, Eq. 7;
+- the mean weight ``ᾱ_kd`` of every task and dimension.
+
+At every other datum the moments are replaced by the gradient at the posterior mean ``m_k``, whose
+variance is not needed, and its weights by the mean ones::
+
+    g_id = K Σ_k ᾱ_kd f_k e_k(h̃_iᵀ m_k) m_kd
+
+with ``e`` the derivative of the likelihood, ``2 (z - y)``, ``σ(z) - y`` or ``p(z) - y``, and the
+factor ``f`` of the loss: two products of matrices for all data. Where labels are missing, ``ᾱ_k``
+is the mean over the data that have a label of task ``k``, made to sum to one over the tasks that
+are present, and ``K`` is their number, as in Eq. 7. As ``S → 0`` both gradients agree for uniform
+weights. This is a departure from the paper, which has no dense tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesagg.aggregation import GradientScale
+from bayesagg.likelihoods import Block, Labels, Statistics
+from bayesagg.posterior import Gaussian
+
+__all__ = ["Subset", "check_max_data", "draw", "extend", "select"]
+
+_RESIDUALS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "regression": lambda z, y: 2 * (z - y),
+    "binary": lambda z, y: torch.sigmoid(z) - y,
+    "multiclass": lambda z, y: torch.softmax(z, dim=0) - y,
+}
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Which data of a batch stand for all.
+
+    Attributes:
+        index: their rows, ``[n]``.
+        scale: labelled data in the batch for each of them.
+    """
+
+    index: Tensor
+    scale: float
+
+    def upscale(self, evidence: Statistics) -> Statistics:
+        """Evidence of the subset as an unbiased estimate of that of the batch; in place."""
+        for tensor in evidence.tensors().values():
+            tensor.mul_(self.scale)
+        return evidence
+
+    def refine(
+        self,
+        block: Block,
+        features: Tensor,
+        labels: Labels,
+        posterior: Gaussian,
+        evidence: Statistics,
+    ) -> None:
+        """:meth:`Block.refine`, whose sums over the subset are scaled like the others."""
+        fresh = Statistics(evidence.precision, evidence.shift, evidence.count, {})
+        block.refine(features, labels, posterior, fresh)
+        evidence.extra.update({key: value * self.scale for key, value in fresh.extra.items()})
+
+
+def check_max_data(max_data: object, covariance: str) -> int | None:
+    """``max_data`` if the engine can use it.
+
+    Raises:
+        ValueError: if it is not a positive integer or ``None``, or goes with Eq. 6.
+    """
+    if max_data is None:
+        return None
+    if not isinstance(max_data, int) or isinstance(max_data, bool) or max_data < 1:
+        raise ValueError(f"max_data must be a positive integer or None, got {max_data!r}.")
+    if covariance == "full":
+        raise ValueError(
+            "max_data goes with covariance='diagonal': the weights of Eq. 6 are matrices, of which "
+            "a mean over the subset would say little."
+        )
+    return max_data
+
+
+def draw(
+    labels: Sequence[Labels], rows: int, max_data: int, generator: torch.Generator
+) -> Subset | None:
+    """A random subset of the data that have any label, or ``None`` if there are few enough.
+
+    One datum is drawn from each of ``max_data`` equal stretches of the batch, so that every image
+    or sequence gets its share; each datum has the same expected number of draws.
+
+    Args:
+        labels: of each block, ``rows`` data.
+        rows: data in the batch.
+        max_data: size of the subset.
+        generator: decides; on the device of the labels.
+    """
+    present = [known.present for known in labels]
+    candidates: Tensor | None = None
+    if all(mask is not None for mask in present):
+        some = torch.stack([mask.any(1) for mask in present if mask is not None])
+        candidates = some.any(0).nonzero()[:, 0]
+        rows = len(candidates)
+    if rows <= max_data:
+        return None
+    device = generator.device
+    place = torch.arange(max_data, dtype=torch.float64, device=device)
+    place += torch.rand(max_data, dtype=torch.float64, device=device, generator=generator)
+    index = place.mul_(rows / max_data).long().clamp_(max=rows - 1)
+    return Subset(index if candidates is None else candidates[index], rows / max_data)
+
+
+def select(labels: Sequence[Labels], index: Tensor) -> list[Labels]:
+    """Labels of the data ``index``."""
+    return [
+        Labels(
+            known.outputs[index],
+            known.targets[index],
+            known.factor if known.factor.shape[0] == 1 else known.factor[index],
+            None if known.present is None else known.present[index],
+        )
+        for known in labels
+    ]
+
+
+def extend(
+    index: Tensor,
+    rows: Tensor,
+    blocks: Sequence[Block],
+    labels: Sequence[Labels],
+    posteriors: Sequence[Gaussian],
+    exact: Tensor,
+    weights: Tensor,
+    scale: GradientScale,
+) -> Tensor:
+    """The gradient of all data from that of a subset.
+
+    Args:
+        index: of the subset, ``[n]``.
+        rows: shared representation of all data, ``[N, d]``.
+        blocks: of ``K`` tasks together.
+        labels: of each block, all data.
+        posteriors: of each block.
+        exact: gradient of the subset, ``[n, d]``.
+        weights: mean weights over the labelled data of the subset, ``[K, d]``.
+        scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
+
+    Returns:
+        ``[N, d]`` in the dtype of ``rows``, in float32 at least.
+    """
+    h = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    gradient = torch.zeros_like(h)
+    partial = any(known.present is not None for known in labels)
+    alpha = (_given_a_label(weights, labels, index) if partial else weights).to(h.dtype)
+    share = torch.zeros_like(h) if partial else None
+    count = h.new_zeros(len(h), 1) if partial else h.new_full((1, 1), float(len(alpha)))
+    start = 0
+    for block, known, posterior in zip(blocks, labels, posteriors, strict=True):
+        own = alpha[start : start + block.num_tasks]
+        start += block.num_tasks
+        for name, mean in block.module_weights(posterior).items():
+            part = block.slices[name]
+            point = _residuals(block, known, part, h, mean.to(h.dtype))
+            gradient.addmm_(point.mT, own[part] * mean[:, : block.d].to(h.dtype))
+        if share is not None:
+            present = _mask(known, block.num_tasks, len(h)).to(h.dtype)
+            share.addmm_(present, own)
+            count += present.sum(1, keepdim=True)
+    if share is not None:
+        gradient /= share.clamp_(min=torch.finfo(h.dtype).tiny)
+    if scale == "sum":
+        gradient *= count
+    return gradient.index_copy_(0, index, exact.to(h.dtype))
+
+
+def _residuals(block: Block, known: Labels, part: slice, h: Tensor, mean: Tensor) -> Tensor:
+    """``f e`` of one head at its posterior mean ``[o, D]``; ``[o, N]``, 0 without a label.
+
+    Outputs come first: a softmax over rows of a few classes takes twenty times as long.
+    """
+    z = mean[:, : block.d] @ h.mT
+    if block.bias:
+        z += mean[:, -1:]
+    targets = known.targets[:, part]
+    targets = (targets[:, 0] if targets.dim() == 3 else targets).to(h.dtype).mT
+    residual = _RESIDUALS[block.kind](z, targets) * known.factor[:, part].to(h.dtype).mT
+    if known.present is not None:
+        residual.masked_fill_(~known.present[:, part].mT, 0)
+    return residual
+
+
+def _given_a_label(weights: Tensor, labels: Sequence[Labels], index: Tensor) -> Tensor:
+    """Mean weights over the data that have a label of the task, from those over all data.
+
+    A task without a label in the subset gets the weight of uniform ones.
+    """
+    sizes = [known.factor.shape[1] for known in labels]
+    pairs = zip(select(labels, index), sizes, strict=True)
+    masks = torch.cat([_mask(known, size, len(index)) for known, size in pairs], dim=1)
+    fraction = masks.to(weights.dtype).mean(0)[:, None] / masks.any(1).to(weights.dtype).mean()
+    uniform = torch.full_like(weights, 1 / len(weights))
+    return torch.where(fraction > 0, weights / fraction, uniform)
+
+
+def _mask(known: Labels, tasks: int, rows: int) -> Tensor:
+    """Labels present, ``[N, K]``, also where all are."""
+    if known.present is not None:
+        return known.present
+    return torch.ones(rows, tasks, dtype=torch.bool, device=known.factor.device)

@@ -1,0 +1,53 @@
+"""The dense example: its scenes, its measures, and a run in the small."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from examples.dense import depth_error, losses_of, main, make_arm, mean_iou
+from examples.scenes import CLASSES, IGNORED, SIZE, make_scenes
+
+
+def test_scenes_depend_on_the_seed_and_hang_together():
+    scenes, again, other = (make_scenes(12, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(scenes.images, again.images)
+    assert not torch.equal(scenes.images, other.images)
+    assert scenes.images.shape == (12, 3, SIZE, SIZE)
+    assert set(scenes.classes.unique().tolist()) == {IGNORED, *range(len(CLASSES))}
+    known = scenes.depth[~scenes.depth.isnan()]
+    assert len(known) < scenes.depth.numel()
+    assert known.min() >= 0 and known.max() <= 1
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(scenes.depth, other.depth, equal_nan=True)
+
+
+def test_measures_leave_out_what_has_no_label():
+    truth = torch.tensor([[0, 0, 1, IGNORED]])
+    assert mean_iou(torch.tensor([[0, 1, 1, 3]]), truth) == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert mean_iou(truth.clamp(min=0), truth) == 1
+    depth = torch.tensor([0.5, torch.nan])
+    assert depth_error(torch.tensor([0.75, 9.0]), depth) == 0.25
+
+
+@pytest.mark.parametrize("method", ["ls", "bayesagg"])
+def test_a_step_lowers_the_losses_of_its_batch(method):
+    scenes = make_scenes(2, seed=0)
+    arm = make_arm(method, 4, 5, 32, 0)
+    before = losses_of(arm.net(scenes.images), scenes)
+    for _ in range(15):
+        arm.step(scenes)
+    after = losses_of(arm.net(scenes.images), scenes)
+    assert all(after[name] < before[name] for name in before)
+
+
+def test_a_run_in_the_small(tmp_path, capsys):
+    """All parts, and a figure."""
+    sizes = "--scenes 4 --test-scenes 2 --epochs 2 --batch 2 --width 4 --max-data 16 --rounds 2"
+    main([*sizes.split(), "--out", str(tmp_path / "figures" / "dense.png")])
+    said = capsys.readouterr().out
+    assert len(re.findall(r"mIoU 0\.\d{3}  depth error \d\.\d{4}", said)) == 2
+    assert re.search(r"BayesAgg / LS: \d+\.\d\d ", said)
+    assert (tmp_path / "figures" / "dense.png").stat().st_size > 10_000

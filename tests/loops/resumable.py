@@ -1,0 +1,122 @@
+"""A training run for :mod:`tests.loops.test_resume`: ``python -m tests.loops.resumable FOLDER``.
+
+It saves a checkpoint every other step, goes on from the last one that it finds, and writes its end
+to ``end.pt``. With ``--halt-at STEP`` it says so at that step and waits to be killed; with
+``--halt-while-saving`` it does so with half of the next checkpoint on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.helpers import SAMPLED, WIDTH, make_batch, make_losses, make_net, snapshot, wrap
+
+EPOCHS, STEPS, BATCH, EVERY = 4, 5, 6, 2
+DATA = STEPS * BATCH
+
+
+class Noisy(nn.Module):
+    """A trunk that draws from the global generator in every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, WIDTH), nn.BatchNorm1d(WIDTH))
+
+    def forward(self, x):
+        return F.dropout(torch.tanh(self.body(x)), 0.3, self.training)
+
+
+class Run:
+    """Everything that a resumed run needs."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.net = make_net(trunk=Noisy)
+        settings = {**SAMPLED, "reg": {"noise_variance": "learned"}}
+        self.optimizer = wrap(self.net, settings=settings, steps_per_epoch=STEPS, max_data=5)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 7, gamma=0.5)
+        self.step = 0
+
+    def state(self):
+        return {
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+            "step": self.step,
+        }
+
+    def load(self, state):
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["random"])
+        self.step = state["step"]
+
+    def train(self, folder, halt_at=None, halt_while_saving=False, stop=EPOCHS * STEPS):
+        x, labels = make_batch(seed=1, size=DATA)
+        while self.step < stop:
+            # The order of an epoch follows from its number: the step is the position in the data.
+            order = torch.Generator().manual_seed(self.step // STEPS)
+            batches = torch.randperm(DATA, generator=order).split(BATCH)
+            for index in batches[self.step % STEPS :]:
+                losses = make_losses(self.net(x[index]), {n: y[index] for n, y in labels.items()})
+                self.optimizer.zero_grad()
+                self.optimizer.step(losses)
+                self.scheduler.step()
+                self.step += 1
+                if self.step == halt_at:
+                    halt()
+                if self.step % EVERY == 0:
+                    write(folder / "last.pt", self.state(), halt_while_saving and self.step > 10)
+                if self.step == stop:
+                    return
+
+
+def write(path, state, halfway):
+    """Under another name first, so that a kill leaves either checkpoint whole."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    new = path.with_suffix(".new")
+    data = buffer.getvalue()
+    with new.open("wb") as file:
+        if halfway:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            halt()
+        file.write(data)
+    os.replace(new, path)
+
+
+def halt():
+    """The parent kills this process now."""
+    print("halted", flush=True)
+    time.sleep(600)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--halt-at", type=int)
+    parser.add_argument("--halt-while-saving", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    run = Run()
+    last = args.folder / "last.pt"
+    if last.exists():
+        run.load(torch.load(last, weights_only=True))
+        print(f"resumed at {run.step}", flush=True)
+    run.train(args.folder, args.halt_at, args.halt_while_saving)
+    torch.save(snapshot(run.net, run.optimizer), args.folder / "end.pt")
+
+
+if __name__ == "__main__":
+    main()

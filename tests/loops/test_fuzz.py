@@ -1,0 +1,290 @@
+"""The public API in random order, bad input included: no NaN, no foreign error, no lost state."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch.nn import functional as F
+
+from bayesagg.errors import (
+    BayesAggError,
+    CaptureError,
+    CheckpointError,
+    FeatureError,
+    LossError,
+    TargetError,
+    UnknownTaskError,
+)
+from tests.conftest import DEVICE, DTYPE
+from tests.helpers import (
+    OUTPUTS,
+    SAMPLED,
+    assert_finite,
+    assert_same,
+    make_batch,
+    make_losses,
+    make_net,
+    snapshot,
+    wrap,
+)
+
+TASKS = list(OUTPUTS)
+SETTINGS = {**SAMPLED, "reg": {"noise_variance": "learned"}}
+
+
+def wrong_kind(m):
+    return {"reg": F.l1_loss(m.out["reg"], m.labels["reg"])}, None, LossError
+
+
+def not_finite(m):
+    return {"bin": m.losses(["bin"])["bin"] * torch.nan}, None, LossError
+
+
+def detached(m):
+    return {"cls": m.losses(["cls"])["cls"].detach()}, None, LossError
+
+
+def exchanged(m):
+    losses = m.losses(["reg", "bin"])
+    return {"reg": losses["bin"], "bin": losses["reg"]}, None, LossError
+
+
+def of_no_head(m):
+    return {**m.losses(TASKS), "age": m.losses(["reg"])["reg"]}, None, UnknownTaskError
+
+
+def empty(m):
+    return {}, None, LossError
+
+
+def not_a_tensor(m):
+    return {"reg": 1.0}, None, LossError
+
+
+def too_few(m):
+    return list(m.losses(["reg"]).values()), None, LossError
+
+
+def target_without_loss(m):
+    return m.losses(["reg"]), {"bin": m.labels["bin"]}, UnknownTaskError
+
+
+def target_of_wrong_shape(m):
+    return m.losses(["reg"]), {"reg": m.labels["reg"][:-1]}, TargetError
+
+
+def target_infinite(m):
+    return m.losses(["reg"]), {"reg": m.labels["reg"] * torch.inf}, TargetError
+
+
+def target_out_of_range(m):
+    return m.losses(["bin"]), {"bin": m.labels["bin"] + 2}, TargetError
+
+
+def class_out_of_range(m):
+    return m.losses(["cls"]), {"cls": m.labels["cls"] + 3}, TargetError
+
+
+def target_of_another_batch(m):
+    return m.losses(["reg"]), {"reg": 2 * m.out["reg"].detach() - m.labels["reg"]}, TargetError
+
+
+BAD = [thing for thing in list(globals().values()) if getattr(thing, "__module__", "") == __name__]
+BAD = [thing for thing in BAD if callable(thing)]
+
+
+BATCHES = st.fixed_dictionaries(
+    {
+        "names": st.sets(st.sampled_from(TASKS), min_size=1),
+        "given": st.sampled_from([set(), {"reg"}, set(TASKS)]),
+        "holes": st.booleans(),
+        "factor": st.sampled_from([1.0, 1e-3, 1e3]),
+        "reduction": st.sampled_from(["mean", "sum"]),
+        "step": st.booleans(),
+    }
+)
+
+
+class Loop(RuleBasedStateMachine):
+    """A user who does everything, in no order."""
+
+    @initialize(
+        covariance=st.sampled_from(["diagonal", "full"]),
+        steps=st.sampled_from([None, 1, 3]),
+        pretrain=st.integers(0, 1),
+        max_data=st.sampled_from([None, 3]),
+    )
+    def start(self, covariance, steps, pretrain, max_data):
+        self.arguments = {
+            "covariance": covariance,
+            "steps_per_epoch": steps,
+            "pretrain_epochs": pretrain,
+            "max_data": max_data if covariance == "diagonal" else None,
+        }
+        self.net = make_net(DEVICE, DTYPE)
+        self.optimizer = self.wrapped(self.net)
+        self.out = self.saved = None
+        self.index = 0
+
+    def wrapped(self, net):
+        return wrap(net, settings=SETTINGS, **self.arguments)
+
+    def losses(self, names):
+        return make_losses({name: self.out[name] for name in names}, self.labels)
+
+    def drop_forward(self):
+        """Parameters change now, so the graph of an open forward pass is of no use any more."""
+        self.out = None
+        self.optimizer.engine._capture.clear()
+
+    def refuses(self, error, call):
+        """The very error (or one of those), and not a bit has changed."""
+        errors = error if isinstance(error, tuple) else (error,)
+        before = snapshot(self.net, self.optimizer)
+        try:
+            call()
+        except BayesAggError as caught:
+            assert type(caught) in errors, (type(caught), caught)
+        else:
+            raise AssertionError(f"none of {errors}")
+        assert_same(before, snapshot(self.net, self.optimizer))
+
+    @rule(size=st.integers(2, 6))
+    def forward_pass(self, size):
+        self.forward(size)
+
+    def forward(self, size):
+        self.index += 1
+        self.x, self.labels = make_batch(DEVICE, DTYPE, seed=self.index, size=size)
+        self.out = self.net(self.x)
+
+    @rule()
+    def evaluate(self):
+        before = snapshot(self.net, self.optimizer)
+        self.net.eval()
+        self.net(make_batch(DEVICE, DTYPE, seed=77)[0])
+        self.net.train()
+        with torch.no_grad():
+            self.net.heads["reg"](torch.zeros(2, 4, device=DEVICE, dtype=DTYPE))
+        assert_same(before, snapshot(self.net, self.optimizer))
+
+    @rule(batches=st.lists(BATCHES, min_size=1, max_size=4))
+    def train(self, batches):
+        for batch in batches:
+            self.backward(**batch)
+
+    def backward(self, names, given, holes, factor, reduction, step):
+        if self.out is None:
+            self.forward(4)
+        targets = {name: self.labels[name].clone() for name in sorted(names & given)}
+        if holes:
+            for name, target in targets.items():
+                target[::2] = -100 if name == "cls" else torch.nan
+        out = {name: self.out[name] for name in sorted(names)}
+        losses = {n: v * factor for n, v in make_losses(out, self.labels, reduction).items()}
+        (self.optimizer.step if step else self.optimizer.backward)(losses, targets=targets)
+        self.out = None
+
+    @precondition(lambda self: self.out is not None)
+    @rule(bad=st.sampled_from(BAD), step=st.booleans())
+    def bad_input(self, bad, step):
+        losses, targets, error = bad(self)
+        call = self.optimizer.step if step else self.optimizer.backward
+        self.refuses(error, lambda: call(losses, targets=targets))
+
+    @precondition(lambda self: self.out is None)
+    @rule()
+    def backward_without_forward(self):
+        loss = sum(p.sum() for p in self.net.heads["reg"].parameters())
+        self.refuses(CaptureError, lambda: self.optimizer.backward({"reg": loss}))
+
+    @rule(value=st.sampled_from([torch.nan, torch.inf]))
+    def bad_features(self, value):
+        x, _ = make_batch(DEVICE, DTYPE, seed=5)
+        h = torch.full((len(x), 4), value, device=DEVICE, dtype=DTYPE)
+        before = snapshot(self.net, self.optimizer)["buffers"]
+        hooked = self.net.trunk.register_forward_hook(lambda m, a, out: out + h, prepend=True)
+        out = self.net(x)
+        hooked.remove()
+        with torch.no_grad():  # batch normalisation has seen a batch more
+            for name, buffer in self.net.named_buffers():
+                buffer.copy_(before[name])
+        losses = {"reg": out["reg"].nan_to_num(0, 0, 0).square().mean()}
+        self.refuses((FeatureError, LossError), lambda: self.optimizer.backward(losses))
+        self.drop_forward()
+
+    @rule()
+    def bare_step(self):
+        self.drop_forward()
+        self.optimizer.step()
+
+    @rule(set_to_none=st.booleans())
+    def zero_grad(self, set_to_none):
+        self.optimizer.zero_grad(set_to_none)
+
+    @rule()
+    def end_epoch(self):
+        self.drop_forward()
+        self.optimizer.end_epoch()
+
+    @rule()
+    def save(self):
+        file = io.BytesIO()
+        torch.save((self.net.state_dict(), self.optimizer.state_dict()), file)
+        self.saved = file.getvalue()
+
+    @precondition(lambda self: self.saved is not None)
+    @rule(fresh=st.booleans())
+    def load(self, fresh):
+        self.drop_forward()
+        model, state = torch.load(io.BytesIO(self.saved), weights_only=True)
+        if fresh:
+            self.net = make_net(DEVICE, DTYPE, seed=9)
+            self.optimizer = self.wrapped(self.net)
+        self.net.load_state_dict(model)
+        self.optimizer.load_state_dict(state)
+        assert_same({"s": self.optimizer.state_dict()}, {"s": state})
+
+    @rule(pickled=st.booleans())
+    def copy(self, pickled):
+        pair = (self.net, self.optimizer)
+        before = self.optimizer.state_dict()
+        self.drop_forward()
+        for p in self.net.parameters():
+            p.grad = None
+        self.optimizer.zero_grad()
+        self.net, self.optimizer = (
+            pickle.loads(pickle.dumps(pair)) if pickled else copy.deepcopy(pair)
+        )
+        assert_same({"s": before}, {"s": self.optimizer.state_dict()})
+
+    @rule(wrong=st.sampled_from(["plain", "heads", "part"]))
+    def bad_load(self, wrong):
+        state = self.optimizer.state_dict()
+        if wrong == "plain":
+            state = self.optimizer.base_optimizer.state_dict()
+        elif wrong == "heads":
+            outputs = {"reg": 2, "bin": 1, "cls": 3}
+            state = wrap(make_net(DEVICE, DTYPE, outputs=outputs)).state_dict()
+        else:
+            state["bayesagg"] = {"steps": 0}
+        self.refuses(CheckpointError, lambda: self.optimizer.load_state_dict(state))
+
+    @invariant()
+    def finite(self):
+        if not hasattr(self, "net"):
+            return
+        found = snapshot(self.net, self.optimizer)
+        assert_finite(found)
+        total = sum(float(weights.sum()) for weights in self.optimizer.task_weights.values())
+        assert abs(total - 1) < 1e-5
+
+
+class TestLoop(Loop.TestCase):
+    settings = settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True)

@@ -1,0 +1,199 @@
+"""The engine in a LightningModule: training, checkpoints of its Trainer, and the callback."""
+
+from __future__ import annotations
+
+import csv
+import logging
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+import bayesagg.lightning
+from bayesagg import BayesAgg
+from bayesagg.errors import CheckpointError
+from bayesagg.lightning import TaskWeightsCallback
+from bayesagg.logging import task_weight_scalars
+from tests.helpers import (
+    OPTIMIZERS,
+    OUTPUTS,
+    SAMPLED,
+    assert_same,
+    difference,
+    make_batch,
+    make_heads,
+    make_losses,
+    make_net,
+    snapshot,
+    train,
+    wrap,
+)
+
+# Advice of Lightning's about speed, and of its dependencies about themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+STEPS = 3
+
+
+class Lit(pl.LightningModule):
+    """Manual optimization: the engine in place of the backward pass, and told of every epoch."""
+
+    def __init__(self, outputs=OUTPUTS, seed=0):
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = make_net(seed=seed, outputs=outputs)
+        self.engine = BayesAgg(self.net.trunk, make_heads(self.net, **SAMPLED))
+
+    def configure_optimizers(self):
+        optimizer = OPTIMIZERS["adam"](self.net.parameters())
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)]
+
+    def training_step(self, batch, batch_idx):
+        x, labels = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.engine.backward(make_losses(self.net(x), labels))
+        optimizer.step()
+
+    def on_train_epoch_end(self):
+        self.engine.end_epoch()
+        self.lr_schedulers().step()
+
+
+def loader():
+    batches = [make_batch(seed=index) for index in range(STEPS)]
+    return DataLoader(batches, batch_size=None, shuffle=False)
+
+
+def fit(folder, module, epochs, *, callbacks=(), logger=False, ckpt_path=None):
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        logger=logger,
+        log_every_n_steps=1,
+        callbacks=list(callbacks),
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, loader(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def state_of(module, trainer):
+    return {
+        "net": snapshot(module.net),
+        "engine": module.engine.get_extra_state(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+    }
+
+
+def test_a_trainer_takes_the_steps_of_a_loop(tmp_path):
+    """Three epochs under the Trainer are three epochs of the wrapper, bit for bit."""
+    module = Lit()
+    trainer = fit(tmp_path, module, 3)
+    net = make_net()
+    wrapper = wrap(net, settings=SAMPLED, steps_per_epoch=STEPS)
+    scheduler = torch.optim.lr_scheduler.StepLR(wrapper, 2, gamma=0.5)
+    for _ in range(3):
+        train(net, wrapper, STEPS)
+        scheduler.step()
+    assert trainer.global_step == 3 * STEPS
+    assert module.engine.epoch == 3
+    assert_same(snapshot(module.net)["parameters"], snapshot(net)["parameters"])
+    assert difference(module.engine.get_extra_state(), wrapper.engine.get_extra_state()) is None
+
+
+@pytest.mark.parametrize("stop", [1, 2], ids=["pretraining", "after"])
+def test_a_trainer_resumes_in_the_same_bits(stop, tmp_path):
+    """Stopped after an epoch and resumed from the Trainer's checkpoint by a new module."""
+    whole = Lit()
+    expected = state_of(whole, fit(tmp_path, whole, 4))
+    keep = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    fit(tmp_path, Lit(), stop, callbacks=[keep])
+    saved = torch.load(keep.last_model_path, weights_only=False)["state_dict"]
+    assert saved["engine._extra_state"]["epoch"] == stop
+    resumed = Lit(seed=5)
+    trainer = fit(tmp_path, resumed, 4, ckpt_path=keep.last_model_path)
+    assert trainer.current_epoch == 4
+    assert difference(expected, state_of(resumed, trainer)) is None
+
+
+def test_a_checkpoint_of_other_heads_is_refused(tmp_path):
+    keep = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    fit(tmp_path, Lit(), 1, callbacks=[keep])
+    fewer = {name: o for name, o in OUTPUTS.items() if name != "bin"}
+    with pytest.raises(CheckpointError, match="other heads"):
+        fit(tmp_path, Lit(fewer), 2, ckpt_path=keep.last_model_path)
+
+
+class Recorder(Callback):
+    """The weights after every step, from the engine itself."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.seen[trainer.global_step] = task_weight_scalars(module.engine)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
+def test_the_callback_logs_to_every_logger(given, tmp_path):
+    """CSV and TensorBoard hold the weights of every second step."""
+    module, recorder = Lit(), Recorder()
+    callback = TaskWeightsCallback(module.engine if given else None, every_n_steps=2)
+    loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
+    fit(tmp_path, module, 3, callbacks=[callback, recorder], logger=loggers)
+    steps = [2, 4, 6, 8]
+    names = list(recorder.seen[2])
+    assert names[0] == "task_weights/reg/0" and names[-1] == "task_weights/cls"
+    assert len({recorder.seen[step]["task_weights/cls"] for step in steps}) > 1
+    with open(f"{loggers[0].log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row[names[0]]]
+    assert [int(row["step"]) for row in rows] == steps
+    events = EventAccumulator(loggers[1].log_dir)
+    events.Reload()
+    for name in names:
+        expected = [recorder.seen[step][name] for step in steps]
+        assert [float(row[name]) for row in rows] == expected
+        scalars = events.Scalars(name)
+        assert [scalar.step for scalar in scalars] == steps
+        torch.testing.assert_close(
+            torch.tensor([scalar.value for scalar in scalars]), torch.tensor(expected)
+        )
+
+
+def test_the_callback_follows_the_trainer(tmp_path):
+    """``log_every_n_steps`` of the trainer is the default; a callback serves a second fit."""
+    callback = TaskWeightsCallback()
+    for _ in range(2):
+        logger = CSVLogger(tmp_path)
+        fit(tmp_path, Lit(), 1, callbacks=[callback], logger=logger)
+        with open(f"{logger.log_dir}/metrics.csv") as file:
+            assert len(list(csv.DictReader(file))) == STEPS
+    assert callback._engine is None
+
+
+def test_the_callback_wants_one_engine(tmp_path):
+    module = Lit()
+    module.second = BayesAgg(module.net.trunk, make_heads(module.net))
+    with pytest.raises(ValueError, match="has 2 BayesAgg engines"):
+        fit(tmp_path, module, 1, callbacks=[TaskWeightsCallback()])
+    with pytest.raises(ValueError, match="every_n_steps"):
+        TaskWeightsCallback(every_n_steps=0)
+
+
+def test_without_lightning_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(bayesagg.lightning, "Callback", None)
+    with pytest.raises(ImportError, match="pip install lightning"):
+        TaskWeightsCallback()
