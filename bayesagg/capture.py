@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from bayesagg.distributed import ProcessGroup, running_group
 from bayesagg.errors import CaptureError, FeatureError
 from bayesagg.heads import Head
 
 __all__ = ["Capture", "flatten", "unflatten"]
+
+_numbers = itertools.count()  # of forward passes
+_BREAK = (
+    "bayesagg notes the shared representation and the heads' outputs in forward hooks, which "
+    "cannot be part of a graph. Compile the shared network and each head apart, as in "
+    "model.backbone = torch.compile(model.backbone), before the optimizer is wrapped; or leave "
+    "out fullgraph=True."
+)
 
 
 def flatten(tensor: Tensor, channels_first: bool) -> Tensor:
@@ -42,14 +54,28 @@ class _Hook:
     def __init__(self, capture: Capture, method: str, argument: tuple[str, ...]) -> None:
         self._capture: Callable[[], Capture | None] = weakref.ref(capture)
         self._method, self._argument = method, argument
+        self._untraced = _untraced()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._untraced(self, module, args, output)
+
+    def report(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Tell the capture, if it still exists."""
         capture = self._capture()
         if capture is not None:
             getattr(capture, self._method)(*self._argument, module, args, output)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return (_inert_hook, ())
+
+
+@functools.cache
+def _untraced() -> Callable[..., None]:
+    """Made when it is first used: it imports the whole compiler, as any optimizer does."""
+    try:
+        return cast("Callable[..., None]", torch.compiler.disable(_Hook.report, reason=_BREAK))
+    except TypeError:  # before torch 2.7 a break has no reason
+        return cast("Callable[..., None]", torch.compiler.disable(_Hook.report))
 
 
 def _ignore(*_: Any) -> None:
@@ -66,6 +92,10 @@ class Capture:
     Args:
         shared_rep_hook: the last shared module, or ``None`` to take what the heads receive.
         heads: by name.
+
+    Attributes:
+        group: ranks over which DistributedDataParallel averages the gradients of the last forward
+            pass; ``None``: that pass was not made under it.
     """
 
     def __init__(self, shared_rep_hook: nn.Module | None, heads: Mapping[str, Head]) -> None:
@@ -78,12 +108,26 @@ class Capture:
         self._reset()
         self._attach()
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The watched modules: the heads' linear layers, then the shared module."""
+        modules: list[nn.Module] = [head.linear for head in self.heads.values()]
+        return modules if self.shared is None else [*modules, self.shared]
+
     def _reset(self) -> None:
         self._shared_output: Callable[[], Tensor | None] | None = None
         self._shared_type = ""
+        self.group: ProcessGroup | None = None
+        self._key = f"bayesagg-{next(_numbers)}"  # of this capture's marks on graphs
+        self._paused = False
         self.clear()
 
     def clear(self) -> None:
+        """Forget all forward passes."""
+        self._passes = 0
+        self._forget()
+
+    def _forget(self) -> None:
         """Forget the last forward pass."""
         self.h: Tensor | None = None
         self.outputs: dict[str, Tensor] = {}
@@ -114,28 +158,70 @@ class Capture:
         self._reset()
         self._attach()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While a backward pass runs, modules that checkpointing runs again do not report."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def _on_shared(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._paused:
+            return
         is_tensor = isinstance(output, Tensor)
         self._shared_output = weakref.ref(output) if is_tensor else None
         self._shared_type = type(output).__name__
 
     def _on_head(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if not (module.training and torch.is_grad_enabled() and output.requires_grad):
+        training = module.training and torch.is_grad_enabled() and output.requires_grad
+        if self._paused or not training:
             return
         if not args:
             raise CaptureError(
                 f"head {name!r} was called with a keyword argument, which hooks do not see: pass "
                 f"the representation as the first positional argument, head(h)."
             )
+        shared = self._shared_output() if self._shared_output is not None else None
         h: Tensor = args[0]
+        if shared is not None and _came_through_fsdp(h, shared):
+            h = shared
         if h is not self.h:  # a new forward pass
-            self.clear()
-            self.h, self._h_version = h, h._version
+            self._forget()
+            self._passes, self._number = self._passes + 1, next(_numbers)
+            self.h, self._h_version, self.group = h, h._version, running_group()
         self.outputs[name], self._versions[name] = output, output._version
-        if self.shared is not None:
-            shared = self._shared_output() if self._shared_output is not None else None
-            if shared is not h:
-                self._stray = name
+        if output.grad_fn is not None:
+            _marks(output.grad_fn)[self._key] = self._number
+        if self.shared is not None and shared is not h:
+            self._stray = name
+
+    def check_one_pass(self, losses: Mapping[str, Tensor]) -> None:
+        """No loss depends on a head's output in an earlier forward pass than the last.
+
+        Raises:
+            CaptureError: if one does.
+        """
+        if self._passes < 2:
+            return
+        for name, loss in losses.items():
+            nodes, seen = [loss.grad_fn], set()
+            while nodes:
+                node = nodes.pop()
+                if node is None or node in seen:
+                    continue
+                seen.add(node)
+                number = _marks(node).get(self._key)
+                if number is None:
+                    nodes += [following for following, _ in node.next_functions]
+                elif number != self._number:
+                    raise CaptureError(
+                        f"task {name!r}: its loss depends on two forward passes, of which only "
+                        f"the last would be aggregated. Pass both inputs through the model as one "
+                        f"batch, or call `backward(losses)` after each pass and `step()` after "
+                        f"the last."
+                    )
 
     def check(self, names: list[str]) -> Tensor:
         """The shared representation of the last forward pass, if it can be used for ``names``.
@@ -159,7 +245,8 @@ class Capture:
             raise CaptureError(
                 f"task {missing[0]!r}: its head did not receive the same tensor as {seen} in the "
                 f"last forward pass. All heads of one step must be applied to one and the same "
-                f"tensor; compute it once, or leave absent tasks out of `losses`."
+                f"tensor; compute it once, or leave absent tasks out of `losses`. (Heads that "
+                f"FSDP2 shards one by one need `shared_rep_hook`.)"
             )
         if not self.h.requires_grad:
             raise CaptureError(
@@ -197,6 +284,20 @@ class Capture:
             f"dropout, a second backbone). Pass shared_rep_hook=None to use what the heads "
             f"receive, or make the step in between part of the shared module."
         )
+
+
+def _came_through_fsdp(h: Tensor, shared: Tensor) -> bool:
+    """Whether a head that is sharded by itself received ``shared``: FSDP2 passes on an alias."""
+    node = h.grad_fn
+    if node is None or node.name() != "RegisterPostBackwardFunctionBackward":
+        return False
+    source = node.next_functions[h.output_nr][0]
+    return source is shared.grad_fn and h.data_ptr() == shared.data_ptr()
+
+
+def _marks(node: torch.autograd.graph.Node) -> dict[str, Any]:
+    """A dictionary that lives as long as the node of the graph."""
+    return cast("dict[str, Any]", node.metadata)
 
 
 def _remove(handles: list[Any]) -> None:

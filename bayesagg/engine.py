@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bayesagg.aggregation import GradientScale
-from bayesagg.capture import Capture, flatten, unflatten
-from bayesagg.combine import combine
-from bayesagg.errors import CheckpointError, FeatureError
+from bayesagg.batch import read_batch
+from bayesagg.capture import Capture
+from bayesagg.checkpoint import describe, read_blocks
+from bayesagg.distributed import Exchange, ProcessGroup
+from bayesagg.following import Following, has_gradients
 from bayesagg.heads import Head, named_heads
-from bayesagg.likelihoods import Block, Labels, Observation, Statistics, make_blocks
-from bayesagg.observe import by_task, check_finite, observe
-from bayesagg.posterior import augment
-from bayesagg.subset import check_max_data, draw, extend, select
+from bayesagg.likelihoods import Block, Statistics, make_blocks
+from bayesagg.plan import Plan, make_plan
+from bayesagg.subset import check_max_data
 
 __all__ = ["BayesAgg"]
-
-RULES = ("paper",)
-
-
-@dataclass
-class _Plan:
-    """What a backward pass will do; empty where it is plain linear scalarization."""
-
-    gradient: Tensor | None = None
-    evidence: list[Statistics] = field(default_factory=list)
-    weights: Tensor | None = None
 
 
 class BayesAgg(nn.Module):
@@ -55,10 +44,16 @@ class BayesAgg(nn.Module):
         max_data: posterior and moments from a random subset of this many data per step, and the
             gradient at the posterior mean for the others (:mod:`bayesagg.subset`); for dense
             heads, where every pixel is a datum. ``None``: from all.
+        process_group: data-parallel ranks whose evidence is summed, so that all have one
+            posterior. ``"auto"``: those over which gradients are averaged: the group of the
+            ``DistributedDataParallel`` that ran the forward pass, or of ``fully_shard`` (applied
+            before the engine is built). Ranks that train models of their own have neither and are
+            left alone. A ``torch.distributed`` group where gradients are averaged by other
+            means; ``None``: never.
 
     Attributes:
         task_weights: mean weight α per output of the last step, by task, ``[o]``; the weights of
-            all outputs sum to one. Uniform during pre-training.
+            all outputs sum to one. Uniform during pre-training; over the rank's own data.
         epoch: epochs completed.
 
     Raises:
@@ -78,11 +73,12 @@ class BayesAgg(nn.Module):
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         max_data: int | None = None,
+        process_group: ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__()
         _check_choice("gradient_scale", gradient_scale, ("sum", "mean"))
         _check_choice("covariance", covariance, ("diagonal", "full"))
-        _check_choice("rule", rule, RULES)
+        _check_choice("rule", rule, ("paper",))
         _check_choice("dtype", dtype, (torch.float32, torch.float64))
         if not isinstance(pretrain_epochs, int) or pretrain_epochs < 0:
             raise ValueError(f"pretrain_epochs must be an integer >= 0, got {pretrain_epochs!r}.")
@@ -93,12 +89,13 @@ class BayesAgg(nn.Module):
         self.epoch = 0
         self._draws = 0  # backward passes so far; seeds the samples of the next
         self._blocks = make_blocks(self.heads, dtype)
+        self._exchange = Exchange(process_group)
         self._capture = Capture(shared_rep_hook, self.heads)
+        self._exchange.group(None, self._capture.modules)  # sharding is visible before a forward
         self._staged: list[Statistics] = []  # evidence of backward passes without a step, by block
         self._batches = 0  # backward passes of this epoch that a step has used
         self._pending = False  # a backward pass was made that no step has used yet
-        self._channels_first = next(iter(self.heads.values())).channels_first
-        self._d = self._blocks[0].d
+        self._following = Following()
         uniform = 1 / sum(block.num_tasks for block in self._blocks)
         self.task_weights = {
             name: torch.full((head.num_tasks,), uniform) for name, head in self.heads.items()
@@ -129,9 +126,33 @@ class BayesAgg(nn.Module):
             BayesAggError: a specific subclass for each kind of bad input, before any gradient,
                 parameter or buffer has changed.
         """
+        optimizer = self._following.optimizer
+        if optimizer is not None:
+            self._drop_skipped(optimizer)
         total = self._backward(losses, targets)
-        self._commit()
+        if optimizer is None:
+            self._commit()
         return total
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Count a batch once ``optimizer`` has taken its step, instead of at once.
+
+        For a ``GradScaler``, which skips the step of a batch that overflowed, and for
+        gradient accumulation beside it: evidence of backward passes that led to no step is dropped
+        when the gradients are zeroed, and at the end of the epoch. A copied or unpickled engine
+        follows no optimizer until it is told so.
+
+        Args:
+            optimizer: the one that steps the shared network.
+
+        Raises:
+            TypeError: if it is no ``torch.optim.Optimizer``.
+        """
+        self._following.start(optimizer, self)
+
+    def _drop_skipped(self, optimizer: Optimizer) -> None:  # a step whose gradients are gone
+        if self._pending and not has_gradients(optimizer):
+            self._discard()
 
     def end_epoch(self) -> None:
         """Fold the epoch into the full-data posterior, the prior of the next epoch.
@@ -139,7 +160,9 @@ class BayesAgg(nn.Module):
         From the end of pre-training on, heads with ``readout="posterior"`` receive its mean.
         An epoch without any step counts for nothing.
         """
-        self._commit()
+        if self._following.optimizer is None:
+            self._commit()
+        self._discard()  # a backward pass whose step was skipped
         if self._batches == 0:
             return
         for block in self._blocks:
@@ -168,89 +191,51 @@ class BayesAgg(nn.Module):
         targets: Mapping[str, Tensor] | Sequence[Tensor] | None,
     ) -> Tensor:
         """As :meth:`backward`, with the evidence of the batch staged until :meth:`_commit`."""
-        named = by_task(losses, self.heads, "losses")
-        given = (
-            {}
-            if targets is None or len(targets) == 0
-            else by_task(targets, self.heads, "targets", named)
-        )
-        h = self._capture.check(list(named))
-        check_finite(named)
-        means = {name: loss if loss.dim() == 0 else loss.mean() for name, loss in named.items()}
-        total = torch.as_tensor(sum(means.values()))
-        observed = observe(means, self._capture.outputs, given, self.heads, self._channels_first)
-        plan = _Plan()
-        if observed is not None:  # None: gradients overflowed under a GradScaler, which will skip
-            plan = self._plan(h, observed)
-        # All input is good and all is computed: only from here on does anything change.
-        handle = None if plan.gradient is None else h.register_hook(lambda _: plan.gradient)
+        device = next(iter(self.heads.values())).linear.weight.device
+        with torch.autocast(device.type, enabled=False):  # which the caller may be under
+            return self._run(losses, targets, device)
+
+    def _run(
+        self,
+        losses: Mapping[str, Tensor] | Sequence[Tensor],
+        targets: Mapping[str, Tensor] | Sequence[Tensor] | None,
+        device: torch.device,
+    ) -> Tensor:
+        group = self._exchange.group(self._capture.group, self._capture.modules)
+        blocks = [] if self.epoch + 1 < self.pretrain_epochs else self._blocks  # of use now
         try:
-            total.backward()
+            batch = read_batch(self._capture, self._blocks, losses, targets)
+        except Exception:
+            if group is not None:
+                self._exchange.refuse(group, blocks, device)
+            raise
+        plan = make_plan(
+            batch,
+            blocks,
+            self._exchange,
+            group,
+            pretraining=self.pretraining,
+            scale=self.gradient_scale,
+            full=self.covariance == "full",
+            seed=self.seed + self._draws,
+            max_data=self.max_data,
+        )
+        # All input is good and all is computed: only from here on does anything change.
+        roots = [batch.total]
+        if group is not None:  # every rank's gradients are waited for, also of absent tasks
+            roots += [z for name, z in self._capture.outputs.items() if name not in batch.tasks]
+        ones = [torch.ones_like(batch.total), *(torch.zeros_like(z) for z in roots[1:])]
+        handle = None if plan.gradient is None else batch.h.register_hook(lambda _: plan.gradient)
+        try:
+            with self._capture.paused():
+                torch.autograd.backward(roots, ones)
         finally:
             if handle is not None:
                 handle.remove()
         self._adopt(plan)
-        return total.detach()
+        return batch.total.detach()
 
-    @torch.no_grad()
-    def _plan(self, h: Tensor, observed: dict[str, Observation]) -> _Plan:
-        """Read the labels, and compute the gradient at h and the evidence of the batch."""
-        rows = flatten(h.detach(), self._channels_first)
-        if len(rows) == 0:
-            raise FeatureError("the batch is empty: skip it, or drop the last batch of the loader.")
-        if rows.shape[1] != self._d:
-            raise FeatureError(
-                f"the shared representation has {rows.shape[1]} dimensions, the heads take "
-                f"{self._d}."
-            )
-        if not bool(torch.isfinite(rows.sum(dtype=self.dtype))):
-            raise FeatureError(
-                "the shared representation has non-finite values: lower the learning rate, clip "
-                "gradients, or check the inputs."
-            )
-        labels = [block.labels(observed, len(rows), h.device) for block in self._blocks]
-        if self.epoch + 1 < self.pretrain_epochs:  # this epoch's evidence would not be used
-            return _Plan()
-        return self._estimate(h, rows, labels)
-
-    def _estimate(self, h: Tensor, rows: Tensor, labels: list[Labels]) -> _Plan:
-        """Evidence, posteriors and the gradient at h, from all data or from a subset."""
-        generator = torch.Generator(h.device).manual_seed(self.seed + self._draws)
-        subset = None
-        if self.max_data is not None:
-            subset = draw(labels, len(rows), self.max_data, generator)
-        used = (rows if subset is None else rows[subset.index]).to(self.dtype)
-        known = labels if subset is None else select(labels, subset.index)
-        features = {bias: augment(used, bias) for bias in {b.bias for b in self._blocks}}
-        pairs = list(zip(self._blocks, known, strict=True))
-        evidence = [block.statistics(features[block.bias], some) for block, some in pairs]
-        if subset is not None:
-            evidence = [subset.upscale(batch) for batch in evidence]
-        if self.pretraining:
-            return _Plan(evidence=evidence)
-        posteriors = []
-        for (block, some), batch in zip(pairs, evidence, strict=True):
-            posteriors.append(block.posterior(batch))
-            refine = block.refine if subset is None else partial(subset.refine, block)
-            refine(features[block.bias], some, posteriors[-1], batch)
-        gradient, weights = combine(
-            self._blocks,
-            features,
-            known,
-            posteriors,
-            scale=self.gradient_scale,
-            full=self.covariance == "full",
-            generator=generator,
-            # Moments need no more digits than the gradient that they make, but 32 bits of range.
-            dtype=min(self.dtype, torch.promote_types(h.dtype, torch.float32), key=_bits),
-        )
-        if subset is not None:
-            estimate = (gradient, weights, self.gradient_scale)
-            gradient = extend(subset.index, rows, self._blocks, labels, posteriors, *estimate)
-        gradient = unflatten(gradient, h, self._channels_first)
-        return _Plan(gradient, evidence, weights.mean(-1))
-
-    def _adopt(self, plan: _Plan) -> None:
+    def _adopt(self, plan: Plan) -> None:
         """After the backward pass: stage the evidence, keep the weights, spare the heads."""
         self._capture.clear()
         if self._staged and plan.evidence:  # gradient accumulation
@@ -260,12 +245,7 @@ class BayesAgg(nn.Module):
             self._staged = plan.evidence
         self._draws += 1
         self._pending = True
-        if plan.weights is not None:
-            start = 0
-            for block in self._blocks:
-                for name, part in block.slices.items():
-                    self.task_weights[name] = plan.weights[start + part.start : start + part.stop]
-                start += block.num_tasks
+        self.task_weights.update(plan.weights)
         if not self.pretraining:
             for head in self.heads.values():
                 if head.readout == "posterior":
@@ -286,7 +266,7 @@ class BayesAgg(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """State for ``state_dict``: plain tensors, numbers and dicts."""
         return {
-            "heads": [[name, _describe(head)] for name, head in self.heads.items()],
+            "heads": describe(self.heads),
             "epoch": self.epoch,
             "draws": self._draws,
             "batches": self._batches,
@@ -301,32 +281,7 @@ class BayesAgg(nn.Module):
             CheckpointError: if the state was saved from other heads, or is incomplete; nothing
                 has changed then.
         """
-        self._install(state, self._read_blocks(state))
-
-    def _read_blocks(self, state: dict[str, Any]) -> list[Block]:
-        """Blocks in the state of a checkpoint, which is checked; nothing changes yet."""
-        own = [[name, _describe(head)] for name, head in self.heads.items()]
-        complete = isinstance(state, dict) and state.keys() == self.get_extra_state().keys()
-        if complete and state["heads"] != own:
-            raise CheckpointError(
-                f"the checkpoint was saved from other heads: it has {state['heads']}, this engine "
-                f"{own}. Build the engine with the same heads, in the same order."
-            )
-        blocks = make_blocks(self.heads, self.dtype)
-        if not complete:
-            raise CheckpointError(
-                "the checkpoint's state of bayesagg is incomplete, or of another version. Save "
-                "and load the whole `state_dict()`."
-            )
-        if len(state["blocks"]) != len(blocks):
-            raise CheckpointError(
-                "the checkpoint was saved from heads with other settings: heads that differ in "
-                "`moments` or `num_samples` are computed apart. Use the settings it was saved with."
-            )
-        device = next(iter(self.heads.values())).linear.weight.device
-        for block, saved in zip(blocks, state["blocks"], strict=True):
-            block.load(saved, device)
-        return blocks
+        self._install(state, read_blocks(state, self.heads, self.dtype))
 
     def _install(self, state: dict[str, Any], blocks: list[Block]) -> None:
         self._blocks = blocks
@@ -337,21 +292,12 @@ class BayesAgg(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings and heads."""
-        heads = ", ".join(f"{name}: {_describe(head)}" for name, head in self.heads.items())
+        heads = ", ".join(f"{name}: {kind}" for name, kind in describe(self.heads))
         return (
             f"rule={self.rule!r}, covariance={self.covariance!r}, "
             f"gradient_scale={self.gradient_scale!r}, pretrain_epochs={self.pretrain_epochs}, "
             f"epoch={self.epoch}, heads={{{heads}}}"
         )
-
-
-def _bits(dtype: torch.dtype) -> int:
-    return torch.finfo(dtype).bits
-
-
-def _describe(head: Head) -> str:
-    bias = "" if head.has_bias else ", no bias"
-    return f"{head.kind} {head.in_features} -> {head.out_features}{bias}"
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

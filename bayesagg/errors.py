@@ -11,6 +11,7 @@ __all__ = [
     "LossError",
     "NumericalError",
     "NumericalWarning",
+    "RankError",
     "TargetError",
     "UnknownTaskError",
 ]
@@ -53,6 +54,10 @@ class CheckpointError(BayesAggError, ValueError):
 
 class NumericalError(BayesAggError, ArithmeticError):
     """A posterior precision could not be factorized."""
+
+
+class RankError(BayesAggError, RuntimeError):
+    """Another data-parallel rank refused its batch, so this rank cannot take the step either."""
 
 
 class NumericalWarning(UserWarning):

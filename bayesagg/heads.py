@@ -47,6 +47,7 @@ class Head:
     readout: Readout = "gradient"
 
     kind: ClassVar[str]
+    _sharded: list[nn.Parameter] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -80,6 +81,7 @@ class Head:
                 f"{name}: readout='posterior' has to write the weights, which a parametrization "
                 f"computes. Use readout='gradient' or remove the parametrization."
             )
+        self._sharded.extend(p for p in module.parameters() if hasattr(p, "full_tensor"))
 
     def _check_number(
         self, name: str, value: object, minimum: float = 0.0, inclusive: bool = False
@@ -132,22 +134,42 @@ class Head:
         return self.linear.bias is not None
 
     def parameters(self) -> list[nn.Parameter]:
-        """Weight and bias parameters of the module."""
-        return list(self.linear.parameters())
+        """Weight and bias parameters of the module; those that an optimizer holds under FSDP2."""
+        return self._sharded or list(self.linear.parameters())
 
     def write(self, weights: Tensor) -> None:
         """Overwrite weight and bias with the rows of ``weights``, ``[o, D]``, bias last."""
-        linear = self.linear
-        linear.weight.copy_(weights[:, : self.in_features].view(linear.weight.shape))
-        if linear.bias is not None:
-            linear.bias.copy_(weights[:, -1])
+        # FSDP2 swaps gathered weights for the sharded ones: either may be in place now.
+        for parameter in dict.fromkeys([*self.linear.parameters(), *self._sharded]):
+            part = weights[:, : self.in_features] if parameter.dim() > 1 else weights[:, -1]
+            parameter.copy_(_like(part.view(parameter.shape), parameter))
 
     def weights(self) -> Tensor:
-        """Weights with the bias as last column, ``[o, D]``, detached, in the module's dtype."""
-        weight = self.linear.weight.detach().flatten(1)
+        """Weights with the bias as last column, ``[o, D]``, detached, in the module's dtype.
+
+        Weights that are sharded over ranks are gathered: all ranks must call.
+        """
+        weight = _whole(self.linear.weight).flatten(1)
         if self.linear.bias is None:
             return weight
-        return torch.cat([weight, self.linear.bias.detach()[:, None]], dim=1)
+        return torch.cat([weight, _whole(self.linear.bias)[:, None]], dim=1)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A tensor that may be sharded (a ``DTensor``), gathered."""
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter.detach() if gather is None else cast("Tensor", gather()).detach()
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A value that every rank has, sharded as the parameter is."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    value = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayesagg.aggregation import GradientScale
+from bayesagg.checkpoint import read_blocks
+from bayesagg.distributed import ProcessGroup
 from bayesagg.engine import BayesAgg
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head
+from bayesagg.likelihoods import Block
 
 __all__ = ["BayesAggWrapper"]
 
@@ -48,6 +51,7 @@ class BayesAggWrapper(Optimizer):
         dtype: as of :class:`bayesagg.BayesAgg`.
         seed: as of :class:`bayesagg.BayesAgg`.
         max_data: as of :class:`bayesagg.BayesAgg`.
+        process_group: as of :class:`bayesagg.BayesAgg`.
 
     Attributes:
         base_optimizer: the wrapped optimizer.
@@ -76,6 +80,7 @@ class BayesAggWrapper(Optimizer):
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         max_data: int | None = None,
+        process_group: ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, BayesAggWrapper):
             raise TypeError(
@@ -101,6 +106,7 @@ class BayesAggWrapper(Optimizer):
             dtype=dtype,
             seed=seed,
             max_data=max_data,
+            process_group=process_group,
         )
         self._assemble(optimizer, engine, steps_per_epoch, 0)
 
@@ -161,10 +167,7 @@ class BayesAggWrapper(Optimizer):
         The batch counts for the posterior once :meth:`step` has been taken; :meth:`zero_grad`
         drops it, so a step that a ``GradScaler`` skips leaves the posterior untouched.
         """
-        if self.engine._pending and not any(
-            p.grad is not None for group in self.param_groups for p in group["params"]
-        ):
-            self.engine._discard()  # the model's own zero_grad dropped a step that was not taken
+        self.engine._drop_skipped(self.base_optimizer)  # the model's own zero_grad was called
         return self.engine._backward(losses, targets)
 
     def step(  # type: ignore[override]
@@ -226,8 +229,7 @@ class BayesAggWrapper(Optimizer):
         """State of the wrapped optimizer, and the posterior under ``"bayesagg"``."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        own = {"engine": self.engine.get_extra_state(), "steps": self._steps}
-        state = {**self.base_optimizer.state_dict(), _KEY: own}
+        state = {**self.base_optimizer.state_dict(), _KEY: self._own_state()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state = post_hook(self, state) or state
         return state
@@ -244,21 +246,36 @@ class BayesAggWrapper(Optimizer):
         if _KEY not in state_dict:
             raise CheckpointError(
                 "the state was saved by a plain optimizer: load it with "
-                "`wrapper.base_optimizer.load_state_dict(state)`; the posterior then starts anew."
+                "`wrapper.base_optimizer.load_state_dict(state)`; the posterior then starts anew. "
+                "Where torch.distributed.checkpoint took the state apart, pass it "
+                "`wrapper.base_optimizer`, and a bayesagg.checkpoint.PosteriorState beside it."
             )
         own = state_dict[_KEY]
+        blocks = self._read_own_state(own)  # checked before anything is loaded
+        base = {key: value for key, value in state_dict.items() if key != _KEY}
+        self.base_optimizer.load_state_dict(base)
+        self._install(own, blocks)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _own_state(self) -> dict[str, Any]:
+        """All but that of the wrapped optimizer."""
+        return {"engine": self.engine.get_extra_state(), "steps": self._steps}
+
+    def _read_own_state(self, own: Any) -> list[Block]:
         if not isinstance(own, dict) or own.keys() != {"engine", "steps"}:
             raise CheckpointError(
                 f"the checkpoint's entry {_KEY!r} is incomplete, or of another version. Save and "
                 f"load the whole `state_dict()`."
             )
-        blocks = self.engine._read_blocks(own["engine"])  # checked before anything is loaded
-        base = {key: value for key, value in state_dict.items() if key != _KEY}
-        self.base_optimizer.load_state_dict(base)
+        return read_blocks(own["engine"], self.engine.heads, self.engine.dtype)
+
+    def _install(self, own: dict[str, Any], blocks: list[Block]) -> None:
         self.engine._install(own["engine"], blocks)
         self._steps = own["steps"]
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        self._install(own, self._read_own_state(own))
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -24,7 +24,7 @@ def close(value: Tensor, loss: Tensor, tol: float, scale: Tensor | float = 0.0) 
 
 
 def check_shape(name: str, target: Tensor | None, output: Tensor) -> Tensor:
-    """Targets as ``[N, o]`` in the dtype of ``output``.
+    """Targets as ``[N, o]``, in their own precision where the output is of lower precision.
 
     Raises:
         TargetError: if the shape fits neither ``[N, o]`` nor, for one output, ``[N]``.
@@ -37,7 +37,7 @@ def check_shape(name: str, target: Tensor | None, output: Tensor) -> Tensor:
             f"task {name!r}: targets flatten to {list(target.shape)}, the head's output to "
             f"{list(output.shape)}. Pass one target per output of the head."
         )
-    return target.to(output.dtype)
+    return target.to(torch.promote_types(target.dtype, output.dtype))
 
 
 def label_mask(name: str, target: Tensor, missing: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import bayesagg.engine
+import bayesagg.plan
 from bayesagg import BayesAgg, BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.subset import draw
 from tests.helpers import OPTIMIZERS, assert_same, difference, snapshot, wrap
@@ -206,7 +206,7 @@ def test_a_run_with_subsets_resumes_in_the_same_bits(stop, device, dtype):
 def labels_with(present):
     """Labels of which only the mask matters."""
     filler = torch.zeros(len(present), 1)
-    return [bayesagg.engine.Labels(filler, filler, torch.ones(1, 1), present[:, None])]
+    return [bayesagg.plan.Labels(filler, filler, torch.ones(1, 1), present[:, None])]
 
 
 @pytest.mark.parametrize("max_data", [1, 4, 7, 10])
@@ -254,8 +254,8 @@ class Spy:
     """Stands before ``extend`` and keeps what it was given and what it returned."""
 
     def __init__(self, monkeypatch):
-        self.call = bayesagg.engine.extend
-        monkeypatch.setattr(bayesagg.engine, "extend", self)
+        self.call = bayesagg.plan.extend
+        monkeypatch.setattr(bayesagg.plan, "extend", self)
 
     def __call__(self, index, rows, blocks, labels, posteriors, exact, weights, scale):
         arguments = (index, rows, blocks, labels, posteriors, exact, weights, scale)
@@ -275,7 +275,7 @@ def test_gradient_inside_and_outside_the_subset(missing, scale, device, dtype, m
     at the posterior mean, datum by datum."""
     spy = Spy(monkeypatch)
     seen = {}
-    combine = bayesagg.engine.combine
+    combine = bayesagg.plan.combine
 
     def spied(blocks, features, labels, posteriors, **kwargs):
         gradient, weights = combine(blocks, features, labels, posteriors, **kwargs)
@@ -283,7 +283,7 @@ def test_gradient_inside_and_outside_the_subset(missing, scale, device, dtype, m
         seen.update(features=features, labels=labels, posteriors=posteriors)
         return gradient, weights
 
-    monkeypatch.setattr(bayesagg.engine, "combine", spied)
+    monkeypatch.setattr(bayesagg.plan, "combine", spied)
     net = make("rows", device, dtype)
     engine = BayesAgg(net.trunk, heads_of(net), max_data=9, pretrain_epochs=0, gradient_scale=scale)
     x, labels = batch(3, device, dtype)
