@@ -11,7 +11,7 @@ from torch import nn
 
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head
-from bayesagg.likelihoods import Block, make_blocks
+from bayesagg.likelihoods import Block, Rule, make_blocks
 
 if TYPE_CHECKING:
     from bayesagg.engine import BayesAgg
@@ -35,7 +35,7 @@ def describe(heads: Mapping[str, Head]) -> list[list[str]]:
 
 
 def read_blocks(
-    state: dict[str, Any], heads: Mapping[str, Head], dtype: torch.dtype
+    state: dict[str, Any], heads: Mapping[str, Head], dtype: torch.dtype, rule: Rule
 ) -> list[Block]:
     """Blocks of ``heads`` in the state of a checkpoint, which is checked.
 
@@ -43,6 +43,7 @@ def read_blocks(
         state: what ``BayesAgg.get_extra_state`` returned.
         heads: by name.
         dtype: of the posterior algebra.
+        rule: of the engine.
 
     Raises:
         CheckpointError: if the state was saved from other heads, or is incomplete.
@@ -59,7 +60,7 @@ def read_blocks(
             "the checkpoint's state of bayesagg is incomplete, or of another version. Save "
             "and load the whole `state_dict()`."
         )
-    blocks = make_blocks(heads, dtype)
+    blocks = make_blocks(heads, dtype, rule)
     if len(state["blocks"]) != len(blocks):
         raise CheckpointError(
             "the checkpoint was saved from heads with other settings: heads that differ in "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.aggregation import GradientScale, aggregate_diagonal, aggregate_full
-from bayesagg.likelihoods import Block, Labels
+from bayesagg.likelihoods import Block, Labels, Rule
 from bayesagg.posterior import Gaussian
 
 __all__ = ["combine"]
@@ -26,6 +26,7 @@ def combine(
     full: bool,
     generator: torch.Generator,
     dtype: torch.dtype,
+    rule: Rule = "paper",
 ) -> tuple[Tensor, Tensor]:
     """Aggregate the tasks' gradients at the shared representation.
 
@@ -39,6 +40,7 @@ def combine(
         generator: of Monte-Carlo samples.
         dtype: of the moments and of Eq. 7, once the posteriors are known. Eq. 6, which solves
             with covariances, stays in the dtype of the posteriors.
+        rule: as of :class:`bayesagg.BayesAgg`.
 
     Returns:
         gradient, ``[N, d]``, and the mean weight of every task and dimension over the labelled
@@ -47,6 +49,7 @@ def combine(
     some = next(iter(features.values()))
     n, d, tasks = len(some), blocks[0].d, sum(block.num_tasks for block in blocks)
     work = some.dtype if full else dtype
+    weighted = any(head.s > 0 for block in blocks for head in block.heads)
     s = torch.cat([block.per_task("s", some.device) for block in blocks]).to(work)
     size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
     gradient = torch.empty(n, d, dtype=work, device=some.device)
@@ -59,12 +62,19 @@ def combine(
         for block, known, posterior in zip(blocks, labels, posteriors, strict=True):
             part = known.rows(start, stop)
             h = features[block.bias][start:stop]
-            mean, second = block.moments(h, part, posterior, generator, full, work)
+            second: Tensor | None
+            if rule == "paper":
+                mean, second = block.moments(h, part, posterior, generator, full, work)
+            else:
+                mean, second = block.gradients(h, part, posterior, generator, work, weighted)
             means.append(mean.mul_(part.factor[..., None].to(work)))
-            seconds.append(_scaled(second, part.factor[..., None] / unit, full))
+            if second is not None:
+                seconds.append(_scaled(second, part.factor[..., None] / unit, full))
             masks.append(part.present)
         present = _stack(masks, [mean.shape[1] for mean in means], stop - start, some.device)
-        gradient[start:stop], weights = aggregate(_cat(means), _cat(seconds), s, present, scale)
+        mean = _cat(means)
+        second = _cat(seconds) if seconds else torch.zeros_like(mean)  # all weights are alike
+        gradient[start:stop], weights = aggregate(mean, second, s, present, scale)
         totals += weights.sum(0)
         labelled += stop - start if present is None else present.any(1).sum()
     return gradient, totals / labelled.clamp(min=1)

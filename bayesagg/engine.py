@@ -16,7 +16,7 @@ from bayesagg.checkpoint import describe, read_blocks
 from bayesagg.distributed import Exchange, ProcessGroup
 from bayesagg.following import Following, has_gradients
 from bayesagg.heads import Head, named_heads
-from bayesagg.likelihoods import Block, Statistics, make_blocks
+from bayesagg.likelihoods import Block, Rule, Statistics, make_blocks
 from bayesagg.plan import Plan, make_plan
 from bayesagg.subset import check_max_data
 
@@ -38,7 +38,11 @@ class BayesAgg(nn.Module):
             are linear scalarization; ``"mean"`` is Eq. 7 as printed.
         covariance: ``"diagonal"`` (Eq. 7) or ``"full"`` (Eq. 6).
         rule: ``"paper"``: Eq. 2-11, one quadratic expansion at the current head weights, the last
-            epoch's full-data posterior as prior.
+            epoch's full-data posterior as prior. ``"likelihood"``: every task's gradient is that
+            of its log-likelihood, of regressions under a Student-t distribution of learned scale,
+            predicted without the datum itself, of classifications at the current head weights.
+            Meant for ``s=0`` and ``noise_variance="learned"``
+            (:data:`bayesagg.presets.LIKELIHOOD`); diagonal only.
         dtype: of the posterior algebra.
         seed: of the samples of ``moments="monte_carlo"``, and of the subsets of ``max_data``.
         max_data: posterior and moments from a random subset of this many data per step, and the
@@ -69,7 +73,7 @@ class BayesAgg(nn.Module):
         pretrain_epochs: int = 1,
         gradient_scale: GradientScale = "sum",
         covariance: Literal["diagonal", "full"] = "diagonal",
-        rule: str = "paper",
+        rule: Rule = "paper",
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         max_data: int | None = None,
@@ -78,7 +82,9 @@ class BayesAgg(nn.Module):
         super().__init__()
         _check_choice("gradient_scale", gradient_scale, ("sum", "mean"))
         _check_choice("covariance", covariance, ("diagonal", "full"))
-        _check_choice("rule", rule, ("paper",))
+        _check_choice("rule", rule, ("paper", "likelihood"))
+        if rule == "likelihood" and covariance == "full":
+            raise ValueError("rule='likelihood' goes with covariance='diagonal'.")
         _check_choice("dtype", dtype, (torch.float32, torch.float64))
         if not isinstance(pretrain_epochs, int) or pretrain_epochs < 0:
             raise ValueError(f"pretrain_epochs must be an integer >= 0, got {pretrain_epochs!r}.")
@@ -88,7 +94,7 @@ class BayesAgg(nn.Module):
         self.covariance, self.rule, self.dtype, self.seed = covariance, rule, dtype, seed
         self.epoch = 0
         self._draws = 0  # backward passes so far; seeds the samples of the next
-        self._blocks = make_blocks(self.heads, dtype)
+        self._blocks = make_blocks(self.heads, dtype, rule)
         self._exchange = Exchange(process_group)
         self._capture = Capture(shared_rep_hook, self.heads)
         self._exchange.group(None, self._capture.modules)  # sharding is visible before a forward
@@ -219,6 +225,7 @@ class BayesAgg(nn.Module):
             full=self.covariance == "full",
             seed=self.seed + self._draws,
             max_data=self.max_data,
+            rule=self.rule,
         )
         # All input is good and all is computed: only from here on does anything change.
         roots = [batch.total]
@@ -281,7 +288,11 @@ class BayesAgg(nn.Module):
             CheckpointError: if the state was saved from other heads, or is incomplete; nothing
                 has changed then.
         """
-        self._install(state, read_blocks(state, self.heads, self.dtype))
+        self._install(state, self._read_blocks(state))
+
+    def _read_blocks(self, state: dict[str, Any]) -> list[Block]:
+        """Blocks in the state of a checkpoint, which is checked; nothing changes yet."""
+        return read_blocks(state, self.heads, self.dtype, self.rule)
 
     def _install(self, state: dict[str, Any], blocks: list[Block]) -> None:
         self._blocks = blocks

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayesagg.aggregation import GradientScale
-from bayesagg.checkpoint import read_blocks
 from bayesagg.distributed import ProcessGroup
 from bayesagg.engine import BayesAgg
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head
-from bayesagg.likelihoods import Block
+from bayesagg.likelihoods import Block, Rule
 
 __all__ = ["BayesAggWrapper"]
 
@@ -76,7 +75,7 @@ class BayesAggWrapper(Optimizer):
         pretrain_epochs: int = 1,
         gradient_scale: GradientScale = "sum",
         covariance: Literal["diagonal", "full"] = "diagonal",
-        rule: str = "paper",
+        rule: Rule = "paper",
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         max_data: int | None = None,
@@ -268,7 +267,7 @@ class BayesAggWrapper(Optimizer):
                 f"the checkpoint's entry {_KEY!r} is incomplete, or of another version. Save and "
                 f"load the whole `state_dict()`."
             )
-        return read_blocks(own["engine"], self.engine.heads, self.engine.dtype)
+        return self.engine._read_blocks(own["engine"])
 
     def _install(self, own: dict[str, Any], blocks: list[Block]) -> None:
         self.engine._install(own["engine"], blocks)

@@ -14,7 +14,7 @@ from bayesagg.batch import Batch
 from bayesagg.capture import unflatten
 from bayesagg.combine import combine
 from bayesagg.distributed import Exchange, ProcessGroup
-from bayesagg.likelihoods import Block, Labels, Statistics
+from bayesagg.likelihoods import Block, Labels, Rule, Statistics
 from bayesagg.posterior import Gaussian, augment
 from bayesagg.subset import Subset, draw, extend, select
 
@@ -42,6 +42,7 @@ def make_plan(
     full: bool,
     seed: int,
     max_data: int | None = None,
+    rule: Rule = "paper",
 ) -> Plan:
     """Evidence of the batch, of all ranks together, and the gradient at h of this rank's data.
 
@@ -55,6 +56,7 @@ def make_plan(
         full: Eq. 6 instead of Eq. 7.
         seed: of Monte-Carlo samples and subsets.
         max_data: use a random subset of that many data (:mod:`bayesagg.subset`).
+        rule: as of :class:`bayesagg.BayesAgg`.
 
     Raises:
         RankError: if another rank refused its batch.
@@ -77,6 +79,8 @@ def make_plan(
         sums = exchange.sum(group, [extra[key] for extra, key in places])
         for (extra, key), value in zip(places, sums, strict=True):
             extra[key] = value
+    if rule == "likelihood":  # cheap enough for all data, whatever the posteriors came from
+        sample = _sample(batch, blocks, None, generator)
     gradient, weights = combine(
         blocks,
         sample.features,
@@ -86,6 +90,7 @@ def make_plan(
         full=full,
         generator=generator,
         dtype=_dtype_of_moments(h, blocks[0]),
+        rule=rule,
     )
     if sample.subset is not None:
         estimate = (gradient, weights, scale)

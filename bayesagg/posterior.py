@@ -67,6 +67,13 @@ class Gaussian:
         factors = self.factor.expand(len(self.mean), -1, -1).split(1)
         return [Gaussian(m, f) for m, f in zip(self.mean.split(1), factors, strict=True)]
 
+    def scaled(self, variance: Tensor) -> Gaussian:
+        """The same means with the covariance of output k times ``variance[k]``, ``[K]``."""
+        sd = variance.sqrt()[:, None, None]
+        gaussian = Gaussian(self.mean, self.factor / sd)
+        gaussian.__dict__["whitener"] = self.whitener * sd  # what its cached property would compute
+        return gaussian
+
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw weights, shape ``[num_samples, K, M]``."""
         noise = torch.randn(

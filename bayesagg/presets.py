@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["PAPER", "Preset"]
+__all__ = ["LIKELIHOOD", "PAPER", "Preset"]
 
 
 @dataclass(frozen=True)
@@ -147,3 +147,13 @@ PAPER: dict[str, Preset] = {
         },
     ),
 }
+
+LIKELIHOOD = Preset(
+    wrapper={"rule": "likelihood"},
+    regression={"s": 0.0, "noise_variance": "learned"},
+    binary={"s": 0.0},
+    multiclass={"s": 0.0},
+    training={},
+    s_grid={},
+)
+"""Settings of ``rule="likelihood"``, one for all benchmarks."""

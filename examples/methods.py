@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.heads import Head
-from bayesagg.presets import PAPER
+from bayesagg.presets import LIKELIHOOD, PAPER
 from examples.training import Losses, TrainSettings, Update
 
 HEADS: dict[str, type[Head]] = {
@@ -219,4 +219,7 @@ METHODS = {
     ),
     "bayesagg": _bayesagg("BayesAgg", {}, {}),
     "bayesagg-s0": _bayesagg("BayesAgg, s = 0", {}, {"s": 0.0}, "bayesagg"),
+    "bayesagg-likelihood": _bayesagg(
+        "BayesAgg, likelihood", LIKELIHOOD.wrapper, LIKELIHOOD.regression
+    ),
 }

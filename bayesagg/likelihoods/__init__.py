@@ -8,20 +8,20 @@ from typing import Any
 import torch
 
 from bayesagg.heads import Head
-from bayesagg.likelihoods.base import Block
+from bayesagg.likelihoods.base import Block, Rule
 from bayesagg.likelihoods.binary import BinaryBlock
 from bayesagg.likelihoods.data import Labels, Observation, Statistics
 from bayesagg.likelihoods.multiclass import MulticlassBlock
 from bayesagg.likelihoods.regression import RegressionBlock
 
-__all__ = ["BLOCKS", "Block", "Labels", "Observation", "Statistics", "make_blocks"]
+__all__ = ["BLOCKS", "Block", "Labels", "Observation", "Rule", "Statistics", "make_blocks"]
 
 BLOCKS: dict[str, type[Block]] = {
     block.kind: block for block in (RegressionBlock, BinaryBlock, MulticlassBlock)
 }
 
 
-def make_blocks(heads: Mapping[str, Head], dtype: torch.dtype) -> list[Block]:
+def make_blocks(heads: Mapping[str, Head], dtype: torch.dtype, rule: Rule = "paper") -> list[Block]:
     """Heads that can be computed together, in the order of their first members."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, head in heads.items():
@@ -32,6 +32,6 @@ def make_blocks(heads: Mapping[str, Head], dtype: torch.dtype) -> list[Block]:
             key += (head.out_features,)
         groups.setdefault(key, []).append(name)
     return [
-        BLOCKS[key[0]](names, [heads[name] for name in names], dtype)
+        BLOCKS[key[0]](names, [heads[name] for name in names], dtype, rule)
         for key, names in groups.items()
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from bayesagg.heads import Head
 from bayesagg.likelihoods.data import Labels, Observation, Statistics
 from bayesagg.posterior import Gaussian, from_natural
 
-__all__ = ["Block"]
+__all__ = ["Block", "Rule"]
+
+Rule = Literal["paper", "likelihood"]
 
 
 class Block(ABC):
@@ -28,13 +30,20 @@ class Block(ABC):
         names: names of the heads.
         heads: the heads; all with or all without a bias.
         dtype: of the posterior algebra.
+        rule: as of :class:`bayesagg.BayesAgg`.
     """
 
     kind: ClassVar[str]
     needs_curvature: ClassVar[bool] = True
 
-    def __init__(self, names: Sequence[str], heads: Sequence[Head], dtype: torch.dtype) -> None:
-        self.names, self.heads, self.dtype = list(names), list(heads), dtype
+    def __init__(
+        self,
+        names: Sequence[str],
+        heads: Sequence[Head],
+        dtype: torch.dtype,
+        rule: Rule = "paper",
+    ) -> None:
+        self.names, self.heads, self.dtype, self.rule = list(names), list(heads), dtype, rule
         self.bias, self.d = heads[0].has_bias, heads[0].in_features
         sizes = [head.num_tasks for head in heads]
         self.num_tasks = sum(sizes)
@@ -128,6 +137,35 @@ class Block(ABC):
 
         In ``dtype``, unless ``full``.
         """
+
+    @abstractmethod
+    def likelihood_gradient(
+        self, features: Tensor, labels: Labels, posterior: Gaussian
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradient of the negative log-likelihood at h that ``rule="likelihood"`` takes.
+
+        Returns:
+            for a loss of factor one, ``[N, K, d]``; and its ratio to that of the loss, ``[N, K]``,
+            ``None`` where that is one.
+        """
+
+    def gradients(
+        self,
+        features: Tensor,
+        labels: Labels,
+        posterior: Gaussian,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        weighted: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`moments` under ``rule="likelihood"``; no variance unless ``weighted``."""
+        mean, ratio = self.likelihood_gradient(features, labels, posterior)
+        if not weighted:
+            return mean.to(dtype), None
+        _, second = self.moments(features, labels, posterior, generator, False, dtype)
+        if ratio is not None:
+            second = second + 2 * ratio.log().to(dtype)[..., None]
+        return mean.to(dtype), second
 
     @abstractmethod
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from bayesagg.likelihoods.labels import (
     label_mask,
     tolerance,
 )
-from bayesagg.moments import regression_moments
+from bayesagg.moments import leave_one_out, regression_moments, student_gradient
 from bayesagg.posterior import Gaussian, regression_statistics
 
 __all__ = ["RegressionBlock"]
@@ -39,6 +39,7 @@ class RegressionBlock(Block):
         self.one_noise = len({head.noise_variance for head in self.heads}) == 1
         # Exponential sum of squared residuals and of the weights in it, per task, [2, K].
         self._noise: Tensor | None = None
+        self._tau2 = torch.ones(self.num_tasks, dtype=self.dtype)  # of the last posterior
 
     def read_labels(self, name: str, head: Head, observed: Observation) -> Labels:
         """``y = z - g / 2f``; the factor ``f`` is half the second derivative, and constant."""
@@ -96,8 +97,15 @@ class RegressionBlock(Block):
     def refine(
         self, features: Tensor, labels: Labels, posterior: Gaussian, batch: Statistics
     ) -> None:
-        """Expected squared residual under the posterior, ``r² + v``: one step of EM for τ²."""
-        if self.learns_noise:
+        """Squared residuals for the running mean that is τ².
+
+        Under the paper's rule their expectation under the posterior, ``r² + v``, one step of EM;
+        else the squares of the leave-one-out residuals.
+        """
+        if self.learns_noise and self.rule == "likelihood":
+            r, *_ = leave_one_out(features, labels.targets, posterior)
+            batch.extra["residual"] = _total(r.square(), labels)
+        elif self.learns_noise:
             r = features @ posterior.mean.mT - labels.targets
             v = (features @ posterior.whitener.mT).square().sum(-1).mT
             batch.extra["residual"] = _total(r.square() + v, labels)
@@ -120,8 +128,13 @@ class RegressionBlock(Block):
     def natural(
         self, precision: Tensor, shift: Tensor, batch: Statistics | None
     ) -> tuple[Tensor, Tensor]:
-        """Divide by τ²; once for all tasks where they share a fixed one."""
-        tau2 = self.noise_variance(shift.device, batch)
+        """Divide by τ²; once for all tasks where they share a fixed one.
+
+        Not under ``rule="likelihood"``, whose prior is in units of τ² too, so that it cancels.
+        """
+        self._tau2 = tau2 = self.noise_variance(shift.device, batch)
+        if self.rule == "likelihood":
+            return precision, shift
         if self.one_noise and not self.learns_noise:
             tau2 = tau2[:1]
         return precision / tau2[:, None, None], shift / tau2[:, None]
@@ -136,9 +149,17 @@ class RegressionBlock(Block):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Closed form."""
+        if self.rule == "likelihood":
+            posterior = posterior.scaled(self._tau2)
         return regression_moments(
             features, labels.targets, posterior, self.d, full, log=not full, dtype=dtype
         )
+
+    def likelihood_gradient(
+        self, features: Tensor, labels: Labels, posterior: Gaussian
+    ) -> tuple[Tensor, Tensor | None]:
+        """Student-t likelihood, under the posterior without the datum itself."""
+        return student_gradient(features, labels.targets, posterior, self.d, self._tau2)
 
     def commit(self, batch: Statistics) -> None:
         """Also move the running mean of squared residuals."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bayesagg.presets import PAPER
+from bayesagg.presets import LIKELIHOOD, PAPER
 from examples.comparison.gap import ImprovableGapBalancing
 from examples.comparison.gradients import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, PCGrad
 from examples.comparison.weighting import (
@@ -123,6 +123,13 @@ def methods(preset: str) -> dict[str, Method]:
         "aligned-mtl-ub": Method("Aligned-MTL-UB", AlignedMTL, _UB),
         "bayesagg-paper": paper("BayesAgg, paper", preset),
         "bayesagg": bayesagg("BayesAgg"),
+        "bayesagg-likelihood": bayesagg(
+            "BayesAgg, likelihood",
+            LIKELIHOOD.wrapper,
+            regression=LIKELIHOOD.regression,
+            binary=LIKELIHOOD.binary,
+            multiclass=LIKELIHOOD.multiclass,
+        ),
         "bayesagg-s0": bayesagg(
             "BayesAgg, s = 0", regression={"s": 0.0}, binary={"s": 0.0}, multiclass={"s": 0.0}
         ),
