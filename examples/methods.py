@@ -166,7 +166,7 @@ def library_settings(
         "wrapper": {p.name: p.default for p in parameters if p.name not in shared} | {**wrapper}
     }
     for kind, given in heads.items():
-        own = [f for f in fields(HEADS[kind]) if f.kw_only and f.name != "_"]
+        own = [f for f in fields(HEADS[kind]) if f.kw_only and f.init and f.name != "_"]
         full[kind] = {f.name: f.default for f in own} | {**given}
     # Text where JSON has no such type (a torch.dtype).
     return {

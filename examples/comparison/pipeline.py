@@ -105,13 +105,17 @@ def run_all(jobs: Sequence[Job], store: Store, workers: int, title: str) -> list
                 on_tick=bar.update,
                 on_result=store.add,
             )
-    found = [store.get(key) for key in keys]
-    # The same settings may go by two names.
-    return [
-        replace(run, method=job.name, label=job.method.label)
-        for run, job in zip(found, jobs, strict=True)
-        if run is not None
-    ]
+    runs = []
+    for key, job in zip(keys, jobs, strict=True):
+        run = store.get(key)
+        if run is None:  # the worker saw other settings, data or code than this process
+            raise ComparisonError(
+                f"a finished run of {job.method.label} is not found under its key: was the code "
+                f"changed while it ran? Start the command again."
+            )
+        # The same settings may go by two names.
+        runs.append(replace(run, method=job.name, label=job.method.label))
+    return runs
 
 
 def execute(plan: Plan, store: Store) -> Outcome:

@@ -466,6 +466,8 @@ def test_the_papers_arm_has_its_preset(preset):
         assert method.space[f"heads.{kind}.s"] == grid
         assert method.with_settings({f"heads.{kind}.s": 0.7}).described()[kind]["s"] == 0.7
         assert method.described() == described  # unchanged by it
+    # Nothing that another process would describe otherwise: an object's address, a private field.
+    assert "0x" not in str(described) and " _" not in str(described).replace("'", " ")
 
 
 def test_bayesagg_has_one_head_of_a_kind_and_a_weight_per_task():
