@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
+import torch
 from torch import Tensor
 
 from examples.benchmark import aggregation, memory
@@ -20,8 +21,10 @@ _LIBRARY_CALLS = 20
 def aggregation_rows(shape: Shape, rounds: int, samples: int, clock: Clock = "wall") -> list[Row]:
     """Part 1: the aggregation alone, library against the formulas as printed, B = ``batch``."""
     problem = aggregation.make_problem(shape)
+    single = aggregation.make_problem(shape, torch.float32)
     arms: dict[str, Callable[[], Tensor]] = {
         "library": lambda: aggregation.run_library(problem),
+        "float32 library": lambda: aggregation.run_library(single),
         "literal": lambda: aggregation.run_literal(problem, samples),
     }
     sampled = any(task.kind != "regression" for task in shape.tasks)
@@ -29,7 +32,12 @@ def aggregation_rows(shape: Shape, rounds: int, samples: int, clock: Clock = "wa
         arms["diagonal"] = lambda: aggregation.run_literal(problem, samples, dense=False)
     ours, theirs = arms["library"]().float(), arms["literal"]()
     difference = 100 * float((ours - theirs).norm() / theirs.norm())
-    times = interleave(arms, rounds=rounds, calls={"library": _LIBRARY_CALLS}, clock=clock)
+    times = interleave(
+        arms,
+        rounds=rounds,
+        calls=dict.fromkeys(("library", "float32 library"), _LIBRARY_CALLS),
+        clock=clock,
+    )
 
     part, name = "aggregation", shape.name
     rows = [Row(part, name, f"{arm} time", 1e3 * median(times[arm]), "ms") for arm in arms]
@@ -37,6 +45,9 @@ def aggregation_rows(shape: Shape, rounds: int, samples: int, clock: Clock = "wa
     target, passed = at_least(shape.min_speedup, speedup)
     note = _spread(times["literal"], times["library"])
     rows.append(Row(part, name, "speedup", speedup, "×", target, passed, note))
+    value = median_ratio(times["literal"], times["float32 library"])
+    note = "with dtype=torch.float32, the literal arm's, in place of the default float64"
+    rows.append(Row(part, name, "speedup in float32", value, "×", note=note))
     if sampled:
         value = median_ratio(times["diagonal"], times["library"])
         note = "over Eq. 11 with E[g²] in place of the dense E[g gᵀ]"
