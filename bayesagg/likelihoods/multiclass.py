@@ -50,16 +50,19 @@ class MulticlassBlock(Block):
         """The class where ``g = f (p - y)`` is negative; the factor from the other classes."""
         if observed.target is not None:
             return self._given(name, observed)
-        z, g = observed.output, observed.gradient
-        p = torch.softmax(z, dim=1)
-        silent = (g == 0).all(1)
-        certain = (p == 1).any(1)  # saturated to rounding: silent although labelled
+        # Classes first: operations along a short last dimension take many times as long.
+        z, g = observed.output.mT.contiguous(), observed.gradient.mT.contiguous()
+        # But the last bit of half precision counts, and depends on the layout of the loss.
+        log_p = F.log_softmax(observed.output, 1).mT if z.dtype.itemsize < 4 else z.log_softmax(0)
+        p = F.softmax(observed.output, 1).mT if z.dtype.itemsize < 4 else z.softmax(0)
+        silent = (g == 0).all(0)
+        certain = (p == 1).any(0)  # saturated to rounding: silent although labelled
         missing = silent & ~certain
-        label = torch.where(g.amin(1) < 0, g.argmin(1), z.argmax(1))
-        y = F.one_hot(label, z.shape[1]).to(z.dtype)
+        label = torch.where(g.amin(0) < 0, g.argmin(0), z.argmax(0))[None]
+        y = torch.zeros_like(z).scatter_(0, label, 1.0)
         others = 1 - y
-        wrong = (p * others).sum(1)
-        factors = (g * others).sum(1) / wrong.clamp(min=torch.finfo(z.dtype).tiny)
+        wrong = (p * others).sum(0)
+        factors = (g * others).sum(0) / wrong.clamp(min=torch.finfo(z.dtype).tiny)
         tol = tolerance(z.dtype)
         informative = ~missing & (wrong > 0)
         informative &= wrong > torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps
@@ -67,10 +70,10 @@ class MulticlassBlock(Block):
         scale = (
             (factors * wrong * informative).sum() / total if bool(total > 0) else g.new_tensor(0)
         )
-        scale = torch.where(scale != 0, scale, torch.full_like(scale, 1 / len(z)))
-        deviation = (g - scale * (p - y)).abs() * ~missing[:, None]
+        scale = torch.where(scale != 0, scale, torch.full_like(scale, 1 / len(missing)))
+        deviation = (g - scale * (p - y)).abs() * ~missing
         valid = (scale > 0) & (deviation.amax() <= tol * scale)
-        nll = F.cross_entropy(z, label, reduction="none") * ~missing
+        nll = -log_p.gather(0, label)[0] * ~missing
         valid = valid & close(scale * nll.sum(), observed.loss[0], tol)
         if not bool(valid):
             raise LossError(
@@ -80,7 +83,7 @@ class MulticlassBlock(Block):
                 f"regulariser added to it needs a backward pass of its own."
             )
         present = ~missing[:, None] if bool(missing.any()) else None
-        return Labels(z[:, None], y[:, None], scale.view(1, 1), present)
+        return Labels(observed.output[:, None], y.mT[:, None], scale.view(1, 1), present)
 
     def _given(self, name: str, observed: Observation) -> Labels:
         z, target = observed.output, observed.target
