@@ -57,7 +57,8 @@ class BayesAgg(nn.Module):
 
     Attributes:
         task_weights: mean weight α per output of the last step, by task, ``[o]``; the weights of
-            all outputs sum to one. Uniform during pre-training; over the rank's own data.
+            all outputs sum to one, over the rank's own data. Uniform during pre-training, and with
+            ``s=0`` under ``rule="likelihood"``, whose likelihoods' scales weigh the tasks.
         epoch: epochs completed.
 
     Raises:

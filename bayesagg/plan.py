@@ -79,7 +79,9 @@ def make_plan(
         sums = exchange.sum(group, [extra[key] for extra, key in places])
         for (extra, key), value in zip(places, sums, strict=True):
             extra[key] = value
-    if rule == "likelihood":  # cheap enough for all data, whatever the posteriors came from
+    # Cheap enough for all data, whatever the posteriors came from. Data of a subset, which count
+    # several times there, are left out once.
+    if rule == "likelihood":
         sample = _sample(batch, blocks, None, generator)
     gradient, weights = combine(
         blocks,

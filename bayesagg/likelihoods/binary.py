@@ -119,7 +119,7 @@ class BinaryBlock(Block):
     def likelihood_gradient(
         self, features: Tensor, labels: Labels, posterior: Gaussian
     ) -> tuple[Tensor, Tensor | None]:
-        """At the current head weights: in measurements no posterior did better."""
+        """The ordinary gradient, at the current head weights."""
         residual = torch.sigmoid(labels.outputs) - labels.targets
         return residual[..., None] * self.weights(features.device)[:, : self.d], None
 

@@ -201,7 +201,7 @@ class MulticlassBlock(Block):
     def likelihood_gradient(
         self, features: Tensor, labels: Labels, posterior: Gaussian
     ) -> tuple[Tensor, Tensor | None]:
-        """At the current head weights: in measurements no posterior did better."""
+        """The ordinary gradient, at the current head weights."""
         residual = torch.softmax(labels.outputs, dim=2) - labels.targets
         weights = self.weights(features.device)[:, : self.d]
         weights = weights.unflatten(0, (self.num_tasks, self.num_classes))

@@ -18,7 +18,7 @@ from bayesagg.likelihoods.labels import (
     label_mask,
     tolerance,
 )
-from bayesagg.moments import leave_one_out, regression_moments, student_gradient
+from bayesagg.moments import leave_one_out_residuals, regression_moments, student_gradient
 from bayesagg.posterior import Gaussian, regression_statistics
 
 __all__ = ["RegressionBlock"]
@@ -103,7 +103,7 @@ class RegressionBlock(Block):
         else the squares of the leave-one-out residuals.
         """
         if self.learns_noise and self.rule == "likelihood":
-            r, *_ = leave_one_out(features, labels.targets, posterior)
+            r = leave_one_out_residuals(features, labels.targets, posterior)
             batch.extra["residual"] = _total(r.square(), labels)
         elif self.learns_noise:
             r = features @ posterior.mean.mT - labels.targets

@@ -8,12 +8,13 @@ from bayesagg.moments.binary import binary_moments, gaussian_nodes
 from bayesagg.moments.monte_carlo import log_variance, monte_carlo_moments
 from bayesagg.moments.multiclass import multiclass_moments
 from bayesagg.moments.regression import regression_moments
-from bayesagg.moments.student import leave_one_out, student_gradient
+from bayesagg.moments.student import leave_one_out, leave_one_out_residuals, student_gradient
 
 __all__ = [
     "binary_moments",
     "gaussian_nodes",
     "leave_one_out",
+    "leave_one_out_residuals",
     "log_variance",
     "monte_carlo_moments",
     "multiclass_moments",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bayesagg.posterior import Gaussian
 
-__all__ = ["leave_one_out", "student_gradient"]
+__all__ = ["leave_one_out", "leave_one_out_residuals", "student_gradient"]
 
 DEGREES_OF_FREEDOM = 10.0
 _MAX_LEVERAGE = 0.9  # of a datum on its own prediction; more is rounding or interpolation
@@ -34,12 +34,23 @@ def leave_one_out(
         ``r'``, ``[N, K]``; ``u'``, ``[N, G, D]``; ``κ ℓ``, ``[N, G]``; and ``r``, ``[N, K]``.
         Leverages are taken as 0.9 at most.
     """
-    white = features @ posterior.whitener.mT  # [G, N, D]
-    leverage = white.square().sum(-1).mT.clamp(max=_MAX_LEVERAGE)
+    white, leverage = _leverages(features, posterior)
     kappa = 1 / (1 - leverage)
     r = features @ posterior.mean.mT - targets
     u = (white @ posterior.whitener).transpose(0, 1)
     return kappa * r, kappa[..., None] * u, kappa * leverage, r
+
+
+def leave_one_out_residuals(features: Tensor, targets: Tensor, posterior: Gaussian) -> Tensor:
+    """The first result of :func:`leave_one_out`, ``r'``, ``[N, K]``, alone; same arguments."""
+    _, leverage = _leverages(features, posterior)
+    return (features @ posterior.mean.mT - targets) / (1 - leverage)
+
+
+def _leverages(features: Tensor, posterior: Gaussian) -> tuple[Tensor, Tensor]:
+    """``T h̃`` with ``A⁻¹ = TᵀT``, ``[G, N, D]``, and ``ℓ``, its squared norm, ``[N, G]``."""
+    white = features @ posterior.whitener.mT
+    return white, white.square().sum(-1).mT.clamp(max=_MAX_LEVERAGE)
 
 
 def student_gradient(

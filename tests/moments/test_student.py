@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bayesagg.moments import leave_one_out, regression_moments, student_gradient
+from bayesagg.moments import (
+    leave_one_out,
+    leave_one_out_residuals,
+    regression_moments,
+    student_gradient,
+)
 from bayesagg.posterior import Gaussian, augment, from_natural
 
 
@@ -27,6 +32,7 @@ def test_leave_one_out_equals_a_refit_without_the_datum(device, n, d):
     features, y, gamma = problem(0, n, d, 2, device, gamma=0.2)
     posterior = fit(features, y, gamma)
     r, u, excess, _ = leave_one_out(features, y, posterior)
+    torch.testing.assert_close(leave_one_out_residuals(features, y, posterior), r)
     for i in range(n):
         rest = torch.arange(n, device=device) != i
         other = fit(features[rest], y[rest], gamma)
