@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bayesagg.aggregation import GradientScale, aggregate_diagonal, aggregate_full
+from bayesagg.aggregation import (
+    GradientScale,
+    aggregate_diagonal,
+    aggregate_full,
+    aggregate_uniform,
+)
 from bayesagg.likelihoods import Block, Labels, Rule
 from bayesagg.posterior import Gaussian
 
@@ -20,7 +25,7 @@ def combine(
     blocks: Sequence[Block],
     features: Mapping[bool, Tensor],
     labels: Sequence[Labels],
-    posteriors: Sequence[Gaussian],
+    posteriors: Sequence[Gaussian | None],
     *,
     scale: GradientScale,
     full: bool,
@@ -34,7 +39,7 @@ def combine(
         blocks: of ``K`` tasks together.
         features: ``[N, d]`` by whether the constant of a bias is appended.
         labels: of each block.
-        posteriors: of each block.
+        posteriors: of each block; ``None`` where its gradient does not depend on it.
         scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
         full: Eq. 6 instead of Eq. 7.
         generator: of Monte-Carlo samples.
@@ -44,40 +49,50 @@ def combine(
 
     Returns:
         gradient, ``[N, d]``, and the mean weight of every task and dimension over the labelled
-        data, ``[K, d]``, in the order of the blocks.
+        data, ``[K, d]``, in the order of the blocks. Under ``rule="likelihood"`` the scale of a
+        likelihood is part of the weight: what the gradient of the loss is multiplied by, as share.
     """
     some = next(iter(features.values()))
     n, d, tasks = len(some), blocks[0].d, sum(block.num_tasks for block in blocks)
     work = some.dtype if full else dtype
-    weighted = any(head.s > 0 for block in blocks for head in block.heads)
     s = torch.cat([block.per_task("s", some.device) for block in blocks]).to(work)
     size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
     gradient = torch.empty(n, d, dtype=work, device=some.device)
     totals, labelled = gradient.new_zeros(tasks, d), gradient.new_zeros(())
-    aggregate = aggregate_full if full else aggregate_diagonal
     unit = _unit(labels)
     for start in range(0, n, size):
         stop = min(n, start + size)
-        means, seconds, masks = [], [], []
+        means, seconds, masks, ratios = [], [], [], []
         for block, known, posterior in zip(blocks, labels, posteriors, strict=True):
             part = known.rows(start, stop)
             h = features[block.bias][start:stop]
             second: Tensor | None
             if rule == "paper":
+                assert posterior is not None
                 mean, second = block.moments(h, part, posterior, generator, full, work)
             else:
-                mean, second = block.gradients(h, part, posterior, generator, work, weighted)
+                mean, second, ratio = block.gradients(h, part, posterior, generator, work)
+                ratios.append(torch.ones_like(part.factor) if ratio is None else ratio)
             means.append(mean.mul_(part.factor[..., None].to(work)))
             if second is not None:
                 seconds.append(_scaled(second, part.factor[..., None] / unit, full))
             masks.append(part.present)
         present = _stack(masks, [mean.shape[1] for mean in means], stop - start, some.device)
         mean = _cat(means)
-        second = _cat(seconds) if seconds else torch.zeros_like(mean)  # all weights are alike
-        gradient[start:stop], weights = aggregate(mean, second, s, present, scale)
+        if not seconds:
+            gradient[start:stop], weights = aggregate_uniform(mean, present, scale)
+        else:
+            aggregate = aggregate_full if full else aggregate_diagonal
+            gradient[start:stop], weights = aggregate(mean, _cat(seconds), s, present, scale)
+        if ratios:
+            weights = (
+                weights * torch.cat([r.expand(stop - start, -1) for r in ratios], 1)[..., None]
+            )
         totals += weights.sum(0)
         labelled += stop - start if present is None else present.any(1).sum()
-    return gradient, totals / labelled.clamp(min=1)
+    if rule == "likelihood":
+        labelled = totals.sum(0)
+    return gradient, totals / labelled.clamp(min=torch.finfo(work).tiny)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -36,9 +36,10 @@ def bytes_per_step(engine: BayesAgg) -> int:
     ``b (3 + Σ_blocks [1 + G M (M + 1) / 2 + K (M + 1 + E)])``. A block are the heads of one
     likelihood: ``K`` tasks over ``M`` weights each, ``d + 1`` with a bias, ``(C - 1)(d + 1)`` for
     ``C`` classes. ``G`` is ``K``, but 1 for regression as long as no rank had a missing label.
-    ``E`` is 2 for regression with a learned noise variance and 0 otherwise; learned noise sends
-    ``b K`` more in a second all-reduce, which is included. In pre-training epochs but the last
-    only ``3 b`` bytes are sent.
+    ``E`` is 2 for regression with a learned noise variance, 1 for classification under
+    ``rule="likelihood"`` and 0 otherwise; learned noise sends ``b K`` more in a second all-reduce,
+    which is included. Classification without a use for its posterior has ``M = 0``. In pre-training
+    epochs but the last only ``3 b`` bytes are sent.
 
     Args:
         engine: a :class:`bayesagg.BayesAgg`, or ``wrapper.engine``.
@@ -47,7 +48,8 @@ def bytes_per_step(engine: BayesAgg) -> int:
     numbers = _HEADER + len(blocks)
     for index, block in enumerate(blocks):
         learned = bool(getattr(block, "learns_noise", False))
-        numbers += exchange.size(index, block, 2 * learned) + learned * block.num_tasks
+        extras = 2 * learned or int(block.kind != "regression" and block.rule == "likelihood")
+        numbers += exchange.size(index, block, extras) + learned * block.num_tasks
     return numbers * torch.finfo(engine.dtype).bits // 8
 
 

@@ -37,12 +37,12 @@ class BayesAgg(nn.Module):
         gradient_scale: ``"sum"`` multiplies Eq. 7 by the number of tasks, so that uniform weights
             are linear scalarization; ``"mean"`` is Eq. 7 as printed.
         covariance: ``"diagonal"`` (Eq. 7) or ``"full"`` (Eq. 6).
-        rule: ``"paper"``: Eq. 2-11, one quadratic expansion at the current head weights, the last
-            epoch's full-data posterior as prior. ``"likelihood"``: every task's gradient is that
-            of its log-likelihood, of regressions under a Student-t distribution of learned scale,
-            predicted without the datum itself, of classifications at the current head weights.
-            Meant for ``s=0`` and ``noise_variance="learned"``
-            (:data:`bayesagg.presets.LIKELIHOOD`); diagonal only.
+        rule: ``"likelihood"``: every task's gradient is that of its log-likelihood with a learned
+            scale: of regressions under a Student-t distribution, predicted without the datum
+            itself; of classifications at the current head weights, in units of the running mean
+            of the cross-entropy. Diagonal only. ``"paper"``: Eq. 2-11, one quadratic expansion at
+            the current head weights, the last epoch's full-data posterior as prior; its settings
+            are in :data:`bayesagg.presets.PAPER`.
         dtype: of the posterior algebra.
         seed: of the samples of ``moments="monte_carlo"``, and of the subsets of ``max_data``.
         max_data: posterior and moments from a random subset of this many data per step, and the
@@ -57,8 +57,9 @@ class BayesAgg(nn.Module):
 
     Attributes:
         task_weights: mean weight α per output of the last step, by task, ``[o]``; the weights of
-            all outputs sum to one, over the rank's own data. Uniform during pre-training, and with
-            ``s=0`` under ``rule="likelihood"``, whose likelihoods' scales weigh the tasks.
+            all outputs sum to one, over the rank's own data. Under ``rule="likelihood"`` the scale
+            of the likelihood is part of it: what the gradient of each loss is multiplied by, as a
+            share. Uniform during pre-training.
         epoch: epochs completed.
 
     Raises:
@@ -74,7 +75,7 @@ class BayesAgg(nn.Module):
         pretrain_epochs: int = 1,
         gradient_scale: GradientScale = "sum",
         covariance: Literal["diagonal", "full"] = "diagonal",
-        rule: Rule = "paper",
+        rule: Rule = "likelihood",
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         max_data: int | None = None,
@@ -85,7 +86,7 @@ class BayesAgg(nn.Module):
         _check_choice("covariance", covariance, ("diagonal", "full"))
         _check_choice("rule", rule, ("paper", "likelihood"))
         if rule == "likelihood" and covariance == "full":
-            raise ValueError("rule='likelihood' goes with covariance='diagonal'.")
+            raise ValueError("covariance='full' (Eq. 6) needs rule='paper'.")
         _check_choice("dtype", dtype, (torch.float32, torch.float64))
         if not isinstance(pretrain_epochs, int) or pretrain_epochs < 0:
             raise ValueError(f"pretrain_epochs must be an integer >= 0, got {pretrain_epochs!r}.")

@@ -185,9 +185,8 @@ class RegressionHead(Head):
             ``"learned"``: a running mean of the expected squared residual, per output.
     """
 
-    s: float = field(default=0.85, kw_only=True)
     readout: Readout = field(default="posterior", kw_only=True)
-    noise_variance: float | Literal["learned"] = field(default=1.0, kw_only=True)
+    noise_variance: float | Literal["learned"] = field(default="learned", kw_only=True)
 
     kind: ClassVar[str] = "regression"
 

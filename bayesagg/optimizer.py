@@ -75,7 +75,7 @@ class BayesAggWrapper(Optimizer):
         pretrain_epochs: int = 1,
         gradient_scale: GradientScale = "sum",
         covariance: Literal["diagonal", "full"] = "diagonal",
-        rule: Rule = "paper",
+        rule: Rule = "likelihood",
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         max_data: int | None = None,

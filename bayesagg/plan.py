@@ -73,7 +73,7 @@ def make_plan(
         return Plan()
     if pretraining:
         return Plan(evidence=evidence)
-    posteriors = [block.posterior(part) for block, part in zip(blocks, evidence, strict=True)]
+    posteriors = [block.step_posterior(part) for block, part in zip(blocks, evidence, strict=True)]
     places = sample.refine(blocks, posteriors, evidence)
     if group is not None and places:
         sums = exchange.sum(group, [extra[key] for extra, key in places])
@@ -95,9 +95,12 @@ def make_plan(
         rule=rule,
     )
     if sample.subset is not None:
+        known = [
+            posterior for posterior in posteriors if posterior is not None
+        ]  # all: paper's rule
         estimate = (gradient, weights, scale)
         index = sample.subset.index
-        gradient = extend(index, batch.rows, blocks, batch.labels, posteriors, *estimate)
+        gradient = extend(index, batch.rows, blocks, batch.labels, known, *estimate)
     gradient = unflatten(gradient, h, blocks[0].heads[0].channels_first)
     return Plan(gradient, evidence, _by_task(weights.mean(-1), blocks))
 
@@ -132,13 +135,15 @@ class _Sample:
     def refine(
         self,
         blocks: Sequence[Block],
-        posteriors: Sequence[Gaussian],
+        posteriors: Sequence[Gaussian | None],
         evidence: Sequence[Statistics],
     ) -> list[tuple[dict[str, Tensor], str]]:
         """What evidence still needs of the posterior; returns where it was changed."""
         places: list[tuple[dict[str, Tensor], str]] = []
         parts = zip(blocks, self.labels, posteriors, evidence, strict=True)
         for block, known, posterior, part in parts:
+            if posterior is None:  # nothing was inferred
+                continue
             before = dict(part.extra)
             refine = block.refine if self.subset is None else partial(self.subset.refine, block)
             refine(self.features[block.bias], known, posterior, part)

@@ -31,7 +31,8 @@ def make_blocks(heads: Mapping[str, Head], dtype: torch.dtype, rule: Rule = "pap
         if head.kind == "multiclass":
             key += (head.out_features,)
         groups.setdefault(key, []).append(name)
+    weighted = any(head.s > 0 for head in heads.values())
     return [
-        BLOCKS[key[0]](names, [heads[name] for name in names], dtype, rule)
+        BLOCKS[key[0]](names, [heads[name] for name in names], dtype, rule, weighted)
         for key, names in groups.items()
     ]

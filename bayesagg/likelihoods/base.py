@@ -16,6 +16,7 @@ from torch import Tensor
 from bayesagg.errors import CheckpointError, LossError
 from bayesagg.heads import Head
 from bayesagg.likelihoods.data import Labels, Observation, Statistics
+from bayesagg.likelihoods.running import RunningMean
 from bayesagg.posterior import Gaussian, from_natural
 
 __all__ = ["Block", "Rule"]
@@ -31,9 +32,11 @@ class Block(ABC):
         heads: the heads; all with or all without a bias.
         dtype: of the posterior algebra.
         rule: as of :class:`bayesagg.BayesAgg`.
+        weighted: whether some head, of this block or another, has ``s > 0``.
     """
 
     kind: ClassVar[str]
+    decay: ClassVar[float] = 0.9  # of the running mean that is the scale of the likelihood
     needs_curvature: ClassVar[bool] = True
 
     def __init__(
@@ -42,8 +45,10 @@ class Block(ABC):
         heads: Sequence[Head],
         dtype: torch.dtype,
         rule: Rule = "paper",
+        weighted: bool = True,
     ) -> None:
         self.names, self.heads, self.dtype, self.rule = list(names), list(heads), dtype, rule
+        self.weighted, self.scale = weighted, RunningMean(self.decay)
         self.bias, self.d = heads[0].has_bias, heads[0].in_features
         sizes = [head.num_tasks for head in heads]
         self.num_tasks = sum(sizes)
@@ -140,32 +145,35 @@ class Block(ABC):
 
     @abstractmethod
     def likelihood_gradient(
-        self, features: Tensor, labels: Labels, posterior: Gaussian
+        self, features: Tensor, labels: Labels, posterior: Gaussian | None
     ) -> tuple[Tensor, Tensor | None]:
         """Gradient of the negative log-likelihood at h that ``rule="likelihood"`` takes.
 
         Returns:
-            for a loss of factor one, ``[N, K, d]``; and its ratio to that of the loss, ``[N, K]``,
-            ``None`` where that is one.
+            for a loss of factor one, ``[N, K, d]``; and its ratio to that of the loss, ``[N, K]``
+            or ``[1, K]``, ``None`` where that is one.
         """
 
     def gradients(
         self,
         features: Tensor,
         labels: Labels,
-        posterior: Gaussian,
+        posterior: Gaussian | None,
         generator: torch.Generator,
         dtype: torch.dtype,
-        weighted: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`moments` under ``rule="likelihood"``; no variance unless ``weighted``."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As :meth:`moments` under ``rule="likelihood"``; no variance unless ``weighted``.
+
+        The third result is the ratio of :meth:`likelihood_gradient`.
+        """
         mean, ratio = self.likelihood_gradient(features, labels, posterior)
-        if not weighted:
-            return mean.to(dtype), None
+        if not self.weighted:
+            return mean.to(dtype), None, ratio
+        assert posterior is not None
         _, second = self.moments(features, labels, posterior, generator, False, dtype)
         if ratio is not None:
             second = second + 2 * ratio.log().to(dtype)[..., None]
-        return mean.to(dtype), second
+        return mean.to(dtype), second, ratio
 
     @abstractmethod
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
@@ -181,6 +189,10 @@ class Block(ABC):
         self, features: Tensor, labels: Labels, posterior: Gaussian, batch: Statistics
     ) -> None:
         """Update ``batch.extra`` now that the posterior of the step is known."""
+
+    def step_posterior(self, batch: Statistics) -> Gaussian | None:
+        """:meth:`posterior` for a step, ``None`` where its gradient does not depend on it."""
+        return self.posterior(batch)
 
     def posterior(self, batch: Statistics | None) -> Gaussian:
         """Isotropic prior, the last epoch's evidence and the batch's, as one Gaussian (Eq. 9)."""
@@ -228,10 +240,12 @@ class Block(ABC):
 
     def state(self) -> dict[str, Any]:
         """Plain tensors and dicts."""
-        return {
+        parts = (("full", self.full), ("running", self.running))
+        state: dict[str, Any] = {
             key: None if part is None else {n: t.clone() for n, t in part.tensors().items()}
-            for key, part in (("full", self.full), ("running", self.running))
+            for key, part in parts
         }
+        return state | {"noise": self.scale.state()}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Inverse of :meth:`state`.
@@ -248,6 +262,7 @@ class Block(ABC):
             part = {n: t.to(device, self.dtype) for n, t in part.items()}
             self._check_shapes(part)
             loaded[key] = Statistics.from_tensors(part)
+        self.scale.load(state["noise"], self.names, self.num_tasks, (device, self.dtype))
         self.full, self.running = loaded["full"], loaded["running"]
 
     def _check_shapes(self, part: dict[str, Tensor]) -> None:

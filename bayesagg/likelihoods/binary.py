@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from bayesagg.errors import LossError, TargetError
 from bayesagg.heads import BinaryHead, Head
-from bayesagg.likelihoods.base import Block
-from bayesagg.likelihoods.data import Labels, Observation, Statistics
+from bayesagg.likelihoods.classification import ClassificationBlock
+from bayesagg.likelihoods.data import Labels, Observation
 from bayesagg.likelihoods.labels import (
     check_shape,
     close,
@@ -25,7 +25,7 @@ from bayesagg.posterior import Gaussian, binary_statistics
 __all__ = ["BinaryBlock"]
 
 
-class BinaryBlock(Block):
+class BinaryBlock(ClassificationBlock):
     """All binary heads with the same kind of moments."""
 
     kind: ClassVar[str] = "binary"
@@ -89,12 +89,15 @@ class BinaryBlock(Block):
         zeros = torch.zeros(rows, head.num_tasks, dtype=self.dtype, device=device)
         return Labels(zeros, zeros, torch.ones_like(zeros[:1]), zeros.bool())
 
-    def statistics(self, features: Tensor, labels: Labels) -> Statistics:
-        """Quadratic expansion at the current head weights."""
-        precision, shift = binary_statistics(
+    def expansion(self, features: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """One Gaussian per output."""
+        return binary_statistics(
             features, labels.targets, labels.outputs, self.weights(features.device), labels.present
         )
-        return Statistics(precision, shift, self.label_count(labels), {})
+
+    def cross_entropy(self, labels: Labels) -> Tensor:
+        """Of every output."""
+        return F.binary_cross_entropy_with_logits(labels.outputs, labels.targets, reduction="none")
 
     def moments(
         self,
@@ -116,12 +119,10 @@ class BinaryBlock(Block):
             features, labels.targets, posterior, self.d, full, log=not full, dtype=dtype
         )
 
-    def likelihood_gradient(
-        self, features: Tensor, labels: Labels, posterior: Gaussian
-    ) -> tuple[Tensor, Tensor | None]:
-        """The ordinary gradient, at the current head weights."""
+    def point_gradient(self, labels: Labels, device: torch.device) -> Tensor:
+        """``(σ(z) - y) w``."""
         residual = torch.sigmoid(labels.outputs) - labels.targets
-        return residual[..., None] * self.weights(features.device)[:, : self.d], None
+        return residual[..., None] * self.weights(device)[:, : self.d]
 
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
         """Rows of the mean."""

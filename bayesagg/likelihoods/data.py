@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Labels", "Observation", "Statistics"]
+__all__ = ["Labels", "Observation", "Statistics", "total_over_labels"]
 
 
 @dataclass
@@ -168,3 +168,8 @@ class Statistics:
         }
         precision, shift, count = (tensors[n].clone() for n in ("precision", "shift", "count"))
         return Statistics(precision, shift, count, extra)
+
+
+def total_over_labels(values: Tensor, labels: Labels) -> Tensor:
+    """Sum of ``values``, ``[N, K]``, over the data that have a label, ``[K]``."""
+    return (values if labels.present is None else values * labels.present).sum(0)

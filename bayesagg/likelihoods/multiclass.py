@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from bayesagg.errors import HeadError, LossError, TargetError
 from bayesagg.heads import Head, MulticlassHead
-from bayesagg.likelihoods.base import Block
-from bayesagg.likelihoods.data import Labels, Observation, Statistics
+from bayesagg.likelihoods.classification import ClassificationBlock
+from bayesagg.likelihoods.data import Labels, Observation
 from bayesagg.likelihoods.labels import close, factor_of_targets, label_mask, tolerance
 from bayesagg.moments import log_variance, monte_carlo_moments, multiclass_moments
 from bayesagg.posterior import Gaussian, contrast_basis, multiclass_statistics
@@ -23,7 +23,7 @@ _TRAINING_NODES = 256  # of the cubature: more exact than Eq. 11 with J = 1024, 
 IGNORE_INDEX = -100
 
 
-class MulticlassBlock(Block):
+class MulticlassBlock(ClassificationBlock):
     """One or more multi-class heads with the same number of classes and kind of moments."""
 
     kind: ClassVar[str] = "multiclass"
@@ -33,16 +33,17 @@ class MulticlassBlock(Block):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.num_classes = self.heads[0].out_features
-        if self.parameters_per_task > _MAX_PARAMETERS:
-            gib = self.parameters_per_task**2 * 8 / 2**30
+        if self.has_posterior and self.weights_per_task > _MAX_PARAMETERS:
+            gib = self.weights_per_task**2 * 8 / 2**30
             raise HeadError(
                 f"task {self.names[0]!r}: the posterior of {self.num_classes} classes over "
                 f"{self.width} weights each is a dense matrix of {gib:.0f} GiB. Reduce the width "
-                f"of the shared representation or the number of classes."
+                f"of the shared representation or the number of classes, or use "
+                f"rule='likelihood' with s=0 and readout='gradient', which needs no posterior."
             )
 
     @property
-    def parameters_per_task(self) -> int:
+    def weights_per_task(self) -> int:
         """Contrasts times weights."""
         return (self.num_classes - 1) * self.width
 
@@ -136,8 +137,8 @@ class MulticlassBlock(Block):
         none = torch.zeros(rows, 1, dtype=torch.bool, device=device)
         return Labels(zeros, zeros, torch.ones_like(zeros[:1, :, 0]), none)
 
-    def statistics(self, features: Tensor, labels: Labels) -> Statistics:
-        """Quadratic expansion at the current head weights, per task."""
+    def expansion(self, features: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """One Gaussian per task, over all contrasts."""
         weights = self.weights(features.device).unflatten(0, (self.num_tasks, self.num_classes))
         parts = [
             multiclass_statistics(
@@ -151,7 +152,11 @@ class MulticlassBlock(Block):
         ]
         precision = torch.stack([p[0] for p in parts]) if len(parts) > 1 else parts[0][0][None]
         shift = torch.stack([p[1] for p in parts])
-        return Statistics(precision, shift, self.label_count(labels), {})
+        return precision, shift
+
+    def cross_entropy(self, labels: Labels) -> Tensor:
+        """Of every task."""
+        return -(labels.targets * labels.outputs.log_softmax(2)).sum(2)
 
     def moments(
         self,
@@ -198,14 +203,12 @@ class MulticlassBlock(Block):
         mean, second = mean[:, 0], second[:, 0]
         return (mean, second) if full else (mean.to(dtype), log_variance(second, dtype))
 
-    def likelihood_gradient(
-        self, features: Tensor, labels: Labels, posterior: Gaussian
-    ) -> tuple[Tensor, Tensor | None]:
-        """The ordinary gradient, at the current head weights."""
+    def point_gradient(self, labels: Labels, device: torch.device) -> Tensor:
+        """``Wᵀ (p - y)``."""
         residual = torch.softmax(labels.outputs, dim=2) - labels.targets
-        weights = self.weights(features.device)[:, : self.d]
+        weights = self.weights(device)[:, : self.d]
         weights = weights.unflatten(0, (self.num_tasks, self.num_classes))
-        return torch.einsum("nkc,kcd->nkd", residual, weights), None
+        return torch.einsum("nkc,kcd->nkd", residual, weights)
 
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
         """Contrasts back to classes; the common mode, which no output depends on, is zero."""

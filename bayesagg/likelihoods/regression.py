@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bayesagg.errors import CheckpointError, LossError
+from bayesagg.errors import LossError
 from bayesagg.heads import Head, RegressionHead
 from bayesagg.likelihoods.base import Block
-from bayesagg.likelihoods.data import Labels, Observation, Statistics
+from bayesagg.likelihoods.data import Labels, Observation, Statistics, total_over_labels
 from bayesagg.likelihoods.labels import (
     check_shape,
     close,
@@ -22,8 +22,6 @@ from bayesagg.moments import leave_one_out_residuals, regression_moments, studen
 from bayesagg.posterior import Gaussian, regression_statistics
 
 __all__ = ["RegressionBlock"]
-
-_DECAY = 0.9  # of the running mean of squared residuals that is the learned noise variance
 
 
 class RegressionBlock(Block):
@@ -37,8 +35,6 @@ class RegressionBlock(Block):
         super().__init__(*args)
         self.learns_noise = any(head.noise_variance == "learned" for head in self.heads)
         self.one_noise = len({head.noise_variance for head in self.heads}) == 1
-        # Exponential sum of squared residuals and of the weights in it, per task, [2, K].
-        self._noise: Tensor | None = None
         self._tau2 = torch.ones(self.num_tasks, dtype=self.dtype)  # of the last posterior
 
     def read_labels(self, name: str, head: Head, observed: Observation) -> Labels:
@@ -91,7 +87,10 @@ class RegressionBlock(Block):
         if self.learns_noise:
             point = (labels.outputs - labels.targets).square()
             level = labels.targets.square()
-            extra = {"residual": _total(point, labels), "level": _total(level, labels)}
+            extra = {
+                "residual": total_over_labels(point, labels),
+                "level": total_over_labels(level, labels),
+            }
         return Statistics(precision, shift, self.label_count(labels), extra)
 
     def refine(
@@ -104,11 +103,11 @@ class RegressionBlock(Block):
         """
         if self.learns_noise and self.rule == "likelihood":
             r = leave_one_out_residuals(features, labels.targets, posterior)
-            batch.extra["residual"] = _total(r.square(), labels)
+            batch.extra["residual"] = total_over_labels(r.square(), labels)
         elif self.learns_noise:
             r = features @ posterior.mean.mT - labels.targets
             v = (features @ posterior.whitener.mT).square().sum(-1).mT
-            batch.extra["residual"] = _total(r.square() + v, labels)
+            batch.extra["residual"] = total_over_labels(r.square() + v, labels)
 
     def noise_variance(self, device: torch.device, batch: Statistics | None = None) -> Tensor:
         """τ² of every task, ``[K]``; a learned one is at first that of the batch itself."""
@@ -117,9 +116,7 @@ class RegressionBlock(Block):
         learned = torch.ones(self.num_tasks, dtype=self.dtype, device=device)
         if batch is not None:
             learned = torch.where(batch.count > 0, _mean_square(batch), learned)
-        if self._noise is not None:
-            total, weight = self._noise
-            learned = torch.where(weight > 0, total / weight, learned)
+        learned = self.scale.mean(otherwise=learned)
         for name, head in zip(self.names, self.heads, strict=True):
             if head.noise_variance != "learned":
                 learned[self.slices[name]] = float(head.noise_variance)
@@ -156,45 +153,22 @@ class RegressionBlock(Block):
         )
 
     def likelihood_gradient(
-        self, features: Tensor, labels: Labels, posterior: Gaussian
+        self, features: Tensor, labels: Labels, posterior: Gaussian | None
     ) -> tuple[Tensor, Tensor | None]:
         """Student-t likelihood, under the posterior without the datum itself."""
+        assert posterior is not None
         return student_gradient(features, labels.targets, posterior, self.d, self._tau2)
 
     def commit(self, batch: Statistics) -> None:
         """Also move the running mean of squared residuals."""
         if self.learns_noise:
-            seen = batch.count > 0
-            new = torch.stack([_mean_square(batch), torch.ones_like(batch.count)])
-            old = torch.zeros_like(new) if self._noise is None else self._noise
-            self._noise = torch.where(seen, _DECAY * old + (1 - _DECAY) * new, old)
+            self.scale.update(_mean_square(batch), batch.count > 0)
             batch.extra = {}
         super().commit(batch)
 
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
         """Rows of the mean."""
         return {name: posterior.mean[part] for name, part in self.slices.items()}
-
-    def state(self) -> dict[str, Any]:
-        """With the noise estimate."""
-        noise = None if self._noise is None else self._noise.clone()
-        return {**super().state(), "noise": noise}
-
-    def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """With the noise estimate."""
-        noise = state["noise"]
-        if noise is not None and tuple(noise.shape) != (2, self.num_tasks):
-            raise CheckpointError(
-                f"tasks {', '.join(map(repr, self.names))}: the checkpoint's noise estimate has "
-                f"shape {tuple(noise.shape)}; it was saved from other heads."
-            )
-        super().load(state, device)
-        self._noise = None if noise is None else noise.to(device, self.dtype, copy=True)
-
-
-def _total(values: Tensor, labels: Labels) -> Tensor:
-    """Sum over the data with a label, ``[K]``."""
-    return (values if labels.present is None else values * labels.present).sum(0)
 
 
 def _mean_square(batch: Statistics) -> Tensor:

@@ -42,6 +42,6 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
 SOURCE = Source(
     title="MNIST, one against the rest",
     load=load,
-    settings=TrainSettings(epochs=20, batch_size=128),
+    settings=TrainSettings(epochs=20, batch_size=128, learning_rate=4e-3),
     preset="cifar_mtl",
 )

@@ -55,5 +55,8 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
 
 
 SOURCE = Source(
-    title="NHEFS", load=load, settings=TrainSettings(epochs=40, batch_size=64), preset="utkface"
+    title="NHEFS",
+    load=load,
+    settings=TrainSettings(epochs=40, batch_size=64, learning_rate=2e-3),
+    preset="utkface",
 )

@@ -68,7 +68,7 @@ def _inputs(table: pd.DataFrame) -> pd.DataFrame:
 SOURCE = Source(
     title="ChestX-ray14 labels",
     load=load,
-    settings=TrainSettings(epochs=10, batch_size=256),
+    settings=TrainSettings(epochs=10, batch_size=256, learning_rate=2e-3),
     preset="chestxray14",
     size=_PATIENTS,
     size_name="patients",

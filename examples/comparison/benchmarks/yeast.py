@@ -34,5 +34,8 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
 
 
 SOURCE = Source(
-    title="Yeast", load=load, settings=TrainSettings(epochs=40, batch_size=64), preset="chestxray14"
+    title="Yeast",
+    load=load,
+    settings=TrainSettings(epochs=40, batch_size=64, learning_rate=2e-3),
+    preset="chestxray14",
 )
