@@ -38,8 +38,9 @@ test: $(VENV)/installed-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m mkdocs build --strict
 	$(PY) -m pytest $(PYTEST_ARGS)
+# After the tests, which execute the notebooks side by side: the site shows those copies.
+	$(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -73,7 +74,7 @@ $(VENV)/ready:
 	@pwd > $@
 
 $(VENV)/installed-examples: EXTRAS := examples
-$(VENV)/installed-docs: EXTRAS := docs
+$(VENV)/installed-docs: EXTRAS := examples,docs
 $(VENV)/installed-test: EXTRAS := examples,test,docs
 
 $(VENV)/installed-%: pyproject.toml $(VENV)/ready

@@ -34,7 +34,7 @@ from examples.comparison.pipeline import (
 )
 from examples.comparison.runs import Data, load
 from examples.comparison.store import Store
-from examples.data import DataUnavailableError
+from examples.data import DATA_VARIABLE, DataUnavailableError
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,19 +77,27 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         """settings of another method, as in '{"method": "uw", "rate": 10}'; may be repeated""",
     )
     for name in ("molecules", "patients"):
-        source = next(s for s in SOURCES.values() if s.size_name == name)
-        low, high = source.size_range
+        sources = {key: s for key, s in SOURCES.items() if s.size_name == name}
+        low, high = next(iter(sources.values())).size_range
+        sizes = ", ".join(f"{source.size} for {key}" for key, source in sources.items())
         parser.add_argument(
             f"--{name}",
             type=whole(low, high),
             metavar="N",
-            help=f"{name}, chosen at random, {low} to {high} (default: {source.size})",
+            help=f"{name}, chosen at random, {low} to {high} (default: {sizes})",
         )
     parser.add_argument(
         "--train-size",
         type=whole(10),
         metavar="N",
         help="use N data of the training part (default: all of it)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="FOLDER",
+        help=f"downloaded data sets, a subfolder each, in place of the environment variable "
+        f"{DATA_VARIABLE} (default: what packages ship)",
     )
 
 
@@ -109,10 +117,18 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="methods that keep their default settings while the others are tuned",
     )
-    add("--epochs", whole(1), None, "epochs of each training (default: the benchmark's)")
-    add("--warmup-epochs", whole(0), 1, "of them, at first, linear scalarization (default: 1)")
-    add("--batch-size", whole(2), None, "data per step (default: the benchmark's)")
-    add("--learning-rate", float, None, "default learning rate (default: the benchmark's)")
+    parser.add_argument(
+        "--protocol",
+        choices=("small", "paper"),
+        default="small",
+        help="default settings and size: those for a small machine, or the paper's "
+        "(default: small); the options below override single ones",
+    )
+    add("--epochs", whole(1), None, "epochs of each training (default: the protocol's)")
+    text = "of them, at first, linear scalarization (default: the protocol's; 1 for small)"
+    add("--warmup-epochs", whole(0), None, text)
+    add("--batch-size", whole(2), None, "data per step (default: the protocol's)")
+    add("--learning-rate", float, None, "default learning rate (default: the protocol's)")
     add("--clip-norm", float, None, "largest norm of the gradient (default: no clipping)")
     add("--jobs", whole(1), min(4, os.cpu_count() or 1), "processes (default: cores, at most 4)")
     parser.add_argument(
@@ -138,6 +154,17 @@ def _check_size(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not a positive number")
+    if options.protocol == "paper" and source.paper is None:
+        known = ", ".join(key for key, s in SOURCES.items() if s.paper is not None)
+        parser.error(
+            f"argument --protocol: the paper has no {options.benchmark}; its settings are "
+            f"known for: {known}"
+        )
+    if options.data_dir is not None:
+        if not options.data_dir.is_dir():
+            parser.error(f"argument --data-dir: there is no folder '{options.data_dir}'")
+        # Where worker processes find it too.
+        os.environ[DATA_VARIABLE] = str(options.data_dir.resolve())
     if options.output is None:
         options.output = Path("output/compare") / options.benchmark
 
@@ -156,10 +183,14 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
         "pretrain_epochs": options.warmup_epochs,
     }
     size = getattr(options, source.size_name) if source.size_name else None
+    settings, default_size = source.settings, source.size
+    if options.protocol == "paper":
+        assert source.paper is not None
+        settings, default_size = source.paper, source.paper_size or source.size
     return Plan(
-        data=Data(options.benchmark, size or source.size, options.train_size),
+        data=Data(options.benchmark, size or default_size, options.train_size),
         methods=chosen,
-        training=replace(source.settings, **{k: v for k, v in given.items() if v is not None}),
+        training=replace(settings, **{k: v for k, v in given.items() if v is not None}),
         seeds=options.seeds,
         trials=options.trials,
         search_seeds=options.search_seeds,

@@ -136,7 +136,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def _describe(options: argparse.Namespace, settings: TrainSettings) -> dict[str, Any]:
     """Every setting that all runs share, for the record."""
     shared = asdict(settings)
-    del shared["seed"]  # of each run
+    # The seed is of each run; the others are described in words below.
+    for name in ("seed", "schedule", "selection", "patience"):
+        del shared[name]
     return {
         "data": "QM9, geometric descriptors",
         "molecules": options.molecules,

@@ -1,15 +1,15 @@
 """One training loop for every method: what differs between methods is the update.
 
 An update takes the losses of a batch and changes the parameters. Data, order of batches, schedule,
-warm-up, gradient clipping and the epoch that is evaluated (the last) are the same for all, so that
-no method of a comparison has them to itself.
+warm-up, gradient clipping and the rule for the epoch that is evaluated are the same for all, so
+that no method of a comparison has them to itself.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -20,9 +20,11 @@ from torch.nn import functional as F
 
 from examples.data import MultiTaskData, Split
 from examples.models import MultiTaskNet, SingleTaskNets
+from examples.schedule import SCHEDULES, SELECTIONS, Schedule, Selection
 
 Losses = dict[str, Tensor]
 Criterion = Callable[[Any, Tensor], Losses]
+Scores = Callable[[], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,18 @@ class TrainSettings:
         epochs: Passes over the training part.
         pretrain_epochs: How many of them, at first, minimise the sum of the losses.
         batch_size: Data per step.
-        learning_rate: Adam's, at the first step; it follows half a cosine to 0 at the last.
+        learning_rate: Adam's, at the first step.
         weight_decay: Adam's, a multiple of the parameters that is added to their gradient.
         clip_norm: Largest norm of the gradient of all parameters together; ``None``: no clipping.
         seed: Seed of the weights and of the order of the batches.
+        schedule: Of the learning rate. ``cosine``: half a cosine to 0 at the last step; ``steps``:
+            times 0.1 after 60 % and 80 % of the epochs; ``plateau``: times 0.7, down to 1e-5, after
+            more than 5 epochs in which the validation score was not lower than before.
+        selection: Which epoch is evaluated: the ``last``, or the ``best`` by validation score.
+        patience: Stop after so many epochs without a lower score; ``None``: never.
+
+    Raises:
+        ValueError: If ``schedule`` or ``selection`` is none of these, or ``patience`` below 1.
     """
 
     epochs: int = 30
@@ -46,6 +56,22 @@ class TrainSettings:
     weight_decay: float = 0.0
     clip_norm: float | None = None
     seed: int = 0
+    schedule: str = "cosine"
+    selection: str = "last"
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("schedule", SCHEDULES), ("selection", SELECTIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is at least 1 epoch, not {self.patience}")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the validation part is looked at after each epoch."""
+        return self.schedule == "plateau" or self.selection == "best" or self.patience is not None
 
     def steps_per_epoch(self, data: TrainingData) -> int:
         """Optimizer steps in an epoch; the last batch may be smaller."""
@@ -96,16 +122,19 @@ class History:
     """What a training leaves besides the model.
 
     Attributes:
-        seconds: Wall time of the whole training.
+        seconds: Wall time of all epochs, without the validation after them.
         seconds_per_step: Median over the epochs (after the first ones, which minimise the sum of
             losses for every method) of the mean time of a step, in seconds.
         weights: Mean task weights of each epoch as shares that sum to 1, ``(epochs, K)``; rows are
             empty for a method without weights.
+        evaluated: Epoch whose parameters the model has, counted from 1; of each network, where they
+            are independent.
     """
 
     seconds: float
     seconds_per_step: float
     weights: list[list[float]]
+    evaluated: list[int]
 
 
 def train(
@@ -115,6 +144,7 @@ def train(
     criterion: Criterion,
     settings: TrainSettings,
     on_epoch: Callable[[], None] = lambda: None,
+    scores: Scores | None = None,
 ) -> History:
     """Train ``model`` in place.
 
@@ -125,42 +155,66 @@ def train(
         criterion: Maps what the model returns and targets ``(B, K)`` to a loss per task.
         settings: What all methods share.
         on_epoch: Called after each epoch, for a progress bar.
+        scores: Validation score of each task for the model as it is, the lower the better: a
+            logarithm, so that a difference is a relative change. Called after each epoch by
+            settings that need it.
 
     Returns:
         Times and task weights.
 
     Raises:
-        DivergedError: If a loss is not finite at the end of an epoch.
+        DivergedError: If a loss is not finite at the end of an epoch, or no score ever is.
+        ValueError: If the settings need scores and there are none.
     """
+    if settings.needs_scores and scores is None:
+        raise ValueError("these settings need the validation scores of the tasks: pass scores=")
     steps = settings.steps_per_epoch(data)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-        update.optimizer, T_max=settings.epochs * steps
-    )
+    schedule, selection = Schedule(settings, update.optimizer, steps), Selection(settings, model)
     generator = torch.Generator().manual_seed(settings.seed)
     seconds: list[float] = []
     weights: list[list[float]] = []
-    model.train()
     for _ in range(settings.epochs):
         start = time.perf_counter()
-        shares: list[Tensor] = []
+        model.train()
         order = torch.randperm(len(data.train), generator=generator)
-        for rows in order.split(settings.batch_size):
-            x, y = data.train.batch(rows)
-            losses = criterion(model(x), y)
-            update.step(losses)
-            update.after_step(lambda x=x, y=y: criterion(model(x), y))
-            scheduler.step()
-            step_weights = update.task_weights()
-            if step_weights is not None:
-                shares.append(step_weights / step_weights.sum())
-        for task, loss in losses.items():
-            if not loss.isfinite():
-                raise DivergedError(f"the loss of {task} is {loss.item()}")
+        batches = order.split(settings.batch_size)
+        weights.append(_epoch(model, update, data, criterion, batches, schedule))
         seconds.append(time.perf_counter() - start)
-        weights.append(torch.stack(shares).mean(0).tolist() if shares else [])
+        found = scores() if scores and settings.needs_scores else None
+        schedule.after_epoch(found)
         on_epoch()
+        if selection.after_epoch(found):
+            break
+    evaluated = selection.restore()
+    if 0 in evaluated:
+        raise DivergedError("the validation score of no epoch is a number")
     measured = seconds[settings.pretrain_epochs :] or seconds
-    return History(sum(seconds), median(measured) / steps, weights)
+    return History(sum(seconds), median(measured) / steps, weights, evaluated)
+
+
+def _epoch(
+    model: nn.Module,
+    update: Update,
+    data: TrainingData,
+    criterion: Criterion,
+    batches: Sequence[Tensor],
+    schedule: Schedule,
+) -> list[float]:
+    """Step on each batch of rows; returns the mean task weights, empty without weights."""
+    shares: list[Tensor] = []
+    for rows in batches:
+        x, y = data.train.batch(rows)
+        losses = criterion(model(x), y)
+        update.step(losses)
+        update.after_step(lambda x=x, y=y: criterion(model(x), y))
+        schedule.after_step()
+        step_weights = update.task_weights()
+        if step_weights is not None:
+            shares.append(step_weights / step_weights.sum())
+    for task, loss in losses.items():
+        if not loss.isfinite():
+            raise DivergedError(f"the loss of {task} is {loss.item()}")
+    return torch.stack(shares).mean(0).tolist() if shares else []
 
 
 def mean_squared_errors(tasks: tuple[str, ...]) -> Criterion:

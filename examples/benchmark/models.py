@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from examples.benchmark.shapes import Shape, Task
+from examples.message_passing import EDGE_FEATURES, NODE_FEATURES, MessagePassing
 
-NODE_FEATURES, EDGE_FEATURES = 11, 5
 MIN_ATOMS, MAX_ATOMS = 12, 24
 
 
@@ -122,33 +122,6 @@ def _resnet(name: str, pixels: int) -> Callable[[Shape], tuple[nn.Module, Tensor
         return nn.Sequential(resnet, nn.ELU()), images
 
     return build
-
-
-class MessagePassing(nn.Module):
-    """Three rounds of edge-conditioned messages and a GRU, then Set2Set pooling.
-
-    The network of Gilmer et al. (2017) with the pooling of Vinyals et al. (2016), as the paper
-    uses it for QM9: dim 64, a hidden layer of 128 in the edge network.
-    """
-
-    def __init__(self, dim: int, geometric: ModuleType) -> None:
-        super().__init__()
-        self.embed = nn.Linear(NODE_FEATURES, dim)
-        edge = nn.Sequential(nn.Linear(EDGE_FEATURES, 128), nn.ReLU(), nn.Linear(128, dim * dim))
-        self.message = geometric.NNConv(dim, dim, edge, aggr="mean")
-        self.update = nn.GRU(dim, dim)
-        self.pool = geometric.Set2Set(dim, processing_steps=3)
-        self.readout = nn.Linear(2 * dim, dim)
-
-    def forward(self, graphs: Any) -> Tensor:
-        """Features (B, dim) of a batch of B graphs."""
-        nodes = torch.relu(self.embed(graphs.x))
-        state = nodes.unsqueeze(0)
-        for _ in range(3):
-            messages = torch.relu(self.message(nodes, graphs.edge_index, graphs.edge_attr))
-            updated, state = self.update(messages.unsqueeze(0), state)
-            nodes = updated.squeeze(0)
-        return torch.relu(self.readout(self.pool(nodes, graphs.batch)))
 
 
 def _mpnn(shape: Shape) -> tuple[nn.Module, Any]:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from examples.comparison.networks import mlp, single_task
-from examples.comparison.tasks import Outputs, Task
+from examples.comparison.tasks import Outputs, Task, measure, primary
 from examples.data import DataUnavailableError, Split
 from examples.training import Part, TrainSettings
 
 _CLIP = 6.0  # standard deviations: rare columns would give inputs of 100
-_CHUNK = 4096  # data at once in evaluation
+_CHUNK = 4096  # data at once in evaluation, where the part has no number of its own
+_SMALLEST = 1e-12  # a metric of 0 has no logarithm
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,14 @@ class Source:
         title: Name in tables and figures.
         load: Reads the data: takes the size (``None``: the default) and the largest number of
             training data (``None``: all).
-        settings: Default settings of the training.
+        settings: Default settings of the training, for small machines.
+        paper: The paper's settings, with ``--protocol paper``; ``None``: it has none for this.
+        paper_size: The paper's size, with ``--protocol paper``; ``None``: the default size.
         preset: Entry of :data:`bayesagg.presets.PAPER` for the paper's arm.
         size: Default size.
         size_name: What the size counts; empty where it cannot be chosen.
         size_range: Smallest and largest size.
+        code: Modules that results depend on, besides that of ``load`` and the shared ones.
     """
 
     title: str
@@ -81,19 +87,39 @@ class Source:
     size: int | None = None
     size_name: str = ""
     size_range: tuple[int, int] = (0, 0)
+    paper: TrainSettings | None = None
+    paper_size: int | None = None
+    code: tuple[ModuleType, ...] = ()
 
 
 @torch.no_grad()
 def predict(model: nn.Module, part: Part) -> tuple[Outputs, Tensor]:
-    """Outputs by head in evaluation mode, and the targets, of a whole part."""
+    """Outputs by head in evaluation mode, and the targets, of a whole part.
+
+    A part of large data says by an attribute ``chunk`` how many of them to take at once.
+    """
     model.eval()
     outputs: list[Outputs] = []
     targets: list[Tensor] = []
-    for rows in torch.arange(len(part)).split(_CHUNK):
+    for rows in torch.arange(len(part)).split(getattr(part, "chunk", _CHUNK)):
         x, y = part.batch(rows)
         outputs.append(model(x))
         targets.append(y)
     return {name: torch.cat([o[name] for o in outputs]) for name in outputs[0]}, torch.cat(targets)
+
+
+def validation_scores(model: nn.Module, data: Benchmark) -> list[float]:
+    """Logarithm of each task's metric on the validation part, negative where higher is better.
+
+    A difference between two epochs is the relative change of the metric, the lower the better; the
+    mean over tasks is Δm with the geometric mean in place of the arithmetic one. The single-task
+    models, which Δm divides by, are a constant in it, so that no run waits for another's result.
+    """
+    measured = measure(data.tasks, *predict(model, data.val), data.scale)
+    return [
+        (-1 if task.higher_is_better else 1) * math.log(max(value, _SMALLEST))
+        for task, value in zip(data.tasks, primary(data.tasks, measured), strict=True)
+    ]
 
 
 def package_file(package: str, name: str, requirement: str) -> Path:

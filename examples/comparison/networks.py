@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -96,6 +96,14 @@ class IndependentNets(nn.Module):
 
     def network_gradients(self) -> list[list[Tensor]]:
         """Gradients of each network, as views."""
+        return self._by_network(lambda parameter: parameter.grad)
+
+    def network_tensors(self) -> list[list[Tensor]]:
+        """Parameters of each network, as views."""
+        return self._by_network(lambda parameter: parameter.detach())
+
+    def _by_network(self, part: Callable[[nn.Parameter], Tensor | None]) -> list[list[Tensor]]:
+        """Slices that belong to each network, of what ``part`` takes from a stacked parameter."""
         result: list[list[Tensor]] = [[] for _ in range(self.count)]
         shared = [(slice(0, self.count), p) for p in self.layers.parameters()]
         own = [
@@ -104,9 +112,10 @@ class IndependentNets(nn.Module):
             for p in self.heads[name].parameters()
         ]
         for which, parameter in shared + own:
-            if parameter.grad is not None:
-                for k, gradient in enumerate(parameter.grad.unbind(), which.start):
-                    result[k].append(gradient)
+            stacked = part(parameter)
+            if stacked is not None:
+                for k, own in enumerate(stacked.unbind(), which.start):
+                    result[k].append(own)
         return result
 
 

@@ -17,6 +17,12 @@ from examples.jobs import run_jobs
 from examples.training import TrainSettings
 
 AGAINST = ("ls", "si")
+_SCHEDULES = {
+    "cosine": "cosine to 0",
+    "steps": "x 0.1 after 60 % and 80 % of the epochs",
+    "plateau": "x 0.7 after more than 5 epochs without a lower validation score, down to 1e-5",
+}
+_EVALUATED = {"last": "last epoch", "best": "epoch with the lowest validation score"}
 
 
 @dataclass(frozen=True)
@@ -214,8 +220,9 @@ def shared_settings(plan: Plan) -> dict[str, Any]:
         "data": data.version,
         "network": data.network,
         "optimizer": "Adam",
-        "schedule": "cosine to 0",
-        "evaluated": "last epoch",
+        "schedule": _SCHEDULES[plan.training.schedule],
+        "evaluated": _EVALUATED[plan.training.selection],
+        **({"patience": plan.training.patience} if plan.training.patience else {}),
         "epochs": plan.training.epochs,
         "pretrain_epochs": plan.training.pretrain_epochs,
         "batch_size": plan.training.batch_size,

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import nn
 import bayesagg
 from bayesagg.errors import BayesAggError
 from examples import methods as updates
-from examples import models, training
+from examples import models, schedule, training
 from examples.comparison import benchmark as benchmark_module
 from examples.comparison import networks, tasks
-from examples.comparison.benchmark import Benchmark, predict
+from examples.comparison.benchmark import Benchmark, predict, validation_scores
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import SINGLE_TASK, Method
 from examples.comparison.tasks import criterion, measure, primary
@@ -127,8 +127,9 @@ def code_version(job: Job) -> str:
 
     The files that list methods or benchmarks are no part of it: a new arm leaves results valid.
     """
-    shared = (training, updates, models, tasks, networks, benchmark_module)
-    modules = [*shared, inspect.getmodule(SOURCES[job.data.benchmark].load)]
+    shared = (training, schedule, updates, models, tasks, networks, benchmark_module)
+    source = SOURCES[job.data.benchmark]
+    modules = [*shared, *source.code, inspect.getmodule(source.load)]
     modules += [inspect.getmodule(cls) for cls in job.method.update.__mro__[:-1]]
     files = {Path(inspect.getfile(module)) for module in modules if module is not None}
     if issubclass(job.method.update, BayesAggregation):
@@ -146,7 +147,7 @@ def _hash_files(files: tuple[Path, ...]) -> str:
 
 
 def run_job(job: Job, tick: Tick) -> Run:
-    """Train, and evaluate at the last epoch; the test part only where it is asked for."""
+    """Train and evaluate; the test part only where it is asked for."""
     data, content = load(job.data), identity(job)
     torch.manual_seed(job.settings.seed)
     model = data.single_task() if job.name == SINGLE_TASK else data.model()
@@ -155,7 +156,8 @@ def run_job(job: Job, tick: Tick) -> Run:
     try:
         steps = job.settings.steps_per_epoch(data)
         update = job.method.update(model, job.settings, steps, **job.method.settings)
-        history = train(model, update, data, criterion(data.tasks), job.settings, tick)
+        scores = partial(validation_scores, model, data)
+        history = train(model, update, data, criterion(data.tasks), job.settings, tick, scores)
         result |= _evaluate(model, data, job.final)
     except (ArithmeticError, BayesAggError, torch.linalg.LinAlgError) as error:
         result["failure"] = f"{type(error).__name__}: {error}"

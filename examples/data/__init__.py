@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DATA_VARIABLE = "BAYESAGG_DATA"  # folder of downloaded data sets, one subfolder each
+
 
 class DataUnavailableError(RuntimeError):
     """The data set is not on this computer; the message says how to get it."""

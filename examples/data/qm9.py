@@ -62,10 +62,13 @@ TOTAL_MOLECULES = 130_831
 _CLIP = 6.0  # standard deviations: rare pairs of elements (F-F) would give inputs of 100
 
 
-def read_frame() -> pd.DataFrame:
+def read_frame(*more: str) -> pd.DataFrame:
     """Read the molecules and targets that ``qm9pack`` ships.
 
     The files are read by path because importing the package needs an old setuptools.
+
+    Args:
+        more: Other columns to read, such as ``SMILES``.
 
     Returns:
         130,831 rows: ``Elements`` and ``XYZ_Ang`` as text, and the target columns.
@@ -81,7 +84,7 @@ def read_frame() -> pd.DataFrame:
             "get it with: pip install qm9pack==1.0.3 (a 104 MB download)"
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "data"
-    columns = ["Elements", "XYZ_Ang", *(target.column for target in TARGETS)]
+    columns = ["Elements", "XYZ_Ang", *more, *(target.column for target in TARGETS)]
     try:
         parts = [pd.read_csv(folder / f"qm9_part{i}.csv", usecols=columns) for i in (1, 2, 3)]
     except FileNotFoundError as error:

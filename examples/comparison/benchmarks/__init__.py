@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from examples.comparison.benchmark import Source
-from examples.comparison.benchmarks import mnist, nhefs, nih, qm9, yeast
+from examples.comparison.benchmarks import mnist, nhefs, nih, qm9, qm9_mpnn, yeast
 
 SOURCES: dict[str, Source] = {
     "qm9": qm9.SOURCE,
+    "qm9-mpnn": qm9_mpnn.SOURCE,
+    "qm9-mpnn-bonds": qm9_mpnn.BONDS,
     "mnist": mnist.SOURCE,
     "yeast": yeast.SOURCE,
     "nhefs": nhefs.SOURCE,

@@ -1,0 +1,1 @@
+"""A notebook for each benchmark of the paper."""
