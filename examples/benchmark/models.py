@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples import image_models
 from examples.benchmark.shapes import Shape, Task
 from examples.message_passing import EDGE_FEATURES, NODE_FEATURES, MessagePassing
 
@@ -104,22 +105,14 @@ def _mlp(shape: Shape) -> tuple[nn.Module, Tensor]:
 
 
 def _cnn(shape: Shape) -> tuple[nn.Module, Tensor]:
-    """Three times convolution, ELU and 3×3 max-pooling (32 → 10 → 3 → 1), batch norm at last."""
-    layers: list[nn.Module] = []
-    for channels in (3, shape.dim, shape.dim):
-        conv = nn.Conv2d(channels, shape.dim, 3, padding=1, padding_mode="reflect")
-        layers += [conv, nn.ELU(), nn.MaxPool2d(3)]
-    backbone = nn.Sequential(*layers, nn.BatchNorm2d(shape.dim), nn.Flatten())
-    return backbone, torch.randn(shape.step_batch, 3, 32, 32)
+    return image_models.cnn(shape.dim), torch.randn(shape.step_batch, 3, 32, 32)
 
 
 def _resnet(name: str, pixels: int) -> Callable[[Shape], tuple[nn.Module, Tensor]]:
     def build(shape: Shape) -> tuple[nn.Module, Tensor]:
-        models = _import("torchvision.models", "torchvision", shape.name)
-        resnet = getattr(models, name)(weights=None)
-        resnet.fc = nn.Linear(512, shape.dim)
-        images = torch.randn(shape.step_batch, 3, pixels, pixels)
-        return nn.Sequential(resnet, nn.ELU()), images
+        _import("torchvision.models", "torchvision", shape.name)
+        network = image_models.resnet(name, shape.dim)
+        return network, torch.randn(shape.step_batch, 3, pixels, pixels)
 
     return build
 

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from examples.comparison.benchmark import Source
-from examples.comparison.benchmarks import mnist, nhefs, nih, qm9, qm9_mpnn, yeast
+from examples.comparison.benchmarks import (
+    chestxray14,
+    cifar_mtl,
+    mnist,
+    nhefs,
+    nih,
+    qm9,
+    qm9_mpnn,
+    utkface,
+    yeast,
+)
 
 SOURCES: dict[str, Source] = {
     "qm9": qm9.SOURCE,
@@ -13,4 +23,7 @@ SOURCES: dict[str, Source] = {
     "yeast": yeast.SOURCE,
     "nhefs": nhefs.SOURCE,
     "nih": nih.SOURCE,
+    "cifar-mtl": cifar_mtl.SOURCE,
+    "chestxray14": chestxray14.SOURCE,
+    "utkface": utkface.SOURCE,
 }

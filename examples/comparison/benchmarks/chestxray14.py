@@ -1,0 +1,94 @@
+"""ChestX-ray14: 14 findings from an X-ray image of the chest."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from examples import image_models
+from examples.comparison.benchmark import Benchmark, Source
+from examples.comparison.images import image_benchmark
+from examples.comparison.tasks import Task
+from examples.data import chestxray14
+from examples.data.folder import content_digest, data_folder, listing_digest
+from examples.data.images import (
+    ImageFiles,
+    Transform,
+    compose,
+    resized,
+    torchvision_transforms,
+)
+from examples.training import TrainSettings
+
+_NETWORK, _WIDTH = "resnet34", 256
+_SIZE, _CROP = 256, 224  # pixels
+_ALL_PATIENTS = 30_805
+
+
+def load(patients: int | None = None, max_train: int | None = None) -> Benchmark:
+    """Read table and lists; the official test part, the rest split by patient 7 : 1.
+
+    Images are read when needed. The network starts from ImageNet's weights where they are at hand.
+
+    Raises:
+        DataUnavailableError: If a file is not in the data folder, or there is no torchvision.
+        DataFileError: If the table or the lists are not what they should be.
+    """
+    data = chestxray14.read(patients, seed=0)
+    train, val, test = chestxray14.parts(data, seed=0)
+    v2 = torchvision_transforms()
+    weights = image_models.imagenet_weights(_NETWORK)
+    grey = chestxray14.reader(data.names)
+    # What timm's create_transform makes of color_jitter=0.4, re_prob=0.25, re_mode="pixel".
+    steps = [
+        v2.RandomResizedCrop(_CROP),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(0.4, 0.4, 0.4),
+    ]
+    erase = v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
+    augment = compose(v2, steps, normalise=True, last=erase)
+    plain = compose(v2, [v2.CenterCrop(_CROP)], normalise=True)
+
+    def read(place: int) -> Tensor:
+        return resized(grey(place), _SIZE)
+
+    def part(rows: Tensor, transform: Transform) -> ImageFiles:
+        return ImageFiles(read, rows, data.findings[rows], transform)
+
+    start = "random initialisation" if weights is None else "ImageNet weights"
+    folder = data_folder(chestxray14.FOLDER) / chestxray14.IMAGES
+    return image_benchmark(
+        [Task(name, "binary", "auroc") for name in chestxray14.FINDINGS],
+        (part(train[:max_train], augment), part(val, plain), part(test, plain)),
+        partial(image_models.resnet, _NETWORK, _WIDTH, weights),
+        _WIDTH,
+        network=f"{_NETWORK}, {start}, {_WIDTH} ELU units",
+        version={
+            "files": listing_digest(folder / name for name in data.names),
+            "patients": len(data.patients.unique()),
+            "weights": image_models.weights_digest(weights),
+            "reader": content_digest([Path(chestxray14.__file__)]),
+            "split_seed": 0,
+        },
+    )
+
+
+SOURCE = Source(
+    title="ChestX-ray14",
+    load=load,
+    settings=TrainSettings(epochs=100, batch_size=256),
+    preset="chestxray14",
+    size_name="patients",
+    size_range=(100, _ALL_PATIENTS),
+    paper=TrainSettings(
+        epochs=100,
+        pretrain_epochs=1,
+        batch_size=256,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        schedule="steps",
+        selection="best",
+    ),
+)

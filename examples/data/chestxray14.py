@@ -1,0 +1,168 @@
+"""ChestX-ray14 of the NIH: the table of labels, the official lists and the images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from examples.data import DataUnavailableError
+from examples.data.folder import DataFileError, data_folder, require
+from examples.data.images import Pixels, read_pixels, verify
+
+FOLDER, IMAGES, TABLE = "ChestX-ray14", "images", "Data_Entry_2017_v2020.csv"
+LISTS = ("train_val_list.txt", "test_list.txt")
+LAYOUT = (
+    f"ChestX-ray14 is downloaded from https://nihcc.app.box.com/v/ChestXray-NIHCC; {TABLE}, "
+    f"{LISTS[0]} and {LISTS[1]} belong into {FOLDER}/ in the data folder, the images of "
+    f"images_001.tar.gz to images_012.tar.gz (42 GB, or a copy of smaller size) into "
+    f"{FOLDER}/{IMAGES}/."
+)
+FINDINGS = (
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis"),
+    *("Hernia", "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia"),
+    "Pneumothorax",
+)
+_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
+_SHOWN = 3  # names in a message
+
+
+class Images(NamedTuple):
+    """Names of images in the order of the table, findings, patients, and the official test part.
+
+    Findings have shape ``(n, 14)``, patients (numbered from 0) and the test part ``(n,)``.
+    """
+
+    names: list[str]
+    findings: Tensor
+    patients: Tensor
+    is_test: Tensor
+
+
+def read(patients: int | None, seed: int) -> Images:
+    """Read the table and the lists.
+
+    Args:
+        patients: Take that many patients at random; ``None``: all.
+        seed: Of the choice.
+
+    Raises:
+        DataUnavailableError: If a file, or an image of the table, is not in the data folder.
+        DataFileError: If the table or the lists are not what they should be.
+    """
+    folder = data_folder(FOLDER)
+    require(folder, (TABLE, *LISTS, IMAGES), LAYOUT)
+    table = _table(folder / TABLE)
+    listed = [set((folder / name).read_text(encoding="utf-8").split()) for name in LISTS]
+    table["test"] = table["Image Index"].isin(listed[1])
+    unlisted = table.loc[~table["Image Index"].isin(listed[0] | listed[1]), "Image Index"]
+    if len(unlisted):
+        raise DataFileError(
+            f"{folder}: {_some(unlisted)} of {TABLE} in neither {' nor '.join(LISTS)}"
+        )
+    divided = table.groupby("Patient ID")["test"].nunique() > 1
+    if divided.any():
+        raise DataFileError(
+            f"{folder}: patient {divided.idxmax()} has images in both lists, {' and '.join(LISTS)}"
+        )
+    if patients is not None:
+        people = np.random.default_rng(seed).permutation(table["Patient ID"].unique())
+        table = table[table["Patient ID"].isin(people[:patients])]
+    _require_images(folder / IMAGES, table["Image Index"])
+    labels = table["Finding Labels"].str.split("|")
+    findings = np.array([[name in found for name in FINDINGS] for found in labels], np.float32)
+    return Images(
+        list(table["Image Index"]),
+        torch.from_numpy(findings),
+        torch.from_numpy(table["Patient ID"].factorize()[0]),
+        torch.from_numpy(table["test"].to_numpy(bool, copy=True)),
+    )
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path)
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+        raise DataFileError(f"{path} cannot be read as a table: {error}") from error
+    missing = [name for name in _COLUMNS if name not in table]
+    if missing:
+        raise DataFileError(f"{path}: the column {missing[0]!r} is missing")
+    if table.empty or table[list(_COLUMNS)].isna().any().any():
+        raise DataFileError(f"{path}: a value of {', '.join(_COLUMNS)} is missing")
+    known = {*FINDINGS, "No Finding"}
+    for row, text in enumerate(table["Finding Labels"]):
+        if not set(text.split("|")) <= known:
+            name = table["Image Index"][row]
+            raise DataFileError(f"{path}: unknown finding in {text!r} of {name}")
+    return table
+
+
+def _require_images(folder: Path, names: pd.Series[str]) -> None:
+    absent = names[~names.isin(os.listdir(folder))]
+    if len(absent):
+        raise DataUnavailableError(f"{folder}: {_some(absent)} of {TABLE} not found. {LAYOUT}")
+
+
+def _some(names: pd.Series[str]) -> str:
+    """How many, and the first names."""
+    shown = ", ".join(names[:_SHOWN])
+    return f"{len(names)} images ({shown}{', …' if len(names) > _SHOWN else ''})"
+
+
+def parts(images: Images, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split by patient: the official test list, and an eighth of the other patients to validate.
+
+    Returns:
+        Places of training, validation and test part, in random order.
+
+    Raises:
+        ValueError: If a part would be empty.
+    """
+    generator = np.random.default_rng(seed)
+    places = generator.permutation(len(images.names))
+    patients, is_test = images.patients.numpy()[places], images.is_test.numpy()[places]
+    people = generator.permutation(np.unique(patients[~is_test]))
+    is_val = ~is_test & np.isin(patients, people[: max(len(people) // 8, 1)])
+    found = [places[~is_test & ~is_val], places[is_val], places[is_test]]
+    if not all(map(len, found)):
+        raise ValueError("the patients leave an empty part; take more of them")
+    train, val, test = map(torch.from_numpy, found)
+    return train, val, test
+
+
+def reader(names: list[str]) -> Callable[[int], Pixels]:
+    """What reads an image of grey values, ``(H, W)``, by its place in ``names``.
+
+    It is torchxrayvision's reader where that package is installed, else Pillow; the grey values are
+    the same.
+    """
+    folder = data_folder(FOLDER)
+    try:
+        from torchxrayvision.datasets import NIH_Dataset
+    except ImportError:
+        return lambda place: read_pixels(folder / IMAGES / names[place], "L")
+    state = np.random.get_state()
+    # Its defaults would keep one frontal image per patient.
+    nih = NIH_Dataset(
+        str(folder / IMAGES),
+        csvpath=str(folder / TABLE),
+        views=["PA", "AP"],
+        unique_patients=False,
+    )
+    np.random.set_state(state)  # the constructor seeds it
+    position = {name: row for row, name in enumerate(nih.csv["Image Index"])}
+
+    def read_one(place: int) -> Pixels:
+        name = names[place]
+        verify(folder / IMAGES / name)  # the reader tries many formats, and leaves files open
+        scaled = nih[position[name]]["img"][0]  # grey values from -1024 to 1024
+        pixels: Pixels = np.rint((scaled / 1024 + 1) * 127.5).astype(np.uint8)
+        return pixels
+
+    return read_one

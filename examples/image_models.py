@@ -1,0 +1,101 @@
+"""Networks for images: the paper's CNN, and ResNets with its last shared layer."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pickle
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from examples.data import DataUnavailableError
+from examples.data.folder import DataFileError, data_folder
+
+_RESNET_FEATURES = 512
+
+
+def torchvision(module: str) -> ModuleType:
+    """A module of torchvision.
+
+    Raises:
+        DataUnavailableError: If torchvision cannot be imported.
+    """
+    try:
+        return importlib.import_module(f"torchvision.{module}")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        raise DataUnavailableError(
+            f"this benchmark needs torchvision in the version that fits torch {torch.__version__}; "
+            f"get it with: pip install torchvision ({error})"
+        ) from error
+
+
+def cnn(channels: int = 160) -> nn.Sequential:
+    """The CNN of CIFAR-MTL: ``(B, 3, 32, 32)`` to ``(B, channels)``.
+
+    Three times convolution, ELU and 3×3 max-pooling (32 → 10 → 3 → 1), batch norm at last.
+    """
+    layers: list[nn.Module] = []
+    for inputs in (3, channels, channels):
+        conv = nn.Conv2d(inputs, channels, 3, padding=1, padding_mode="reflect")
+        layers += [conv, nn.ELU(), nn.MaxPool2d(3)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.Flatten())
+
+
+def resnet(name: str, width: int = 256, weights: Path | None = None) -> nn.Sequential:
+    """A ResNet whose classifier is replaced by a linear layer and an ELU: to ``(B, width)``.
+
+    Args:
+        name: ``"resnet18"`` or ``"resnet34"`` of torchvision.
+        width: Dimensions of the last layer.
+        weights: File of torchvision's weights; ``None``: random initialisation.
+
+    Raises:
+        DataUnavailableError: If torchvision is not installed.
+        DataFileError: If the file does not hold the weights of that network.
+    """
+    network = getattr(torchvision("models"), name)(weights=None)
+    if weights is not None:
+        try:
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+            raise DataFileError(f"{weights} does not hold weights of {name}: {error}") from error
+    network.fc = nn.Linear(_RESNET_FEATURES, width)
+    return nn.Sequential(network, nn.ELU())
+
+
+def imagenet_weights(name: str) -> Path | None:
+    """File of the ImageNet weights of a ResNet of torchvision.
+
+    Taken from ``weights`` in the data folder, else from torch's cache, else downloaded into it.
+
+    Returns:
+        The file; ``None``, with a warning, where there is none and it cannot be downloaded.
+    """
+    url = torchvision("models").get_model_weights(name).IMAGENET1K_V1.url
+    file = Path(url).name
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / file
+    for path in (data_folder("weights") / file, cached):
+        if path.exists():
+            return path
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.split("-")[-1])
+    except (OSError, RuntimeError) as error:  # RuntimeError: not the file that was asked for
+        warnings.warn(
+            f"{name} starts from random weights and not from ImageNet's: {file} could not be "
+            f"downloaded ({error}). Put it into {data_folder('weights')} to have it",
+            stacklevel=2,
+        )
+        return None
+    return cached
+
+
+def weights_digest(path: Path | None) -> str:
+    """Start of the hash of a file of weights: torchvision's file names end with it."""
+    if path is None:
+        return "none, random initialisation"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]

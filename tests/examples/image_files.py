@@ -1,0 +1,101 @@
+"""Small files in the formats of CIFAR-100, UTKFace and ChestX-ray14, with random pixels."""
+
+import struct
+
+import numpy as np
+from PIL import Image
+
+from examples.data.chestxray14 import FINDINGS
+
+COARSE = [f"coarse_{k}" for k in range(20)]
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+
+
+def write_cifar(data, train=60, test=20):
+    """The three files of the archive; returns pixels and coarse labels of the training file."""
+    folder = data / "cifar-100-python"
+    folder.mkdir(parents=True)
+    written = {}
+    for name, count in (("train", train), ("test", test)):
+        generator = np.random.default_rng(count)
+        pixels = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
+        labels = [int(k) for k in np.arange(count) % 20]
+        content = {"data": pixels, "coarse_labels": labels, "fine_labels": labels}
+        (folder / name).write_bytes(python2_pickle(content))
+        written[name] = pixels, labels
+    (folder / "meta").write_bytes(python2_pickle({"coarse_label_names": COARSE}))
+    return written["train"]
+
+
+def python2_pickle(content):
+    """A mapping as Python 2 and an old NumPy pickled it: byte strings, ``numpy.core``."""
+    items = b"".join(_text(key) + _value(value) for key, value in content.items())
+    return b"\x80\x02}(" + items + b"u."
+
+
+def _text(text):
+    return b"U" + bytes([len(text)]) + text.encode()
+
+
+def _integer(value):
+    return b"J" + struct.pack("<i", value)
+
+
+def _value(value):
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, int):
+        return _integer(value)
+    if isinstance(value, list):
+        return b"](" + b"".join(map(_value, value)) + b"e"
+    kind = {"uint8": "u1", "float64": "f8"}[value.dtype.name]
+    order = "|" if kind == "u1" else "<"
+    dtype = b"cnumpy\ndtype\n" + _text(kind) + b"K\x00K\x01\x87R(K\x03" + _text(order) + b"NNN"
+    dtype += _integer(-1) + _integer(-1) + b"K\x00tb"
+    shape = _integer(value.shape[0]) + _integer(value.shape[1]) + b"\x86"
+    raw = value.tobytes()
+    empty = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    return empty + b"(K\x01" + shape + dtype + b"\x89T" + struct.pack("<i", len(raw)) + raw + b"tb"
+
+
+def write_faces(data, count=40, size=48):
+    """Faces of all ages and classes; returns ages, gender and ethnicity by file name."""
+    folder = data / "UTKFace"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    labels = {}
+    for k in range(count):
+        age, gender, race = 1 + 2 * (k % 45), k % 2, k % 5
+        name = f"{age}_{gender}_{race}_201701161745{k:05d}.jpg.chip.jpg"
+        pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+        labels[name] = (age, gender, race)
+    return labels
+
+
+def write_chest(data, patients=24, size=48):
+    """Two images per patient, the last fourth of the patients for test; returns rows by name."""
+    folder = data / "ChestX-ray14"
+    (folder / "images").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    rows = {}
+    for patient in range(1, patients + 1):
+        for visit in range(2):
+            name = f"{patient:08d}_{visit:03d}.png"
+            chosen = generator.choice(FINDINGS, generator.integers(0, 7), replace=False)
+            view = ("PA", "AP")[visit]
+            rows[name] = f"{'|'.join(chosen) or 'No Finding'},{visit},{patient},50,M,{view}"
+            pixels = generator.integers(0, 256, (size, size), dtype=np.uint8)
+            # Some of the real ones have four channels.
+            image = Image.fromarray(pixels).convert("RGBA" if patient % 5 == 0 else "L")
+            image.save(folder / "images" / name)
+    lines = [f"{name},{row},2500,2048,0.168,0.168" for name, row in rows.items()]
+    (folder / "Data_Entry_2017_v2020.csv").write_text("\n".join([HEADER, *lines, ""]))
+    names = list(rows)
+    cut = 2 * (patients - patients // 4)
+    (folder / "train_val_list.txt").write_text("\n".join(names[:cut]))
+    (folder / "test_list.txt").write_text("\n".join(names[cut:]))
+    return rows

@@ -1,0 +1,451 @@
+"""Loaders of the image benchmarks, on small files in the formats of the real ones."""
+
+import csv
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bayesagg.presets import PAPER
+from examples.comparison.benchmark import predict
+from examples.comparison.benchmarks import SOURCES, chestxray14, cifar_mtl, utkface
+from examples.data import DataUnavailableError
+from examples.data import chestxray14 as chest_files
+from examples.data import cifar100 as cifar_files
+from examples.data import utkface as face_files
+from examples.data.folder import DataFileError, data_folder
+from examples.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
+from tests.examples.image_files import (
+    COARSE,
+    python2_pickle,
+    write_chest,
+    write_cifar,
+    write_faces,
+)
+
+EVERY = {"cifar_mtl": write_cifar, "utkface": write_faces, "chestxray14": write_chest}
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """The data folder; no weights are at hand, and none are asked for."""
+    monkeypatch.setenv("BAYESAGG_DATA", str(tmp_path))
+    monkeypatch.setattr(chestxray14.image_models, "imagenet_weights", lambda name: None)
+    return tmp_path
+
+
+def everything(part):
+    return part.batch(torch.arange(len(part)))
+
+
+# --- folder --------------------------------------------------------------------------------------
+
+
+def test_the_data_folder_is_that_of_the_environment(data, monkeypatch):
+    assert data_folder("x") == data / "x"
+    monkeypatch.delenv("BAYESAGG_DATA")
+    assert data_folder("x").parts == ("data", "x")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_missing_data_say_where_they_are_downloaded(name):
+    with pytest.raises(DataUnavailableError, match=r"not found.*https://.*belong.*BAYESAGG_DATA"):
+        SOURCES[name].load(None, None)
+
+
+@pytest.mark.parametrize("name", ["utkface", "chestxray14"])
+def test_without_torchvision_the_message_says_so(name, data, monkeypatch):
+    EVERY[name](data)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
+    with pytest.raises(DataUnavailableError, match="pip install torchvision"):
+        SOURCES[name].load(None, None)
+
+
+def test_cifar_needs_no_torchvision(data, monkeypatch):
+    write_cifar(data)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    loaded = cifar_mtl.load()
+    x, _ = loaded.train.batch(torch.arange(3))
+    assert loaded.model()(x)["binary"].shape == (3, 20)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_settings_of_the_paper_are_those_of_the_preset(name):
+    source = SOURCES[name]
+    assert source.preset == name
+    ours, theirs = source.paper, PAPER[name].training
+    assert (ours.epochs, ours.batch_size) == (theirs["epochs"], theirs["batch_size"])
+    assert (ours.learning_rate, ours.weight_decay) == (theirs["lr"], theirs["weight_decay"])
+    assert ours.pretrain_epochs == PAPER[name].wrapper["pretrain_epochs"]
+    assert (ours.schedule, ours.selection) == ("steps", "best")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_version_tells_data_apart(name, data):
+    if name != "cifar_mtl":
+        pytest.importorskip("torchvision")
+    EVERY[name](data)
+    versions = [SOURCES[name].load(None, limit).version for limit in (None, 20, 20)]
+    assert versions[0] != versions[1] == versions[2]
+    if name == "cifar_mtl":
+        path = data / "cifar-100-python" / "test"
+        path.write_bytes(
+            python2_pickle({"data": np.zeros((2, 3072), "u1"), "coarse_labels": [1] * 2})
+        )
+    else:
+        pixels = Image.fromarray(np.zeros((48, 48), "u1"))
+        pixels.save(next(path for path in data.rglob("*g") if path.is_file()))
+    assert SOURCES[name].load(None, 20).version != versions[1]
+
+
+# --- CIFAR-MTL -----------------------------------------------------------------------------------
+
+
+def test_cifar_images_keep_their_labels(data):
+    pixels, labels = write_cifar(data)
+    loaded = cifar_mtl.load()
+    assert [task.name for task in loaded.tasks] == COARSE
+    assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [54, 6, 20]
+    x = torch.cat([everything(part)[0] for part in (loaded.train, loaded.val)])
+    y = torch.cat([everything(part)[1] for part in (loaded.train, loaded.val)])
+    assert y.sum(1).eq(1).all()
+    mean, std = (np.array(v)[:, None, None] for v in (cifar_mtl._MEAN, cifar_mtl._STD))
+    found = {
+        (image.round().astype(int).tobytes(), label)
+        for image, label in zip((x.numpy() * std + mean) * 255, y.argmax(1).tolist(), strict=True)
+    }
+    written = {
+        (image.reshape(3, 32, 32).astype(int).tobytes(), label)
+        for image, label in zip(pixels, labels, strict=True)
+    }
+    assert found == written  # every image once, with its own label
+
+
+def test_train_size_keeps_the_other_parts(data):
+    write_cifar(data)
+    full, small = cifar_mtl.load(), cifar_mtl.load(None, 10)
+    assert len(small.train) == 10
+    assert small.train.x.equal(full.train.x[:10]) and small.val.x.equal(full.val.x)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def broken(**changed):
+    content = {"data": np.zeros((3, 3072), "u1"), "coarse_labels": [0, 1, 2]} | changed
+    return python2_pickle({key: value for key, value in content.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "EOFError"),
+        (broken()[:-200], "extract or download it again"),
+        (b"<html>", "not a file of CIFAR-100"),
+        (broken(coarse_labels=None), "'coarse_labels' is missing"),
+        (broken(coarse_labels=[0, 1]), "as the 2 coarse labels have it"),
+        (broken(coarse_labels=[0, 1, 20]), "from 0 to 19"),
+        (broken(data=np.zeros((3, 3072))), "float64"),
+        (broken(data=np.zeros((3, 300), "u1")), r"\(3, 300\)"),
+        (pickle.dumps(Harmful(), 2), "which is no array"),
+    ],
+)
+def test_a_broken_file_of_cifar_is_named(content, message, data, monkeypatch):
+    write_cifar(data)
+    monkeypatch.chdir(data)
+    path = data / "cifar-100-python" / "train"
+    path.write_bytes(content)
+    with pytest.raises(DataFileError, match=message) as failure:
+        cifar_files.read()
+    assert str(path) in str(failure.value)
+    assert not (data / "harm").exists()
+
+
+def test_pickles_of_this_numpy_are_read_too(data):
+    write_cifar(data)
+    pixels = np.arange(2 * 3072, dtype=np.uint64).astype(np.uint8).reshape(2, 3072)
+    content = pickle.dumps({"data": pixels, "coarse_labels": [3, 4]}, 2)
+    (data / "cifar-100-python" / "test").write_bytes(content)
+    _, test, _ = cifar_files.read()
+    assert test.images.flatten(1).equal(torch.from_numpy(pixels))
+
+
+# --- UTKFace -------------------------------------------------------------------------------------
+
+
+def test_labels_of_faces_are_those_of_their_names(data):
+    pytest.importorskip("torchvision")
+    labels = write_faces(data)
+    loaded = utkface.load()
+    assert [task.kind for task in loaded.tasks] == ["regression", "binary", "multiclass"]
+    parts = (loaded.train, loaded.val, loaded.test)
+    assert [len(part) for part in parts] == [28, 4, 8]
+    names = sorted(labels)
+    mean = np.mean([labels[names[row]][0] for row in loaded.train.rows])
+    for part in parts:
+        _, y = everything(part)
+        raw = y * loaded.scale + torch.tensor([mean, 0, 0])
+        expected = torch.tensor([labels[names[row]] for row in part.rows], dtype=torch.float)
+        torch.testing.assert_close(raw.float(), expected, rtol=0, atol=1e-3)
+    rows = torch.cat([part.rows for part in parts])
+    assert sorted(rows.tolist()) == list(range(40))
+    assert loaded.train.y[:, 0].std().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_parts_have_the_same_ages():
+    ages = torch.arange(1000.0) // 10
+    train, val, test = face_files.stratified(ages[torch.randperm(1000)], seed=0)
+    assert [len(part) for part in (train, val, test)] == [700, 100, 200]
+    shuffled = ages[torch.randperm(1000)]
+    parts = face_files.stratified(shuffled, seed=0)
+    for part, share in zip(parts, (7, 1, 2), strict=True):
+        assert shuffled[part].long().bincount().tolist() == [share] * 100
+    other = face_files.stratified(shuffled, seed=1)
+    assert not other[1].equal(parts[1])
+    again = face_files.stratified(shuffled, seed=0)
+    assert all(a.equal(b) for a, b in zip(again, parts, strict=True))
+
+
+def test_faces_without_a_label_are_left_out_and_counted(data):
+    pytest.importorskip("torchvision")
+    write_faces(data, 20)
+    image = next((data / "UTKFace").iterdir()).read_bytes()
+    # Two of the three of the real archive; the other two names have all labels.
+    for name in (
+        "39_1_20170116174525125.jpg.chip.jpg",
+        "61_3_20170109150557335.jpg.chip.jpg",
+        "53__0_3_20170116184028385.jpg",
+        "24_0_1_20170116220224657 .jpg.chip.jpg",
+    ):
+        (data / "UTKFace" / name).write_bytes(image)
+    (data / "UTKFace" / "README.txt").write_text("")
+    loaded = utkface.load()
+    assert loaded.version["without_a_label"] == 2
+    assert sum(loaded.version["parts"]) == 22
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "face.jpg",
+        "10_7_0_20170116174525125.jpg.chip.jpg",
+        "10_1_9_20170116174525125.jpg.chip.jpg",
+        "200_1_0_20170116174525125.jpg.chip.jpg",
+        "10_1_0.jpg",
+    ],
+)
+def test_a_wrong_name_is_an_error_that_names_it(name, data):
+    write_faces(data, 10)
+    (data / "UTKFace" / name).write_bytes(b"")
+    with pytest.raises(DataFileError, match=r"the name is not \[age\]") as failure:
+        face_files.read()
+    assert str(data / "UTKFace" / name) in str(failure.value)
+
+
+def test_a_folder_without_faces_or_with_few_is_an_error(data):
+    (data / "UTKFace").mkdir()
+    with pytest.raises(DataUnavailableError, match="has no images"):
+        face_files.read()
+    with pytest.raises(ValueError, match="9 images cannot be split"):
+        face_files.stratified(torch.arange(9.0), seed=0)
+
+
+def test_augmentation_follows_from_the_batch_alone(data):
+    pytest.importorskip("torchvision")
+    write_faces(data)
+    loaded = utkface.load()
+    rows = torch.tensor([3, 1, 2])
+    before = torch.get_rng_state()
+    x, y = loaded.train.batch(rows)
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(7)
+    again, _ = loaded.train.batch(rows)
+    assert again.equal(x) and x.shape == (3, 3, 128, 128) and x.min() >= 0 and x.max() <= 1
+    other, y_other = loaded.train.batch(torch.tensor([3, 4, 2]))  # as in another epoch
+    assert y_other[[0, 2]].equal(y[[0, 2]])
+    assert not (other[0].equal(x[0]) and other[2].equal(x[2]))
+
+
+def test_evaluation_takes_the_middle_of_the_image(data):
+    pytest.importorskip("torchvision")
+    names = sorted(write_faces(data, size=140))
+    part = utkface.load().test
+    x, _ = part.batch(torch.tensor([2]))
+    with Image.open(data / "UTKFace" / names[part.rows[2]]) as image:
+        expected = np.asarray(image)[6:134, 6:134].transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(x[0].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "cut"])
+def test_a_corrupt_face_is_named(content, data):
+    pytest.importorskip("torchvision")
+    names = sorted(write_faces(data))
+    loaded = utkface.load()
+    path = data / "UTKFace" / names[loaded.train.rows[5]]
+    path.write_bytes(path.read_bytes()[:600] if content == "cut" else content)
+    loaded.train.batch(torch.arange(5))
+    with pytest.raises(DataFileError, match="cannot be read as an image") as failure:
+        loaded.train.batch(torch.tensor([0, 5]))
+    assert str(path) in str(failure.value)
+
+
+def test_evaluation_holds_few_images_at_once(data):
+    pytest.importorskip("torchvision")
+    sizes = []
+    part = ImageFiles(
+        lambda place: torch.zeros(1, 1, 1), torch.arange(9), torch.zeros(9, 1), lambda x: x, chunk=4
+    )
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return {"binary": x.flatten(1)}
+
+    outputs, y = predict(Model(), part)
+    assert sizes == [4, 4, 1] and len(outputs["binary"]) == len(y) == 9
+
+
+# --- ChestX-ray14 --------------------------------------------------------------------------------
+
+
+def test_findings_and_parts_are_those_of_table_and_lists(data):
+    pytest.importorskip("torchvision")
+    rows = write_chest(data)
+    loaded = chestxray14.load()
+    with (data / "ChestX-ray14" / "Data_Entry_2017_v2020.csv").open() as file:
+        table = {r["Image Index"]: r for r in csv.DictReader(file)}
+    names = list(rows)
+    patients = []
+    parts = (loaded.train, loaded.val, loaded.test)
+    for part in parts:
+        for row, y in zip(part.rows, part.y, strict=True):
+            found = {t.name for t, value in zip(loaded.tasks, y, strict=True) if value}
+            assert found == set(table[names[row]]["Finding Labels"].split("|")) - {"No Finding"}
+        patients.append({table[names[row]]["Patient ID"] for row in part.rows})
+    assert [len(part) for part in parts] == [32, 4, 12]
+    assert [len(p) for p in patients] == [16, 2, 6]
+    assert set.union(*patients) == {str(k) for k in range(1, 25)}
+    assert patients[2] == {str(k) for k in range(19, 25)}
+    assert loaded.version["patients"] == 24
+    assert "random initialisation" in loaded.network
+
+
+def test_fewer_patients_can_be_taken(data):
+    pytest.importorskip("torchvision")
+    write_chest(data)
+    loaded = chestxray14.load(15, None)
+    assert loaded.version["patients"] == 15 and sum(loaded.version["parts"]) == 30
+
+
+def test_chest_images_are_normalised_as_imagenet_s(data):
+    pytest.importorskip("torchvision")
+    names = list(write_chest(data, size=256))
+    loaded = chestxray14.load()
+    row = 1
+    x, _ = loaded.test.batch(torch.tensor([row]))
+    assert x.shape == (1, 3, 224, 224)
+    with Image.open(data / "ChestX-ray14" / "images" / names[loaded.test.rows[row]]) as image:
+        grey = np.asarray(image.convert("L"))[16:240, 16:240] / 255
+    expected = [(grey - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    np.testing.assert_allclose(x[0].numpy(), np.stack(expected), atol=1e-5)
+    augmented, _ = loaded.train.batch(torch.arange(4))
+    assert augmented.shape == (4, 3, 224, 224) and augmented.isfinite().all()
+
+
+@pytest.mark.parametrize("content", [b"no image", None])
+def test_both_readers_give_the_same_images(content, data, monkeypatch):
+    pytest.importorskip("torchxrayvision")
+    names = list(write_chest(data))[::-1]
+    state = np.random.get_state()[1].copy()
+    theirs = chest_files.reader(names)
+    assert (np.random.get_state()[1] == state).all()
+    monkeypatch.setitem(sys.modules, "torchxrayvision.datasets", None)
+    ours = chest_files.reader(names)
+    for place, name in enumerate(names):
+        with Image.open(data / "ChestX-ray14" / "images" / name) as image:
+            expected = np.asarray(image.convert("L"))
+        for read in (theirs, ours):
+            assert read(place).dtype == np.uint8 and (read(place) == expected).all()
+    path = data / "ChestX-ray14" / "images" / names[3]
+    path.write_bytes(content or path.read_bytes()[:-200])
+    for read in (theirs, ours):
+        with pytest.raises(DataFileError, match=f"{names[3]} cannot be read as an image"):
+            read(3)
+
+
+def table_without(column):
+    def change(folder):
+        path = folder / "Data_Entry_2017_v2020.csv"
+        path.write_text(path.read_text().replace(column, "Other"))
+
+    return change
+
+
+def edited(file, old, new):
+    def change(folder):
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (table_without("Patient ID"), DataFileError, "the column 'Patient ID' is missing"),
+        (table_without("Finding Labels"), DataFileError, "'Finding Labels' is missing"),
+        (
+            edited("Data_Entry_2017_v2020.csv", "No Finding", "Cold"),
+            DataFileError,
+            r"unknown finding in 'Cold' of \d{8}_\d{3}.png",
+        ),
+        (
+            edited("Data_Entry_2017_v2020.csv", "No Finding", ""),
+            DataFileError,
+            "a value of .* is missing",
+        ),
+        (
+            edited("train_val_list.txt", "00000003_001.png", ""),
+            DataFileError,
+            r"1 images \(00000003_001.png\)",
+        ),
+        (
+            lambda folder: (folder / "test_list.txt").write_text("00000001_000.png\n" * 2),
+            DataFileError,
+            r"12 images \(.*, …\) of .* in neither train_val_list.txt nor",
+        ),
+        (
+            edited("test_list.txt", "00000024_001.png", "00000024_001.png\n00000003_001.png"),
+            DataFileError,
+            "patient 3 has images in both lists",
+        ),
+        (
+            lambda folder: (folder / "Data_Entry_2017_v2020.csv").write_bytes(b""),
+            DataFileError,
+            "cannot be read as a table",
+        ),
+        (
+            lambda folder: (folder / "images" / "00000002_000.png").unlink(),
+            DataUnavailableError,
+            r"1 images \(00000002_000.png\).*not found.*https",
+        ),
+        (
+            lambda folder: (folder / "test_list.txt").unlink(),
+            DataUnavailableError,
+            "test_list.txt not found",
+        ),
+    ],
+)
+def test_broken_chest_files_are_named(change, error, message, data):
+    write_chest(data)
+    change(data / "ChestX-ray14")
+    with pytest.raises(error, match=message) as failure:
+        chest_files.read(None, seed=0)
+    assert str(data / "ChestX-ray14") in str(failure.value)

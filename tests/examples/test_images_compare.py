@@ -1,0 +1,273 @@
+"""Models of the image benchmarks, and the comparison command on each of them."""
+
+import copy
+import json
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from examples import compare, image_models
+from examples.comparison import runs
+from examples.comparison.benchmarks import chestxray14, cifar_mtl, utkface
+from examples.comparison.images import SeparateNets, separate_nets, task_net
+from examples.comparison.tasks import Task
+from examples.data import DataUnavailableError
+from examples.data.folder import DataFileError
+from tests.examples.image_files import write_chest, write_cifar, write_faces
+
+MIXTURE = (
+    Task("r", "regression", "mae"),
+    Task("a", "binary", "accuracy"),
+    Task("b", "binary", "accuracy"),
+    Task("c", "multiclass", "accuracy", classes=3),
+)
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """The data folder; no weights are at hand, and none are asked for."""
+    monkeypatch.setenv("BAYESAGG_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    runs.load.cache_clear()
+    yield tmp_path / "data"
+    runs.load.cache_clear()
+
+
+def refuse(url, *_, **__):
+    raise OSError("no route to host")
+
+
+def small(width=8):
+    """Batch normalisation first, in the middle and last."""
+    layers = [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ELU()]
+    return nn.Sequential(
+        *layers,
+        nn.Conv2d(4, width, 3),
+        nn.BatchNorm2d(width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def test_the_cnn_is_that_of_the_paper():
+    network = image_models.cnn(160)
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 160)
+    kinds = [type(layer) for layer in network]
+    assert kinds == [nn.Conv2d, nn.ELU, nn.MaxPool2d] * 3 + [nn.BatchNorm2d, nn.Flatten]
+    convolutions = [layer for layer in network if isinstance(layer, nn.Conv2d)]
+    assert [c.in_channels for c in convolutions] == [3, 160, 160]
+    assert {(c.out_channels, c.kernel_size) for c in convolutions} == {(160, (3, 3))}
+    assert network[2].kernel_size == 3
+
+
+def test_single_task_networks_are_independent_of_one_another():
+    nets = separate_nets(small, 8, MIXTURE).train()
+    alone = copy.deepcopy(list(nets.networks))
+    x = torch.randn(6, 3, 12, 12)
+    outputs = nets(x)
+    expected = [next(iter(network(x).values())) for network in alone]
+    assert {name: tuple(o.shape) for name, o in outputs.items()} == {
+        "regression": (6, 1),
+        "binary": (6, 2),
+        "c": (6, 3),
+    }
+    assert outputs["binary"].equal(torch.cat(expected[1:3], 1))
+    torch.stack([output.square().sum() for output in outputs.values()]).sum().backward()
+    sum(output.square().sum() for output in expected).backward()
+    for network, reference in zip(nets.networks, alone, strict=True):
+        for p, q in zip(network.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        # Activations were computed twice, and batch statistics counted once.
+        for p, q in zip(network.buffers(), reference.buffers(), strict=True):
+            if p.is_floating_point():
+                assert p.equal(q)
+    assert [len(gradients) for gradients in nets.network_gradients()] == [12] * 4
+    assert all(m.momentum == 0.1 for m in nets.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_single_task_networks_keep_one_network_s_activations():
+    x = torch.randn(6, 3, 12, 12)
+
+    def kept(network):
+        """Images that the graph keeps, besides the input."""
+        found = []
+
+        def keep(t):
+            found.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            network.train()(x)
+        images = {t.data_ptr() for t in found if t.ndim == 4 and len(t) == len(x)}
+        return images - {x.data_ptr()}
+
+    assert kept(task_net(small, 8, MIXTURE))
+    assert not kept(separate_nets(small, 8, MIXTURE))
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), ("resnet34", 16)])
+def test_resnets_end_in_an_elu_layer(name, blocks):
+    torchvision = pytest.importorskip("torchvision")
+    network = image_models.resnet(name, 256)
+    found = [m for m in network.modules() if isinstance(m, torchvision.models.resnet.BasicBlock)]
+    assert len(found) == blocks and isinstance(network[-1], nn.ELU)
+    assert network[0].fc.weight.shape == (256, 512)
+    assert network.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 256)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def test_weights_come_from_the_data_folder(data):
+    torchvision = pytest.importorskip("torchvision")
+    (data / "weights").mkdir(parents=True)
+    path = data / "weights" / "resnet18-f37072fd.pth"
+    source = torchvision.models.resnet18(weights=None)
+    torch.save(source.state_dict(), path)
+    assert image_models.imagenet_weights("resnet18") == path
+    network = image_models.resnet("resnet18", 256, path)[0]
+    for (name, ours), theirs in zip(
+        network.state_dict().items(), source.state_dict().values(), strict=True
+    ):
+        assert ours.equal(theirs) or name.startswith("fc."), name
+    assert network.fc.out_features == 256
+    assert len(image_models.weights_digest(path)) == 8
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", "others"])
+def test_a_file_that_holds_no_weights_is_named(content, tmp_path):
+    pytest.importorskip("torchvision")
+    path = tmp_path / "resnet18.pth"
+    if content == "others":
+        torch.save(nn.Linear(2, 2).state_dict(), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataFileError, match="does not hold weights of resnet18") as failure:
+        image_models.resnet("resnet18", 256, path)
+    assert str(path) in str(failure.value)
+
+
+def test_without_weights_it_says_so(data, monkeypatch):
+    pytest.importorskip("torchvision")
+    write_chest(data)
+    with pytest.warns(UserWarning, match="random weights and not from ImageNet's.*no route") as got:
+        benchmark = chestxray14.load()
+    assert str(data / "weights") in str(got[0].message)
+    assert "random initialisation" in benchmark.network
+    assert benchmark.version["weights"] == "none, random initialisation"
+
+    def download(url, target, **_):
+        torch.save({}, target)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "ImageNet weights" in chestxray14.load().network
+        monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+        assert chestxray14.load().version["weights"] != "none, random initialisation"
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def run(name, folder, *arguments):
+    size = ["--seeds", "1", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "12"]
+    what = ["--methods", "ls", "bayesagg-paper", "--jobs", "1", "--output", str(folder)]
+    status = compare.main([name, *size, *what, *arguments])
+    path = folder / "results.json"
+    return status, json.loads(path.read_text()) if path.exists() else None
+
+
+def finished(content, methods=("ls", "bayesagg-paper")):
+    """Each method has a result on every task."""
+    assert set(content["summary"]) == set(methods)
+    return {name: content["runs"][name][0] for name in (*methods, "stl")}
+
+
+def test_cifar_mtl_through_the_command(data, tmp_path, monkeypatch):
+    write_cifar(data, train=40)
+    monkeypatch.setattr(cifar_mtl, "_CHANNELS", 8)
+    status, content = run("cifar_mtl", tmp_path / "out")
+    assert status == 0
+    for result in finished(content).values():
+        assert len(result["test"]) == 20
+        assert 0 <= result["extra"]["accuracy of the best-scoring task"] <= 1
+    assert content["settings"]["data"]["parts"] == [36, 4, 20]
+
+
+def test_utkface_through_the_command(data, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    write_faces(data)
+    monkeypatch.setattr(utkface, "_SIZE", 36)
+    monkeypatch.setattr(utkface, "_CROP", 32)
+    status, content = run("utkface", tmp_path / "out", "--train-size", "24")
+    assert status == 0
+    for result in finished(content).values():
+        age, gender, ethnicity = result["test"]
+        assert set(age) == {"mae"} and age["mae"] > 1  # in years, from random pixels
+        assert {"accuracy", "ece", "brier"} <= set(gender) and "brier" in ethnicity
+
+
+def tiny_resnet(name, width, weights):
+    return nn.Sequential(small(), nn.Linear(8, width), nn.ELU())
+
+
+def test_chestxray14_through_the_command(data, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    write_chest(data, patients=60)
+    monkeypatch.setattr(chestxray14, "_SIZE", 36)
+    monkeypatch.setattr(chestxray14, "_CROP", 32)
+    monkeypatch.setattr(image_models, "resnet", tiny_resnet)
+    with pytest.warns(UserWarning, match="random weights"):
+        status, content = run("chestxray14", tmp_path / "out", "--train-size", "24")
+    assert status == 0
+    for result in finished(content).values():
+        assert len(result["test"]) == 14
+        assert all(0 <= values["auroc"] <= 1 for values in result["test"])
+    assert "random initialisation" in content["settings"]["network"]
+
+
+def test_a_corrupt_image_ends_the_command_with_one_line(data, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torchvision")
+    names = sorted(write_faces(data))
+    monkeypatch.setattr(utkface, "_SIZE", 36)
+    monkeypatch.setattr(utkface, "_CROP", 32)
+    monkeypatch.setattr(utkface, "resnet", lambda name, width: tiny_resnet(name, width, None))
+    path = data / "UTKFace" / names[utkface.load().test.rows[0]]
+    path.write_bytes(path.read_bytes()[:500])
+    status, content = run("utkface", tmp_path / "out")
+    assert status == 1 and content is None
+    assert not list((tmp_path / "out").iterdir())  # nothing was finished, nothing is left
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and str(path) in last
+
+
+def test_missing_data_ends_the_command_with_one_line(tmp_path, capsys):
+    status, content = run("cifar_mtl", tmp_path / "out")
+    assert status == 1 and content is None and not list((tmp_path / "out").iterdir())
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cifar-100-python" in error and "https://" in error
+
+
+def test_torchvision_for_another_torch_is_reported(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(image_models, "importlib", types.SimpleNamespace(import_module=broken))
+    with pytest.raises(DataUnavailableError, match=r"fits torch.*nms"):
+        image_models.torchvision("models")
+
+
+def test_separate_networks_share_nothing():
+    nets = SeparateNets([task_net(small, 8, [task]) for task in MIXTURE], MIXTURE)
+    first = nets(torch.randn(4, 3, 12, 12))["regression"].sum()
+    first.backward()
+    reached = [bool(gradients) for gradients in nets.network_gradients()]
+    assert reached == [True, False, False, False]
