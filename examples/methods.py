@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.heads import Head
-from bayesagg.presets import LIKELIHOOD, PAPER
+from bayesagg.presets import PAPER
 from examples.training import Losses, TrainSettings, Update
 
 HEADS: dict[str, type[Head]] = {
@@ -218,8 +218,4 @@ METHODS = {
         "BayesAgg, paper, s = 0", _PAPER, {**_PAPER_HEAD, "s": 0.0}, "bayesagg-paper"
     ),
     "bayesagg": _bayesagg("BayesAgg", {}, {}),
-    "bayesagg-s0": _bayesagg("BayesAgg, s = 0", {}, {"s": 0.0}, "bayesagg"),
-    "bayesagg-likelihood": _bayesagg(
-        "BayesAgg, likelihood", LIKELIHOOD.wrapper, LIKELIHOOD.regression
-    ),
 }

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from examples.benchmark.report import Row
 from examples.benchmark.shapes import SHAPES, Layout, Shape
 from examples.benchmark.timing import CLOCKS, Clock
 
-PARTS = ("aggregation", "step", "memory")
+PARTS = ("aggregation", "step", "memory")  # what runs by default
+METHODS = "methods"
 SMALL = ("small", "small_mixture")
 CHOICES = [name for name in SHAPES if name not in SMALL] + ["small"]
 
@@ -29,6 +30,8 @@ parts:
                paper's formulas as printed (dense moments, J samples, a joint covariance)
   step         a whole training step against the same network without BayesAgg
   memory       extra peak memory of a step, from the allocations PyTorch makes
+  methods      time and peak memory of a step of every method of the comparisons, and the ratio to
+               linear scalarization (the paper's Table 4); only where it is asked for
 
 All arms of a comparison take turns in one run, so compare ratios, not seconds. The networks of
 qm9 need torch_geometric, those of chestxray14 and utkface torchvision. The full run takes the
@@ -42,6 +45,7 @@ class Options:
 
     shapes: list[Shape]
     parts: list[str]
+    methods: list[str] | None
     layout: Layout
     repeats: int | None
     samples: int
@@ -56,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     layout: Layout = args.heads
     options = Options(
-        _selected(args.shapes),
+        _selected(args.shapes, args.step_batch),
         args.parts,
+        args.methods,
         layout,
         args.repeats,
         args.samples,
@@ -73,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             rows += part
             for row in part:
                 print(report.line(row), file=sys.stderr, flush=True)
-    except MissingDependencyError as error:
+    except (MissingDependencyError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -94,11 +99,17 @@ def _run(options: Options) -> Iterator[list[Row]]:
             yield step_rows(laid_out, options.repeats or rounds, options.clock)
         if "memory" in options.parts:
             yield memory_rows(laid_out, options.threads if options.rss else None)
+        if METHODS in options.parts:
+            from examples.benchmark.methods import method_rows  # needs TorchJD and SciPy
+
+            rounds = 15 if shape.backbone == "mlp" else 5
+            yield method_rows(laid_out, options.repeats or rounds, options.methods, options.clock)
 
 
-def _selected(names: list[str]) -> list[Shape]:
+def _selected(names: list[str], step_batch: int | None) -> list[Shape]:
     expanded = [n for name in names for n in (SMALL if name == "small" else (name,))]
-    return [SHAPES[name] for name in dict.fromkeys(expanded)]
+    shapes = [SHAPES[name] for name in dict.fromkeys(expanded)]
+    return [replace(s, step_batch=step_batch or s.step_batch) for s in shapes]
 
 
 def _setting(args: argparse.Namespace) -> dict[str, object]:
@@ -111,6 +122,7 @@ def _setting(args: argparse.Namespace) -> dict[str, object]:
         "clock": args.clock,
         "heads": args.heads,
         "samples": args.samples,
+        "step batch": args.step_batch or "the shape's",
         "load at start": f"{load:.2f}",
     }
 
@@ -125,11 +137,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shapes", nargs="+", choices=CHOICES, default=CHOICES, metavar="SHAPE",
         help=f"any of {', '.join(CHOICES)} (default: all)")  # fmt: skip
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
-        help=f"any of {', '.join(PARTS)} (default: all)")  # fmt: skip
+    add("--parts", nargs="+", choices=[*PARTS, METHODS], default=list(PARTS), metavar="PART",
+        help=f"any of {', '.join(PARTS)}, {METHODS} (default: all but {METHODS})")  # fmt: skip
+    add("--methods", nargs="+", metavar="NAME",
+        help="for the part methods: some of them, as in examples.compare (default: all but the "
+             "ensembles)")  # fmt: skip
     add("--repeats", type=_positive, metavar="N",
         help="rounds in which every arm takes its turn (default: 5 for aggregation, 15 for "
-             "steps, 200 for steps of the small network)")  # fmt: skip
+             "steps, 200 for steps of the small network; of methods 5 and 15)")  # fmt: skip
+    add("--step-batch", type=_positive, metavar="B",
+        help="data of a step (default: the paper's batch; 16 for chestxray14)")  # fmt: skip
     add("--samples", type=_positive, default=1024, metavar="J",
         help="weight samples of the literal arm (default: the paper's %(default)s)")  # fmt: skip
     add("--heads", choices=("separate", "grouped"), default="separate",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bayesagg.presets import LIKELIHOOD, PAPER
+from torch import nn
+
+from bayesagg.presets import PAPER
+from examples.comparison.ablations import PARTS, Ablation
+from examples.comparison.ensembles import Ensemble, HeadEnsemble, NetworkEnsemble, per_member
 from examples.comparison.gap import ImprovableGapBalancing
 from examples.comparison.gradients import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, PCGrad
 from examples.comparison.weighting import (
@@ -20,6 +25,7 @@ from examples.methods import (
     ScaleInvariant,
     library_settings,
 )
+from examples.training import Criterion
 
 SINGLE_TASK = "stl"
 _UB = {"representation": True}  # gradients with respect to the shared representation
@@ -47,7 +53,8 @@ class Method:
         """All settings, with the library's defaults filled in."""
         if not issubclass(self.update, BayesAggregation):
             return self.settings
-        return library_settings(self.settings["wrapper"], self.settings["heads"])
+        own = {k: v for k, v in self.settings.items() if k not in ("wrapper", "heads")}
+        return own | library_settings(self.settings["wrapper"], self.settings["heads"])
 
     def with_settings(self, own: dict[str, Any]) -> Method:
         """The method with some settings replaced; a dot reaches into a mapping."""
@@ -60,6 +67,16 @@ class Method:
                 place = place[part]
             place[last] = value
         return Method(self.label, self.update, settings, self.space)
+
+    def network(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """The network to train: one of the benchmark's, or an ensemble of them."""
+        if issubclass(self.update, Ensemble):
+            return self.update.network(make, **self.settings)
+        return make()
+
+    def criterion(self, losses: Criterion) -> Criterion:
+        """The criterion for what :meth:`network` returns."""
+        return per_member(losses) if issubclass(self.update, Ensemble) else losses
 
 
 def bayesagg(
@@ -123,14 +140,25 @@ def methods(preset: str) -> dict[str, Method]:
         "aligned-mtl-ub": Method("Aligned-MTL-UB", AlignedMTL, _UB),
         "bayesagg-paper": paper("BayesAgg, paper", preset),
         "bayesagg": bayesagg("BayesAgg"),
-        "bayesagg-likelihood": bayesagg(
-            "BayesAgg, likelihood",
-            LIKELIHOOD.wrapper,
-            regression=LIKELIHOOD.regression,
-            binary=LIKELIHOOD.binary,
-            multiclass=LIKELIHOOD.multiclass,
-        ),
-        "bayesagg-s0": bayesagg(
-            "BayesAgg, s = 0", regression={"s": 0.0}, binary={"s": 0.0}, multiclass={"s": 0.0}
-        ),
+    }
+
+
+def more_methods(preset: str) -> dict[str, Method]:
+    """Ensembles and ablations: a comparison has them where it names them."""
+    kinds: dict[str, dict[str, Any]] = {"regression": {}, "binary": {}, "multiclass": {}}
+    zero = paper("BayesAgg, paper, s = 0", preset)
+    for kind in zero.space:
+        zero = zero.with_settings({kind: 0.0})
+    return {
+        "ensemble-heads": Method("Ensemble (heads)", HeadEnsemble, {"members": 1024}),
+        "ensemble-networks": Method("Ensemble (networks)", NetworkEnsemble, {"members": 10}),
+        "bayesagg-paper-s0": replace(zero, space={}),
+        "without-readout": bayesagg("without read-out", regression={"readout": "gradient"}),
+    } | {
+        f"without-{part}": Method(
+            f"without {part.replace('-', ' ')}",
+            Ablation,
+            {"without": part, "wrapper": {}, "heads": kinds},
+        )
+        for part in PARTS
     }

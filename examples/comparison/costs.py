@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
@@ -11,8 +10,10 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from examples.benchmark.memory import trace
+from examples.benchmark.timing import CLOCKS, Clock
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.catalogue import Method
 from examples.comparison.tasks import criterion
@@ -21,7 +22,6 @@ from examples.training import Losses, TrainSettings
 
 _ROUNDS = 15  # of two steps each
 _SETTLE = 3  # steps before them
-_EPOCH = 40  # longer than all of these: no epoch ends among the steps that count
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,14 @@ class Cost:
 class _Stepper:
     """A method in its steady state: after an epoch of linear scalarization and a few steps."""
 
-    def __init__(self, method: Method, data: Benchmark, settings: TrainSettings) -> None:
+    def __init__(
+        self, method: Method, data: Benchmark, settings: TrainSettings, epoch: int
+    ) -> None:
         torch.manual_seed(settings.seed)
-        self._model, self._losses = data.model(), criterion(data.tasks)
+        self._model = method.network(data.model)
+        self._losses = method.criterion(criterion(data.tasks))
         self._update: LinearScalarization = method.update(
-            self._model, replace(settings, pretrain_epochs=1), _EPOCH, **method.settings
+            self._model, replace(settings, pretrain_epochs=1), epoch, **method.settings
         )
         self._model.train()
 
@@ -61,7 +64,12 @@ class _Stepper:
 
 
 def measure_costs(
-    methods: Mapping[str, Method], data: Benchmark, settings: TrainSettings
+    methods: Mapping[str, Method],
+    data: Benchmark,
+    settings: TrainSettings,
+    *,
+    rounds: int = _ROUNDS,
+    clock: Clock = "wall",
 ) -> dict[str, Cost]:
     """Measure every method, among them linear scalarization under the name ``ls``.
 
@@ -71,19 +79,26 @@ def measure_costs(
         methods: Methods by name, ``ls`` among them.
         data: Benchmark.
         settings: Batch size and the rest.
+        rounds: How often every method is timed.
+        clock: What time is.
     """
+    epoch = 2 * rounds + 10  # no epoch ends among the steps that count, nor in the one profiled
+    now = CLOCKS[clock]
     batch = data.train.batch(torch.arange(min(settings.batch_size, len(data.train))))
-    steppers = {name: _Stepper(method, data, settings) for name, method in methods.items()}
-    for stepper in steppers.values():
-        for _ in range(_EPOCH + _SETTLE):
-            stepper.step(*batch)
+    steppers = {name: _Stepper(method, data, settings, epoch) for name, method in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(_ROUNDS):
-        for name, stepper in steppers.items():
-            stepper.step(*batch)  # the caches are the method's own
-            start = time.perf_counter()
-            stepper.step(*batch)
-            seconds[name].append(time.perf_counter() - start)
+    with tqdm(total=(rounds + 1) * len(methods), desc="costs", unit="turn") as bar:
+        for stepper in steppers.values():
+            for _ in range(epoch + _SETTLE):
+                stepper.step(*batch)
+            bar.update()
+        for _ in range(rounds):
+            for name, stepper in steppers.items():
+                stepper.step(*batch)  # the caches are the method's own
+                start = now()
+                stepper.step(*batch)
+                seconds[name].append(now() - start)
+                bar.update()
     return {
         name: Cost(
             median(times),

@@ -150,14 +150,16 @@ def run_job(job: Job, tick: Tick) -> Run:
     """Train and evaluate; the test part only where it is asked for."""
     data, content = load(job.data), identity(job)
     torch.manual_seed(job.settings.seed)
-    model = data.single_task() if job.name == SINGLE_TASK else data.model()
+    single = job.name == SINGLE_TASK
+    model = data.single_task() if single else job.method.network(data.model)
+    losses = job.method.criterion(criterion(data.tasks))
     result: dict[str, Any] = {"val": [], "test": [], "extra": {}, "failure": ""}
     history = None
     try:
         steps = job.settings.steps_per_epoch(data)
         update = job.method.update(model, job.settings, steps, **job.method.settings)
         scores = partial(validation_scores, model, data)
-        history = train(model, update, data, criterion(data.tasks), job.settings, tick, scores)
+        history = train(model, update, data, losses, job.settings, tick, scores)
         result |= _evaluate(model, data, job.final)
     except (ArithmeticError, BayesAggError, torch.linalg.LinAlgError) as error:
         result["failure"] = f"{type(error).__name__}: {error}"

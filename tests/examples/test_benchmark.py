@@ -10,8 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.benchmark import models, parts, report, shapes, timing
+from examples.benchmark import methods, models, parts, report, shapes, timing
 from examples.benchmark.__main__ import main
+from examples.comparison.catalogue import methods as catalogue
+from examples.comparison.tasks import criterion
 
 
 def _tiny(name: str) -> shapes.Shape:
@@ -34,6 +36,52 @@ def test_parts_measure_a_tiny_shape(name, layout):
     assert values["memory", "plain peak"] > 0
     assert abs(values["memory", "extra peak of a step"]) < 60
     assert report.markdown(rows).count("\n") == len(rows) + 1
+
+
+@pytest.mark.parametrize("layout", ["separate", "grouped"])
+def test_the_methods_part_trains_the_shape_s_own_network(layout):
+    shape = _tiny("small_mixture").with_layout(layout)
+    data = methods.benchmark(shape)
+    assert [task.kind for task in data.tasks] == ["regression"] * 2 + ["binary", "multiclass"]
+    model = data.model()
+    assert [group.tasks for group in model.groups] == [
+        task.outputs for task in shape.tasks[:-1]
+    ] + [1]
+    x, y = data.train.batch(torch.arange(6))
+    losses = criterion(data.tasks)(model(x), y)
+    workload = models.make_workload(shape)
+    found = iter(losses.values())
+    for task, loss in zip(shape.tasks, workload.losses().values(), strict=True):
+        own = [next(found) for _ in range(1 if task.kind == "multiclass" else task.outputs)]
+        torch.testing.assert_close(torch.stack(own).mean(), loss)
+
+
+def test_every_method_is_measured_in_one_run():
+    rows = methods.method_rows(_tiny("small_mixture"), 1)
+    values = {row.quantity: row.value for row in rows}
+    names = list(catalogue("utkface"))
+    assert list(values) == [f"{n} {what}" for n in names for what in ("time", "ratio", "peak")]
+    assert values["ls ratio"] == 1
+    assert all(values[f"{name} time"] > 0 for name in names)
+    # The gradients of all tasks are alive at once.
+    shared = 4e-6 * sum(
+        p.numel() for p in methods.benchmark(_tiny("small")).model().backbone.parameters()
+    )
+    assert values["pcgrad peak"] > values["ls peak"] + 2 * shared
+
+
+def test_the_methods_of_a_shape_have_its_preset():
+    assert (
+        methods.chosen(shapes.SHAPES["cifar_mtl"])["bayesagg-paper"]
+        == catalogue("cifar_mtl")["bayesagg-paper"]
+    )
+    assert list(methods.chosen(_tiny("small"), ["uw", "ensemble-networks"])) == [
+        "ls",
+        "uw",
+        "ensemble-networks",
+    ]
+    with pytest.raises(ValueError, match="unknown method 'sgd'"):
+        methods.chosen(_tiny("small"), ["sgd"])
 
 
 def test_memory_counts_allocations_exactly():
@@ -82,6 +130,18 @@ def test_command_writes_json_and_markdown(tmp_path, capsys):
     assert "| verdict |" in capsys.readouterr().out
     report.write(tmp_path / "result.md", [report.Row(**content["rows"][0])], content["setting"])
     assert content["rows"][0]["shape"] in (tmp_path / "result.md").read_text()
+
+
+def test_command_measures_methods_where_they_are_asked_for(tmp_path, capsys):
+    file = tmp_path / "methods.json"
+    flags = ["--shapes", "small", "--parts", "methods", "--methods", "si", "--repeats", "1"]
+    flags += ["--step-batch", "4", "--threads", str(torch.get_num_threads())]
+    assert main([*flags, "--output", str(file)]) == 0
+    content = json.loads(file.read_text())
+    assert {row["quantity"].split()[0] for row in content["rows"]} == {"ls", "si"}
+    assert content["setting"]["step batch"] == 4
+    assert main([*flags, "--methods", "sgd"]) == 2
+    assert "unknown method 'sgd'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

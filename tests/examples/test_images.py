@@ -27,7 +27,7 @@ from tests.examples.image_files import (
     write_faces,
 )
 
-EVERY = {"cifar_mtl": write_cifar, "utkface": write_faces, "chestxray14": write_chest}
+EVERY = {"cifar-mtl": write_cifar, "utkface": write_faces, "chestxray14": write_chest}
 
 
 @pytest.fixture(autouse=True)
@@ -86,12 +86,12 @@ def test_settings_of_the_paper_are_those_of_the_preset(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_version_tells_data_apart(name, data):
-    if name != "cifar_mtl":
+    if name != "cifar-mtl":
         pytest.importorskip("torchvision")
     EVERY[name](data)
     versions = [SOURCES[name].load(None, limit).version for limit in (None, 20, 20)]
     assert versions[0] != versions[1] == versions[2]
-    if name == "cifar_mtl":
+    if name == "cifar-mtl":
         path = data / "cifar-100-python" / "test"
         path.write_bytes(
             python2_pickle({"data": np.zeros((2, 3072), "u1"), "coarse_labels": [1] * 2})

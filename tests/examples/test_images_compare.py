@@ -194,7 +194,7 @@ def finished(content, methods=("ls", "bayesagg-paper")):
 def test_cifar_mtl_through_the_command(data, tmp_path, monkeypatch):
     write_cifar(data, train=40)
     monkeypatch.setattr(cifar_mtl, "_CHANNELS", 8)
-    status, content = run("cifar_mtl", tmp_path / "out")
+    status, content = run("cifar-mtl", tmp_path / "out")
     assert status == 0
     for result in finished(content).values():
         assert len(result["test"]) == 20
@@ -250,7 +250,7 @@ def test_a_corrupt_image_ends_the_command_with_one_line(data, tmp_path, monkeypa
 
 
 def test_missing_data_ends_the_command_with_one_line(tmp_path, capsys):
-    status, content = run("cifar_mtl", tmp_path / "out")
+    status, content = run("cifar-mtl", tmp_path / "out")
     assert status == 1 and content is None and not list((tmp_path / "out").iterdir())
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "cifar-100-python" in error and "https://" in error
