@@ -245,8 +245,9 @@ class Capture:
             raise CaptureError(
                 f"task {missing[0]!r}: its head did not receive the same tensor as {seen} in the "
                 f"last forward pass. All heads of one step must be applied to one and the same "
-                f"tensor; compute it once, or leave absent tasks out of `losses`. (Heads that "
-                f"FSDP2 shards one by one need `shared_rep_hook`.)"
+                f"tensor: compute it once, with dropout before the heads rather than in each, or "
+                f"leave absent tasks out of `losses`. (Heads that FSDP2 shards one by one need "
+                f"`shared_rep_hook`.)"
             )
         if not self.h.requires_grad:
             raise CaptureError(
@@ -276,7 +277,7 @@ class Capture:
         detail = (
             "a different tensor"
             if self._shared_output is not None
-            else f"a {self._shared_type}, not a tensor"
+            else f"an object of type {self._shared_type}, not a tensor"
         )
         raise CaptureError(
             f"head {name!r} does not receive the very tensor that `shared_rep_hook` returns: the "

@@ -124,8 +124,11 @@ class BayesAgg(nn.Module):
         Args:
             losses: one tensor per task that is present, by name or in the order of the heads;
                 reduced by mean or sum, or not at all (then their mean is taken).
-            targets: labels, where they cannot be recovered from the losses; same keys. ``NaN``
-                (class index: -100) marks a missing label.
+            targets: labels, where they cannot be recovered from the losses; same keys. In the
+                shape of the head's output (``[N]`` will do for one output); of a multi-class head
+                class indices ``[N]``, or probabilities ``[N, C]`` of floating dtype, which they
+                must be for soft or smoothed labels. ``NaN`` (class index: -100) marks a missing
+                label.
 
         Returns:
             The sum of the losses, detached.

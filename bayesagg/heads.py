@@ -28,7 +28,7 @@ class Head:
 
     Args:
         module: ``nn.Linear`` on ``[..., d]``, or a 1×1 convolution on ``[B, d, ...]``.
-        s: exponent of the gradient precision in Eq. 7; 0 weights all tasks alike. Heads of
+        s: exponent of the gradient precision in Eq. 7, ≥ 0; 0 weights all tasks alike. Heads of
             different kinds on one network should have the same, or the kind with the smaller
             exponent is drowned out: the weights compare variances raised to different powers.
         prior_variance: γ of the isotropic prior ``N(0, γ I)`` over the weights and the bias.
@@ -223,7 +223,7 @@ class BinaryHead(_ClassificationHead):
         prior_variance: as in :class:`Head`.
         readout: as in :class:`Head`; the paper's choice for classification is ``"gradient"``.
         moments: ``"quadrature"``, or ``"monte_carlo"`` (Eq. 11).
-        num_samples: J of Eq. 11.
+        num_samples: J of Eq. 11, at least 2.
     """
 
     kind: ClassVar[str] = "binary"
@@ -239,7 +239,10 @@ class MulticlassHead(_ClassificationHead):
         prior_variance: as in :class:`Head`.
         readout: as in :class:`Head`; the paper's choice for classification is ``"gradient"``.
         moments: ``"quadrature"`` (cubature over the logits), or ``"monte_carlo"`` (Eq. 11).
-        num_samples: J of Eq. 11.
+        num_samples: J of Eq. 11, at least 2.
+
+    Raises:
+        HeadError: as of :class:`Head`, and for a module with one output.
     """
 
     kind: ClassVar[str] = "multiclass"

@@ -39,18 +39,22 @@ class BayesAggWrapper(Optimizer):
         optimizer.step(losses)
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``; it owns all parameters.
-        shared_rep_hook: the last shared module; ``None``: h is what the heads receive.
-        heads: task heads by name, or a sequence of them.
-        steps_per_epoch: optimizer steps in an epoch; ``None``: call :meth:`end_epoch` yourself.
+        optimizer: any ``torch.optim.Optimizer``; it owns all parameters, those of the heads too.
+        shared_rep_hook: the last shared module, whose output is the representation h that all
+            heads receive; ``None``: h is what the heads receive.
+        heads: task heads by name, or a sequence of them (named ``"0"``, ``"1"``, …).
+        steps_per_epoch: optimizer steps in an epoch, counted without accumulated micro-batches;
+            ``None``: call :meth:`end_epoch` after every epoch yourself. Without either, training
+            stays in its first epoch, that of linear scalarization.
         pretrain_epochs: epochs of linear scalarization first.
-        gradient_scale: as of :class:`bayesagg.BayesAgg`.
-        covariance: as of :class:`bayesagg.BayesAgg`.
-        rule: as of :class:`bayesagg.BayesAgg`.
-        dtype: as of :class:`bayesagg.BayesAgg`.
-        seed: as of :class:`bayesagg.BayesAgg`.
-        max_data: as of :class:`bayesagg.BayesAgg`.
-        process_group: as of :class:`bayesagg.BayesAgg`.
+        gradient_scale: ``"sum"``, K times Eq. 7, or ``"mean"``, Eq. 7 as printed; this and the
+            following are those of :class:`bayesagg.BayesAgg`, which says more.
+        covariance: ``"diagonal"`` (Eq. 7) or ``"full"`` (Eq. 6).
+        rule: ``"paper"``, or ``"likelihood"``: gradients of log-likelihoods with learned noise.
+        dtype: of the posterior algebra.
+        seed: of samples and subsets.
+        max_data: posterior and moments from at most this many data per step; for dense heads.
+        process_group: data-parallel ranks whose evidence is summed.
 
     Attributes:
         base_optimizer: the wrapped optimizer.
@@ -157,7 +161,7 @@ class BayesAggWrapper(Optimizer):
 
     @property
     def task_weights(self) -> dict[str, Tensor]:
-        """Mean weight per output of the last step, by task; see :class:`bayesagg.BayesAgg`."""
+        """Mean weight α per output of the last step, by task, ``[o]``; their sum is one."""
         return self.engine.task_weights
 
     def backward(self, losses: Losses, targets: Losses | None = None) -> Tensor:
@@ -165,6 +169,16 @@ class BayesAggWrapper(Optimizer):
 
         The batch counts for the posterior once :meth:`step` has been taken; :meth:`zero_grad`
         drops it, so a step that a ``GradScaler`` skips leaves the posterior untouched.
+
+        Args:
+            losses: one tensor per task that is present, by name or in the order of the heads.
+            targets: labels, where they cannot be recovered from the losses; same keys.
+
+        Returns:
+            The sum of the losses, detached.
+
+        Raises:
+            BayesAggError: as of :meth:`bayesagg.BayesAgg.backward`, before anything has changed.
         """
         self.engine._drop_skipped(self.base_optimizer)  # the model's own zero_grad was called
         return self.engine._backward(losses, targets)
@@ -178,6 +192,9 @@ class BayesAggWrapper(Optimizer):
     ) -> Any:
         """:meth:`backward` and the wrapped step; without losses, the wrapped step alone.
 
+        A step counts for the epoch only where :meth:`backward` led to it: after the losses' own
+        ``backward()`` it is a step of linear scalarization, of which nothing is learned.
+
         Args:
             losses: as of :meth:`backward`; a callable in first place is a closure.
             targets: as of :meth:`backward`.
@@ -185,6 +202,10 @@ class BayesAggWrapper(Optimizer):
 
         Returns:
             The sum of the losses, detached, or what the wrapped ``step`` returns.
+
+        Raises:
+            BayesAggError: as of :meth:`backward`.
+            TypeError: for losses and a closure at once, or targets without losses.
         """
         if callable(losses):
             if closure is not None:

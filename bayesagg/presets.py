@@ -148,6 +148,8 @@ PAPER: dict[str, Preset] = {
     ),
 }
 
+"""The paper's, by benchmark: ``"qm9"``, ``"cifar_mtl"``, ``"chestxray14"`` and ``"utkface"``."""
+
 LIKELIHOOD = Preset(
     wrapper={"rule": "likelihood"},
     regression={"s": 0.0, "noise_variance": "learned"},
@@ -156,4 +158,4 @@ LIKELIHOOD = Preset(
     training={},
     s_grid={},
 )
-"""Settings of ``rule="likelihood"``, one for all benchmarks."""
+"""Settings of ``rule="likelihood"``, one for all data; it says nothing about training."""

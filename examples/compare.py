@@ -72,8 +72,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["all"],
         metavar="NAME",
-        help=f"all, none or some of: {', '.join(names)}, or of {', '.join(more_methods("qm9"))}, which all "
-        "leaves out, as ten networks take ten times as long (default: all)",
+        help=f"all, none or some of: {', '.join(names)} (default: all); or of "
+        f"{', '.join(more_methods('qm9'))}, which all leaves out",
     )
     parser.add_argument(
         "--arm",

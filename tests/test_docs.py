@@ -1,6 +1,7 @@
 """The documentation's navigation, its formulas, and the workflow that builds it."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +67,11 @@ def test_every_page_has_its_place():
 
 @pytest.mark.parametrize(
     ("tex", "part"),
-    [(r"w \sim x", "<mo>&#x0223C;</mo>"), (r"\mathbf{1}", 'mathvariant="bold"')],
+    [
+        (r"w \sim x", "<mo>&#x0223C;</mo>"),
+        (r"\mathbf{1}", 'mathvariant="bold"'),
+        (r"\tilde h", '<mover accent="true"><mi>h</mi><mo stretchy="false">&#x002DC;</mo></mover>'),
+    ],
 )
 def test_formulas_become_mathml(tex, part):
     pytest.importorskip("latex2mathml")
@@ -83,6 +88,21 @@ def test_a_formula_that_cannot_be_converted_is_reported(caplog):
         '<span class="arithmatex">\\(\\nosuchcommand x\\)</span>', page=page
     )
     assert "nosuchcommand" in caplog.text
+
+
+# --- map of the code -----------------------------------------------------------------------------
+
+
+def test_the_map_of_the_code_is_complete():
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    table = page.split("## The map of the code")[1].split("\n## ")[0]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split("`")}
+    package = ROOT / "bayesagg"
+    files = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert files | folders <= listed
+    gone = {n for n in listed if n.endswith((".py", "/"))} - files - folders
+    assert all((ROOT / name).is_dir() for name in gone)
 
 
 # --- workflow ------------------------------------------------------------------------------------

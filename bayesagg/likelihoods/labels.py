@@ -83,7 +83,9 @@ def factor_of_targets(
     if bool((ratio < -1e-3 * ratio.abs().amax()).any()):
         raise TargetError(
             f"task {name!r}: the gradient of its loss points away from `targets`: they are not "
-            f"the labels this loss was computed with, or the loss does not decrease towards them."
+            f"the labels this loss was computed with, or the loss does not decrease towards them. "
+            f"With label smoothing the targets are the smoothed probabilities; an activation on a "
+            f"regression head's output does not fit."
         )
     masked = known & (ratio <= 0)
     # Where the residual is zero to rounding the factor cannot be read off: use the task's mean.

@@ -80,7 +80,8 @@ class MulticlassBlock(ClassificationBlock):
             raise LossError(
                 f"task {name!r}: the loss is not a cross-entropy of constant weight, so labels "
                 f"cannot be recovered from its derivatives. If it is another loss, or has class "
-                f"or example weights or label smoothing, pass `targets=`. A "
+                f"or example weights, pass `targets=`; with label smoothing or soft labels, the "
+                f"probabilities that the loss compares with, one per class. A "
                 f"regulariser added to it needs a backward pass of its own."
             )
         present = ~missing[:, None] if bool(missing.any()) else None

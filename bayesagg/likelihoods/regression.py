@@ -57,9 +57,11 @@ class RegressionBlock(Block):
         if not bool(quadratic):
             raise LossError(
                 f"task {name!r}: the loss is not a squared error of constant weight (its second "
-                f"derivative at the head's output varies over the batch or vanishes). If it is "
-                f"another loss or has per-example weights, pass `targets=`. A "
-                f"regulariser added to it needs a backward pass of its own."
+                f"derivative at the head's output varies over the batch or vanishes, or its value "
+                f"is another). Labels of another shape than the output, which broadcast, do this, "
+                f"and an activation on the output; a classification needs a BinaryHead or "
+                f"MulticlassHead. If it is another loss or has per-example weights, pass "
+                f"`targets=`. A regulariser added to it needs a backward pass of its own."
             )
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         y = torch.addcdiv(z, g, scale, value=-0.5)

@@ -15,6 +15,7 @@ log = logging.getLogger("mkdocs.hooks.mathml")
 _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
+_TILDE = ('<mo stretchy="false">&#x0007E;</mo>', '<mo stretchy="false">&#x002DC;</mo>')
 # The converter copies a command that it does not know, or an alignment outside `align*`.
 _NOT_CONVERTED = re.compile(r"<m\w+>(\\[A-Za-z]+|&(?:amp;)?)</m\w+>")
 
@@ -32,6 +33,10 @@ def on_page_content(content, *, page, **_):
             return match[0]
         # The converter makes a letter of this relation, which browsers set without space around it.
         mathml = mathml.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
+        # A transposition is no operator between two operands.
+        mathml = mathml.replace("<mo>&#x022A4;</mo>", "<mi>&#x022A4;</mi>")
+        # An accent sits close to its letter, and of the two tildes one is made for it.
+        mathml = mathml.replace("<mover>", '<mover accent="true">').replace(*_TILDE)
         if unknown := _NOT_CONVERTED.search(mathml):
             log.warning("%s: %s is not supported in %r", page.file.src_uri, unknown[1], tex)
         return mathml if display == "inline" else f'<div class="formula">{mathml}</div>'

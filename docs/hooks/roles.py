@@ -5,6 +5,7 @@ import re
 import griffe
 
 _ROLE = re.compile(r":(?P<role>[a-z]+):`(?P<text>[^`]+)`")
+_FORMULA = re.compile(r"^[ ]*\.\. math:: (?P<tex>.+)$", re.MULTILINE)
 _LITERAL_BLOCK = re.compile(r"^(?P<indent>[ ]*)(?P<lead>.*[^:\s])::$", re.MULTILINE)
 
 
@@ -31,10 +32,11 @@ class Roles(griffe.Extension):
     """Rewrites the docstring of every object."""
 
     def on_object(self, *, obj, **_):
-        """Turn roles into links, formulas and code, and ``::`` into a colon."""
+        """Turn roles into links, formulas and code, directives into formulas, ``::`` into ``:``."""
         if obj.docstring:
             text = _ROLE.sub(
                 lambda match: _reference(match["role"], match["text"].removeprefix("~"), obj),
                 obj.docstring.value,
             )
+            text = _FORMULA.sub(lambda match: f"$${match['tex']}$$", text)
             obj.docstring.value = _LITERAL_BLOCK.sub(_literal_block, text)

@@ -16,7 +16,7 @@ from examples.benchmark.shapes import Shape
 from examples.benchmark.shapes import Task as Head
 from examples.benchmark.timing import Clock
 from examples.comparison.benchmark import Benchmark
-from examples.comparison.catalogue import ENSEMBLES, Method, methods
+from examples.comparison.catalogue import Method, methods, more_methods
 from examples.comparison.costs import measure_costs
 from examples.comparison.tasks import Metric, Outputs, Task
 from examples.models import HeadGroup
@@ -60,8 +60,9 @@ def chosen(shape: Shape, names: list[str] | None = None) -> Mapping[str, Method]
     Raises:
         ValueError: If there is no method of a name.
     """
-    every = methods(shape.name if shape.name in PAPER else "utkface")
-    known = every | ENSEMBLES
+    preset = shape.name if shape.name in PAPER else "utkface"
+    every = methods(preset)
+    known = every | more_methods(preset)
     for name in names or []:
         if name not in known:
             raise ValueError(f"unknown method {name!r}; known: {', '.join(known)}")
