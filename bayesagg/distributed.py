@@ -205,7 +205,7 @@ class Exchange:
                 triangle = triangle[:1]
             lower = flat.new_zeros(len(triangle), m * m)
             lower[:, self._triangle(block, flat.device)] = triangle
-            lower = lower.view(-1, m, m)
+            lower = lower.view(len(triangle), m, m)
             values = [x.clone() for x in extra.view(len(keys), k)]
             result.append(
                 Statistics(

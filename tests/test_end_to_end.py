@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BayesAgg, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BinaryHead, MulticlassHead, RegressionHead
 from tests import reference
+from tests.helpers import PaperBayesAgg
 
 DATA, SHARED = 12, 3
 EPOCH = [slice(0, 5), slice(5, 9), slice(9, 12)]
@@ -54,7 +55,7 @@ class Study:
         heads = {name: HEADS[name](self.model.heads[name], **self.settings[name]) for name in names}
         self.scale = engine.get("gradient_scale", "sum")
         self.full = engine.get("covariance", "diagonal") == "full"
-        self.engine = BayesAgg(self.model.shared, heads, **engine)
+        self.engine = PaperBayesAgg(self.model.shared, heads, **engine)
         labels = {
             "reg": rng.standard_normal((DATA, 2)),
             "bin": rng.integers(0, 2, (DATA, 2)).astype(float),
@@ -470,7 +471,7 @@ def test_pretraining_is_linear_scalarization_to_the_last_bit(
     study.model = Network(names, device, dtype)
     twin = copy.deepcopy(study.model)
     heads = {n: HEADS[n](study.model.heads[n]) for n in names}
-    engine = BayesAgg(study.model.shared, heads, pretrain_epochs=pretrain_epochs)
+    engine = PaperBayesAgg(study.model.shared, heads, pretrain_epochs=pretrain_epochs)
     x = torch.randn(DATA, 4, dtype=torch.float64).to(device, dtype)
     study.present = {n: p.clone() for n, p in study.present.items()}
 
@@ -507,7 +508,7 @@ def test_only_the_shared_network_sees_the_aggregate(device, dtype):
     names = ("bin", "cls")
     study = Study(names, device, dtype)
     network = Network(names, device, dtype)
-    engine = BayesAgg(network.shared, {n: HEADS[n](network.heads[n], s=0.5) for n in names})
+    engine = PaperBayesAgg(network.shared, {n: HEADS[n](network.heads[n], s=0.5) for n in names})
     x = torch.randn(DATA, 4, dtype=torch.float64).to(device, dtype)
     free = study.model
     study.model = network
@@ -527,7 +528,7 @@ def test_only_the_shared_network_sees_the_aggregate(device, dtype):
         free.shared.h.copy_(network.shared(x))
     free.heads.load_state_dict(network.heads.state_dict())
     study.model = free
-    study.engine = BayesAgg(free.shared, {n: HEADS[n](free.heads[n], s=0.5) for n in names})
+    study.engine = PaperBayesAgg(free.shared, {n: HEADS[n](free.heads[n], s=0.5) for n in names})
     aggregate = study.pretrain().arriving(STEP)
     h = network.shared(x[STEP])
     expected = torch.autograd.grad(h, list(network.shared.parameters()), h.new_tensor(aggregate))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
-from bayesagg import BayesAgg, BayesAggWrapper, RegressionHead
+from bayesagg import BayesAggWrapper, RegressionHead
 from bayesagg.errors import CaptureError
 from tests.helpers import (
     OPTIMIZERS,
@@ -23,6 +23,7 @@ from tests.helpers import (
     QUICK,
     SAMPLED,
     WIDTH,
+    PaperBayesAgg,
     assert_finite,
     assert_same,
     difference,
@@ -306,7 +307,7 @@ def test_the_engine_alone_equals_the_wrapper(settings, base, device, dtype):
     wrapper = wrap(nets[0], base, settings=settings)
     train(nets[0], wrapper, 8)
     optimizer = OPTIMIZERS[base](nets[1].parameters())
-    engine = BayesAgg(nets[1].trunk, make_heads(nets[1], **settings))
+    engine = PaperBayesAgg(nets[1].trunk, make_heads(nets[1], **settings))
     for index in range(8):
         x, labels = make_batch(device, dtype, seed=index)
         optimizer.zero_grad()
@@ -327,7 +328,7 @@ class Module(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.engine = BayesAgg(net.trunk, make_heads(net, **SAMPLED))
+        self.engine = PaperBayesAgg(net.trunk, make_heads(net, **SAMPLED))
 
 
 def run(module, optimizer, steps):
@@ -828,14 +829,21 @@ FEATURES = {
 @pytest.mark.parametrize("kind", sorted(FEATURES))
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize(
-    ("covariance", "noise"), [("diagonal", 1.0), ("diagonal", "learned"), ("full", 1.0)]
+    ("rule", "covariance", "noise"),
+    [
+        ("paper", "diagonal", 1.0),
+        ("paper", "diagonal", "learned"),
+        ("paper", "full", 1.0),
+        ("likelihood", "diagonal", "learned"),
+    ],
 )
-def test_hard_features(covariance, noise, bias, kind, device, dtype):
+def test_hard_features(rule, covariance, noise, bias, kind, device, dtype):
     """No NaN and no infinity in anything that a run leaves behind."""
     net = make_net(device, dtype, trunk=lambda: Fixed(WIDE), width=WIDE, bias=bias)
     settings = {**SAMPLED, "reg": {"noise_variance": noise}}
     settings["cls"] = {}
-    optimizer = wrap(net, "adam", settings=settings, steps_per_epoch=1, covariance=covariance)
+    kwargs = {"rule": rule, "covariance": covariance}
+    optimizer = wrap(net, "adam", settings=settings, steps_per_epoch=1, **kwargs)
     for index in range(4):
         x, labels = make_batch(device, dtype, seed=index, inputs=WIDE)
         x = FEATURES[kind](x)

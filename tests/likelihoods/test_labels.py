@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BayesAgg, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.errors import LossError
 from bayesagg.likelihoods import make_blocks
 from bayesagg.observe import observe
 from tests import reference
+from tests.helpers import PaperBayesAgg
 
 HEADS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
 OWN = {"reg": F.mse_loss, "bin": F.binary_cross_entropy_with_logits, "cls": F.cross_entropy}
@@ -402,7 +403,7 @@ def test_targets_make_any_loss_work(device, dtype, name, n):
     generator = torch.Generator().manual_seed(n)
     h = torch.randn(n, 4, generator=generator, dtype=torch.float64).to(device, dtype)
     model = reference.FreeModel(h, {"age": 3})
-    engine = BayesAgg(model.shared, {"age": HEADS[kind](model.heads["age"], s=0.0)})
+    engine = PaperBayesAgg(model.shared, {"age": HEADS[kind](model.heads["age"], s=0.0)})
     reference.concentrate(engine)
     _, y = data(kind, n, 3, dtype, device, seed=n)
     targets = y
@@ -421,7 +422,7 @@ def test_nan_and_ignore_index_in_targets_are_missing(device, dtype, kind):
     n = 6
     h = torch.randn(n, 4, dtype=torch.float64).to(device, dtype)
     model = reference.FreeModel(h, {"age": 3})
-    engine = BayesAgg(model.shared, {"age": HEADS[kind](model.heads["age"], s=0.0)})
+    engine = PaperBayesAgg(model.shared, {"age": HEADS[kind](model.heads["age"], s=0.0)})
     reference.concentrate(engine)
     _, y = data(kind, n, 3, dtype, device)
     targets = y.clone()
@@ -439,7 +440,7 @@ def test_refusal_changes_nothing_and_names_the_task(device, name):
     kind, loss = OTHER[name]
     h = torch.randn(5, 4, dtype=torch.float64).to(device)
     model = reference.FreeModel(h, {"age": 3})
-    engine = BayesAgg(model.shared, {"age": HEADS[kind](model.heads["age"])})
+    engine = PaperBayesAgg(model.shared, {"age": HEADS[kind](model.heads["age"])})
     _, y = data(kind, 5, 3, device=device)
     with pytest.raises(LossError, match=r"(?s)'age'.*`targets=`"):
         engine.backward({"age": loss(3 * model()["age"], y)})

@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
-from bayesagg import BayesAgg
 from tests.helpers import (
     OPTIMIZERS,
     OUTPUTS,
     SAMPLED,
+    PaperBayesAgg,
     difference,
     make_batch,
     make_heads,
@@ -31,7 +31,7 @@ class Run:
     def __init__(self, *, seed=0, accumulate=1):
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
         net = make_net(seed=seed)
-        self.engine = BayesAgg(net.trunk, make_heads(net, **SAMPLED))
+        self.engine = PaperBayesAgg(net.trunk, make_heads(net, **SAMPLED))
         optimizer = OPTIMIZERS["adam"](net.parameters())
         batches = [make_batch(seed=index) for index in range(STEPS)]
         data = TensorDataset(

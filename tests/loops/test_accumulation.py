@@ -12,10 +12,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
-from bayesagg import BayesAgg
 from bayesagg.errors import CaptureError
 from tests.helpers import (
     QUICK,
+    PaperBayesAgg,
     assert_same,
     gradients,
     make_batch,
@@ -77,7 +77,7 @@ def test_pretraining_is_the_plain_loop():
 def test_the_engine_alone_accumulates_as_the_wrapper_does(follow):
     nets = [make_net(trunk=trunk) for _ in range(2)]
     optimizer = wrap(nets[0], groups(nets[0]), steps_per_epoch=None)
-    engine = BayesAgg(nets[1].trunk, make_heads(nets[1]))
+    engine = PaperBayesAgg(nets[1].trunk, make_heads(nets[1]))
     base = groups(nets[1])
     if follow:
         engine.follow(base)

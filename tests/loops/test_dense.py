@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import bayesagg.plan
-from bayesagg import BayesAgg, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.subset import draw
-from tests.helpers import OPTIMIZERS, assert_same, difference, snapshot, wrap
+from tests.helpers import OPTIMIZERS, PaperBayesAgg, assert_same, difference, snapshot, wrap
 
 TASKS = {"depth": 1, "edge": 1, "class": 3}
 BATCH, POSITIONS, WIDTH = 2, (2, 3, 2), 4
@@ -237,7 +237,7 @@ def test_equal_data_make_a_subset_exact(noise, device, dtype):
     results = []
     for max_data in (None, 4):
         net = make("rows", device, dtype)
-        engine = BayesAgg(net.trunk, heads_of(net, noise=noise), max_data=max_data)
+        engine = PaperBayesAgg(net.trunk, heads_of(net, noise=noise), max_data=max_data)
         for index in range(6):
             x, labels = batch(index, device, dtype, 1)
             x, labels = x.expand(20, -1), {n: y.expand(20, *y.shape[1:]) for n, y in labels.items()}
@@ -285,7 +285,9 @@ def test_gradient_inside_and_outside_the_subset(missing, scale, device, dtype, m
 
     monkeypatch.setattr(bayesagg.plan, "combine", spied)
     net = make("rows", device, dtype)
-    engine = BayesAgg(net.trunk, heads_of(net), max_data=9, pretrain_epochs=0, gradient_scale=scale)
+    engine = PaperBayesAgg(
+        net.trunk, heads_of(net), max_data=9, pretrain_epochs=0, gradient_scale=scale
+    )
     x, labels = batch(3, device, dtype)
     labels = ignore(labels, 5)[0] if missing else labels
     h = net.trunk(x)
@@ -329,7 +331,7 @@ def outside(net, spy, seen, h, labels, scale):
 
 def conditional_weights(net, seen, present, index):
     """α by task and dimension, the mean over the data of the subset that have a label of it."""
-    engine = BayesAgg(net.trunk, heads_of(net))
+    engine = PaperBayesAgg(net.trunk, heads_of(net))
     log_variance, factors = {}, {}
     order = [n for block in engine._blocks for n in block.names]
     generator = torch.Generator(seen["features"][True].device)
@@ -356,7 +358,7 @@ def test_certain_posteriors_and_uniform_weights_are_linear_scalarization(device)
     with torch.no_grad():
         depth = net(x)["depth"] + 0.1  # by another bias: the end of the epoch will find it
     head = RegressionHead(net.heads["depth"], s=0.0, prior_variance=1e12, noise_variance=1e-12)
-    engine = BayesAgg(net.trunk, {"depth": head}, max_data=8, pretrain_epochs=1)
+    engine = PaperBayesAgg(net.trunk, {"depth": head}, max_data=8, pretrain_epochs=1)
     for _ in range(50):  # so that the batch below hardly moves the posterior
         engine.backward({"depth": F.mse_loss(net(x)["depth"], depth)})
     engine.end_epoch()
@@ -393,7 +395,7 @@ def test_maps_take_a_subset_too(device, dtype):
     results = []
     for kind in ("rows", "conv2d"):
         net = make(kind, device, dtype)
-        engine = BayesAgg(net.trunk, heads_of(net), max_data=7, pretrain_epochs=0)
+        engine = PaperBayesAgg(net.trunk, heads_of(net), max_data=7, pretrain_epochs=0)
         x, labels = batch(0, device, dtype)
         losses, _ = losses_in(net, net(net.shape(x)), labels)
         engine.backward(losses)
@@ -404,7 +406,7 @@ def test_maps_take_a_subset_too(device, dtype):
 def test_a_subset_without_a_task_leaves_it_a_say(device, dtype):
     """One labelled pixel of a task outside the subset: uniform weights, not zero, not NaN."""
     net = make("rows", device, dtype)
-    engine = BayesAgg(net.trunk, heads_of(net), max_data=1, pretrain_epochs=0)
+    engine = PaperBayesAgg(net.trunk, heads_of(net), max_data=1, pretrain_epochs=0)
     x, labels = batch(0, device, dtype)
     labels = copy.deepcopy(labels)
     labels["edge"][1:] = torch.nan

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bayesagg import BayesAgg
 from bayesagg.distributed import bytes_per_step
 from bayesagg.errors import LossError, RankError
 from tests.helpers import (
@@ -16,6 +15,7 @@ from tests.helpers import (
     OPTIMIZERS,
     SAMPLED,
     WIDTH,
+    PaperBayesAgg,
     assert_same,
     make_batch,
     make_heads,
@@ -96,13 +96,13 @@ def assert_equal_runs(one, ranks, weights=True):
 
 
 @pytest.mark.parametrize("settings", sorted(SETTINGS))
-@pytest.mark.parametrize("covariance", ["diagonal", "full"])
-def test_two_halves_are_the_whole(covariance, settings, ranks):
+@pytest.mark.parametrize("kwargs", [{}, {"covariance": "full"}, {"rule": "likelihood"}], ids=str)
+def test_two_halves_are_the_whole(kwargs, settings, ranks):
     """Over pre-training and two epochs after it."""
-    kwargs = {"covariance": covariance}
     both = ranks.run(together, SETTINGS[settings], "momentum", 8, kwargs)
     assert both[0]["engine"]["epoch"] == 2
-    assert_equal_runs(alone(SETTINGS[settings], **kwargs), both)
+    # The weights of the likelihood rule are shares of each rank's own.
+    assert_equal_runs(alone(SETTINGS[settings], **kwargs), both, weights="rule" not in kwargs)
 
 
 def test_the_ranks_do_not_agree_without_the_exchange(ranks):
@@ -353,7 +353,7 @@ def test_ranks_with_models_of_their_own_are_left_alone(ranks):
 def by_hand(rank):
     """The engine alone; gradients averaged by the user."""
     net = make_net(trunk=trunk)
-    engine = BayesAgg(net.trunk, make_heads(net), process_group=dist.group.WORLD)
+    engine = PaperBayesAgg(net.trunk, make_heads(net), process_group=dist.group.WORLD)
     optimizer = OPTIMIZERS["momentum"](net.parameters())
     for index in range(8):
         x, labels = batch_of(index, half(rank))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bayesagg import BayesAgg, BayesAggWrapper, RegressionHead
+from bayesagg import BayesAggWrapper, RegressionHead
 from bayesagg.checkpoint import PosteriorState
 from bayesagg.errors import CheckpointError
 from tests.helpers import (
     OPTIMIZERS,
+    PaperBayesAgg,
     assert_same,
     make_batch,
     make_heads,
@@ -78,7 +79,7 @@ def test_the_engine_alone(tmp_path):
     for seed in (0, 5):
         net = make_net(seed=seed)
         runs.append(
-            (net, BayesAgg(net.trunk, make_heads(net)), OPTIMIZERS["adam"](net.parameters()))
+            (net, PaperBayesAgg(net.trunk, make_heads(net)), OPTIMIZERS["adam"](net.parameters()))
         )
     go_on(*runs[0], range(5))
     save(*runs[0], tmp_path)

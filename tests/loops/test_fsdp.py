@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from bayesagg import BayesAgg
 from bayesagg.errors import BayesAggError, CaptureError
 from tests.helpers import (
     OPTIMIZERS,
+    PaperBayesAgg,
     assert_same,
     make_heads,
     make_losses,
@@ -92,7 +92,7 @@ def test_adam_and_resharding(reshard, ranks):
 def by_hand(rank, parts):
     """The engine alone; epochs end while an evaluation has the weights gathered."""
     net = sharded(parts)
-    engine = BayesAgg(net.trunk, make_heads(net))
+    engine = PaperBayesAgg(net.trunk, make_heads(net))
     optimizer = OPTIMIZERS["momentum"](net.parameters())
     seen = []
     for index in range(8):
@@ -114,7 +114,7 @@ def by_hand(rank, parts):
 def test_heads_are_written_while_they_are_gathered(parts, ranks):
     """An evaluation leaves gathered copies in place of the parameters that are to be written."""
     net = make_net(trunk=trunk)
-    engine = BayesAgg(net.trunk, make_heads(net))
+    engine = PaperBayesAgg(net.trunk, make_heads(net))
     optimizer = OPTIMIZERS["momentum"](net.parameters())
     outputs = []
     for index in range(8):

@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 import bayesagg.lightning
-from bayesagg import BayesAgg
 from bayesagg.errors import CheckpointError
 from bayesagg.lightning import TaskWeightsCallback
 from bayesagg.logging import task_weight_scalars
@@ -22,6 +21,7 @@ from tests.helpers import (
     OPTIMIZERS,
     OUTPUTS,
     SAMPLED,
+    PaperBayesAgg,
     assert_same,
     difference,
     make_batch,
@@ -49,7 +49,7 @@ class Lit(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.net = make_net(seed=seed, outputs=outputs)
-        self.engine = BayesAgg(self.net.trunk, make_heads(self.net, **SAMPLED))
+        self.engine = PaperBayesAgg(self.net.trunk, make_heads(self.net, **SAMPLED))
 
     def configure_optimizers(self):
         optimizer = OPTIMIZERS["adam"](self.net.parameters())
@@ -186,7 +186,7 @@ def test_the_callback_follows_the_trainer(tmp_path):
 
 def test_the_callback_wants_one_engine(tmp_path):
     module = Lit()
-    module.second = BayesAgg(module.net.trunk, make_heads(module.net))
+    module.second = PaperBayesAgg(module.net.trunk, make_heads(module.net))
     with pytest.raises(ValueError, match="has 2 BayesAgg engines"):
         fit(tmp_path, module, 1, callbacks=[TaskWeightsCallback()])
     with pytest.raises(ValueError, match="every_n_steps"):
