@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["LIKELIHOOD", "PAPER", "Preset"]
+__all__ = ["PAPER", "Preset"]
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,3 @@ PAPER: dict[str, Preset] = {
 }
 
 """The paper's, by benchmark: ``"qm9"``, ``"cifar_mtl"``, ``"chestxray14"`` and ``"utkface"``."""
-
-LIKELIHOOD = Preset(
-    wrapper={"rule": "likelihood"},
-    regression={"s": 0.0, "noise_variance": "learned"},
-    binary={"s": 0.0},
-    multiclass={"s": 0.0},
-    training={},
-    s_grid={},
-)
-"""Settings of ``rule="likelihood"``, one for all data; it says nothing about training."""

@@ -21,7 +21,7 @@ weights. This is a departure from the paper, which has no dense tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,6 @@ from bayesagg.likelihoods import Block, Labels, Statistics
 from bayesagg.posterior import Gaussian
 
 __all__ = ["Subset", "check_max_data", "draw", "extend", "select"]
-
-_RESIDUALS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "regression": lambda z, y: 2 * (z - y),
-    "binary": lambda z, y: torch.sigmoid(z) - y,
-    "multiclass": lambda z, y: torch.softmax(z, dim=0) - y,
-}
 
 
 @dataclass(frozen=True)
@@ -192,7 +186,7 @@ def _residuals(block: Block, known: Labels, part: slice, h: Tensor, mean: Tensor
         z += mean[:, -1:]
     targets = known.targets[:, part]
     targets = (targets[:, 0] if targets.dim() == 3 else targets).to(h.dtype).mT
-    residual = _RESIDUALS[block.kind](z, targets) * known.factor[:, part].to(h.dtype).mT
+    residual = block.residual(z, targets) * known.factor[:, part].to(h.dtype).mT
     if known.present is not None:
         residual.masked_fill_(~known.present[:, part].mT, 0)
     return residual

@@ -25,9 +25,8 @@ def make_blocks(heads: Mapping[str, Head], dtype: torch.dtype, rule: Rule = "pap
     """Heads that can be computed together, in the order of their first members."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, head in heads.items():
-        key: tuple[Any, ...] = (head.kind, head.has_bias)
-        if head.kind != "regression":
-            key += (head.moments, head.num_samples)  # type: ignore[attr-defined]
+        settings = [getattr(head, setting, None) for setting in ("moments", "num_samples")]
+        key: tuple[Any, ...] = (head.kind, head.has_bias, *settings)
         if head.kind == "multiclass":
             key += (head.out_features,)
         groups.setdefault(key, []).append(name)

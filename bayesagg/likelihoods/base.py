@@ -143,6 +143,11 @@ class Block(ABC):
         In ``dtype``, unless ``full``.
         """
 
+    @staticmethod
+    @abstractmethod
+    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
+        """Derivative of the loss at the outputs; outputs (classes) first, data last."""
+
     @abstractmethod
     def likelihood_gradient(
         self, features: Tensor, labels: Labels, posterior: Gaussian | None

@@ -119,6 +119,11 @@ class BinaryBlock(ClassificationBlock):
             features, labels.targets, posterior, self.d, full, log=not full, dtype=dtype
         )
 
+    @staticmethod
+    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
+        """``σ(z) - y``."""
+        return outputs.sigmoid() - targets
+
     def point_gradient(self, labels: Labels, device: torch.device) -> Tensor:
         """``(σ(z) - y) w``."""
         residual = torch.sigmoid(labels.outputs) - labels.targets

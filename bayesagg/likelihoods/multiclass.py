@@ -204,6 +204,11 @@ class MulticlassBlock(ClassificationBlock):
         mean, second = mean[:, 0], second[:, 0]
         return (mean, second) if full else (mean.to(dtype), log_variance(second, dtype))
 
+    @staticmethod
+    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
+        """``p - y``."""
+        return outputs.softmax(0) - targets
+
     def point_gradient(self, labels: Labels, device: torch.device) -> Tensor:
         """``Wᵀ (p - y)``."""
         residual = torch.softmax(labels.outputs, dim=2) - labels.targets

@@ -154,6 +154,11 @@ class RegressionBlock(Block):
             features, labels.targets, posterior, self.d, full, log=not full, dtype=dtype
         )
 
+    @staticmethod
+    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
+        """``2 (z - y)``."""
+        return 2 * (outputs - targets)
+
     def likelihood_gradient(
         self, features: Tensor, labels: Labels, posterior: Gaussian | None
     ) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.likelihoods import Rule
 from examples.benchmark.models import Workload, make_workload
 from examples.benchmark.shapes import Shape, Task
 from examples.benchmark.timing import Clock, interleave
@@ -45,10 +46,15 @@ def plain_step(shape: Shape) -> Step:
     return Step(workload, optimizer, run)
 
 
-def bayesagg_step(shape: Shape) -> Step:
-    """The same network under ``BayesAggWrapper``: ``optimizer.step(losses)``."""
+def bayesagg_step(shape: Shape, rule: Rule = "likelihood") -> Step:
+    """The same network under ``BayesAggWrapper``: ``optimizer.step(losses)``.
+
+    Args:
+        shape: What to train.
+        rule: ``"likelihood"`` with the library's defaults, or ``"paper"`` with its settings.
+    """
     workload = make_workload(shape)
-    optimizer = wrap(workload, shape)
+    optimizer = wrap(workload, shape, rule)
 
     def run() -> None:
         losses = workload.losses()
@@ -58,16 +64,23 @@ def bayesagg_step(shape: Shape) -> Step:
     return Step(workload, optimizer, run)
 
 
-def wrap(workload: Workload, shape: Shape) -> BayesAggWrapper:
-    """The wrapper with the paper's settings for the shape; epochs end when they are told to."""
-    heads = {task.name: make_head(task, workload.model.heads[task.name]) for task in shape.tasks}
+def wrap(workload: Workload, shape: Shape, rule: Rule) -> BayesAggWrapper:
+    """The wrapper with the settings of a rule; epochs end when they are told to."""
+    modules = workload.model.heads
+    heads = {
+        task.name: make_head(task, modules[task.name])
+        if rule == "paper"
+        else _HEADS[task.kind](modules[task.name])
+        for task in shape.tasks
+    }
     adam = torch.optim.Adam(workload.model.parameters(), lr=1e-3)
-    return BayesAggWrapper(adam, shared_rep_hook=workload.model.backbone, heads=heads)
+    return BayesAggWrapper(adam, shared_rep_hook=workload.model.backbone, heads=heads, rule=rule)
 
 
 def make_head(task: Task, module: nn.Module) -> AnyHead:
-    """The library's head of a task, with the task's exponent and prior variance."""
-    return _HEADS[task.kind](module, s=task.s, prior_variance=task.prior_variance)
+    """The library's head of a task, with the paper's exponent, prior variance and noise."""
+    noise = {"noise_variance": 1.0} if task.kind == "regression" else {}
+    return _HEADS[task.kind](module, s=task.s, prior_variance=task.prior_variance, **noise)
 
 
 def pretrain(step: Step) -> None:
@@ -101,15 +114,17 @@ def _shared_gradient(workload: Workload) -> Tensor:
 
 
 def time_steps(shape: Shape, rounds: int, clock: Clock = "wall") -> dict[str, list[float]]:
-    """Seconds per step and round of the arms ``bayesagg`` and ``plain``, taking turns.
+    """Seconds per step and round of the arms ``default``, ``paper`` and ``plain``, taking turns.
 
     Raises:
         RuntimeError: The wrapper still trains by linear scalarization after its first epoch.
     """
-    ours, plain = bayesagg_step(shape), plain_step(shape)
-    pretrain(ours)
-    pretrain(plain)
-    if not is_active(ours):
-        raise RuntimeError(f"{shape.name}: aggregation is not active after the first epoch")
-    arms = {"bayesagg": ours.run, "plain": plain.run}
+    steps = {"default": bayesagg_step(shape), "paper": bayesagg_step(shape, "paper")}
+    for step in steps.values():
+        pretrain(step)
+        if not is_active(step):
+            raise RuntimeError(f"{shape.name}: aggregation is not active after the first epoch")
+    steps["plain"] = plain_step(shape)
+    pretrain(steps["plain"])
+    arms = {name: step.run for name, step in steps.items()}
     return interleave(arms, rounds=rounds, warmup=2, clock=clock)
