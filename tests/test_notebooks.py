@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples" / "notebooks"
-FIGURES = {"qm9": 3, "cifar_mtl": 2, "chestxray14": 2, "utkface": 3}
+FIGURES = {"qm9": 4, "cifar_mtl": 2, "chestxray14": 2, "utkface": 3}
 STAND_IN = {"qm9-mpnn": "qm9", "cifar-mtl": "mnist", "chestxray14": "nih", "utkface": "nhefs"}
 
 for package in ("causaldata", "ipykernel", "mlxtend", "nbclient", "qm9pack", "torchxrayvision"):

@@ -81,7 +81,7 @@ def test_the_chosen_trial_has_the_lowest_validation_delta(finished):
         assert search[name]["chosen"] == deltas.index(min(deltas))
     assert search["bayesagg"] == {
         "chosen": 0,
-        "settings": "lr 0.001, wd 0",
+        "settings": "lr 0.002, wd 0",
         "validation_delta_m": [],
     }
 
@@ -156,7 +156,7 @@ def test_it_resumes_after_the_last_whole_run(finished, tmp_path, monkeypatch):
         ["--batch-size", "32"],
         ["--clip-norm", "1"],
         ["--train-size", "130"],
-        ["--learning-rate", "0.002"],
+        ["--learning-rate", "0.003"],
         ["--warmup-epochs", "0"],
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from examples import compare
-from examples.comparison.catalogue import ENSEMBLES
+from examples.comparison.catalogue import more_methods
 from examples.comparison.ensembles import (
     EnsembleHead,
     HeadEnsemble,
@@ -19,6 +19,8 @@ from examples.comparison.networks import mlp
 from examples.comparison.tasks import Task, by_task, criterion
 from examples.methods import LinearScalarization
 from examples.training import TrainSettings
+
+ENSEMBLES = {n: m for n, m in more_methods("qm9").items() if n.startswith("ensemble")}
 
 TASKS = (
     Task("r0", "regression", "mae"),

@@ -76,11 +76,11 @@ def test_cifar_needs_no_torchvision(data, monkeypatch):
 @pytest.mark.parametrize("name", EVERY)
 def test_settings_of_the_paper_are_those_of_the_preset(name):
     source = SOURCES[name]
-    assert source.preset == name
-    ours, theirs = source.paper, PAPER[name].training
+    assert source.preset == name.replace("-", "_")
+    ours, theirs = source.paper, PAPER[source.preset].training
     assert (ours.epochs, ours.batch_size) == (theirs["epochs"], theirs["batch_size"])
     assert (ours.learning_rate, ours.weight_decay) == (theirs["lr"], theirs["weight_decay"])
-    assert ours.pretrain_epochs == PAPER[name].wrapper["pretrain_epochs"]
+    assert ours.pretrain_epochs == PAPER[source.preset].wrapper["pretrain_epochs"]
     assert (ours.schedule, ours.selection) == ("steps", "best")
 
 
