@@ -139,14 +139,16 @@ def _factor(
 ) -> Tensor:
     """Factor of the loss, ``[K]``, from the best evidence that the batch has.
 
-    The curvature of data that are not saturated; else of negative saturated logits, whose small
+    The curvature of data that are not saturated, without positive logits that nearly are, whose
+    curvature is rounded, if there are others; else of negative saturated logits, whose small
     ``σ(1-σ)`` is exact; else the gradient of saturated data on the wrong side, which is the factor;
     else (all right: there is no gradient) that of a mean.
     """
     exact = (z < 0) & (curvature > 0)
+    precise = usable & ((z < 0) | (spread > 16 * torch.finfo(z.dtype).eps / tolerance(z.dtype)))
     factor = torch.full_like(z[0], 1 / len(z))
     factor = torch.where(wrong.any(0), (gradient.abs() * wrong).amax(0), factor)
-    for chosen in (exact, usable):
+    for chosen in (exact, usable, precise):
         ratio = (curvature * chosen).sum(0) / (spread * chosen).sum(0)
         factor = torch.where(chosen.any(0), ratio, factor)
     return factor

@@ -204,6 +204,15 @@ def test_undecided_data_beside_saturated_ones(device, kind, logit, dtype):
     check(kind, labels, out, y)
 
 
+@pytest.mark.parametrize("size", [6.0, 8.0, 9.0, 10.0, 12.0, 14.0])
+def test_one_rounded_curvature_does_not_spoil_the_exact_ones(device, size):
+    # σ(1-σ) of a positive logit is rounded to a part in a thousand, and far larger than the others.
+    negative = torch.linspace(-26.0, -size - 1, 43)
+    out = torch.cat([negative, torch.tensor([size])])[:, None].to(device).requires_grad_()
+    y = (out > 0).float()
+    check("bin", recover("bin", out, OWN["bin"](out, y)), out, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @settings(max_examples=50)
 @given(
