@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PosteriorState", "describe", "read_blocks"]
 
-_KEYS = {"heads", "epoch", "draws", "batches", "blocks", "task_weights"}
+_KEYS = {"rule", "heads", "epoch", "draws", "batches", "blocks", "task_weights"}
 
 
 def describe(heads: Mapping[str, Head]) -> list[list[str]]:
@@ -46,7 +46,8 @@ def read_blocks(
         rule: of the engine.
 
     Raises:
-        CheckpointError: if the state was saved from other heads, or is incomplete.
+        CheckpointError: if the state was saved from other heads or with another rule, or is
+            incomplete.
     """
     own = describe(heads)
     complete = isinstance(state, dict) and state.keys() == _KEYS
@@ -59,6 +60,11 @@ def read_blocks(
         raise CheckpointError(
             "the checkpoint's state of bayesagg is incomplete, or of another version. Save "
             "and load the whole `state_dict()`."
+        )
+    if state["rule"] != rule:
+        raise CheckpointError(
+            f"the checkpoint was saved with rule={state['rule']!r}, this engine has {rule!r}: their "
+            f"posteriors are not the same. Build the engine with the rule it was saved with."
         )
     blocks = make_blocks(heads, dtype, rule)
     if len(state["blocks"]) != len(blocks):

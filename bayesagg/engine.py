@@ -36,7 +36,7 @@ class BayesAgg(nn.Module):
         pretrain_epochs: epochs of linear scalarization first.
         gradient_scale: ``"sum"`` multiplies Eq. 7 by the number of tasks, so that uniform weights
             are linear scalarization; ``"mean"`` is Eq. 7 as printed.
-        covariance: ``"diagonal"`` (Eq. 7) or ``"full"`` (Eq. 6).
+        covariance: ``"diagonal"`` (Eq. 7), or ``"full"`` (Eq. 6, with ``rule="paper"``).
         rule: ``"likelihood"``: every task's gradient is that of its log-likelihood with a learned
             scale: of regressions under a Student-t distribution, predicted without the datum
             itself; of classifications at the current head weights, in units of the running mean
@@ -278,6 +278,7 @@ class BayesAgg(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """State for ``state_dict``: plain tensors, numbers and dicts."""
         return {
+            "rule": self.rule,
             "heads": describe(self.heads),
             "epoch": self.epoch,
             "draws": self._draws,

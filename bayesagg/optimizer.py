@@ -49,8 +49,8 @@ class BayesAggWrapper(Optimizer):
         pretrain_epochs: epochs of linear scalarization first.
         gradient_scale: ``"sum"``, K times Eq. 7, or ``"mean"``, Eq. 7 as printed; this and the
             following are those of :class:`bayesagg.BayesAgg`, which says more.
-        covariance: ``"diagonal"`` (Eq. 7) or ``"full"`` (Eq. 6).
-        rule: ``"paper"``, or ``"likelihood"``: gradients of log-likelihoods with learned noise.
+        covariance: ``"diagonal"`` (Eq. 7), or ``"full"`` (Eq. 6, with ``rule="paper"``).
+        rule: ``"likelihood"``: gradients of log-likelihoods of learned scale; or ``"paper"``.
         dtype: of the posterior algebra.
         seed: of samples and subsets.
         max_data: posterior and moments from at most this many data per step; for dense heads.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayesagg import BayesAgg, BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
-from bayesagg.errors import HeadError
+from bayesagg.errors import CheckpointError, HeadError
 
 
 class Net(nn.Module):
@@ -210,3 +210,13 @@ def test_training_with_tasks_of_other_units_learns_all(device):
 def test_full_covariances_are_refused(device):
     with pytest.raises(ValueError, match="rule='paper'"):
         build(device, covariance="full")
+
+
+def test_a_state_of_the_other_rule_is_refused(device):
+    x, y = batch(device)
+    net, engine = build(device, rule="paper")
+    engine.backward(net.losses(x, y))
+    state = engine.state_dict()
+    _, other = build(device)
+    with pytest.raises(CheckpointError, match="rule='paper'"):
+        other.load_state_dict(state)
