@@ -63,8 +63,8 @@ def read_blocks(
         )
     if state["rule"] != rule:
         raise CheckpointError(
-            f"the checkpoint was saved with rule={state['rule']!r}, this engine has {rule!r}: their "
-            f"posteriors are not the same. Build the engine with the rule it was saved with."
+            f"the checkpoint was saved with rule={state['rule']!r}, this engine has {rule!r}. "
+            f"Build the engine with the rule it was saved with."
         )
     blocks = make_blocks(heads, dtype, rule)
     if len(state["blocks"]) != len(blocks):
