@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = [options.output / name for name in ("demo.png", "results.csv", "results.json")]
     title = f"QM9 proxy: {options.molecules:,} molecules, MLP, {options.epochs} epochs"
     # With s = 0 all shares are equal: nothing to see.
-    ablations = [name for name, method in METHODS.items() if method.settings.get("s") == 0]
+    ablations = [name for name, method in METHODS.items() if method.ablation_of]
     plot_comparison(files[0], rows, LABELS, data.tasks, without_panel=ablations, title=title)
     write_csv(files[1], runs, described, data.tasks, data.units)
     write_json(files[2], runs, rows, described, data.tasks, data.units)
