@@ -736,7 +736,7 @@ bad_state = functools.partial(bad, phases=("after", "accumulating"))
 
 def saved_by(bench: Bench, heads: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint of a run with other heads, after an epoch under the same optimizer."""
-    engine = BayesAgg(None, heads, pretrain_epochs=0)
+    engine = BayesAgg(None, heads, pretrain_epochs=0, rule="paper")
     h = nn.Linear(bench.x.shape[1], next(iter(heads.values())).in_features).to(bench.x)(bench.x)
     losses = {}
     for name, head in heads.items():
