@@ -59,7 +59,8 @@ def combine(
     size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
     gradient = torch.empty(n, d, dtype=work, device=some.device)
     totals, labelled = gradient.new_zeros(tasks, d), gradient.new_zeros(())
-    unit = _unit(labels)
+    # Nobody asks for it where all weights are alike.
+    unit = _unit(labels) if rule == "paper" or blocks[0].weighted else None
     for start in range(0, n, size):
         stop = min(n, start + size)
         means, seconds, masks, ratios = [], [], [], []
@@ -75,6 +76,7 @@ def combine(
                 ratios.append(torch.ones_like(part.factor) if ratio is None else ratio)
             means.append(mean.mul_(part.factor[..., None].to(work)))
             if second is not None:
+                assert unit is not None
                 seconds.append(_scaled(second, part.factor[..., None] / unit, full))
             masks.append(part.present)
         present = _stack(masks, [mean.shape[1] for mean in means], stop - start, some.device)
@@ -85,9 +87,8 @@ def combine(
             aggregate = aggregate_full if full else aggregate_diagonal
             gradient[start:stop], weights = aggregate(mean, _cat(seconds), s, present, scale)
         if ratios:
-            weights = (
-                weights * torch.cat([r.expand(stop - start, -1) for r in ratios], 1)[..., None]
-            )
+            ratio = torch.cat([part.expand(stop - start, -1) for part in ratios], 1)
+            weights = weights * ratio[..., None]
         totals += weights.sum(0)
         labelled += stop - start if present is None else present.any(1).sum()
     if rule == "likelihood":

@@ -47,9 +47,8 @@ def bytes_per_step(engine: BayesAgg) -> int:
     exchange, blocks = engine._exchange, engine._blocks
     numbers = _HEADER + len(blocks)
     for index, block in enumerate(blocks):
-        learned = bool(getattr(block, "learns_noise", False))
-        extras = 2 * learned or int(block.kind != "regression" and block.rule == "likelihood")
-        numbers += exchange.size(index, block, extras) + learned * block.num_tasks
+        first, refined = block.extra_sums
+        numbers += exchange.size(index, block, first) + refined * block.num_tasks
     return numbers * torch.finfo(engine.dtype).bits // 8
 
 

@@ -95,12 +95,11 @@ def make_plan(
         rule=rule,
     )
     if sample.subset is not None:
-        known = [
-            posterior for posterior in posteriors if posterior is not None
-        ]  # all: paper's rule
+        # Only under the paper's rule, which needs every posterior.
+        found = [posterior for posterior in posteriors if posterior is not None]
         estimate = (gradient, weights, scale)
         index = sample.subset.index
-        gradient = extend(index, batch.rows, blocks, batch.labels, known, *estimate)
+        gradient = extend(index, batch.rows, blocks, batch.labels, found, *estimate)
     gradient = unflatten(gradient, h, blocks[0].heads[0].channels_first)
     return Plan(gradient, evidence, _by_task(weights.mean(-1), blocks))
 

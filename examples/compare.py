@@ -127,6 +127,12 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         help="methods that keep their default settings while the others are tuned",
     )
     parser.add_argument(
+        "--reference",
+        default="ls",
+        metavar="NAME",
+        help="method that the others' Δm are subtracted from in the table (default: ls)",
+    )
+    parser.add_argument(
         "--protocol",
         choices=("small", "paper"),
         default="small",
@@ -181,6 +187,8 @@ def _check_size(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
 def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
     source = SOURCES[options.benchmark]
     chosen = _methods(options, parser)
+    if options.reference not in chosen and options.reference != "ls":
+        parser.error(f"argument --reference: {options.reference!r} is not among the methods")
     for name in options.untuned:
         if name not in chosen:
             parser.error(f"argument --untuned: {name!r} is not among the methods of the comparison")
@@ -204,6 +212,7 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
         trials=options.trials,
         search_seeds=options.search_seeds,
         untuned=tuple(options.untuned),
+        reference=options.reference,
         workers=options.jobs,
     )
 

@@ -149,15 +149,15 @@ def test_exponents_weigh_the_tasks_further(device):
 
 
 def test_a_subset_of_the_data_changes_the_posterior_only(device):
-    x, y = batch(device, n=60)
-    net, engine = build(device, max_data=60)
+    x, y = batch(device, n=600)
+    net, engine = build(device, max_data=600)
     engine.backward(net.losses(x, y))
     whole = trunk_gradients(net)
-    net, engine = build(device, max_data=25)
+    net, engine = build(device, max_data=250)
     engine.backward(net.losses(x, y))
     for one, other in zip(whole, trunk_gradients(net), strict=True):
         assert not torch.equal(one, other)
-        assert float((one - other).norm() / one.norm()) < 0.6
+        assert float((one - other).norm() / one.norm()) < 0.25
 
 
 def test_a_state_continues_in_the_same_bits(device):

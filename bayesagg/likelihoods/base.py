@@ -66,6 +66,11 @@ class Block(ABC):
         """``D``: shared dimensions plus one for a bias."""
         return self.d + int(self.bias)
 
+    @property
+    def extra_sums(self) -> tuple[int, int]:
+        """Sums per task in ``Statistics.extra``, and how many of them :meth:`refine` changes."""
+        return 0, 0
+
     def per_task(self, setting: str, device: torch.device) -> Tensor:
         """A numeric head setting for every task, ``[K]``; heads are frozen, so it is cached."""
         key = (setting, device)
@@ -146,7 +151,15 @@ class Block(ABC):
     @staticmethod
     @abstractmethod
     def residual(outputs: Tensor, targets: Tensor) -> Tensor:
-        """Derivative of the loss at the outputs; outputs (classes) first, data last."""
+        """Derivative of a loss of factor one at the outputs.
+
+        Args:
+            outputs: of one head, ``[o, N]``: outputs (classes) first, data last.
+            targets: of the same shape.
+
+        Returns:
+            of the same shape.
+        """
 
     @abstractmethod
     def likelihood_gradient(

@@ -50,13 +50,22 @@ class ClassificationBlock(Block):
         """Weights of a task that its outputs depend on."""
         return self.width
 
+    @property
+    def extra_sums(self) -> tuple[int, int]:
+        """The deviance, under ``rule="likelihood"``."""
+        return int(self.rule == "likelihood"), 0
+
     @abstractmethod
     def expansion(self, features: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-        """Precision and shift of a batch: quadratic expansion at the current head weights."""
+        """Quadratic expansion of a batch at the current head weights (Eq. 8-10).
+
+        Returns:
+            precision, ``[K, M, M]``, and shift, ``[K, M]``.
+        """
 
     @abstractmethod
     def cross_entropy(self, labels: Labels) -> Tensor:
-        """Negative log-likelihood of every datum at the current head weights, ``[N, K]``."""
+        """Negative log-likelihood in nats of every datum at the head weights, ``[N, K]``."""
 
     def statistics(self, features: Tensor, labels: Labels) -> Statistics:
         """Quadratic expansion, and the sum of the cross-entropies."""
@@ -94,7 +103,7 @@ class ClassificationBlock(Block):
     def likelihood_gradient(
         self, features: Tensor, labels: Labels, posterior: Gaussian | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The ordinary gradient, at the current head weights, divided by the dispersion."""
+        """``Wᵀ(p - y) / φ``: the ordinary gradient in units of the dispersion."""
         ratio = 1 / self._dispersion
         return self.point_gradient(labels, features.device) * ratio[:, None], ratio[None]
 

@@ -37,6 +37,11 @@ class RegressionBlock(Block):
         self.one_noise = len({head.noise_variance for head in self.heads}) == 1
         self._tau2 = torch.ones(self.num_tasks, dtype=self.dtype)  # of the last posterior
 
+    @property
+    def extra_sums(self) -> tuple[int, int]:
+        """The residual, which is refined, and the level, where noise is learned."""
+        return (2, 1) if self.learns_noise else (0, 0)
+
     def read_labels(self, name: str, head: Head, observed: Observation) -> Labels:
         """``y = z - g / 2f``; the factor ``f`` is half the second derivative, and constant."""
         z, g = observed.output, observed.gradient

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesagg.presets import PAPER
 from examples.comparison.networks import mlp, single_task
 from examples.comparison.tasks import Outputs, Task, measure, primary
 from examples.data import DataUnavailableError, Split
@@ -90,6 +91,25 @@ class Source:
     paper: TrainSettings | None = None
     paper_size: int | None = None
     code: tuple[ModuleType, ...] = ()
+
+
+def paper_settings(preset: str, schedule: str) -> TrainSettings:
+    """Settings of the training in the paper, from an entry of :data:`bayesagg.presets.PAPER`.
+
+    Args:
+        preset: Name of the entry.
+        schedule: What its words on the schedule mean, as of :class:`TrainSettings`.
+    """
+    training = PAPER[preset].training
+    return TrainSettings(
+        epochs=training["epochs"],
+        pretrain_epochs=PAPER[preset].wrapper["pretrain_epochs"],
+        batch_size=training["batch_size"],
+        learning_rate=training["lr"],
+        weight_decay=training["weight_decay"],
+        schedule=schedule,
+        selection="best",
+    )
 
 
 @torch.no_grad()

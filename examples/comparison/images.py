@@ -13,59 +13,37 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from examples import image_models
+from examples.comparison import separate
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.networks import TaskNet
-from examples.comparison.tasks import Outputs, Task, grouped
+from examples.comparison.separate import SeparateNets
+from examples.comparison.tasks import Outputs, Task
 from examples.data import folder, images
 from examples.training import Part
 
 Backbone = Callable[[], nn.Module]
-SOURCES = (folder, images, image_models)
+SOURCES = (folder, images, image_models, separate)
 
 
-class SeparateNets(nn.Module):
-    """A network per task, one after the other; gives what a TaskNet gives.
+class RecomputedNets(SeparateNets):
+    """Separate networks of which only one's activations are in memory at once.
 
-    Only one network's activations are in memory at once: they are computed again in the backward
-    pass, which costs a third more time.
-
-    Args:
-        networks: A network of one task each, in the order of the tasks.
-        tasks: Tasks, sorted by kind.
+    They are computed again in the backward pass, which costs a third more time.
     """
 
-    def __init__(self, networks: Sequence[TaskNet], tasks: Sequence[Task]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self._parts = [(name, which) for name, _, which in grouped(tasks)]
-
-    def forward(self, x: Tensor) -> Outputs:
-        """Outputs by head, each ``(B, outputs)``."""
-        outputs = [self._run(network, x) for network in self.networks]
-        return {name: torch.cat(outputs[which], 1) for name, which in self._parts}
-
-    def _run(self, network: nn.Module, x: Tensor) -> Tensor:
-        def output(x: Tensor) -> Tensor:
-            values: tuple[Tensor] = tuple(network(x).values())
-            return values[0]
-
+    def output(self, network: nn.Module, x: Any) -> Tensor:
+        """As of the base, through a checkpoint in training."""
         if not torch.is_grad_enabled():
-            return output(x)
+            return super().output(network, x)
         result: Tensor = checkpoint(
-            output,
+            super().output,
+            network,
             x,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing in these networks is random
             context_fn=partial(_contexts, network),
         )
         return result
-
-    def network_gradients(self) -> list[list[Tensor]]:
-        """Gradients of each network."""
-        return [
-            [p.grad for p in network.parameters() if p.grad is not None]
-            for network in self.networks
-        ]
 
 
 def _contexts(
@@ -94,9 +72,9 @@ def task_net(backbone: Backbone, width: int, tasks: Sequence[Task]) -> TaskNet:
     return TaskNet(backbone(), width, tasks)
 
 
-def separate_nets(backbone: Backbone, width: int, tasks: Sequence[Task]) -> SeparateNets:
+def separate_nets(backbone: Backbone, width: int, tasks: Sequence[Task]) -> RecomputedNets:
     """A network per task, each with its own initial weights."""
-    return SeparateNets([task_net(backbone, width, [task]) for task in tasks], tasks)
+    return RecomputedNets([task_net(backbone, width, [task]) for task in tasks], tasks)
 
 
 def image_benchmark(

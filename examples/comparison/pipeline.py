@@ -38,6 +38,7 @@ class Plan:
         search_seeds: Trainings of each trial.
         untuned: Methods that keep their default settings.
         workers: Processes.
+        reference: Method whose Δm is subtracted from that of the others in the table.
     """
 
     data: Data
@@ -48,6 +49,7 @@ class Plan:
     search_seeds: int = 1
     untuned: tuple[str, ...] = ()
     workers: int = 1
+    reference: str = "ls"
 
     def trials_of(self, name: str) -> int:
         """Number of trials of a method."""

@@ -7,14 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.catalogue import SINGLE_TASK
 from examples.comparison.costs import Cost
 from examples.comparison.pipeline import AGAINST, Chosen, Outcome, Plan
-from examples.comparison.runs import Run, load
+from examples.comparison.runs import Run, criteria, load
+from examples.comparison.statistics import paired_interval, task_means
 
 CALIBRATION = ("ece", "brier")
 
@@ -51,30 +52,45 @@ def calibration(runs: Sequence[Run], name: str) -> float | None:
     return mean(found) if found else None
 
 
-def summary_table(outcome: Outcome, labels: Mapping[str, str]) -> str:
-    """A line per method, the best first: Δm, rank, other measures, p-values, settings."""
+def summary_table(outcome: Outcome, labels: Mapping[str, str], reference: str) -> str:
+    """A line per method, the best first.
+
+    Δm, its difference to that of the reference method, rank, other measures, p-values, time of a
+    step and settings.
+    """
     extras = list(outcome.runs[SINGLE_TASK][0].extra)
     against = list(dict.fromkeys(n for s in outcome.standings.values() for n in s.p_values))
     measures = [name for name in CALIBRATION if calibration(outcome.runs[SINGLE_TASK], name)]
-    header = ["method", "Δm [%]", "mean rank", *extras, *map(str.upper, measures)]
-    header += [f"p against {labels[name]}" for name in against] + ["settings"]
+    header = ["method", "Δm [%]", f"difference to {labels.get(reference, reference)}", "mean rank"]
+    header += [*extras, *map(str.upper, measures)]
+    header += [f"p against {labels[name]}" for name in against] + ["ms per step", "settings"]
     rows = []
     for name in (*_order(outcome), SINGLE_TASK):
         runs, standing = outcome.runs[name], outcome.standings.get(name)
         if standing is None and name != SINGLE_TASK:
             failed = sum(bool(run.failure) for run in runs)
             line = [f"failed: {failed} of {len(runs)} seeds"]
-            line += [""] * (len(header) - 3)
+            line += [""] * (len(header) - 4)
         else:
             line = [
                 spread(standing.delta) if standing else "0",
+                _difference(outcome, name, reference),
                 f"{standing.rank:.2f}" if standing else "",
                 *(spread([run.extra[e] for run in runs], 4) for e in extras),
                 *(f"{calibration(runs, m):.4f}" for m in measures),
                 *(_p_value(standing.p_values.get(o)) if standing else "" for o in against),
             ]
-        rows.append([labels[name], *line, own_settings(outcome.chosen[name])])
+        step = f"{1e3 * median(run.seconds_per_step for run in runs):.4g}"
+        rows.append([labels[name], *line, step, own_settings(outcome.chosen[name])])
     return _markdown(header, rows)
+
+
+def _difference(outcome: Outcome, name: str, reference: str) -> str:
+    """Of Δm to that of the reference method, paired, with half its 95 % interval."""
+    if name == reference or not {name, reference} <= outcome.standings.keys():
+        return ""
+    pair = outcome.standings[name].delta, outcome.standings[reference].delta
+    return "{:+.2f} ± {:.2f}".format(*paired_interval(*pair))
 
 
 def _p_value(p: float | None) -> str:
@@ -82,14 +98,14 @@ def _p_value(p: float | None) -> str:
 
 
 def task_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> str:
-    """A line per task, a column per method: the metric that Δm uses, mean over seeds."""
-    names = [SINGLE_TASK, *(n for n in _order(outcome) if n in outcome.standings)]
-    header = ["test metric", *(labels[name] for name in names)]
+    """A line per method, a column per task: the metric that Δm uses, mean over seeds."""
+    units = [f" [{task.unit}]" if task.unit else "" for task in data.tasks]
+    pairs = zip(data.tasks, units, strict=True)
+    header = ["test metric", *(f"{task.name}, {task.metric.upper()}{unit}" for task, unit in pairs)]
     rows = []
-    for k, task in enumerate(data.tasks):
-        unit = f" [{task.unit}]" if task.unit else ""
-        values = [mean(run.test[k][task.metric] for run in outcome.runs[name]) for name in names]
-        rows.append([f"{task.name}, {task.metric.upper()}{unit}", *(f"{v:.4g}" for v in values)])
+    for name in (SINGLE_TASK, *(n for n in _order(outcome) if n in outcome.standings)):
+        values = task_means(criteria(data, outcome.runs[name], "test"))
+        rows.append([labels[name], *(f"{value:.4g}" for value in values)])
     return _markdown(header, rows)
 
 
@@ -120,11 +136,12 @@ def page(
         tests += f" {labels[best]} was picked as the best by these very data."
     notes = [
         f"Δm: mean relative difference to the single-task models on the test part, mean over "
-        f"{plan.seeds} seeds ± standard deviation; lower is better. {search}",
+        f"{plan.seeds} seeds ± standard deviation; lower is better. Differences are paired, "
+        f"± half their 95 % interval. {search}",
         tests,
     ]
     settings = "\n".join(f"- {name}: {json.dumps(v)}" for name, v in shared.items())
-    parts = [f"# {title}", summary_table(outcome, labels), *notes]
+    parts = [f"# {title}", summary_table(outcome, labels, plan.reference), *notes]
     parts.append(task_table(outcome, labels, data))
     if costs:
         parts.append(cost_table(costs, labels))

@@ -29,8 +29,13 @@ class SeparateNets(nn.Module):
 
     def forward(self, x: Any) -> Outputs:
         """Outputs by head, each ``(B, outputs)``."""
-        outputs = [next(iter(network(x).values())) for network in self.networks]
+        outputs = [self.output(network, x) for network in self.networks]
         return {name: torch.cat(outputs[which], 1) for name, which in self._heads}
+
+    def output(self, network: nn.Module, x: Any) -> Tensor:
+        """Output of one network, ``(B, outputs)``."""
+        values: list[Tensor] = list(network(x).values())
+        return values[0]
 
     def network_gradients(self) -> list[list[Tensor]]:
         """Gradients of each network."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, stdev
 
 from scipy import stats
 
@@ -47,6 +48,19 @@ def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
     if max(differences) == min(differences):
         return 0.0
     return float(stats.ttest_rel(first, second).pvalue)
+
+
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mean of the paired differences ``first - second``, and half its 95 % interval (Student's t).
+
+    The half is infinite for a single pair.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    count = len(differences)
+    if count < 2:
+        return differences[0], math.inf
+    half = float(stats.t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
+    return mean(differences), half
 
 
 def task_means(runs: Sequence[Sequence[float]]) -> list[float]:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import math
+import statistics
 
 import pandas as pd
 import pytest
@@ -119,7 +120,13 @@ def test_tables_and_figure_are_written(finished):
     page = (folder / "results.md").read_text()
     for label in ("| LS |", "| SI |", "| BayesAgg |", "| uw10 |", "| STL |"):
         assert label in page
-    assert "p against LS" in page and "ECE" in page
+    assert "p against LS" in page and "ECE" in page and "difference to LS" in page
+    deltas = {name: entry["delta"] for name, entry in content(folder)["summary"].items()}
+    row = next(line for line in page.splitlines() if line.startswith("| SI |")).split(" | ")
+    pairs = [a - b for a, b in zip(deltas["si"], deltas["ls"], strict=True)]
+    interval = stats.t.interval(0.95, 2, statistics.mean(pairs), stats.sem(pairs))
+    low, high = (float(f) for f in (row[2].split(" ± ")))
+    assert (low - high, low + high) == pytest.approx(interval, abs=0.011)
     assert "BayesAgg: none, default settings" in page
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
 

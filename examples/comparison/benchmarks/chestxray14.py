@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from examples import image_models
-from examples.comparison.benchmark import Benchmark, Source
+from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.images import image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import chestxray14
@@ -82,13 +82,5 @@ SOURCE = Source(
     preset="chestxray14",
     size_name="patients",
     size_range=(100, _ALL_PATIENTS),
-    paper=TrainSettings(
-        epochs=100,
-        pretrain_epochs=1,
-        batch_size=256,
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        schedule="steps",
-        selection="best",
-    ),
+    paper=paper_settings("chestxray14", "steps"),
 )

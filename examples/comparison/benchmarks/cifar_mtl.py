@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.comparison.benchmark import Benchmark, Source
+from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.images import image_benchmark
 from examples.comparison.tasks import Task, joint_accuracy
 from examples.data import cifar100
@@ -61,13 +61,5 @@ SOURCE = Source(
     load=load,
     settings=TrainSettings(epochs=50, batch_size=128, weight_decay=1e-4),
     preset="cifar_mtl",
-    paper=TrainSettings(
-        epochs=50,
-        pretrain_epochs=3,
-        batch_size=128,
-        learning_rate=1e-3,
-        weight_decay=1e-4,
-        schedule="steps",
-        selection="best",
-    ),
+    paper=paper_settings("cifar_mtl", "steps"),
 )

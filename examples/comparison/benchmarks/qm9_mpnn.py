@@ -12,7 +12,7 @@ from torch import Tensor
 
 from examples import message_passing
 from examples.comparison import separate
-from examples.comparison.benchmark import Benchmark, Source
+from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.networks import TaskNet
 from examples.comparison.separate import SeparateNets
 from examples.comparison.tasks import Task
@@ -91,14 +91,7 @@ SOURCE = Source(
     title="QM9",
     load=load,
     settings=TrainSettings(epochs=10, batch_size=120),
-    paper=TrainSettings(
-        epochs=300,
-        pretrain_epochs=50,
-        batch_size=120,
-        learning_rate=1e-3,
-        schedule="plateau",
-        selection="best",
-    ),
+    paper=paper_settings("qm9", "plateau"),
     preset="qm9",
     size=_MOLECULES,
     paper_size=TOTAL_MOLECULES,

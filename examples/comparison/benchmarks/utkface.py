@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from examples.comparison.benchmark import Benchmark, Source
+from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.images import image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import utkface
@@ -72,13 +72,5 @@ SOURCE = Source(
     load=load,
     settings=TrainSettings(epochs=100, batch_size=128, weight_decay=1e-4),
     preset="utkface",
-    paper=TrainSettings(
-        epochs=100,
-        pretrain_epochs=10,
-        batch_size=128,
-        learning_rate=1e-3,
-        weight_decay=1e-4,
-        schedule="steps",
-        selection="best",
-    ),
+    paper=paper_settings("utkface", "steps"),
 )
