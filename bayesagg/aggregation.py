@@ -9,7 +9,13 @@ from torch import Tensor
 
 from bayesagg.posterior import _cholesky
 
-__all__ = ["GradientScale", "aggregate_diagonal", "aggregate_full", "aggregate_uniform"]
+__all__ = [
+    "GradientScale",
+    "aggregate_diagonal",
+    "aggregate_full",
+    "aggregate_relative",
+    "aggregate_uniform",
+]
 
 GradientScale = Literal["sum", "mean"]
 
@@ -41,14 +47,44 @@ def aggregate_diagonal(
     Returns:
         ``g``, ``[N, d]``, and ``α``, ``[N, K, d]``, which sums to one over the present tasks.
     """
-    score = log_variance * -s[:, None]
+    return _weighted(mean, log_variance * -s[:, None], present, scale)
+
+
+def aggregate_relative(
+    mean: Tensor,
+    relative: Tensor,
+    log_scale: Tensor,
+    s: Tensor | float,
+    present: Tensor | None = None,
+    scale: GradientScale = "sum",
+) -> tuple[Tensor, Tensor]:
+    """:func:`aggregate_diagonal` for ``Var = relative · exp(log_scale)``, in fewer passes.
+
+    Args:
+        mean: ``[N, K, d]``.
+        relative: positive, ``[N, K, d]``; overwritten.
+        log_scale: ``[N, K, 1]``.
+        s: as in :func:`aggregate_diagonal`, or a number for all tasks.
+        present: ``[N, K]`` booleans or ``None``.
+        scale: ``"sum"`` or ``"mean"``.
+    """
+    if isinstance(s, Tensor):
+        power = -s[:, None]
+        score = torch.addcmul(log_scale * power, relative.log_(), power)
+    else:
+        score = torch.add(log_scale * -s, relative.log_(), alpha=-s)
+    return _weighted(mean, score, present, scale)
+
+
+def _weighted(
+    mean: Tensor, score: Tensor, present: Tensor | None, scale: GradientScale
+) -> tuple[Tensor, Tensor]:
+    """Softmax of the scores over the tasks, and the means under it."""
     if present is not None:
         score = score.masked_fill_(~present[..., None], -torch.inf)
         mean = mean.masked_fill(~present[..., None], 0)
-    # The softmax step by step: torch.softmax would copy tensors whose tasks are not innermost.
-    top = score.amax(1, keepdim=True)
-    weights = score.sub_(top).exp_()
-    weights.div_(weights.sum(1, keepdim=True))
+    # The blocks have the tasks outermost in memory, where no copy is needed for the softmax.
+    weights = torch.softmax(score.transpose(0, 1), 0).transpose(0, 1)
     if present is not None:
         weights.nan_to_num_()  # NaN: no task present at all
     gradient = (weights * mean).sum(1)

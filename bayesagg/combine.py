@@ -9,16 +9,17 @@ from torch import Tensor
 
 from bayesagg.aggregation import (
     GradientScale,
-    aggregate_diagonal,
     aggregate_full,
+    aggregate_relative,
     aggregate_uniform,
 )
 from bayesagg.likelihoods import Block, Labels, Rule
+from bayesagg.moments import LogMoments
 from bayesagg.posterior import Gaussian
 
 __all__ = ["combine"]
 
-_CHUNK = 1 << 18  # elements of a [n, K, d] tensor of moments; bounds the extra memory
+_CHUNK = 1 << 20  # elements of a [n, K, d] tensor of moments; bounds the extra memory
 
 
 def combine(
@@ -55,45 +56,82 @@ def combine(
     some = next(iter(features.values()))
     n, d, tasks = len(some), blocks[0].d, sum(block.num_tasks for block in blocks)
     work = some.dtype if full else dtype
-    s = torch.cat([block.per_task("s", some.device) for block in blocks]).to(work)
+    s = _exponents(blocks, some.device, work)
+    # Cancels where the tasks share an exponent, 0 in particular.
+    unit = _unit(labels) if isinstance(s, Tensor) else 1.0
     size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
-    gradient = torch.empty(n, d, dtype=work, device=some.device)
-    totals, labelled = gradient.new_zeros(tasks, d), gradient.new_zeros(())
-    # Nobody asks for it where all weights are alike.
-    unit = _unit(labels) if rule == "paper" or blocks[0].weighted else None
+    gradients, totals, labelled = [], [], []
     for start in range(0, n, size):
-        stop = min(n, start + size)
-        means, seconds, masks, ratios = [], [], [], []
+        rows = slice(start, min(n, start + size))
+        means, seconds, ratios, masks = [], [], [], []
         for block, known, posterior in zip(blocks, labels, posteriors, strict=True):
-            part = known.rows(start, stop)
-            h = features[block.bias][start:stop]
-            second: Tensor | None
-            if rule == "paper":
-                assert posterior is not None
-                mean, second = block.moments(h, part, posterior, generator, full, work)
-            else:
-                mean, second, ratio = block.gradients(h, part, posterior, generator, work)
-                ratios.append(torch.ones_like(part.factor) if ratio is None else ratio)
+            part = known.rows(rows.start, rows.stop)
+            h = features[block.bias][rows]
+            mean, second, ratio = _moments(block, h, part, posterior, generator, full, work)
             means.append(mean.mul_(part.factor[..., None].to(work)))
             if second is not None:
-                assert unit is not None
-                seconds.append(_scaled(second, part.factor[..., None] / unit, full))
+                seconds.append(_scaled(second, part.factor[..., None] / unit))
+            ratios.append(ratio)
             masks.append(part.present)
-        present = _stack(masks, [mean.shape[1] for mean in means], stop - start, some.device)
-        mean = _cat(means)
-        if not seconds:
-            gradient[start:stop], weights = aggregate_uniform(mean, present, scale)
-        else:
-            aggregate = aggregate_full if full else aggregate_diagonal
-            gradient[start:stop], weights = aggregate(mean, _cat(seconds), s, present, scale)
-        if ratios:
-            ratio = torch.cat([part.expand(stop - start, -1) for part in ratios], 1)
-            weights = weights * ratio[..., None]
-        totals += weights.sum(0)
-        labelled += stop - start if present is None else present.any(1).sum()
+        count = rows.stop - rows.start
+        present = _stack(masks, [mean.shape[1] for mean in means], count, some.device)
+        gradient, weights = _aggregate(_cat(means), seconds, s, present, scale)
+        if rule == "likelihood":
+            weights = weights * _cat_ratios(ratios, means)
+        gradients.append(gradient)
+        totals.append(weights.sum(0))
+        labelled.append(count if present is None else present.any(1).sum())
+    total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
     if rule == "likelihood":
-        labelled = totals.sum(0)
-    return gradient, totals / labelled.clamp(min=torch.finfo(work).tiny)
+        labelled = [total.sum(0)]
+    weights = total / torch.as_tensor(sum(labelled)).clamp(min=torch.finfo(work).tiny)
+    return gradients[0] if len(gradients) == 1 else torch.cat(gradients), weights
+
+
+def _moments(
+    block: Block,
+    features: Tensor,
+    labels: Labels,
+    posterior: Gaussian | None,
+    generator: torch.Generator,
+    full: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, LogMoments | Tensor | None, Tensor | None]:
+    """Gradients of the block's tasks for factor one, their second moments, and ratios."""
+    if block.rule == "likelihood":
+        return block.gradients(features, labels, posterior, generator, dtype)
+    assert posterior is not None
+    if full:
+        return *block.covariances(features, labels, posterior, generator), None
+    moments = block.moments(features, labels, posterior, generator, dtype)
+    return moments.mean, moments, None
+
+
+def _scaled(second: LogMoments | Tensor, factor: Tensor) -> LogMoments | Tensor:
+    """Second moments of a loss with a factor."""
+    if isinstance(second, Tensor):
+        return second * factor[..., None].square()
+    offset = (2 * factor.log()).to(second.log_scale.dtype)
+    return second._replace(log_scale=second.log_scale + offset)
+
+
+def _aggregate(
+    mean: Tensor,
+    seconds: Sequence[LogMoments | Tensor],
+    s: Tensor | float,
+    present: Tensor | None,
+    scale: GradientScale,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 7 or 6, whichever the second moments are for, or a sum without any."""
+    if not seconds:
+        return aggregate_uniform(mean, present, scale)
+    logs = [second for second in seconds if isinstance(second, LogMoments)]
+    if logs:
+        relative, log_scale = _cat([m.relative for m in logs]), _cat([m.log_scale for m in logs])
+        return aggregate_relative(mean, relative, log_scale, s, present, scale)
+    covariances = [second for second in seconds if isinstance(second, Tensor)]
+    each = s if isinstance(s, Tensor) else mean.new_full((mean.shape[1],), s)
+    return aggregate_full(mean, _cat(covariances), each, present, scale)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -101,6 +139,23 @@ def _cat(parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part.transpose(0, 1) for part in parts]).transpose(0, 1)
+
+
+def _exponents(blocks: Sequence[Block], device: torch.device, dtype: torch.dtype) -> Tensor | float:
+    """``s`` of all tasks, ``[K]``, or the one that they share."""
+    found = {float(head.s) for block in blocks for head in block.heads}
+    if len(found) == 1:
+        return found.pop()
+    return torch.cat([block.per_task("s", device) for block in blocks]).to(dtype)
+
+
+def _cat_ratios(ratios: Sequence[Tensor | None], means: Sequence[Tensor]) -> Tensor:
+    """Ratios of all blocks, ``[n, K, 1]``; ``None`` is one."""
+    parts = [
+        mean.new_ones(mean.shape[:2]) if ratio is None else ratio.expand(mean.shape[:2])
+        for ratio, mean in zip(ratios, means, strict=True)
+    ]
+    return torch.cat(parts, 1)[..., None]
 
 
 def _unit(labels: Sequence[Labels]) -> Tensor:
@@ -121,13 +176,6 @@ def _unit(labels: Sequence[Labels]) -> Tensor:
     if len(labels) == 1:
         return total[0] / count[0].clamp(min=1)
     return torch.stack(total).sum() / torch.stack(count).sum().clamp(min=1)
-
-
-def _scaled(second: Tensor, factor: Tensor, full: bool) -> Tensor:
-    """Second moment of a loss with a factor: a covariance, or the logarithm of a variance."""
-    if full:
-        return second * factor[..., None].square()
-    return second.add_(2 * factor.log().to(second.dtype))
 
 
 def _stack(

@@ -144,13 +144,13 @@ class Head:
             part = weights[:, : self.in_features] if parameter.dim() > 1 else weights[:, -1]
             parameter.copy_(_like(part.view(parameter.shape), parameter))
 
-    def weights(self) -> Tensor:
-        """Weights with the bias as last column, ``[o, D]``, detached, in the module's dtype.
+    def weights(self, bias: bool = True) -> Tensor:
+        """Weights, ``[o, d]``, detached, in the module's dtype; with a bias as last column.
 
         Weights that are sharded over ranks are gathered: all ranks must call.
         """
         weight = _whole(self.linear.weight).flatten(1)
-        if self.linear.bias is None:
+        if self.linear.bias is None or not bias:
             return weight
         return torch.cat([weight, _whole(self.linear.bias)[:, None]], dim=1)
 

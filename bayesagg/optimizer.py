@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from bayesagg.likelihoods import Block, Rule
 __all__ = ["BayesAggWrapper"]
 
 _KEY = "bayesagg"
+_LONG = 10_000  # steps after which an epoch that nobody ends is worth a warning
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -45,7 +47,7 @@ class BayesAggWrapper(Optimizer):
         heads: task heads by name, or a sequence of them (named ``"0"``, ``"1"``, …).
         steps_per_epoch: optimizer steps in an epoch, counted without accumulated micro-batches;
             ``None``: call :meth:`end_epoch` after every epoch yourself. Without either, training
-            stays in its first epoch, that of linear scalarization.
+            stays in its first epoch, that of linear scalarization; after 10,000 steps it warns.
         pretrain_epochs: epochs of linear scalarization first.
         gradient_scale: ``"sum"``, K times Eq. 7, or ``"mean"``, Eq. 7 as printed; this and the
             following are those of :class:`bayesagg.BayesAgg`, which says more.
@@ -233,6 +235,12 @@ class BayesAggWrapper(Optimizer):
         self._steps += 1
         if self._steps == self.steps_per_epoch:
             self.end_epoch()
+        elif self._steps == _LONG and self.steps_per_epoch is None and self.engine.pretraining:
+            warnings.warn(
+                f"{_LONG} steps, and the first epoch has not ended: training is still linear "
+                f"scalarization. Give steps_per_epoch, or call end_epoch() after every epoch.",
+                stacklevel=4,  # of the caller of step(), which torch wraps
+            )
 
     def end_epoch(self) -> None:
         """Fold the epoch into the full-data posterior; see :meth:`bayesagg.BayesAgg.end_epoch`."""

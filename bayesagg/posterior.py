@@ -59,11 +59,15 @@ class Gaussian:
         """Diagonal of ``S``, shape ``[G, M]``."""
         return self.whitener.square().sum(-2)
 
-    @cached_property
+    @property
     def tasks(self) -> list[Gaussian]:
-        """One Gaussian a task; kept, because each keeps its inverse factor."""
-        if len(self.mean) == 1:
-            return [self]
+        """One Gaussian a task."""
+        # A cached list of itself would be a cycle, and large tensors wait for the collector.
+        return [self] if len(self.mean) == 1 else self._parts
+
+    @cached_property
+    def _parts(self) -> list[Gaussian]:
+        """Kept, because each keeps its inverse factor."""
         factors = self.factor.expand(len(self.mean), -1, -1).split(1)
         return [Gaussian(m, f) for m, f in zip(self.mean.split(1), factors, strict=True)]
 
@@ -97,9 +101,9 @@ def _cholesky(precision: Tensor) -> Tensor:
     """Lower Cholesky factor ``[G, M, M]``; jitter where needed, announced with its amount."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(precision)
-    failed = info > 0
-    if not failed.any():
+    if not info.any():
         return factor
+    failed = info > 0
     diagonal = precision.diagonal(dim1=-2, dim2=-1)
     for jitter in _JITTERS:
         added = jitter * diagonal * failed[:, None]
@@ -144,10 +148,9 @@ def from_natural(precision: Tensor, shift: Tensor) -> Gaussian:
     """
     factor = _cholesky(precision)
     # Not by the inverse factor, which loses the digits that a bad condition leaves.
-    right = shift.mT[None] if len(factor) == 1 else shift[..., None]
-    half = torch.linalg.solve_triangular(factor, right, upper=False)
-    mean = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-    return Gaussian(mean[0].mT if len(factor) == 1 else mean[..., 0], factor)
+    if len(factor) == 1:
+        return Gaussian(torch.cholesky_solve(shift.mT, factor[0]).mT, factor)
+    return Gaussian(torch.cholesky_solve(shift[..., None], factor)[..., 0], factor)
 
 
 def weighted_gram(features: Tensor, weights: Tensor, chunk: int = 1 << 22) -> Tensor:
@@ -192,21 +195,18 @@ def regression_statistics(
 
 
 def binary_statistics(
-    features: Tensor,
-    targets: Tensor,
-    logits: Tensor,
-    weights: Tensor,
-    present: Tensor | None = None,
+    features: Tensor, targets: Tensor, logits: Tensor, present: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Quadratic expansion of the Bernoulli log-likelihood at ``ŵ`` (Eq. 8-10, per output).
 
-    ``Λ = H̃ᵀ diag(p(1-p)) H̃`` and ``η = Λ ŵ - H̃ᵀ(p - y)`` with ``p = σ(H̃ŵ)``.
+    ``Λ = H̃ᵀ diag(p(1-p)) H̃`` and ``η = Λ ŵ - H̃ᵀ(p - y) = H̃ᵀ(p(1-p) z - (p - y))`` with
+    ``z = H̃ŵ``, ``p = σ(z)``. In the second form an error of ``z``, of a low precision, cancels to
+    first order.
 
     Args:
         features: ``H̃``, ``[N, D]``.
         targets: probabilities ``[N, K]``; ignored where not present.
-        logits: ``H̃ŵ``, ``[N, K]``.
-        weights: ``ŵ``, ``[K, D]``.
+        logits: ``z``, ``[N, K]``.
         present: ``[N, K]`` booleans, or ``None``.
 
     Returns:
@@ -216,9 +216,8 @@ def binary_statistics(
     curvature, residual = p * torch.sigmoid(-logits), p - targets
     if present is not None:
         curvature, residual = curvature * present, residual * present
-    precision = weighted_gram(features, curvature)
-    shift = (precision @ weights[..., None])[..., 0] - residual.mT @ features
-    return precision, shift
+    shift = torch.addcmul(-residual, curvature, logits).mT @ features
+    return weighted_gram(features, curvature), shift
 
 
 def contrast_basis(num_classes: int, like: Tensor) -> Tensor:
@@ -238,19 +237,18 @@ def multiclass_statistics(
     features: Tensor,
     targets: Tensor,
     logits: Tensor,
-    weights: Tensor,
     present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quadratic expansion of the categorical log-likelihood, in contrasts (Eq. 8-10).
 
-    ``Λ = Σ_i Q(diag p_i - p_i p_iᵀ)Qᵀ ⊗ h̃_i h̃_iᵀ`` and
-    ``η = Λ vec(Qŵ) - vec Σ_i Q(p_i - y_i) h̃_iᵀ`` with ``Q`` of :func:`contrast_basis`.
+    With ``C_i = Q(diag p_i - p_i p_iᵀ)Qᵀ`` and ``Q`` of :func:`contrast_basis`,
+    ``Λ = Σ_i C_i ⊗ h̃_i h̃_iᵀ`` and ``η = Λ vec(Qŵ) - vec Σ_i Q(p_i - y_i) h̃_iᵀ``
+    ``= vec Σ_i (C_i Q z_i - Q(p_i - y_i)) h̃_iᵀ``, as in :func:`binary_statistics`.
 
     Args:
         features: ``H̃``, ``[N, D]``.
         targets: probabilities ``[N, C]``; ignored where not present.
-        logits: ``[N, C]``.
-        weights: ``ŵ``, ``[C, D]``.
+        logits: ``z``, ``[N, C]``.
         present: ``[N]`` booleans, or ``None``.
 
     Returns:
@@ -271,5 +269,5 @@ def multiclass_statistics(
         precision[row, :, column] = block
         precision[column, :, row] = block
     precision = precision.view(e * d, e * d)
-    shift = precision @ (basis @ weights).reshape(-1) - (residual.mT @ features).reshape(-1)
-    return precision, shift
+    response = (curvature @ (logits @ basis.mT)[..., None])[..., 0] - residual
+    return precision, (response.mT @ features).reshape(-1)

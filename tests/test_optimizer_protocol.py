@@ -263,6 +263,26 @@ def test_a_step_without_anything_new_does_not_count(net, batch):
     assert difference(before, optimizer.state_dict()["bayesagg"]) is None
 
 
+@pytest.mark.parametrize("ended", ["never", "by_steps", "by_hand", "no_pretraining"])
+def test_an_epoch_that_nobody_ends_is_announced_once(net, batch, monkeypatch, ended):
+    monkeypatch.setattr("bayesagg.optimizer._LONG", 4)
+    optimizer = wrap(
+        net,
+        steps_per_epoch=5 if ended == "by_steps" else None,
+        pretrain_epochs=0 if ended == "no_pretraining" else 1,
+    )
+    x, labels = batch
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(9):
+            optimizer.step(make_losses(net(x), labels))
+            if ended == "by_hand" and optimizer.engine.pretraining:
+                optimizer.end_epoch()
+    told = [w for w in caught if "first epoch has not ended" in str(w.message)]
+    assert len(told) == (ended == "never")
+    assert all(w.filename == __file__ for w in told)
+
+
 # --- learning rate schedulers --------------------------------------------------------------------
 
 SCHEDULERS = {

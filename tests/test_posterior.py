@@ -177,7 +177,7 @@ def test_binary_is_a_newton_step_on_autograds_hessian(device, n, weight_scale, s
     features, labels = data(n, 4, 2, device, seed=n)
     targets = torch.sigmoid(labels) if soft else (labels > 0).to(labels.dtype)
     weights = weight_scale * torch.randn(2, 5, dtype=torch.float64).to(device)
-    precision, shift = binary_statistics(features, targets, features @ weights.mT, weights)
+    precision, shift = binary_statistics(features, targets, features @ weights.mT)
     prior_mean, prior_cov = np.full(5, 0.3), 0.7 * np.eye(5)
     eye = torch.eye(5, dtype=torch.float64, device=device)
     posterior = from_natural(precision + eye / 0.7, shift + 0.3 / 0.7)
@@ -201,7 +201,7 @@ def test_multiclass_is_a_newton_step_in_contrasts(device, classes, n, weight_sca
     if not soft:
         targets = torch.eye(classes, dtype=torch.float64, device=device)[labels.argmax(1)]
     weights = weight_scale * torch.randn(classes, d + 1, dtype=torch.float64).to(device)
-    precision, shift = multiclass_statistics(features, targets, features @ weights.mT, weights)
+    precision, shift = multiclass_statistics(features, targets, features @ weights.mT)
     eye = torch.eye(len(shift), dtype=torch.float64, device=device)
     posterior = from_natural((precision + eye / gamma)[None], shift[None])
     mean, covariance = reference.expanded_posterior(
@@ -235,12 +235,12 @@ def test_missing_class_labels_are_not_added(device, kind):
     if kind == "binary":
         targets = (labels > 0).to(labels.dtype)
         present = rows[:, None].expand(10, 3)
-        actual = binary_statistics(features, targets, logits, weights, present)
-        expected = binary_statistics(features[rows], targets[rows], logits[rows], weights)
+        actual = binary_statistics(features, targets, logits, present)
+        expected = binary_statistics(features[rows], targets[rows], logits[rows])
     else:
         targets = torch.softmax(labels, 1)
-        actual = multiclass_statistics(features, targets, logits, weights, rows)
-        expected = multiclass_statistics(features[rows], targets[rows], logits[rows], weights)
+        actual = multiclass_statistics(features, targets, logits, rows)
+        expected = multiclass_statistics(features[rows], targets[rows], logits[rows])
     torch.testing.assert_close(actual, expected)
 
 
@@ -249,11 +249,11 @@ def test_saturated_logits_add_no_negative_precision(device, dtype, logit):
     features = torch.ones(2, 1, dtype=dtype, device=device)
     weights = torch.full((1, 1), logit, dtype=dtype, device=device)
     target = features.new_tensor([[0.0], [1.0]])
-    precision, shift = binary_statistics(features, target, features @ weights.mT, weights)
+    precision, shift = binary_statistics(features, target, features @ weights.mT)
     assert float(precision) >= 0 and torch.isfinite(shift).all()
     both = torch.cat([weights, -weights])
     one_hot = torch.eye(2, dtype=dtype, device=device)
-    precision, shift = multiclass_statistics(features, one_hot, features @ both.mT, both)
+    precision, shift = multiclass_statistics(features, one_hot, features @ both.mT)
     assert float(precision) >= 0 and torch.isfinite(shift).all()
 
 

@@ -17,6 +17,7 @@ from bayesagg.errors import CheckpointError, LossError
 from bayesagg.heads import Head
 from bayesagg.likelihoods.data import Labels, Observation, Statistics
 from bayesagg.likelihoods.running import RunningMean
+from bayesagg.moments import LogMoments
 from bayesagg.posterior import Gaussian, from_natural
 
 __all__ = ["Block", "Rule"]
@@ -57,6 +58,7 @@ class Block(ABC):
         for name, size in zip(names, sizes, strict=True):
             self.slices[name] = slice(start, start + size)
             start += size
+        self._one_prior = len({head.prior_variance for head in heads}) == 1
         self._settings: dict[tuple[str, torch.device], Tensor] = {}
         self.full: Statistics | None = None
         self.running: Statistics | None = None
@@ -84,8 +86,8 @@ class Block(ABC):
         return self._settings[key]
 
     def weights(self, device: torch.device) -> Tensor:
-        """Current head weights ``ŵ``, bias last, rows of all heads below each other."""
-        stacked = torch.cat([head.weights() for head in self.heads])
+        """Current head weights without the bias, rows of all heads below each other."""
+        stacked = torch.cat([head.weights(bias=False) for head in self.heads])
         return stacked.to(device=device, dtype=self.dtype)
 
     def labels(
@@ -140,13 +142,15 @@ class Block(ABC):
         labels: Labels,
         posterior: Gaussian,
         generator: torch.Generator,
-        full: bool,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """``E[g]`` and ``log Var[g]`` (or ``Cov[g]``) for factor one, ``[N, K, d]`` (``[…, d]``).
+    ) -> LogMoments:
+        """``E[g]`` and the logarithm of ``Var[g]`` for factor one, in ``dtype``."""
 
-        In ``dtype``, unless ``full``.
-        """
+    @abstractmethod
+    def covariances(
+        self, features: Tensor, labels: Labels, posterior: Gaussian, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """``E[g]``, ``[N, K, d]``, and ``Cov[g]``, ``[N, K, d, d]``, for factor one."""
 
     @staticmethod
     @abstractmethod
@@ -179,19 +183,20 @@ class Block(ABC):
         posterior: Gaussian | None,
         generator: torch.Generator,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, LogMoments | None, Tensor | None]:
         """As :meth:`moments` under ``rule="likelihood"``; no variance unless ``weighted``.
 
-        The third result is the ratio of :meth:`likelihood_gradient`.
+        The first result is the gradient, and the third the ratio of :meth:`likelihood_gradient`.
         """
         mean, ratio = self.likelihood_gradient(features, labels, posterior)
         if not self.weighted:
             return mean.to(dtype), None, ratio
         assert posterior is not None
-        _, second = self.moments(features, labels, posterior, generator, False, dtype)
+        moments = self.moments(features, labels, posterior, generator, dtype)
         if ratio is not None:
-            second = second + 2 * ratio.log().to(dtype)[..., None]
-        return mean.to(dtype), second, ratio
+            log_scale = moments.log_scale + 2 * ratio.log().to(dtype)[..., None]
+            moments = moments._replace(log_scale=log_scale)
+        return mean.to(dtype), moments, ratio
 
     @abstractmethod
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
@@ -221,12 +226,14 @@ class Block(ABC):
         else:  # the sums are added to below, so they must not be those of the evidence
             precision, shift = evidence[0].precision.clone(), evidence[0].shift
         precision, shift = self.natural(precision, shift, batch)
-        prior = 1 / self.per_task("prior_variance", precision.device)
-        if len(precision) == 1 and len({head.prior_variance for head in self.heads}) == 1:
-            prior = prior[:1]
-        elif len(precision) == 1:
-            precision = precision.repeat(self.num_tasks, 1, 1)
-        precision.diagonal(dim1=-2, dim2=-1).add_(prior[:, None])
+        diagonal = precision.diagonal(dim1=-2, dim2=-1)
+        if self._one_prior:
+            diagonal.add_(1 / self.heads[0].prior_variance)
+        else:
+            if len(precision) == 1:
+                precision = precision.repeat(self.num_tasks, 1, 1)
+                diagonal = precision.diagonal(dim1=-2, dim2=-1)
+            diagonal.add_(1 / self.per_task("prior_variance", precision.device)[:, None])
         return from_natural(precision, shift)
 
     def commit(self, batch: Statistics) -> None:

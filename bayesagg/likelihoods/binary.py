@@ -19,7 +19,13 @@ from bayesagg.likelihoods.labels import (
     label_mask,
     tolerance,
 )
-from bayesagg.moments import binary_moments, log_variance, monte_carlo_moments
+from bayesagg.moments import (
+    LogMoments,
+    binary_log_moments,
+    binary_moments,
+    monte_carlo_moments,
+    sampled_log_moments,
+)
 from bayesagg.posterior import Gaussian, binary_statistics
 
 __all__ = ["BinaryBlock"]
@@ -91,9 +97,7 @@ class BinaryBlock(ClassificationBlock):
 
     def expansion(self, features: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
         """One Gaussian per output."""
-        return binary_statistics(
-            features, labels.targets, labels.outputs, self.weights(features.device), labels.present
-        )
+        return binary_statistics(features, labels.targets, labels.outputs, labels.present)
 
     def cross_entropy(self, labels: Labels) -> Tensor:
         """Of every output."""
@@ -105,18 +109,33 @@ class BinaryBlock(ClassificationBlock):
         labels: Labels,
         posterior: Gaussian,
         generator: torch.Generator,
-        full: bool,
         dtype: torch.dtype,
+    ) -> LogMoments:
+        """Quadrature over the logit, or Eq. 11."""
+        if self.heads[0].moments == "monte_carlo":
+            sampled = self._sampled(features, labels, posterior, generator, False)
+            return sampled_log_moments(*sampled, dtype)
+        return binary_log_moments(features, labels.targets, posterior, self.d, dtype)
+
+    def covariances(
+        self, features: Tensor, labels: Labels, posterior: Gaussian, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Quadrature over the logit, or Eq. 11."""
-        first = self.heads[0]
-        if first.moments == "monte_carlo":
-            mean, second = monte_carlo_moments(
-                features, labels.targets, posterior, self.d, first.num_samples, generator, full
-            )
-            return (mean, second) if full else (mean.to(dtype), log_variance(second, dtype))
-        return binary_moments(
-            features, labels.targets, posterior, self.d, full, log=not full, dtype=dtype
+        if self.heads[0].moments == "monte_carlo":
+            return self._sampled(features, labels, posterior, generator, True)
+        return binary_moments(features, labels.targets, posterior, self.d, full=True)
+
+    def _sampled(
+        self,
+        features: Tensor,
+        labels: Labels,
+        posterior: Gaussian,
+        generator: torch.Generator,
+        full: bool,
+    ) -> tuple[Tensor, Tensor]:
+        samples = self.heads[0].num_samples
+        return monte_carlo_moments(
+            features, labels.targets, posterior, self.d, samples, generator, full
         )
 
     @staticmethod
@@ -127,7 +146,7 @@ class BinaryBlock(ClassificationBlock):
     def point_gradient(self, labels: Labels, device: torch.device) -> Tensor:
         """``(σ(z) - y) w``."""
         residual = torch.sigmoid(labels.outputs) - labels.targets
-        return residual[..., None] * self.weights(device)[:, : self.d]
+        return residual[..., None] * self.weights(device)
 
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
         """Rows of the mean."""

@@ -112,6 +112,8 @@ class Labels:
 
     def rows(self, start: int, stop: int) -> Labels:
         """The labels of data ``start`` to ``stop``."""
+        if start == 0 and stop == len(self.outputs):
+            return self
         factor = self.factor if self.factor.shape[0] == 1 else self.factor[start:stop]
         present = None if self.present is None else self.present[start:stop]
         return Labels(self.outputs[start:stop], self.targets[start:stop], factor, present)

@@ -13,7 +13,13 @@ from bayesagg.heads import Head, MulticlassHead
 from bayesagg.likelihoods.classification import ClassificationBlock
 from bayesagg.likelihoods.data import Labels, Observation
 from bayesagg.likelihoods.labels import close, factor_of_targets, label_mask, tolerance
-from bayesagg.moments import log_variance, monte_carlo_moments, multiclass_moments
+from bayesagg.moments import (
+    LogMoments,
+    monte_carlo_moments,
+    multiclass_log_moments,
+    multiclass_moments,
+    sampled_log_moments,
+)
 from bayesagg.posterior import Gaussian, contrast_basis, multiclass_statistics
 
 __all__ = ["MulticlassBlock"]
@@ -140,13 +146,11 @@ class MulticlassBlock(ClassificationBlock):
 
     def expansion(self, features: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
         """One Gaussian per task, over all contrasts."""
-        weights = self.weights(features.device).unflatten(0, (self.num_tasks, self.num_classes))
         parts = [
             multiclass_statistics(
                 features,
                 labels.targets[:, k],
                 labels.outputs[:, k],
-                weights[k],
                 None if labels.present is None else labels.present[:, k],
             )
             for k in range(self.num_tasks)
@@ -165,27 +169,36 @@ class MulticlassBlock(ClassificationBlock):
         labels: Labels,
         posterior: Gaussian,
         generator: torch.Generator,
-        full: bool,
         dtype: torch.dtype,
+    ) -> LogMoments:
+        """Cubature over the logit contrasts, or Eq. 11; task by task."""
+        parts = []
+        for k, single in enumerate(posterior.tasks):
+            y = labels.targets[:, k]
+            if self.heads[0].moments == "monte_carlo":
+                sampled = self._sampled(features, y, single, generator, False)
+                parts.append(sampled_log_moments(*sampled, dtype))
+            else:
+                nodes = _TRAINING_NODES
+                parts.append(
+                    multiclass_log_moments(
+                        features, y, single, self.d, max_nodes=nodes, dtype=dtype
+                    )
+                )
+        return LogMoments(*(torch.stack(part, 1) for part in zip(*parts, strict=True)))
+
+    def covariances(
+        self, features: Tensor, labels: Labels, posterior: Gaussian, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Cubature over the logit contrasts, or Eq. 11; task by task."""
         parts = []
         for k, single in enumerate(posterior.tasks):
-            targets = labels.targets[:, k]
+            y = labels.targets[:, k]
             if self.heads[0].moments == "monte_carlo":
-                parts.append(self._sampled(features, targets, single, generator, full, dtype))
+                parts.append(self._sampled(features, y, single, generator, True))
             else:
-                pair = multiclass_moments(
-                    features,
-                    targets,
-                    single,
-                    self.d,
-                    full,
-                    max_nodes=_TRAINING_NODES,
-                    log=not full,
-                    dtype=dtype,
-                )
-                parts.append(pair)
+                nodes = _TRAINING_NODES
+                parts.append(multiclass_moments(features, y, single, self.d, True, max_nodes=nodes))
         return torch.stack([p[0] for p in parts], 1), torch.stack([p[1] for p in parts], 1)
 
     def _sampled(
@@ -195,14 +208,12 @@ class MulticlassBlock(ClassificationBlock):
         posterior: Gaussian,
         generator: torch.Generator,
         full: bool,
-        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         samples = self.heads[0].num_samples
         mean, second = monte_carlo_moments(
             features, targets[:, None], posterior, self.d, samples, generator, full
         )
-        mean, second = mean[:, 0], second[:, 0]
-        return (mean, second) if full else (mean.to(dtype), log_variance(second, dtype))
+        return mean[:, 0], second[:, 0]
 
     @staticmethod
     def residual(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -212,7 +223,7 @@ class MulticlassBlock(ClassificationBlock):
     def point_gradient(self, labels: Labels, device: torch.device) -> Tensor:
         """``Wᵀ (p - y)``."""
         residual = torch.softmax(labels.outputs, dim=2) - labels.targets
-        weights = self.weights(device)[:, : self.d]
+        weights = self.weights(device)
         weights = weights.unflatten(0, (self.num_tasks, self.num_classes))
         return torch.einsum("nkc,kcd->nkd", residual, weights)
 

@@ -18,7 +18,13 @@ from bayesagg.likelihoods.labels import (
     label_mask,
     tolerance,
 )
-from bayesagg.moments import leave_one_out_residuals, regression_moments, student_gradient
+from bayesagg.moments import (
+    LogMoments,
+    leave_one_out_residuals,
+    regression_log_moments,
+    regression_moments,
+    student_gradient,
+)
 from bayesagg.posterior import Gaussian, regression_statistics
 
 __all__ = ["RegressionBlock"]
@@ -140,7 +146,8 @@ class RegressionBlock(Block):
         if self.rule == "likelihood":
             return precision, shift
         if self.one_noise and not self.learns_noise:
-            tau2 = tau2[:1]
+            noise = float(self.heads[0].noise_variance)
+            return (precision, shift) if noise == 1 else (precision / noise, shift / noise)
         return precision / tau2[:, None, None], shift / tau2[:, None]
 
     def moments(
@@ -149,15 +156,18 @@ class RegressionBlock(Block):
         labels: Labels,
         posterior: Gaussian,
         generator: torch.Generator,
-        full: bool,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> LogMoments:
         """Closed form."""
         if self.rule == "likelihood":
             posterior = posterior.scaled(self._tau2)
-        return regression_moments(
-            features, labels.targets, posterior, self.d, full, log=not full, dtype=dtype
-        )
+        return regression_log_moments(features, labels.targets, posterior, self.d, dtype)
+
+    def covariances(
+        self, features: Tensor, labels: Labels, posterior: Gaussian, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Closed form."""
+        return regression_moments(features, labels.targets, posterior, self.d, full=True)
 
     @staticmethod
     def residual(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -4,20 +4,25 @@ Each function takes a Gaussian posterior over head weights and returns, for a lo
 ``E[g]`` and ``Var[g]`` (diagonal) or ``Cov[g]`` (full) of ``g = ∂ℓ/∂h`` per datum and task.
 """
 
-from bayesagg.moments.binary import binary_moments, gaussian_nodes
-from bayesagg.moments.monte_carlo import log_variance, monte_carlo_moments
-from bayesagg.moments.multiclass import multiclass_moments
-from bayesagg.moments.regression import regression_moments
+from bayesagg.moments.binary import binary_log_moments, binary_moments, gaussian_nodes
+from bayesagg.moments.monte_carlo import monte_carlo_moments, sampled_log_moments
+from bayesagg.moments.multiclass import multiclass_log_moments, multiclass_moments
+from bayesagg.moments.regression import regression_log_moments, regression_moments
 from bayesagg.moments.student import leave_one_out, leave_one_out_residuals, student_gradient
+from bayesagg.moments.whitened import LogMoments
 
 __all__ = [
+    "LogMoments",
+    "binary_log_moments",
     "binary_moments",
     "gaussian_nodes",
     "leave_one_out",
     "leave_one_out_residuals",
-    "log_variance",
     "monte_carlo_moments",
+    "multiclass_log_moments",
     "multiclass_moments",
+    "regression_log_moments",
     "regression_moments",
+    "sampled_log_moments",
     "student_gradient",
 ]

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesagg.moments.whitened import log_or_scale, whitened
+from bayesagg.moments.whitened import LogMoments, variance_of, whitened
 from bayesagg.posterior import Gaussian
 
-__all__ = ["binary_moments", "gaussian_nodes"]
+__all__ = ["binary_log_moments", "binary_moments", "gaussian_nodes"]
 
 # Gauss-Hermite nodes up to a standard deviation of the logit: relative error of all moments
 # at most 1e-6 to 1e-5, in the tails of the sigmoid too (measured against 150 nodes).
@@ -91,14 +91,7 @@ def _panel_edges(m: Tensor, s: Tensor) -> Tensor:
 
 
 def binary_moments(
-    features: Tensor,
-    targets: Tensor,
-    posterior: Gaussian,
-    d: int,
-    full: bool = False,
-    *,
-    log: bool = False,
-    dtype: torch.dtype | None = None,
+    features: Tensor, targets: Tensor, posterior: Gaussian, d: int, full: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Moments of ``g = (σ(z) - y) w``, ``z = h̃ᵀw``, for ``w ~ N(m, S)``.
 
@@ -109,42 +102,76 @@ def binary_moments(
         E[g]   = E[e] m + E[e x] ρ
         Var[g] = Σ_00 m² + 2 Σ_01 m ρ + Σ_11 ρ² + E[e²] (S_dd - ρ²)
 
-    The quadratic form is written as a sum of squares (``Σ`` is positive semi-definite): nothing
-    cancels, and ``v → 0`` needs no special case because ``|ρ| ≤ √S_dd``.
-
     Args:
         features: ``h̃`` with the constant of the bias, ``[N, D]``.
         targets: probabilities ``[N, K]``.
         posterior: of ``K`` outputs over ``D`` weights.
         d: number of shared dimensions; ``D`` or, with a bias, ``D - 1``.
         full: return the covariance instead of its diagonal.
-        log: return the logarithm of the variance, which cannot underflow.
-        dtype: of the results without ``full``; that of the posterior by default.
 
     Returns:
         ``E[g]``, ``[N, K, d]``, and ``Var[g]``, ``[N, K, d]``, or ``Cov[g]``, ``[N, K, d, d]``.
     """
-    sd, rho, remaining = whitened(features, posterior, d, None if full else dtype)
+    if full:
+        return _covariances(features, targets, posterior, d)
+    return variance_of(binary_log_moments(features, targets, posterior, d))
+
+
+def binary_log_moments(
+    features: Tensor,
+    targets: Tensor,
+    posterior: Gaussian,
+    d: int,
+    dtype: torch.dtype | None = None,
+) -> LogMoments:
+    """:func:`binary_moments` in ``dtype``, by default that of the posterior.
+
+    The quadratic form is written as a sum of squares (``Σ`` is positive semi-definite): nothing
+    cancels, and ``v → 0`` needs no special case because ``|ρ| ≤ √S_dd``.
+    """
+    dtype = posterior.mean.dtype if dtype is None else dtype
+    tiny = torch.finfo(dtype).tiny
+    first, second, shape, rho, variance = _conditional(features, targets, posterior, d, dtype)
+    c0, c1, root, slope, rest = (value.to(dtype) for value in (*first, *shape))
+    m = posterior.mean[:, None, :d].to(dtype)
+    mean = torch.addcmul(rho * c1, m, c0)
+    along = torch.addcmul(rho * slope, m, root)
+    relative = torch.addcmul(variance, rho.square_(), rest.sub_(1))
+    relative = relative.addcmul_(along, along).clamp_(min=tiny)
+    log_scale = second.clamp(min=torch.finfo(second.dtype).tiny).log_().to(dtype)
+    return LogMoments(*(part.transpose(0, 1) for part in (mean, relative, log_scale)))
+
+
+def _covariances(
+    features: Tensor, targets: Tensor, posterior: Gaussian, d: int
+) -> tuple[Tensor, Tensor]:
+    m, s = posterior.mean[:, None, :d], posterior.covariance[:, None, :d, :d]
+    (c0, c1), second, (root, slope, rest), rho, _ = _conditional(
+        features, targets, posterior, d, m.dtype
+    )
+    along = torch.addcmul(rho * slope, m, root)
+    outer = rho[..., :, None] * rho[..., None, :]
+    cov = along[..., :, None] * along[..., None, :] + rest[..., None] * outer + (s - outer)
+    mean = torch.addcmul(rho * c1, m, c0)
+    return mean.transpose(0, 1), (second[..., None] * cov).transpose(0, 1)
+
+
+def _conditional(
+    features: Tensor, targets: Tensor, posterior: Gaussian, d: int, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """``E[e], E[e x]``; ``E[e²]``; Cholesky of ``Σ / E[e²]``; ``ρ`` and ``S_dd`` in ``dtype``.
+
+    The quadratic form is ``E[e²] ((root m + slope ρ)² + rest ρ² + S_dd - ρ²)``.
+    """
+    sd, rho, variance = whitened(features, posterior, d, dtype)
     z = (features @ posterior.mean.mT).mT[..., None]
     first, second, sigma = _residual_moments(z, sd.expand_as(z), targets.mT[..., None])
-    # Cholesky of Σ / E[e²], which is of order one: (root m + slope ρ)² + rest ρ²
     tiny = torch.finfo(sd.dtype).tiny
     s00, s01, s11 = (value / second.clamp(min=tiny) for value in sigma)
     root = s00.sqrt()
     slope = s01 / root.clamp(min=tiny)
     rest = (s11 - slope.square()).clamp(min=0)
-    c0, c1, root, slope, rest = (value.to(rho.dtype) for value in (*first, root, slope, rest))
-
-    m = posterior.mean[:, None, :d].to(rho.dtype)
-    mean = (rho * c1).addcmul(m, c0)
-    along = (rho * slope).addcmul(m, root)
-    if full:
-        s = posterior.covariance[:, None, :d, :d]
-        outer = rho[..., :, None] * rho[..., None, :]
-        cov = along[..., :, None] * along[..., None, :] + rest[..., None] * outer + (s - outer)
-        return mean.transpose(0, 1), (second[..., None] * cov).transpose(0, 1)
-    variance = along.square_().addcmul_(rho.square(), rest).add_(remaining)
-    return mean.transpose(0, 1), log_or_scale(variance, second, log).transpose(0, 1)
+    return first, second, (root, slope, rest), rho, variance
 
 
 def _residual_moments(
@@ -157,10 +184,14 @@ def _residual_moments(
     soft = torch.minimum(targets, 1 - targets)
     e = torch.sigmoid(torch.addcmul(z, sd, x).mul_(side)).sub_(soft).mul_(side)
     ex = e * x
-    c0, c1 = (w * e).sum(-1, keepdim=True), (w * ex).sum(-1, keepdim=True)
-    second = (w * e.square()).sum(-1, keepdim=True)
+    c0, c1, second = _mean(w, e), _mean(w, ex), _mean(w, e.square())
     e, ex = e.sub_(c0), ex.sub_(c1)
-    we = w * e
-    s00, s01 = (we * e).sum(-1, keepdim=True), (we * ex).sum(-1, keepdim=True)
-    s11 = (w * ex.square()).sum(-1, keepdim=True)
-    return (c0, c1), second, (s00, s01, s11)
+    sigma = _mean(w, e.square()), _mean(w, e * ex), _mean(w, ex.square())
+    return (c0, c1), second, sigma
+
+
+def _mean(weights: Tensor, values: Tensor) -> Tensor:
+    """Weighted sum over the nodes, which come last; that dimension is kept."""
+    if weights.dim() == 1:
+        return values @ weights[:, None]
+    return (weights * values).sum(-1, keepdim=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bayesagg.moments.whitened import LogMoments
 from bayesagg.posterior import Gaussian, contrast_basis
 
-__all__ = ["log_variance", "monte_carlo_moments"]
+__all__ = ["monte_carlo_moments", "sampled_log_moments"]
 
 _CHUNK = 1 << 22  # elements of the largest intermediate
 
@@ -56,6 +57,9 @@ def monte_carlo_moments(
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def log_variance(variance: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logarithm of a sampled variance, in ``dtype``; only exact zeros are lifted."""
-    return variance.clamp(min=torch.finfo(variance.dtype).tiny).log().to(dtype)
+def sampled_log_moments(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> LogMoments:
+    """Sampled moments in ``dtype``; only variances of exactly zero are lifted."""
+    tiny = torch.finfo(variance.dtype).tiny
+    scale = variance.amax(-1, keepdim=True).clamp(min=tiny)
+    relative = (variance / scale).clamp_(min=torch.finfo(dtype).tiny)
+    return LogMoments(mean.to(dtype), relative.to(dtype), scale.log().to(dtype))

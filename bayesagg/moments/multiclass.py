@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from bayesagg.moments.binary import gaussian_nodes, hermite_rule
-from bayesagg.moments.whitened import log_or_scale
+from bayesagg.moments.whitened import LogMoments, variance_of
 from bayesagg.posterior import Gaussian, contrast_basis
 
-__all__ = ["multiclass_moments", "standard_normal_nodes"]
+__all__ = ["multiclass_log_moments", "multiclass_moments", "standard_normal_nodes"]
 
 # Mean variance of the logit contrasts up to which a Hermite product rule is used, and its nodes
 # per dimension: the accurate rule, and the one for many contrasts or few nodes. Relative error of
 # Var[g] about 1e-4 and 1e-3. Wider logits (in effect steps) are left to Sobol points.
 _PRODUCT_RULES = ((0.05, (4, 3)), (0.25, (6, 4)), (1.0, (12, 6)))
+_MAX_NODES = 8192
 _CHUNK = 1 << 20  # elements of the largest intermediate
 
 
@@ -56,9 +58,7 @@ def multiclass_moments(
     d: int,
     full: bool = False,
     *,
-    max_nodes: int = 8192,
-    log: bool = False,
-    dtype: torch.dtype | None = None,
+    max_nodes: int = _MAX_NODES,
 ) -> tuple[Tensor, Tensor]:
     """Moments of ``g = Wᵀ(p(z) - y)``, ``z = W h̃``, for one task.
 
@@ -80,55 +80,86 @@ def multiclass_moments(
         full: return the covariance instead of its diagonal.
         max_nodes: of the cubature, at least 64. Narrow logits need far fewer. With the default
             the error is that of about 10⁶ samples; with 256 nodes it is below that of J = 1024.
-        log: return the logarithm of the variance, which cannot underflow.
-        dtype: of the results without ``full``; that of the posterior by default.
 
     Returns:
         ``E[g]``, ``[N, d]``, and ``Var[g]``, ``[N, d]``, or ``Cov[g]``, ``[N, d, d]``.
     """
-    e, width = targets.shape[1] - 1, features.shape[1]
-    dtype = posterior.mean.dtype if full or dtype is None else dtype
-    basis = contrast_basis(e + 1, features)
-    covariance = posterior.covariance[0].view(e, width, e, width)
-    mean = posterior.mean[0].view(e, width)
+    if full:
+        return _covariances(features, targets, posterior, d, max_nodes)
+    return variance_of(multiclass_log_moments(features, targets, posterior, d, max_nodes=max_nodes))
+
+
+def multiclass_log_moments(
+    features: Tensor,
+    targets: Tensor,
+    posterior: Gaussian,
+    d: int,
+    *,
+    max_nodes: int = _MAX_NODES,
+    dtype: torch.dtype | None = None,
+) -> LogMoments:
+    """:func:`multiclass_moments` in ``dtype``, by default that of the posterior; no ``K``."""
+    dtype = posterior.mean.dtype if dtype is None else dtype
+    mean, covariance = _unpacked(posterior, features, targets)
+    e = len(mean)
+    constant = mean[:, :d].to(dtype)
     blocks = covariance.diagonal(dim1=1, dim2=3)[..., :d].flatten(0, 1).to(dtype)  # S_d, [E·E, d]
-    size = max(1, _CHUNK // (e * max(e * width, d * max(e + 1, d if full else 1))))
     parts = []
-    for h, y in zip(features.split(size), targets.split(size), strict=True):
-        factor, scores = _scores(h, covariance)
-        r = scores[..., :d].to(dtype)  # [n, ε, contrast, d]
-        constant = mean[None, :, :d].to(dtype).expand(len(h), e, d)
-        b = torch.cat([constant, r.flatten(1, 2)], dim=1)  # [n, F, d]
-        phi_mean, phi_cov, rho2 = _residual_moments(h @ mean.mT, factor, y, basis, max_nodes)
-        # Relative to E[ρᵀρ], what is left is of order one.
-        level = rho2.diagonal(dim1=1, dim2=2).sum(1)[:, None]
-        safe = level.clamp(min=torch.finfo(level.dtype).tiny)[..., None]
-        phi_cov, rho2 = (phi_cov / safe).to(dtype), (rho2 / safe).to(dtype)
+    for h, y in _chunks(features, targets, max(e * mean.shape[1], (e + 1) * d)):
+        factor, r = _scores(h, covariance, d, dtype)  # r: [n, ε, contrast, d]
+        b = torch.cat([constant.expand(len(h), e, d), r.flatten(1, 2)], dim=1)  # [n, F, d]
+        phi_mean, phi_cov, rho2, level = _residual_moments(h @ mean.mT, factor, y, max_nodes)
+        phi_cov, rho2 = phi_cov.to(dtype), rho2.to(dtype)
         first = (phi_mean.to(dtype)[:, None] @ b)[:, 0]
-        if full:
-            rest = torch.einsum("nab,aibj->nij", rho2, covariance[:, :d, :, :d])
-            rest = rest - torch.einsum("nexi,nxy,neyj->nij", r, rho2, r)
-            second = level[..., None] * (b.mT @ phi_cov @ b + rest)
-        else:
-            rest = rho2.flatten(1) @ blocks
-            rest = rest - ((rho2[:, None] @ r) * r).sum((1, 2))
-            second = ((phi_cov @ b) * b).sum(1) + rest.clamp_(min=0)
-            second = log_or_scale(second.clamp_(min=0), level, log)
-        parts.append((first, second))
+        rest = rho2.flatten(1) @ blocks
+        rest = rest.sub_((rho2[:, None] @ r).mul_(r).sum((1, 2))).clamp_(min=0)
+        rest = rest.add_((phi_cov @ b).mul_(b).sum(1)).clamp_(min=torch.finfo(dtype).tiny)
+        parts.append((first, rest, level.log().to(dtype)))
+    return LogMoments(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _covariances(
+    features: Tensor, targets: Tensor, posterior: Gaussian, d: int, max_nodes: int
+) -> tuple[Tensor, Tensor]:
+    mean, covariance = _unpacked(posterior, features, targets)
+    e = len(mean)
+    parts = []
+    for h, y in _chunks(features, targets, d * max(e + 1, d)):
+        factor, r = _scores(h, covariance, d, h.dtype)
+        b = torch.cat([mean[:, :d].expand(len(h), e, d), r.flatten(1, 2)], dim=1)
+        phi_mean, phi_cov, rho2, level = _residual_moments(h @ mean.mT, factor, y, max_nodes)
+        rest = torch.einsum("nab,aibj->nij", rho2, covariance[:, :d, :, :d])
+        rest = rest - torch.einsum("nexi,nxy,neyj->nij", r, rho2, r)
+        parts.append(
+            ((phi_mean[:, None] @ b)[:, 0], level[..., None] * (b.mT @ phi_cov @ b + rest))
+        )
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _scores(h: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+def _unpacked(posterior: Gaussian, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, ``[E, D]``, and covariance, ``[E, D, E, D]``, of the contrasts."""
+    e, width = targets.shape[1] - 1, features.shape[1]
+    covariance = posterior.covariance[0].view(e, width, e, width)
+    return posterior.mean[0].view(e, width), covariance
+
+
+def _chunks(features: Tensor, targets: Tensor, each: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Data whose largest intermediate, of ``each`` elements times the contrasts, is bounded."""
+    size = max(1, _CHUNK // ((targets.shape[1] - 1) * each))
+    return zip(features.split(size), targets.split(size), strict=True)
+
+
+def _scores(h: Tensor, covariance: Tensor, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``L`` with ``LLᵀ = V``, ``[n, E, E]``, and the weights' covariances with ε: ``L⁻¹ U``.
 
-    ``covariance`` is ``[E, D, E, D]``, the result ``[n, E, E, D]``.
+    ``covariance`` is ``[E, D, E, D]``, the second result ``[n, E, E, d]`` in ``dtype``.
     """
     e, width = covariance.shape[:2]
     u = torch.matmul(h, covariance.reshape(e, width, e * width)).transpose(0, 1)  # [n, E, E·D]
     factor = _factor((u.unflatten(2, (e, width)) @ h[:, None, :, None])[..., 0])
     identity = torch.eye(e, dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    return factor, (inverse @ u).unflatten(2, (e, width))
+    return factor, (inverse @ u).unflatten(2, (e, width))[..., :d].to(dtype)
 
 
 def _factor(v: Tensor) -> Tensor:
@@ -141,13 +172,26 @@ def _factor(v: Tensor) -> Tensor:
 
 
 def _residual_moments(
-    t_mean: Tensor, factor: Tensor, targets: Tensor, basis: Tensor, max_nodes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``E[φ]`` ``[n, F]``, ``Cov(φ)`` ``[n, F, F]`` and ``E[ρρᵀ]`` ``[n, E, E]``.
+    t_mean: Tensor, factor: Tensor, targets: Tensor, max_nodes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Moments of the residuals, the second ones relative to ``E[ρᵀρ]``: of order one.
 
-    Each datum gets the rule that suits the spread of its logits.
+    Returns:
+        ``E[φ]``, ``[n, F]``; ``Cov(φ)``, ``[n, F, F]``, and ``E[ρρᵀ]``, ``[n, E, E]``, divided by
+        the last result, ``E[ρᵀρ]``, positive, ``[n, 1]``.
     """
+    phi_mean, phi_cov, rho2 = _integrals(t_mean, factor, targets, max_nodes)
+    level = rho2.diagonal(dim1=1, dim2=2).sum(1)[:, None]
+    level = level.clamp_(min=torch.finfo(level.dtype).tiny)
+    return phi_mean, phi_cov.div_(level[..., None]), rho2.div_(level[..., None]), level
+
+
+def _integrals(
+    t_mean: Tensor, factor: Tensor, targets: Tensor, max_nodes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``E[φ]``, ``Cov(φ)`` and ``E[ρρᵀ]``; a datum gets the rule that suits its logits' spread."""
     n, e = t_mean.shape
+    basis = contrast_basis(e + 1, t_mean)
     if e == 1:  # the softmax over two classes is a sigmoid of √2 times the contrast
         x, w = gaussian_nodes(2**0.5 * t_mean[:, 0], 2**0.5 * factor[:, 0, 0])
         return _integrate(t_mean, factor, targets, basis, x[:, None], w.expand_as(x)[:, None])

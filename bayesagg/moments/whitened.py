@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from bayesagg.posterior import Gaussian
 
-__all__ = ["log_or_scale", "whitened"]
+__all__ = ["LogMoments", "variance_of", "whitened"]
+
+
+class LogMoments(NamedTuple):
+    """Moments whose variance is ``relative · exp(log_scale)``, which cannot underflow.
+
+    Attributes:
+        mean: ``E[g]``, ``[N, K, d]``.
+        relative: positive, of the order of the variance of the weights, ``[N, K, d]``.
+        log_scale: that of the squared residual, ``[N, K, 1]``.
+    """
+
+    mean: Tensor
+    relative: Tensor
+    log_scale: Tensor
+
+
+def variance_of(moments: LogMoments) -> tuple[Tensor, Tensor]:
+    """``E[g]`` and ``Var[g]``, ``[N, K, d]``."""
+    return moments.mean, moments.relative * moments.log_scale.exp()
 
 
 def whitened(
-    features: Tensor, posterior: Gaussian, d: int, dtype: torch.dtype | None
+    features: Tensor, posterior: Gaussian, d: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spread of the outputs ``h̃ᵀw`` and their covariance with the weights.
 
@@ -28,27 +49,11 @@ def whitened(
 
     Returns:
         standard deviation of the outputs, ``[G, N, 1]``; ``ρ = S h̃ / sd``, ``[G, N, d]``; and
-        ``S_dd - ρ²``, at least 0, ``[G, N, d]``.
+        ``S_dd``, ``[G, 1, d]``, which is at least ``ρ²`` but for rounding.
     """
     unit = features @ posterior.whitener.mT  # [G, N, D]
     sd = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
     unit = unit.div_(sd.clamp(min=torch.finfo(sd.dtype).tiny)).to(dtype)
     root = posterior.whitener[..., :d].to(dtype)
     rho = unit @ root
-    variance = root.square().sum(-2, keepdim=True)
-    return sd, rho, (variance - rho.square()).clamp_(min=0)
-
-
-def log_or_scale(relative: Tensor, scale: Tensor, log: bool) -> Tensor:
-    """``relative · scale``, or its logarithm without forming the product; in place.
-
-    Args:
-        relative: variance relative to ``scale``, of the order of that of the weights.
-        scale: of more digits or range, and small; broadcasts.
-        log: which of the two.
-    """
-    if not log:
-        return relative.mul_(scale.to(relative.dtype))
-    tiny = torch.finfo(relative.dtype).tiny  # only exact zeros are lifted
-    offset = scale.clamp(min=torch.finfo(scale.dtype).tiny).log().to(relative.dtype)
-    return relative.clamp_(min=tiny).log_().add_(offset)
+    return sd, rho, root.square().sum(-2, keepdim=True)

@@ -338,7 +338,10 @@ def conditional_weights(net, seen, present, index):
     blocks = zip(engine._blocks, seen["labels"], seen["posteriors"], strict=True)
     for block, known, posterior in blocks:
         features = seen["features"][True]
-        _, second = block.moments(features, known, posterior, generator, False, features.dtype)
+        _, relative, log_scale = block.moments(
+            features, known, posterior, generator, features.dtype
+        )
+        second = relative.log() + log_scale
         for k, n in enumerate(block.names):
             log_variance[n] = second[:, k]
             factors[n] = float(known.factor[0, k])

@@ -83,7 +83,10 @@ def test_dropped_labels_leave_the_moments_of_the_others(full, settings, given, r
             read = block.labels(observed, len(x), torch.device(device))
             generator = torch.Generator(device).manual_seed(0)
             posterior, dtype = block.posterior(None), features.dtype
-            moments = block.moments(features, read, posterior, generator, full, dtype)
+            if full:
+                moments = block.covariances(features, read, posterior, generator)
+            else:
+                moments = block.moments(features, read, posterior, generator, dtype)
             found.append((read.present, moments))
     blocks = engine._blocks
     for block, (whole, moments), (present, others) in zip(
