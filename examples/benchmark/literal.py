@@ -126,14 +126,10 @@ def multiclass_posterior(
 def binary_moments(
     h: Tensor, y: Tensor, posterior: Gaussian, samples: int, *, dense: bool = True
 ) -> Moments:
-    """Eq. 11 with ``samples`` draws of every output's weights.
-
-    The outputs are sampled one by one, each from its block of the joint covariance: the blocks
-    are what their gradients depend on, and K small Cholesky factors are cheaper than a joint one.
-    """
+    """Eq. 11 with ``samples`` joint draws of the weights of all outputs."""
     x, (b, d) = augment(h), h.shape
     outputs = y.shape[1]
-    w = _sample_blocks(posterior, outputs, samples)
+    w = _sample(posterior, samples).unflatten(1, (outputs, d + 1)).transpose(0, 1)
     residual = torch.sigmoid(torch.einsum("bd,kjd->bkj", x, w)) - y.unsqueeze(2)
     step = _chunk(samples * outputs * d * h.element_size())
     parts = [
@@ -149,7 +145,7 @@ def multiclass_moments(
     """Eq. 11 with ``samples`` joint draws of the weights of all C classes; one task."""
     x, (b, d) = augment(h), h.shape
     classes = posterior.mean.numel() // (d + 1)
-    w = _sample_blocks(posterior, 1, samples)[0].unflatten(1, (classes, d + 1))
+    w = _sample(posterior, samples).unflatten(1, (classes, d + 1))
     residual = torch.softmax(torch.einsum("bd,jcd->bjc", x, w), dim=2)
     residual -= torch.nn.functional.one_hot(y, classes).to(h.dtype).unsqueeze(1)
     step = _chunk(samples * d * h.element_size())
@@ -160,16 +156,13 @@ def multiclass_moments(
     return _join(parts)
 
 
-def _sample_blocks(posterior: Gaussian, blocks: int, samples: int) -> Tensor:
-    """Draws (blocks, J, P / blocks) from each diagonal block of the posterior by itself."""
-    size = posterior.mean.numel() // blocks
-    mean = posterior.mean.view(blocks, 1, size)
-    joint = posterior.covariance.view(blocks, size, blocks, size)
-    cov = joint.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+def _sample(posterior: Gaussian, samples: int) -> Tensor:
+    """Draws (J, P) from the joint posterior."""
+    mean, cov = posterior.mean.flatten(), posterior.covariance
     # An explicit inverse is symmetric up to rounding only.
-    factor = torch.linalg.cholesky((cov + cov.transpose(1, 2)) / 2)
-    noise = torch.randn(blocks, samples, size, dtype=mean.dtype, device=mean.device)
-    draws: Tensor = mean + noise @ factor.transpose(1, 2)
+    factor = torch.linalg.cholesky((cov + cov.T) / 2)
+    noise = torch.randn(samples, len(mean), dtype=mean.dtype, device=mean.device)
+    draws: Tensor = mean + noise @ factor.T
     return draws
 
 

@@ -11,7 +11,9 @@ import gc
 import json
 import multiprocessing
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bayesagg import BayesAggWrapper
 from examples.benchmark.shapes import Shape
-from examples.benchmark.steps import bayesagg_step, plain_step, pretrain
+from examples.benchmark.steps import Step, bayesagg_step, plain_step, pretrain
 
-ARMS = {"bayesagg": bayesagg_step, "plain": plain_step}
+ARMS: dict[str, Callable[[Shape], Step]] = {
+    "default": bayesagg_step,
+    "paper": partial(bayesagg_step, rule="paper"),
+    "plain": plain_step,
+}
 _STEP, _EPOCH_END = "benchmark: step", "benchmark: end of epoch"
 
 
@@ -43,13 +49,13 @@ class MemoryUse:
 
 
 def measure(shape: Shape, arm: str) -> MemoryUse:
-    """Memory of one steady-state step of ``arm`` (``"bayesagg"`` or ``"plain"``)."""
+    """Memory of one steady-state step of ``arm``, one of ``ARMS``."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         _run(shape, arm)
     events = trace(profiler)
     step = _window(events, _STEP)
-    ends = _window(events, _EPOCH_END) if arm == "bayesagg" else None
+    ends = _window(events, _EPOCH_END) if arm != "plain" else None
     return MemoryUse(max(step), step[-1] - step[0], max(ends) if ends else None)
 
 

@@ -84,27 +84,37 @@ def _spread(numerator: list[float], denominator: list[float]) -> str:
 
 def memory_rows(shape: Shape, rss_threads: int | None) -> list[Row]:
     """Part 3: peak memory beyond that of the plain step; ``rss_threads`` asks for a cross-check."""
-    ours, plain = (memory.measure(shape, arm) for arm in ("bayesagg", "plain"))
-    part, name = "memory", shape.name
-    rows = [Row(part, name, "plain peak", plain.step_peak / _MB, "MB")]
+    plain = memory.measure(shape, "plain")
+    rows = [Row("memory", shape.name, "plain peak", plain.step_peak / _MB, "MB")]
+    for arm in ("default", "paper"):
+        rows += _memory_of(arm, shape, plain)
+    if rss_threads is not None:
+        sizes = {arm: memory.peak_rss(shape, arm, rss_threads) for arm in memory.ARMS}
+        less = sizes.pop("plain")
+        note = "fresh processes, with the allocator's slack"
+        for arm, size in sizes.items():
+            if size is not None and less is not None:
+                extra = (size - less) / _MB
+                rows.append(
+                    Row("memory", shape.name, f"{arm} extra resident size", extra, "MB", note=note)
+                )
+    return rows
 
+
+def _memory_of(arm: str, shape: Shape, plain: memory.MemoryUse) -> list[Row]:
+    part, name, ours = "memory", shape.name, memory.measure(shape, arm)
     extra = (ours.step_peak - plain.step_peak) / _MB
     target, passed = at_most(shape.max_extra_mb, extra, "MB")
     note = f"batch {shape.step_batch}"
-    rows.append(Row(part, name, "extra peak of a step", extra, "MB", target, passed, note))
+    rows = [Row(part, name, f"{arm} extra peak of a step", extra, "MB", target, passed, note)]
 
     growth = max(0, ours.step_growth - plain.step_growth) / _MB
     extra += growth * shape.examples / shape.step_batch
     target, passed = at_most(shape.max_extra_mb, extra, "MB")
     note = f"with what {shape.examples} examples leave behind"
-    rows.append(Row(part, name, "extra peak, last step", extra, "MB", target, passed, note))
-    if ours.epoch_end_peak is not None:
-        over = (ours.epoch_end_peak - plain.step_peak) / _MB
-        note = "negative: below the peak of a plain step"
-        rows.append(Row(part, name, "end of epoch", over, "MB", note=note))
-    if rss_threads is not None:
-        sizes = [memory.peak_rss(shape, arm, rss_threads) for arm in ("bayesagg", "plain")]
-        if sizes[0] is not None and sizes[1] is not None:
-            size, note = (sizes[0] - sizes[1]) / _MB, "fresh processes, with the allocator's slack"
-            rows.append(Row(part, name, "extra resident size", size, "MB", note=note))
+    rows.append(Row(part, name, f"{arm} extra peak, last step", extra, "MB", target, passed, note))
+    assert ours.epoch_end_peak is not None
+    over = (ours.epoch_end_peak - plain.step_peak) / _MB
+    note = "negative: below the peak of a plain step"
+    rows.append(Row(part, name, f"{arm} end of epoch", over, "MB", note=note))
     return rows

@@ -111,7 +111,7 @@ def test_binary_equals_the_library():
     x, y = torch.randn(B, D_FEATURES), torch.randint(2, (B, 2)).double()
     weight, h = torch.randn(2, D), augment(x, True)
     means, inverses = zip(*(_prior(D) for _ in range(2)), strict=True)
-    precision, shift = binary_statistics(h, y, h @ weight.T, weight)
+    precision, shift = binary_statistics(h, y, h @ weight.T)
     prior_shift = torch.stack([inv @ mean for mean, inv in zip(means, inverses, strict=True)])
     posterior = from_natural(precision + torch.stack(inverses), shift + prior_shift)
     prior = (torch.cat(means), torch.block_diag(*inverses))
@@ -127,7 +127,7 @@ def test_multiclass_equals_the_library():
     x, y, classes = torch.randn(B, D_FEATURES), torch.randint(3, (B,)), 3
     weight, h = torch.randn(classes, D), augment(x, True)
     onehot = torch.nn.functional.one_hot(y, classes).double()
-    precision, shift = multiclass_statistics(h, onehot, h @ weight.T, weight)
+    precision, shift = multiclass_statistics(h, onehot, h @ weight.T)
     posterior = from_natural((precision + torch.eye(2 * D))[None], shift[None])
     prior = (torch.zeros(classes * D), torch.eye(classes * D))
     expected = literal.multiclass_posterior(x, y, weight, *prior)
