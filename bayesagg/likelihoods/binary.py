@@ -43,30 +43,24 @@ class BinaryBlock(ClassificationBlock):
             return self._given(name, observed)
         assert observed.curvature is not None
         z, g, curvature = observed.output, observed.gradient, observed.curvature
-        p, spread = torch.sigmoid(z), torch.sigmoid(z) * torch.sigmoid(-z)
+        p = torch.sigmoid(z)
+        spread = p * torch.sigmoid(-z)
         tol, eps = tolerance(z.dtype), torch.finfo(z.dtype).eps
-        zero, negative = torch.zeros_like(z), z < 0
-        missing = (g == 0) & (curvature == 0) & (spread > eps)
-        known = ~missing
-        # The curvature is f σ(1-σ) to eps / (1 - σ); for negative logits it is exact.
-        usable = known & (torch.where(negative, spread / eps, spread) > min(tol / 10, 10 * eps))
-        hidden = known & ~usable
-        right = hidden & (g.abs() <= 2 * curvature)
-        scale = _factor(z, g, curvature, spread, usable, hidden & ~right)[None]
-        off = torch.where(usable, curvature / spread / scale - 1, zero).abs()
-        rounding = tol + 4 * torch.where(negative, zero, eps / spread)
-        y = torch.where(right, p.round(), p - g / scale).masked_fill_(missing, 0)
-        valid = (scale > 0) & ((off <= rounding) | ~usable) & (y > -4 * tol) & (y < 1 + 4 * tol)
-        # Where the factor of a datum cannot be seen, a weight and a soft label are the same.
-        hard = torch.minimum(y.abs(), (1 - y).abs()) <= 4 * tol
-        valid = (valid & (hard | ~hidden)).all()
+        known = blind = None
+        if bool(((spread > 16 * eps / tol) & (curvature > 0)).all()):  # nothing is saturated
+            scale = (curvature.sum(0) / spread.sum(0))[None]
+            y = p - g / scale
+            valid = (curvature / spread / scale - 1).abs() <= 1.25 * tol
+        else:
+            scale, y, valid, known, blind = _saturated(observed, p, spread, curvature)
+        valid = (valid & (y > -4 * tol) & (y < 1 + 4 * tol)).all()
         snap = max(4 * eps, 4e-3)
         y = y.masked_fill_(y < snap, 0).masked_fill_(y > 1 - snap, 1)
         # A loss with the same derivatives at these outputs has another value.
-        each = F.binary_cross_entropy_with_logits(z, y, reduction="none")
-        value = observed.per_head((scale * each * known).sum(0))
-        blind = observed.per_head((~usable.any(0)).to(z.dtype)) > 0
-        valid = valid & (blind | close(value, observed.loss, 8 * tol)).all()
+        each = scale * F.binary_cross_entropy_with_logits(z, y, reduction="none")
+        value = observed.per_head((each if known is None else each * known).sum(0))
+        agrees = close(value, observed.loss, 8 * tol)
+        valid = valid & (agrees if blind is None else agrees | blind).all()
         if not bool(valid):
             raise LossError(
                 f"task {name!r}: the loss is not a binary cross-entropy of constant weight, so "
@@ -74,7 +68,7 @@ class BinaryBlock(ClassificationBlock):
                 f"class or example weights, pass `targets=`. A "
                 f"regulariser added to it needs a backward pass of its own."
             )
-        return Labels(z, y, scale, known if bool(missing.any()) else None)
+        return Labels(z, y, scale, None if known is None or bool(known.all()) else known)
 
     def _given(self, name: str, observed: Observation) -> Labels:
         z = observed.output
@@ -151,6 +145,35 @@ class BinaryBlock(ClassificationBlock):
     def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
         """Rows of the mean."""
         return {name: posterior.mean[part] for name, part in self.slices.items()}
+
+
+def _saturated(
+    observed: Observation, p: Tensor, spread: Tensor, curvature: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Factor and labels of a batch with saturated or missing outputs.
+
+    Returns:
+        the factor, ``[1, K]``; labels, ``[N, K]``; whether the derivatives fit them, ``[N, K]``;
+        which labels are known, ``[N, K]``; and the heads, ``[H]``, of whose factor nothing is seen.
+    """
+    z, g = observed.output, observed.gradient
+    tol, eps = tolerance(z.dtype), torch.finfo(z.dtype).eps
+    zero, negative = torch.zeros_like(z), z < 0
+    missing = (g == 0) & (curvature == 0) & (spread > eps)
+    known = ~missing
+    # The curvature is f σ(1-σ) to eps / (1 - σ); for negative logits it is exact.
+    usable = known & (torch.where(negative, spread / eps, spread) > min(tol / 10, 10 * eps))
+    hidden = known & ~usable
+    right = hidden & (g.abs() <= 2 * curvature)
+    scale = _factor(z, g, curvature, spread, usable, hidden & ~right)[None]
+    off = torch.where(usable, curvature / spread / scale - 1, zero).abs()
+    rounding = tol + 4 * torch.where(negative, zero, eps / spread)
+    y = torch.where(right, p.round(), p - g / scale).masked_fill_(missing, 0)
+    # Where the factor of a datum cannot be seen, a weight and a soft label are the same.
+    hard = torch.minimum(y.abs(), (1 - y).abs()) <= 4 * tol
+    valid = (scale > 0) & ((off <= rounding) | ~usable) & (hard | ~hidden)
+    blind = observed.per_head((~usable.any(0)).to(z.dtype)) > 0
+    return scale, y, valid, known, blind
 
 
 def _factor(

@@ -144,8 +144,9 @@ class Statistics:
         """Sum, in the memory of this one where the shapes allow."""
         if self.precision.shape[0] < other.precision.shape[0]:
             return self + other
-        self.precision.add_(other.precision)
-        self.shift.add_(other.shift)
+        if self.precision.numel() > 0:
+            self.precision.add_(other.precision)
+            self.shift.add_(other.shift)
         self.count.add_(other.count)
         for key, value in self.extra.items():
             value.add_(other.extra[key])

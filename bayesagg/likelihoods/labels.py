@@ -15,12 +15,9 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(1e-3, 8 * torch.finfo(dtype).eps)
 
 
-def close(value: Tensor, loss: Tensor, tol: float, scale: Tensor | float = 0.0) -> Tensor:
-    """Whether a loss has the value that its likelihood and the recovered labels give it.
-
-    ``scale`` is the size of the terms of the value where they cancel.
-    """
-    return (value - loss).abs() <= tol * (torch.maximum(value.abs(), loss.abs()) + scale)
+def close(value: Tensor, loss: Tensor, tol: float) -> Tensor:
+    """Whether a loss has the value that its likelihood and the recovered labels give it."""
+    return (value - loss).abs() <= tol * torch.maximum(value.abs(), loss.abs())
 
 
 def check_shape(name: str, target: Tensor | None, output: Tensor) -> Tensor:

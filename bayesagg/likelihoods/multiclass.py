@@ -71,13 +71,12 @@ class MulticlassBlock(ClassificationBlock):
         wrong = (p * others).sum(0)
         factors = (g * others).sum(0) / wrong.clamp(min=torch.finfo(z.dtype).tiny)
         tol = tolerance(z.dtype)
-        informative = ~missing & (wrong > 0)
-        informative &= wrong > torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps
+        informative = ~missing & (wrong > torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps)
         total = (wrong * informative).sum()
         scale = (
             (factors * wrong * informative).sum() / total if bool(total > 0) else g.new_tensor(0)
         )
-        scale = torch.where(scale != 0, scale, torch.full_like(scale, 1 / len(missing)))
+        scale = torch.where(scale != 0, scale, 1 / len(missing))
         deviation = (g - scale * (p - y)).abs() * ~missing
         valid = (scale > 0) & (deviation.amax() <= tol * scale)
         nll = -log_p.gather(0, label)[0] * ~missing
