@@ -200,8 +200,8 @@ def binary_statistics(
     """Quadratic expansion of the Bernoulli log-likelihood at ``ŵ`` (Eq. 8-10, per output).
 
     ``Λ = H̃ᵀ diag(p(1-p)) H̃`` and ``η = Λ ŵ - H̃ᵀ(p - y) = H̃ᵀ(p(1-p) z - (p - y))`` with
-    ``z = H̃ŵ``, ``p = σ(z)``. In the second form an error of ``z``, of a low precision, cancels to
-    first order.
+    ``z = H̃ŵ``, ``p = σ(z)``. In the second form an error of ``z``, as of low precision, enters the
+    gradient of the expansion at ``ŵ`` squared.
 
     Args:
         features: ``H̃``, ``[N, D]``.

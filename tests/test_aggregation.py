@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayesagg.aggregation import aggregate_diagonal, aggregate_full
+from bayesagg.aggregation import aggregate_diagonal, aggregate_full, aggregate_relative
 from tests import reference
 
 
@@ -181,6 +181,22 @@ def test_log_variances_beyond_the_range_of_variances(device, dtype):
     assert weights[0, :, 0].tolist() == [1, 0, 0] and float(gradient) == 1
     gradient, _ = aggregate_diagonal(means, logs, 1e-5 * s, None, "mean")
     assert float(gradient) == pytest.approx(7 / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("s", [[0.3, 0.9, 0.0], 0.6, 0.0])
+def test_a_variance_in_two_parts_is_their_product(device, s, masked):
+    """Tasks innermost or outermost in memory; one exponent for all, or one each."""
+    generator = torch.Generator().manual_seed(0)
+    mean, variance = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64).to(device)
+    relative, log_scale = variance.exp(), 50 * variance[..., :1]
+    present = torch.rand(5, 3, generator=generator).to(device) > 0.3 if masked else None
+    each = torch.tensor(s, dtype=torch.float64, device=device).expand(3)
+    expected = aggregate_diagonal(mean, variance + log_scale, each, present)
+    for part in (relative.clone(), relative.transpose(0, 1).contiguous().transpose(0, 1)):
+        exponent = each if isinstance(s, list) else s
+        found = aggregate_relative(mean, part, log_scale, exponent, present)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("s", [0.4, 1.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -188,6 +189,30 @@ def test_binary_is_a_newton_step_on_autograds_hessian(device, n, weight_scale, s
         )
         close(posterior.mean[k], mean)
         close(posterior.covariance[k], covariance)
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_an_error_of_the_logits_enters_the_gradient_squared(device, kind):
+    """That of the expansion, at ŵ, where it is the likelihood's if the logits are exact."""
+    features, labels = data(40, 4, 3, device)
+    targets = torch.softmax(labels, 1)
+    weights = torch.randn(3, 5, dtype=torch.float64).to(device)
+    logits, error = features @ weights.mT, torch.randn(40, 3, dtype=torch.float64).to(device)
+    if kind == "binary":
+        statistics, place, inverse = binary_statistics, weights, torch.sigmoid
+        basis = torch.eye(3, dtype=torch.float64, device=device)
+    else:
+        statistics, inverse = multiclass_statistics, partial(torch.softmax, dim=1)
+        basis = contrast_basis(3, features)
+        place = (basis @ weights).reshape(-1)
+    exact = (basis @ (inverse(logits) - targets).mT @ features).reshape(place.shape)
+    off = []
+    for size in (0.0, 1e-2, 1e-3):
+        precision, shift = statistics(features, targets, logits + size * error)
+        gradient = (precision @ place[..., None])[..., 0] - shift
+        off.append(float((gradient - exact).norm() / exact.norm()))
+    assert off[0] < 1e-12
+    assert off[1] / off[2] == pytest.approx(100, rel=0.1)
 
 
 @pytest.mark.parametrize("weight_scale", [0.0, 1.0, 5.0])
