@@ -67,6 +67,9 @@ def aggregate_relative(
         s: as in :func:`aggregate_diagonal`, or a number for all tasks.
         present: ``[N, K]`` booleans or ``None``.
         scale: ``"sum"`` or ``"mean"``.
+
+    Returns:
+        ``g``, ``[N, d]``, and ``α``, ``[N, K, d]``.
     """
     if isinstance(s, Tensor):
         power = -s[:, None]

@@ -82,9 +82,8 @@ def combine(
         totals.append(weights.sum(0))
         labelled.append(count if present is None else present.any(1).sum())
     total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
-    if rule == "likelihood":
-        labelled = [total.sum(0)]
-    weights = total / torch.as_tensor(sum(labelled)).clamp(min=torch.finfo(work).tiny)
+    over = total.sum(0) if rule == "likelihood" else torch.as_tensor(sum(labelled))
+    weights = total / over.clamp(min=torch.finfo(work).tiny)
     return gradients[0] if len(gradients) == 1 else torch.cat(gradients), weights
 
 

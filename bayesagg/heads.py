@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
@@ -144,15 +143,12 @@ class Head:
             part = weights[:, : self.in_features] if parameter.dim() > 1 else weights[:, -1]
             parameter.copy_(_like(part.view(parameter.shape), parameter))
 
-    def weights(self, bias: bool = True) -> Tensor:
-        """Weights, ``[o, d]``, detached, in the module's dtype; with a bias as last column.
+    def weights(self) -> Tensor:
+        """Weights without the bias, ``[o, d]``, detached, in the module's dtype.
 
         Weights that are sharded over ranks are gathered: all ranks must call.
         """
-        weight = _whole(self.linear.weight).flatten(1)
-        if self.linear.bias is None or not bias:
-            return weight
-        return torch.cat([weight, _whole(self.linear.bias)[:, None]], dim=1)
+        return _whole(self.linear.weight).flatten(1)
 
 
 def _whole(parameter: Tensor) -> Tensor:

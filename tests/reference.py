@@ -301,6 +301,14 @@ def augmented(features: Tensor, bias: bool = True) -> Array:
     return np.concatenate([h, np.ones((len(h), 1))], axis=1) if bias else h
 
 
+def head_weights(head: Any) -> Tensor:
+    """Weights of a head with the bias, if it has one, as last column, ``[o, D]``."""
+    parts = [head.linear.weight.detach().flatten(1)]
+    if head.linear.bias is not None:
+        parts.append(head.linear.bias.detach()[:, None])
+    return torch.cat(parts, 1)
+
+
 def concentrate(engine: Any, precision: float = 1e12) -> None:
     """Leave pre-training with full-data posteriors ``N(ŵ, I/precision)``: ``S → 0``, ``m → ŵ``.
 
@@ -308,7 +316,7 @@ def concentrate(engine: Any, precision: float = 1e12) -> None:
     """
     state = engine.get_extra_state()
     for block, saved in zip(engine._blocks, state["blocks"], strict=True):
-        weights = torch.cat([head.weights() for head in block.heads]).double()
+        weights = torch.cat([head_weights(head) for head in block.heads]).double()
         if block.kind == "multiclass":
             classes = weights.unflatten(0, (block.num_tasks, -1))
             weights = (contrast_basis(classes.shape[1], weights) @ classes).flatten(1)

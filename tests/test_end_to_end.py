@@ -95,7 +95,9 @@ class Study:
 
     def weights(self):
         """``[o, D]`` of every head, bias last."""
-        return {n: reference.numpy(self.engine.heads[n].weights()) for n in self.names}
+        return {
+            n: reference.numpy(reference.head_weights(self.engine.heads[n])) for n in self.names
+        }
 
     def arriving(self, rows, losses=None, targets=None):
         """Gradient at h for the given data; all other data must receive none."""

@@ -87,7 +87,7 @@ class Block(ABC):
 
     def weights(self, device: torch.device) -> Tensor:
         """Current head weights without the bias, rows of all heads below each other."""
-        stacked = torch.cat([head.weights(bias=False) for head in self.heads])
+        stacked = torch.cat([head.weights() for head in self.heads])
         return stacked.to(device=device, dtype=self.dtype)
 
     def labels(
@@ -226,14 +226,11 @@ class Block(ABC):
         else:  # the sums are added to below, so they must not be those of the evidence
             precision, shift = evidence[0].precision.clone(), evidence[0].shift
         precision, shift = self.natural(precision, shift, batch)
-        diagonal = precision.diagonal(dim1=-2, dim2=-1)
-        if self._one_prior:
-            diagonal.add_(1 / self.heads[0].prior_variance)
-        else:
-            if len(precision) == 1:
-                precision = precision.repeat(self.num_tasks, 1, 1)
-                diagonal = precision.diagonal(dim1=-2, dim2=-1)
-            diagonal.add_(1 / self.per_task("prior_variance", precision.device)[:, None])
+        prior: Tensor | float = 1 / self.heads[0].prior_variance
+        if not self._one_prior:
+            prior = 1 / self.per_task("prior_variance", precision.device)[:, None]
+            precision = precision.expand(self.num_tasks, -1, -1).contiguous()
+        precision.diagonal(dim1=-2, dim2=-1).add_(prior)
         return from_natural(precision, shift)
 
     def commit(self, batch: Statistics) -> None:

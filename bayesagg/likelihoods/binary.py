@@ -47,7 +47,7 @@ class BinaryBlock(ClassificationBlock):
         spread = p * torch.sigmoid(-z)
         tol, eps = tolerance(z.dtype), torch.finfo(z.dtype).eps
         known = blind = None
-        if bool(((spread > 16 * eps / tol) & (curvature > 0)).all()):  # nothing is saturated
+        if bool((_exact(spread) & (curvature > 0)).all()):  # nothing is saturated or missing
             scale = (curvature.sum(0) / spread.sum(0))[None]
             y = p - g / scale
             valid = (curvature / spread / scale - 1).abs() <= 1.25 * tol
@@ -147,6 +147,11 @@ class BinaryBlock(ClassificationBlock):
         return {name: posterior.mean[part] for name, part in self.slices.items()}
 
 
+def _exact(spread: Tensor) -> Tensor:
+    """Where rounding of the curvature, at most eps / σ(1-σ), is below a 16th of the tolerance."""
+    return spread > 16 * torch.finfo(spread.dtype).eps / tolerance(spread.dtype)
+
+
 def _saturated(
     observed: Observation, p: Tensor, spread: Tensor, curvature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -187,7 +192,7 @@ def _factor(
     else (all right: there is no gradient) that of a mean.
     """
     exact = (z < 0) & (curvature > 0)
-    precise = usable & ((z < 0) | (spread > 16 * torch.finfo(z.dtype).eps / tolerance(z.dtype)))
+    precise = usable & ((z < 0) | _exact(spread))
     factor = torch.full_like(z[0], 1 / len(z))
     factor = torch.where(wrong.any(0), (gradient.abs() * wrong).amax(0), factor)
     for chosen in (exact, usable, precise):

@@ -144,7 +144,7 @@ class Statistics:
         """Sum, in the memory of this one where the shapes allow."""
         if self.precision.shape[0] < other.precision.shape[0]:
             return self + other
-        if self.precision.numel() > 0:
+        if self.precision.numel() > 0:  # there is a posterior
             self.precision.add_(other.precision)
             self.shift.add_(other.shift)
         self.count.add_(other.count)

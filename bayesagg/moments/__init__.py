@@ -5,11 +5,11 @@ Each function takes a Gaussian posterior over head weights and returns, for a lo
 """
 
 from bayesagg.moments.binary import binary_log_moments, binary_moments, gaussian_nodes
+from bayesagg.moments.log_moments import LogMoments
 from bayesagg.moments.monte_carlo import monte_carlo_moments, sampled_log_moments
 from bayesagg.moments.multiclass import multiclass_log_moments, multiclass_moments
 from bayesagg.moments.regression import regression_log_moments, regression_moments
 from bayesagg.moments.student import leave_one_out, leave_one_out_residuals, student_gradient
-from bayesagg.moments.whitened import LogMoments
 
 __all__ = [
     "LogMoments",

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesagg.moments.whitened import LogMoments, variance_of, whitened
+from bayesagg.moments.log_moments import LogMoments, variance_of
+from bayesagg.moments.whitened import whitened
 from bayesagg.posterior import Gaussian
 
 __all__ = ["binary_log_moments", "binary_moments", "gaussian_nodes"]
@@ -126,8 +127,9 @@ def binary_log_moments(
 ) -> LogMoments:
     """:func:`binary_moments` in ``dtype``, by default that of the posterior.
 
-    The quadratic form is written as a sum of squares (``Σ`` is positive semi-definite): nothing
-    cancels, and ``v → 0`` needs no special case because ``|ρ| ≤ √S_dd``.
+    The quadratic form is written as ``E[e²]`` times a sum of squares (``Σ`` is positive
+    semi-definite), ``(root m + slope ρ)² + rest ρ² + (S_dd - ρ²)``, exact to rounding of ``S_dd``;
+    ``v → 0`` needs no special case because ``|ρ| ≤ √S_dd``.
     """
     dtype = posterior.mean.dtype if dtype is None else dtype
     tiny = torch.finfo(dtype).tiny

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesagg.moments.whitened import LogMoments
+from bayesagg.moments.log_moments import LogMoments
 from bayesagg.posterior import Gaussian, contrast_basis
 
 __all__ = ["monte_carlo_moments", "sampled_log_moments"]
@@ -58,7 +58,13 @@ def monte_carlo_moments(
 
 
 def sampled_log_moments(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> LogMoments:
-    """Sampled moments in ``dtype``; only variances of exactly zero are lifted."""
+    """Sampled moments in ``dtype``, relative to the largest variance of each task and datum.
+
+    Args:
+        mean: ``[N, K, d]``, or ``[N, d]`` of one task.
+        variance: of the same shape; what vanishes beside the largest is lifted to the least number.
+        dtype: of the result.
+    """
     tiny = torch.finfo(variance.dtype).tiny
     scale = variance.amax(-1, keepdim=True).clamp(min=tiny)
     relative = (variance / scale).clamp_(min=torch.finfo(dtype).tiny)

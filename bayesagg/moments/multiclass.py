@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.moments.binary import gaussian_nodes, hermite_rule
-from bayesagg.moments.whitened import LogMoments, variance_of
+from bayesagg.moments.log_moments import LogMoments, variance_of
 from bayesagg.posterior import Gaussian, contrast_basis
 
 __all__ = ["multiclass_log_moments", "multiclass_moments", "standard_normal_nodes"]
@@ -98,7 +98,11 @@ def multiclass_log_moments(
     max_nodes: int = _MAX_NODES,
     dtype: torch.dtype | None = None,
 ) -> LogMoments:
-    """:func:`multiclass_moments` in ``dtype``, by default that of the posterior; no ``K``."""
+    """:func:`multiclass_moments` in ``dtype``, by default that of the posterior.
+
+    Returns:
+        of one task, ``[N, d]``, ``[N, d]`` and ``[N, 1]``.
+    """
     dtype = posterior.mean.dtype if dtype is None else dtype
     mean, covariance = _unpacked(posterior, features, targets)
     e = len(mean)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesagg.moments.whitened import LogMoments, variance_of, whitened
+from bayesagg.moments.log_moments import LogMoments, variance_of
+from bayesagg.moments.whitened import whitened
 from bayesagg.posterior import Gaussian
 
 __all__ = ["regression_log_moments", "regression_moments"]
@@ -48,7 +49,7 @@ def regression_log_moments(
 ) -> LogMoments:
     """:func:`regression_moments` in ``dtype``, by default that of the posterior.
 
-    The variance is computed as a sum of squares, in which nothing cancels: with ``ρ = u/√v``,
+    The variance is computed as a sum of squares, exact to rounding of ``S_dd``: with ``ρ = u/√v``,
     ``q² = r² + v``, ``a = r/q``, ``b = √v/q`` it is
     ``4 q² ((b m + a ρ)² + (S_dd - ρ²) + 2 b² ρ²)``, and ``|ρ| ≤ √S_dd``.
     """
