@@ -3,79 +3,163 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from bayesagg.checking import check, check_keys, tensor_leaf
 from bayesagg.errors import CheckpointError
-from bayesagg.heads import Head
-from bayesagg.likelihoods import Block, Rule, make_blocks
+from bayesagg.heads import Head, LossTask
+from bayesagg.reading import Reader
+from bayesagg.rules.base import Memory
 
 if TYPE_CHECKING:
     from bayesagg.engine import BayesAgg
     from bayesagg.optimizer import BayesAggWrapper
 
-__all__ = ["PosteriorState", "describe", "read_blocks"]
+__all__ = ["PosteriorState", "describe", "load_optimizer", "read_state"]
 
-_KEYS = {"rule", "heads", "epoch", "draws", "batches", "blocks", "task_weights"}
+_KEYS = ("rule", "heads", "memory", "reader", "optimizer_known", "task_weights")
 
 
-def describe(heads: Mapping[str, Head]) -> list[list[str]]:
-    """Name and kind of every head, in their order; only the same heads can load a state."""
+def describe(tasks: Mapping[str, Head | LossTask]) -> list[list[str]]:
+    """Name and kind of every task, in their order; only the same tasks can load a state."""
     return [
         [
             name,
-            f"{head.kind} {head.in_features} -> {head.out_features}"
+            "loss"
+            if isinstance(head, LossTask)
+            else f"{head.kind} {head.in_features} -> {head.out_features}"
             + ("" if head.has_bias else ", no bias"),
         ]
-        for name, head in heads.items()
+        for name, head in tasks.items()
     ]
 
 
-def read_blocks(
-    state: dict[str, Any], heads: Mapping[str, Head], dtype: torch.dtype, rule: Rule
-) -> list[Block]:
-    """Blocks of ``heads`` in the state of a checkpoint, which is checked.
+def read_state(
+    state: Any, tasks: Mapping[str, Head | LossTask], rule: str, memory: Memory, reader: Reader
+) -> dict[str, Any]:
+    """The state of a checkpoint in the form in which an engine can install it.
 
     Args:
         state: what ``BayesAgg.get_extra_state`` returned.
-        heads: by name.
-        dtype: of the posterior algebra.
-        rule: of the engine.
+        tasks: by name.
+        rule: name of the engine's.
+        memory: of the engine, which says what fits.
+        reader: of the engine, likewise.
 
     Raises:
-        CheckpointError: if the state was saved from other heads or with another rule, or is
-            incomplete.
+        CheckpointError: if the state was saved from other heads or under another rule, or a part
+            of it is missing or damaged; nothing has changed then.
     """
-    own = describe(heads)
-    complete = isinstance(state, dict) and state.keys() == _KEYS
-    if complete and state["heads"] != own:
+    own = describe(tasks)
+    if isinstance(state, dict) and isinstance(state.get("heads"), list) and state["heads"] != own:
         raise CheckpointError(
             f"the checkpoint was saved from other heads: it has {state['heads']}, this engine "
             f"{own}. Build the engine with the same heads, in the same order."
         )
-    if not complete:
-        raise CheckpointError(
-            "the checkpoint's state of bayesagg is incomplete, or of another version. Save "
-            "and load the whole `state_dict()`."
-        )
+    check_keys(state, _KEYS, "the state of bayesagg")
+    check(state["heads"] == own, "the description of the heads is damaged")
     if state["rule"] != rule:
         raise CheckpointError(
-            f"the checkpoint was saved with rule={state['rule']!r}, this engine has {rule!r}. "
+            f"the checkpoint was saved under rule {state['rule']!r}, this engine has {rule!r}. "
             f"Build the engine with the rule it was saved with."
         )
-    blocks = make_blocks(heads, dtype, rule)
-    if len(state["blocks"]) != len(blocks):
+    check(isinstance(state["optimizer_known"], bool), "the mark of the optimizer is no boolean")
+    device = next(h for h in tasks.values() if isinstance(h, Head)).linear.weight.device
+    weights = state["task_weights"]
+    check(
+        isinstance(weights, dict) and all(name in tasks for name in weights),
+        "the task weights are not a dict of known tasks",
+    )
+    shares = {}
+    for name, value in weights.items():
+        task = tasks[name]
+        shape = (task.num_tasks,) if isinstance(task, Head) else (1,)
+        what = f"task {name!r}: its weight"
+        check(isinstance(value, torch.Tensor), f"{what} is no tensor")
+        shares[name] = tensor_leaf(value, shape, value.to(device), what, minimum=0.0)
+    return {
+        "memory": memory.loaded(state["memory"], device),
+        "reader": reader.loaded(state["reader"]),
+        "optimizer_known": state["optimizer_known"],
+        "task_weights": shares,
+    }
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of a plain optimizer, all of it or nothing.
+
+    Raises:
+        CheckpointError: if a part of it is missing or damaged; nothing has changed then.
+    """
+    _check_optimizer(optimizer, state)
+    try:
+        optimizer.load_state_dict(state)
+    except Exception as error:  # of whatever optimizer
         raise CheckpointError(
-            "the checkpoint was saved from heads with other settings: heads that differ in "
-            "`moments` or `num_samples` are computed apart. Use the settings it was saved with."
+            f"the checkpoint's state of {type(optimizer).__name__} cannot be loaded ({error}). "
+            f"Build the same optimizer over the same parameters."
+        ) from error
+
+
+def _check_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """What every ``torch.optim`` optimizer's state has in common, checked leaf by leaf."""
+    own = optimizer.state_dict()
+    what = f"the state of {type(optimizer).__name__}"
+    check(own.keys() <= state.keys(), f"{what} is incomplete")
+    check(isinstance(state["state"], dict), f"{what} has no dict of states")
+    groups = state["param_groups"]
+    check(
+        isinstance(groups, list) and len(groups) == len(own["param_groups"]),
+        f"{what} has other parameter groups",
+    )
+    sizes = {}
+    for mine, group, real in zip(own["param_groups"], groups, optimizer.param_groups, strict=True):
+        check(
+            isinstance(group, dict) and mine.keys() <= group.keys(),
+            f"{what} has a parameter group that is incomplete",
         )
-    device = next(iter(heads.values())).linear.weight.device
-    for block, saved in zip(blocks, state["blocks"], strict=True):
-        block.load(saved, device)
-    return blocks
+        check(group["params"] == mine["params"], f"{what} has a group with other parameters")
+        sizes.update(zip(mine["params"], real["params"], strict=True))
+        for key, value in mine.items():
+            if key != "params":
+                _check_like(group[key], value, f"{what}: {key}")
+    for index, entries in state["state"].items():
+        check(index in sizes and isinstance(entries, dict), f"{what} has a state of no parameter")
+        known = optimizer.state.get(sizes[index], {})
+        check(not known or known.keys() == entries.keys(), f"{what} of a parameter is incomplete")
+        for key, value in entries.items():
+            _check_leaf(value, sizes[index], f"{what}: {key} of parameter {index}")
+
+
+def _check_like(value: Any, mine: Any, what: str) -> None:
+    """A setting of the same kind as the optimizer's own."""
+    if isinstance(mine, bool) or mine is None or value is None:
+        check(value is None or isinstance(value, bool | type(mine)), f"{what} is {value!r}")
+    elif isinstance(mine, int | float | torch.Tensor):
+        good = isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
+        check(good and math.isfinite(float(value)), f"{what} is {value!r}")
+    elif isinstance(mine, tuple | list):
+        check(
+            isinstance(value, tuple | list) and len(value) == len(mine), f"{what} is {value!r}"
+        )
+        for one, other in zip(value, mine, strict=True):
+            _check_like(one, other, what)
+
+
+def _check_leaf(value: Any, parameter: torch.Tensor, what: str) -> None:
+    """An entry of a parameter's state: finite; a tensor is a scalar or of its shape."""
+    if isinstance(value, torch.Tensor):
+        shaped = value.numel() == 1 or value.shape == parameter.shape or value.dim() < 2
+        check(shaped, f"{what} has shape {tuple(value.shape)}")
+        check(bool(torch.isfinite(value).all()), f"{what} is not finite")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        check(math.isfinite(value), f"{what} is {value!r}")
 
 
 class PosteriorState:
@@ -99,14 +183,12 @@ class PosteriorState:
     """
 
     def __init__(self, owner: BayesAggWrapper | BayesAgg) -> None:
-        self.owner = owner
+        self.engine = owner if isinstance(owner, nn.Module) else owner.engine
 
     def state_dict(self) -> dict[str, Any]:
         """One value: a posterior that has not seen data has other entries than one that has."""
         file = io.BytesIO()
-        owner = self.owner
-        own = owner.get_extra_state() if isinstance(owner, nn.Module) else owner._own_state()
-        torch.save(own, file)
+        torch.save(self.engine.get_extra_state(), file)
         return {"state": file.getvalue()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -116,8 +198,4 @@ class PosteriorState:
             CheckpointError: if the state was saved from other heads; the owner is unchanged then.
         """
         file = io.BytesIO(state_dict["state"])
-        own = torch.load(file, map_location="cpu", weights_only=True)
-        if isinstance(self.owner, nn.Module):
-            self.owner.set_extra_state(own)
-        else:
-            self.owner._load_own_state(own)
+        self.engine.set_extra_state(torch.load(file, map_location="cpu", weights_only=True))

@@ -1,53 +1,54 @@
-"""The engine: one ordinary backward pass with the gradient at h replaced."""
+"""The engine: losses in, one scalar out, whose backward pass carries the aggregate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bayesagg.aggregation import GradientScale
-from bayesagg.batch import read_batch
-from bayesagg.capture import Capture
-from bayesagg.checkpoint import describe, read_blocks
-from bayesagg.distributed import Exchange, ProcessGroup
-from bayesagg.following import Following, has_gradients
-from bayesagg.heads import Head, named_heads
-from bayesagg.likelihoods import Block, Rule, Statistics, make_blocks
-from bayesagg.plan import Plan, make_plan
-from bayesagg.subset import check_max_data
+from bayesagg.checkpoint import describe, read_state
+from bayesagg.heads import Head, LossTask, named_heads
+from bayesagg.parallel import Exchange, ProcessGroup
+from bayesagg.reading import Batch, Reader
+from bayesagg.reading.hooks import Call, Capture
+from bayesagg.rules import LikelihoodRule, PaperRule, Plan, Rule
+from bayesagg.scalar import Step, scalar_of
 
-__all__ = ["BayesAgg"]
+__all__ = ["BayesAgg", "Losses"]
+
+Losses = Mapping[str, Tensor] | Sequence[Tensor]
+_RULES = {"likelihood": LikelihoodRule, "paper": PaperRule}
 
 
 class BayesAgg(nn.Module):
-    """Bayesian gradient aggregation without an optimizer, for trainers that own it.
+    """Bayesian gradient aggregation without an optimizer, for loops that own it.
 
-    Call :meth:`backward` in place of ``sum(losses).backward()`` and :meth:`end_epoch` at the end
-    of every epoch. The watched modules are not registered as submodules.
+    Calling it turns the losses into one scalar, to be used as their sum would be::
+
+        loss = engine(losses)
+        loss.backward()
+
+    The watched modules are not registered as submodules.
 
     Args:
-        shared_rep_hook: the last shared module; its output is h. ``None``: h is what the heads
-            receive.
-        heads: task heads by name, or a sequence of them (named ``"0"``, ``"1"``, …).
-        pretrain_epochs: epochs of linear scalarization first.
-        gradient_scale: ``"sum"`` multiplies Eq. 7 by the number of tasks, so that uniform weights
-            are linear scalarization; ``"mean"`` is Eq. 7 as printed.
-        covariance: ``"diagonal"`` (Eq. 7), or ``"full"`` (Eq. 6, with ``rule="paper"``).
+        shared_rep_hook: the last shared module. The default rule asks nothing of it and works
+            without; ``None`` will do.
+        heads: heads by name, or a sequence of them (named ``"0"``, ``"1"``, …); a
+            :class:`bayesagg.LossTask` is a loss without a head.
         rule: ``"likelihood"``: every task's gradient is that of its log-likelihood with a learned
-            scale: of regressions under a Student-t distribution, predicted without the datum
-            itself; of classifications at the current head weights, in units of the running mean
-            of the cross-entropy. Diagonal only. ``"paper"``: Eq. 2-11, one quadratic expansion at
-            the current head weights, the last epoch's full-data posterior as prior; its settings
-            are in :data:`bayesagg.presets.PAPER`.
-        dtype: of the posterior algebra.
+            scale, under posteriors that follow the network. ``"paper"``: Eq. 2-11 of the paper. Or
+            an object with settings, :class:`bayesagg.rules.LikelihoodRule` or
+            :class:`bayesagg.rules.PaperRule`.
+        steps_per_epoch: for ``PaperRule``: optimizer steps in an epoch, whose end turns the
+            epoch's evidence into the full-data posterior. ``None``: its evidence fades.
+        passthrough: names of losses without a head whose gradients arrive as they are.
+        dtype: of the posterior algebra, ``torch.float64`` or ``torch.float32``.
         seed: of the samples of ``moments="monte_carlo"``, and of the subsets of ``max_data``.
-        max_data: posterior and moments from a random subset of this many data per step, and the
-            gradient at the posterior mean for the others (:mod:`bayesagg.subset`); for dense
-            heads, where every pixel is a datum. ``None``: from all.
         process_group: data-parallel ranks whose evidence is summed, so that all have one
             posterior. ``"auto"``: those over which gradients are averaged: the group of the
             ``DistributedDataParallel`` that ran the forward pass, or of ``fully_shard`` (applied
@@ -56,73 +57,66 @@ class BayesAgg(nn.Module):
             means; ``None``: never.
 
     Attributes:
-        task_weights: mean weight α per output of the last step, by task, ``[o]``; the weights of
-            all outputs sum to one, over the rank's own data. Under ``rule="likelihood"`` the scale
-            of the likelihood is part of it: what the gradient of each loss is multiplied by, as a
-            share. Uniform during pre-training.
-        epoch: epochs completed.
+        task_weights: mean weight per output of the last step, by task, ``[o]``, over this rank's
+            data that have a label: what the gradient of each loss is multiplied by, as a share of
+            the sum over all outputs. Uniform while training is linear scalarization.
 
     Raises:
-        HeadError: for heads that are not linear, given twice, or do not fit together.
+        HeadError: for heads that are not linear, given twice, or do not suit the rule.
         ValueError: for an argument out of range.
     """
 
     def __init__(
         self,
         shared_rep_hook: nn.Module | None,
-        heads: Mapping[str, Head] | Sequence[Head],
+        heads: Mapping[str, Head | LossTask] | Sequence[Head | LossTask],
         *,
-        pretrain_epochs: int = 1,
-        gradient_scale: GradientScale = "sum",
-        covariance: Literal["diagonal", "full"] = "diagonal",
-        rule: Rule = "likelihood",
+        rule: Literal["likelihood", "paper"] | Rule = "likelihood",
+        steps_per_epoch: int | None = None,
+        passthrough: Collection[str] = (),
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
-        max_data: int | None = None,
         process_group: ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__()
-        _check_choice("gradient_scale", gradient_scale, ("sum", "mean"))
-        _check_choice("covariance", covariance, ("diagonal", "full"))
-        _check_choice("rule", rule, ("paper", "likelihood"))
-        if rule == "likelihood" and covariance == "full":
-            raise ValueError("covariance='full' (Eq. 6) needs rule='paper'.")
-        _check_choice("dtype", dtype, (torch.float32, torch.float64))
-        if not isinstance(pretrain_epochs, int) or pretrain_epochs < 0:
-            raise ValueError(f"pretrain_epochs must be an integer >= 0, got {pretrain_epochs!r}.")
-        self.max_data = check_max_data(max_data, covariance)
-        self.heads = named_heads(heads)
-        self.pretrain_epochs, self.gradient_scale = pretrain_epochs, gradient_scale
-        self.covariance, self.rule, self.dtype, self.seed = covariance, rule, dtype, seed
-        self.epoch = 0
-        self._draws = 0  # backward passes so far; seeds the samples of the next
-        self._blocks = make_blocks(self.heads, dtype, rule)
+        if shared_rep_hook is not None and not isinstance(shared_rep_hook, nn.Module):
+            raise ValueError(
+                f"`shared_rep_hook` must be the last shared nn.Module, or None, got "
+                f"{type(shared_rep_hook).__name__}. Pass the module itself, not its output."
+            )
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}.")
+        self.tasks = named_heads(heads)
+        self.heads = {name: head for name, head in self.tasks.items() if isinstance(head, Head)}
+        self.rule, self.dtype, self.seed = _rule(rule), dtype, seed
+        self.steps_per_epoch = _checked_steps(steps_per_epoch)
+        self.passthrough = _checked_names(passthrough, self.tasks)
+        self._memory = self.rule.start(self.tasks, dtype, seed, steps_per_epoch)
+        self._reader = Reader(self.tasks, self.passthrough)
         self._exchange = Exchange(process_group)
-        self._capture = Capture(shared_rep_hook, self.heads)
-        self._exchange.group(None, self._capture.modules)  # sharding is visible before a forward
-        self._staged: list[Statistics] = []  # evidence of backward passes without a step, by block
-        self._batches = 0  # backward passes of this epoch that a step has used
-        self._pending = False  # a backward pass was made that no step has used yet
-        self._following = Following()
-        uniform = 1 / sum(block.num_tasks for block in self._blocks)
-        self.task_weights = {
-            name: torch.full((head.num_tasks,), uniform) for name, head in self.heads.items()
-        }
+        self._capture = Capture(self.heads)
+        modules: list[nn.Module] = [head.linear for head in self.heads.values()]
+        # Not as an attribute, which would register it as a submodule.
+        self._modules_of_ranks = (*modules, *([shared_rep_hook] if shared_rep_hook else []))
+        self._exchange.start(None, self._modules_of_ranks)  # sharding shows before a forward pass
+        self._optimizer_known = False
+        self.task_weights = self._uniform()
+        _meet_optimizer(self)
 
-    @property
-    def pretraining(self) -> bool:
-        """Whether steps are still those of linear scalarization."""
-        return self.epoch < self.pretrain_epochs
+    def _uniform(self) -> dict[str, Tensor]:
+        share = 1 / sum(head.num_tasks for head in self.heads.values())
+        return {name: torch.full((head.num_tasks,), share) for name, head in self.heads.items()}
 
-    def backward(
-        self,
-        losses: Mapping[str, Tensor] | Sequence[Tensor],
-        targets: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """Fill every ``.grad`` as ``sum(losses).backward()`` would, the gradient at h replaced.
+    def forward(self, losses: Losses, targets: Losses | None = None) -> Tensor:
+        """One scalar of the value of ``sum(losses)``, whose backward pass carries the aggregate.
+
+        What arrives at every head's features is the aggregate, times whatever factor the scalar
+        is given later (of a ``GradScaler``, or ``1 / n`` of an accumulation); all else receives
+        its ordinary gradient. Evidence counts, and heads are set to their posterior means, once
+        the backward pass has run, whether or not a step follows.
 
         Args:
-            losses: one tensor per task that is present, by name or in the order of the heads;
+            losses: one tensor per task that is present, by name or in the order of the tasks;
                 reduced by mean or sum, or not at all (then their mean is taken).
             targets: labels, where they cannot be recovered from the losses; same keys. In the
                 shape of the head's output (``[N]`` will do for one output); of a multi-class head
@@ -131,159 +125,89 @@ class BayesAgg(nn.Module):
                 label.
 
         Returns:
-            The sum of the losses, detached.
+            a scalar with a graph.
 
         Raises:
             BayesAggError: a specific subclass for each kind of bad input, before any gradient,
                 parameter or buffer has changed.
         """
-        optimizer = self._following.optimizer
-        if optimizer is not None:
-            self._drop_skipped(optimizer)
-        total = self._backward(losses, targets)
-        if optimizer is None:
-            self._commit()
-        return total
+        device = next(iter(self.heads.values())).linear.weight.device
+        self._exchange.start(self._capture.group, self._modules_of_ranks)
+        with torch.autocast(device.type, enabled=False):  # which the caller may be under
+            try:
+                batch = self._reader.read(self._capture, losses, targets)
+                flags = self.rule.flags(self._memory, batch)
+            except Exception:
+                none = Batch([], torch.zeros((), device=device), {}, [], False)
+                self._exchange.refuse(1 + len(self.rule.flags(self._memory, none)), device)
+                raise
+            overflowed, *flags = self._exchange.agree([batch.overflowed, *flags], device)
+            plan = Plan()
+            if not overflowed:
+                plan = self.rule.plan(self._memory, batch, flags, self._exchange)
+            calls = dict(self._capture.calls)
+            self._capture.clear()
+            return scalar_of(Step(self, plan, batch), batch, self._waiting(batch, calls))
 
-    def follow(self, optimizer: Optimizer) -> None:
-        """Count a batch once ``optimizer`` has taken its step, instead of at once.
+    def _waiting(self, batch: Batch, calls: Mapping[str, list[Call]]) -> list[Tensor]:
+        """Outputs of absent tasks: every rank's gradients are waited for, also of these."""
+        if self._exchange.ranks is None:
+            return []
+        absent = (name for name in calls if name not in batch.tasks)
+        return [call.output for name in absent for call in calls[name]]
 
-        For a ``GradScaler``, which skips the step of a batch that overflowed, and for
-        gradient accumulation beside it: evidence of backward passes that led to no step is dropped
-        when the gradients are zeroed, and at the end of the epoch. A copied or unpickled engine
-        follows no optimizer until it is told so.
+    def backward(self, losses: Losses, targets: Losses | None = None) -> Tensor:
+        """``engine(losses, targets).backward()``.
 
-        Args:
-            optimizer: the one that steps the shared network.
+        Returns:
+            the sum of the losses, detached.
 
         Raises:
-            TypeError: if it is no ``torch.optim.Optimizer``.
+            BayesAggError: as of :meth:`forward`.
         """
-        self._following.start(optimizer, self)
-
-    def _drop_skipped(self, optimizer: Optimizer) -> None:  # a step whose gradients are gone
-        if self._pending and not has_gradients(optimizer):
-            self._discard()
+        loss: Tensor = self(losses, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def end_epoch(self) -> None:
-        """Fold the epoch into the full-data posterior, the prior of the next epoch.
+        """``PaperRule`` without ``steps_per_epoch`` only: the epoch becomes the posterior.
 
-        From the end of pre-training on, heads with ``readout="posterior"`` receive its mean.
-        An epoch without any step counts for nothing.
+        Evidence since the last call is from now on the prior of the next epoch, and heads with
+        ``readout="posterior"`` receive its mean. Under the default rule nothing happens.
         """
-        if self._following.optimizer is None:
-            self._commit()
-        self._discard()  # a backward pass whose step was skipped
-        if self._batches == 0:
-            return
-        for block in self._blocks:
-            block.end_epoch()
-        self._batches = 0
-        self.epoch += 1
-        if self.pretraining:
-            return
-        for block in self._blocks:
-            self._write_heads(block)
+        self._write(self._memory.end_epoch())
+
+    def stepped(self) -> None:
+        """Tell the engine of an optimizer step; ``PaperRule`` with ``steps_per_epoch`` counts."""
+        self._write(self._memory.stepped())
 
     @torch.no_grad()
-    def _write_heads(self, block: Block) -> None:
-        if block.full is None or all(head.readout == "gradient" for head in block.heads):
-            return
-        means = block.module_weights(block.posterior(None))
-        for name, head in zip(block.names, block.heads, strict=True):
-            if head.readout == "posterior" and bool(
-                (block.full.count[block.slices[name]] > 0).all()
-            ):
-                head.write(means[name])
-
-    def _backward(
-        self,
-        losses: Mapping[str, Tensor] | Sequence[Tensor],
-        targets: Mapping[str, Tensor] | Sequence[Tensor] | None,
-    ) -> Tensor:
-        """As :meth:`backward`, with the evidence of the batch staged until :meth:`_commit`."""
-        device = next(iter(self.heads.values())).linear.weight.device
-        with torch.autocast(device.type, enabled=False):  # which the caller may be under
-            return self._run(losses, targets, device)
-
-    def _run(
-        self,
-        losses: Mapping[str, Tensor] | Sequence[Tensor],
-        targets: Mapping[str, Tensor] | Sequence[Tensor] | None,
-        device: torch.device,
-    ) -> Tensor:
-        group = self._exchange.group(self._capture.group, self._capture.modules)
-        blocks = [] if self.epoch + 1 < self.pretrain_epochs else self._blocks  # of use now
-        try:
-            batch = read_batch(self._capture, self._blocks, losses, targets)
-        except Exception:
-            if group is not None:
-                self._exchange.refuse(group, blocks, device)
-            raise
-        plan = make_plan(
-            batch,
-            blocks,
-            self._exchange,
-            group,
-            pretraining=self.pretraining,
-            scale=self.gradient_scale,
-            full=self.covariance == "full",
-            seed=self.seed + self._draws,
-            max_data=self.max_data,
-            rule=self.rule,
-        )
-        # All input is good and all is computed: only from here on does anything change.
-        roots = [batch.total]
-        if group is not None:  # every rank's gradients are waited for, also of absent tasks
-            roots += [z for name, z in self._capture.outputs.items() if name not in batch.tasks]
-        ones = [torch.ones_like(batch.total), *(torch.zeros_like(z) for z in roots[1:])]
-        handle = None if plan.gradient is None else batch.h.register_hook(lambda _: plan.gradient)
-        try:
-            with self._capture.paused():
-                torch.autograd.backward(roots, ones)
-        finally:
-            if handle is not None:
-                handle.remove()
-        self._adopt(plan)
-        return batch.total.detach()
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, rows in weights.items():
+            self.heads[name].write(rows)
 
     def _adopt(self, plan: Plan) -> None:
-        """After the backward pass: stage the evidence, keep the weights, spare the heads."""
-        self._capture.clear()
-        if self._staged and plan.evidence:  # gradient accumulation
-            pairs = zip(self._staged, plan.evidence, strict=True)
-            self._staged = [old.add_(new) for old, new in pairs]
-        elif plan.evidence:
-            self._staged = plan.evidence
-        self._draws += 1
-        self._pending = True
+        """The backward pass has run: learn, keep the weights, set the heads."""
+        if plan.update is not None:
+            self._memory.commit(plan.update)
         self.task_weights.update(plan.weights)
-        if not self.pretraining:
-            for head in self.heads.values():
-                if head.readout == "posterior":
-                    for parameter in head.parameters():
-                        parameter.grad = None  # the optimizer leaves these weights alone
+        self._write(plan.heads)
+        for name in plan.spared:
+            for parameter in self.heads[name].parameters():
+                parameter.grad = None  # the optimizer leaves these weights alone
 
-    def _commit(self) -> None:
-        """The staged evidence was used by a step: it belongs to the epoch now."""
-        self._batches += int(self._pending)
-        for block, evidence in zip(self._blocks, self._staged, strict=False):
-            block.commit(evidence)
-        self._discard()
-
-    def _discard(self) -> None:
-        """The staged evidence is used up, or belongs to a step that was not taken."""
-        self._staged, self._pending = [], False
+    def _met(self, optimizer: Optimizer) -> None:
+        self._optimizer_known = True
+        self._memory.met(optimizer)
 
     def get_extra_state(self) -> dict[str, Any]:
         """State for ``state_dict``: plain tensors, numbers and dicts."""
         return {
-            "rule": self.rule,
-            "heads": describe(self.heads),
-            "epoch": self.epoch,
-            "draws": self._draws,
-            "batches": self._batches,
-            "blocks": [block.state() for block in self._blocks],
+            "rule": self.rule.name,
+            "heads": describe(self.tasks),
+            "memory": self._memory.state_dict(),
+            "reader": self._reader.state_dict(),
+            "optimizer_known": self._optimizer_known,
             "task_weights": {name: w.clone() for name, w in self.task_weights.items()},
         }
 
@@ -291,33 +215,77 @@ class BayesAgg(nn.Module):
         """Inverse of :meth:`get_extra_state`.
 
         Raises:
-            CheckpointError: if the state was saved from other heads, or is incomplete; nothing
-                has changed then.
+            CheckpointError: if the state was saved from other heads or under another rule, or is
+                damaged; nothing has changed then.
         """
-        self._install(state, self._read_blocks(state))
+        self._install(self._checked(state))
 
-    def _read_blocks(self, state: dict[str, Any]) -> list[Block]:
-        """Blocks in the state of a checkpoint, which is checked; nothing changes yet."""
-        return read_blocks(state, self.heads, self.dtype, self.rule)
+    def _checked(self, state: Any) -> dict[str, Any]:
+        """The parts of a checkpoint as they can be installed; nothing changes yet."""
+        return read_state(state, self.tasks, self.rule.name, self._memory, self._reader)
 
-    def _install(self, state: dict[str, Any], blocks: list[Block]) -> None:
-        self._blocks = blocks
-        self._discard()
-        self.epoch, self._draws = state["epoch"], state["draws"]
-        self._batches = state["batches"]
-        self.task_weights = {name: w.clone() for name, w in state["task_weights"].items()}
+    def _install(self, parts: Mapping[str, Any]) -> None:
+        self._memory, self._reader = parts["memory"], parts["reader"]
+        self._optimizer_known = parts["optimizer_known"]
+        self.task_weights = dict(parts["task_weights"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _meet_optimizer(self)
 
     def extra_repr(self) -> str:
-        """Settings and heads."""
-        heads = ", ".join(f"{name}: {kind}" for name, kind in describe(self.heads))
-        return (
-            f"rule={self.rule!r}, covariance={self.covariance!r}, "
-            f"gradient_scale={self.gradient_scale!r}, pretrain_epochs={self.pretrain_epochs}, "
-            f"epoch={self.epoch}, heads={{{heads}}}"
+        """Rule and heads."""
+        heads = ", ".join(f"{name}: {kind}" for name, kind in describe(self.tasks))
+        return f"rule={self.rule!r}, dtype={self.dtype}, heads=[{heads}]"
+
+
+def _rule(rule: str | Rule) -> Rule:
+    if isinstance(rule, str):
+        if rule not in _RULES:
+            raise ValueError(
+                f"rule must be one of {', '.join(map(repr, _RULES))}, or an object such as "
+                f"bayesagg.rules.LikelihoodRule(), got {rule!r}."
+            )
+        return _RULES[rule]()
+    if isinstance(rule, type) or not hasattr(rule, "plan"):
+        raise ValueError(f"rule must be a name or a rule object, got {rule!r}.")
+    return rule
+
+
+def _checked_steps(steps: int | None) -> int | None:
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ValueError(
+            f"steps_per_epoch must be a positive integer, such as len(train_loader), or None; got "
+            f"{steps!r}."
         )
+    return steps
 
 
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        options = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+def _checked_names(names: Iterable[str], tasks: Mapping[str, Head | LossTask]) -> frozenset[str]:
+    if isinstance(names, str):
+        raise ValueError(f"passthrough must be a collection of names, as in ({names!r},).")
+    found = frozenset(names)
+    both = sorted(found & tasks.keys())
+    if both:
+        raise ValueError(f"passthrough names {both[0]!r}, which is also an entry of `heads`.")
+    return found
+
+
+def _meet_optimizer(engine: BayesAgg) -> None:
+    """Notice the first optimizer that takes a step after a backward pass of the engine."""
+    owner = weakref.ref(engine)
+    mine = {id(p) for head in engine.heads.values() for p in head.linear.parameters()}
+
+    def stepped(optimizer: Optimizer, *_: object) -> None:
+        this = owner()
+        if this is None or this._optimizer_known:
+            handle.remove()
+        elif any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            this._met(optimizer)
+            handle.remove()
+
+    handle = register_optimizer_step_post_hook(stepped)
+    weakref.finalize(engine, handle.remove)

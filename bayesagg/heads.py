@@ -1,4 +1,4 @@
-"""Descriptions of task heads: which module, which likelihood, which settings."""
+"""Descriptions of tasks: which module, which likelihood, which settings."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from bayesagg.errors import HeadError
 
-__all__ = ["BinaryHead", "Head", "MulticlassHead", "RegressionHead"]
+__all__ = ["BinaryHead", "Head", "LossTask", "MulticlassHead", "RegressionHead", "named_heads", "stacked"]
 
 Moments = Literal["quadrature", "monte_carlo"]
 Readout = Literal["posterior", "gradient"]
@@ -21,19 +22,31 @@ Readout = Literal["posterior", "gradient"]
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+@dataclass(frozen=True)
+class LossTask:
+    """A loss without a head to infer, weighed by its learned scale: its gradient over its mean.
+
+    Contrastive terms, an adversary, a detection loss, a loss that pools a head's outputs: under an
+    entry of ``heads`` its gradient reaches all that it depends on, divided by a running mean of
+    the loss (which should therefore be positive; one that is not is taken as it is).
+    """
+
+
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A linear task head and the settings of its posterior.
+    """A linear task head and the settings of its posterior; what is left out is the rule's own.
 
     Args:
-        module: ``nn.Linear`` on ``[..., d]``, or a 1×1 convolution on ``[B, d, ...]``.
+        module: ``nn.Linear`` on ``[..., d]``, a 1×1 convolution on ``[B, d, ...]``, or an
+            ``nn.Sequential`` (a tower) that ends in one of them: the input of that last linear
+            layer is the head's features.
         s: exponent of the gradient precision in Eq. 7, ≥ 0; 0 weights all tasks alike. Heads of
             different kinds on one network should have the same, or the kind with the smaller
             exponent is drowned out: the weights compare variances raised to different powers.
         prior_variance: γ of the isotropic prior ``N(0, γ I)`` over the weights and the bias.
-        readout: who sets the head's weights: ``"posterior"`` writes the full-data posterior mean
-            into the module at each epoch's end and the optimizer leaves it alone, ``"gradient"``
-            trains it by ordinary gradients.
+        readout: who sets the head's weights: ``"posterior"`` writes the posterior mean into the
+            module and the optimizer leaves it alone, ``"gradient"`` trains it by its own
+            gradients.
 
     Raises:
         HeadError: if the module is not linear or a setting is out of range.
@@ -41,21 +54,21 @@ class Head:
 
     module: nn.Module
     _: KW_ONLY
-    s: float = 0.0
-    prior_variance: float = 1.0
-    readout: Readout = "gradient"
+    s: float | None = None
+    prior_variance: float | None = None
+    readout: Readout | None = None
 
     kind: ClassVar[str]
     _sharded: list[nn.Parameter] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        module = getattr(self.module, "_orig_mod", self.module)  # torch.compile's wrapper
+        module = _unwrapped(_last(self.module))
         if not isinstance(module, _LINEAR):
             raise HeadError(
-                f"{name} needs a linear module (nn.Linear, or a 1x1 nn.Conv), got "
-                f"{type(module).__name__}. Pass the head's last linear layer and move the layers "
-                f"before it into the shared network."
+                f"{name} needs a linear module (nn.Linear, or a 1x1 nn.Conv), or an "
+                f"nn.Sequential that ends in one, got {type(module).__name__}. Pass the last "
+                f"linear layer of the head: what it receives are the head's features."
             )
         if not isinstance(module, nn.Linear) and (
             set(module.kernel_size) != {1}
@@ -72,9 +85,12 @@ class Head:
                 f"{name}: the lazy module is not initialised yet. Run one forward pass of the "
                 f"model before wrapping the optimizer."
             )
-        self._check_number("s", self.s, minimum=0.0, inclusive=True)
-        self._check_number("prior_variance", self.prior_variance)
-        self._check_choice("readout", self.readout, ("posterior", "gradient"))
+        if self.s is not None:
+            self._check_number("s", self.s, minimum=0.0, inclusive=True)
+        if self.prior_variance is not None:
+            self._check_number("prior_variance", self.prior_variance)
+        if self.readout is not None:
+            self._check_choice("readout", self.readout, ("posterior", "gradient"))
         if self.readout == "posterior" and is_parametrized(module):
             raise HeadError(
                 f"{name}: readout='posterior' has to write the weights, which a parametrization "
@@ -104,8 +120,19 @@ class Head:
 
     @property
     def linear(self) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
-        """The linear module itself, also where ``module`` is compiled."""
-        return cast("nn.Linear", getattr(self.module, "_orig_mod", self.module))
+        """The last linear layer itself, also where it or the tower is compiled."""
+        return cast("nn.Linear", _unwrapped(_last(self.module)))
+
+    @property
+    def watched(self) -> nn.Module:
+        """The module whose calls are those of the last linear layer: it, or its compiled form."""
+        return _last(self.module)
+
+    @property
+    def writable(self) -> bool:
+        """Whether a posterior mean may be written: parameters that train, none of them computed."""
+        own = list(self.linear.parameters())
+        return all(p.requires_grad for p in own) and not is_parametrized(self.linear)
 
     @property
     def channels_first(self) -> bool:
@@ -138,10 +165,15 @@ class Head:
 
     def write(self, weights: Tensor) -> None:
         """Overwrite weight and bias with the rows of ``weights``, ``[o, D]``, bias last."""
+        weight, bias = self.linear.weight, self.linear.bias
         # FSDP2 swaps gathered weights for the sharded ones: either may be in place now.
-        for parameter in dict.fromkeys([*self.linear.parameters(), *self._sharded]):
+        for parameter in (weight, bias, *self._sharded):
+            if parameter is None:
+                continue
             part = weights[:, : self.in_features] if parameter.dim() > 1 else weights[:, -1]
-            parameter.copy_(_like(part.view(parameter.shape), parameter))
+            if parameter.dim() > 2:
+                part = part.view(parameter.shape)
+            parameter.copy_(_like(part, parameter))
 
     def weights(self) -> Tensor:
         """Weights without the bias, ``[o, d]``, detached, in the module's dtype.
@@ -149,6 +181,26 @@ class Head:
         Weights that are sharded over ranks are gathered: all ranks must call.
         """
         return _whole(self.linear.weight).flatten(1)
+
+
+def stacked(head: Head) -> Tensor:
+    """Weights of a head with the bias last, ``[o, D]``; as :meth:`Head.weights` otherwise."""
+    if not head.has_bias:
+        return head.weights()
+    return torch.cat([head.weights(), _whole(head.linear.bias)[:, None]], 1)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wrapped."""
+    return cast("nn.Module", getattr(module, "_orig_mod", module))
+
+
+def _last(module: nn.Module) -> nn.Module:
+    """The last layer of a tower, as it is called."""
+    inner = _unwrapped(module)
+    if isinstance(inner, nn.Sequential) and len(inner) > 0:
+        return _last(inner[-1])
+    return module
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -176,13 +228,12 @@ class RegressionHead(Head):
         module: as in :class:`Head`.
         s: as in :class:`Head`.
         prior_variance: as in :class:`Head`.
-        readout: as in :class:`Head`; the paper's choice for regression is ``"posterior"``.
+        readout: as in :class:`Head`; of both rules ``"posterior"``.
         noise_variance: τ² of the Gaussian likelihood, in squared units of the labels, or
-            ``"learned"``: a running mean of the expected squared residual, per output.
+            ``"learned"``: a running mean of squared residuals, per output.
     """
 
-    readout: Readout = field(default="posterior", kw_only=True)
-    noise_variance: float | Literal["learned"] = field(default="learned", kw_only=True)
+    noise_variance: float | Literal["learned"] | None = field(default=None, kw_only=True)
 
     kind: ClassVar[str] = "regression"
 
@@ -190,18 +241,21 @@ class RegressionHead(Head):
         super().__post_init__()
         if isinstance(self.noise_variance, str):
             self._check_choice("noise_variance", self.noise_variance, ("learned",))
-        else:
+        elif self.noise_variance is not None:
             self._check_number("noise_variance", self.noise_variance)
 
 
 @dataclass(frozen=True, eq=False)
 class _ClassificationHead(Head):
-    moments: Moments = field(default="quadrature", kw_only=True)
-    num_samples: int = field(default=1024, kw_only=True)
+    moments: Moments | None = field(default=None, kw_only=True)
+    num_samples: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choice("moments", self.moments, ("quadrature", "monte_carlo"))
+        if self.moments is not None:
+            self._check_choice("moments", self.moments, ("quadrature", "monte_carlo"))
+        if self.num_samples is None:
+            return
         if not isinstance(self.num_samples, int) or self.num_samples < 2:
             raise HeadError(
                 f"{type(self).__name__}: num_samples must be an integer of at least 2, got "
@@ -217,7 +271,7 @@ class BinaryHead(_ClassificationHead):
         module: as in :class:`Head`.
         s: as in :class:`Head`.
         prior_variance: as in :class:`Head`.
-        readout: as in :class:`Head`; the paper's choice for classification is ``"gradient"``.
+        readout: as in :class:`Head`; of the paper's rule ``"gradient"``.
         moments: ``"quadrature"``, or ``"monte_carlo"`` (Eq. 11).
         num_samples: J of Eq. 11, at least 2.
     """
@@ -233,7 +287,7 @@ class MulticlassHead(_ClassificationHead):
         module: as in :class:`Head`, with ``C`` outputs.
         s: as in :class:`Head`.
         prior_variance: as in :class:`Head`.
-        readout: as in :class:`Head`; the paper's choice for classification is ``"gradient"``.
+        readout: as in :class:`Head`; of the paper's rule ``"gradient"``.
         moments: ``"quadrature"`` (cubature over the logits), or ``"monte_carlo"`` (Eq. 11).
         num_samples: J of Eq. 11, at least 2.
 
@@ -254,27 +308,27 @@ class MulticlassHead(_ClassificationHead):
         return 1
 
 
-def named_heads(heads: Mapping[str, Head] | Sequence[Head]) -> dict[str, Head]:
-    """Heads by name (``"0"``, ``"1"``, … for a sequence), checked against each other.
+def named_heads(
+    heads: Mapping[str, Head | LossTask] | Sequence[Head | LossTask],
+) -> dict[str, Head | LossTask]:
+    """Tasks by name (``"0"``, ``"1"``, … for a sequence), checked against each other.
 
     Raises:
-        HeadError: if there are none, an entry is not a head, one module is given twice, or the
-            heads do not read the same kind of tensor.
+        HeadError: if there is no head, an entry is neither head nor :class:`LossTask`, or one
+            module is given twice.
     """
     items = (
         heads.items() if isinstance(heads, Mapping) else ((str(i), h) for i, h in enumerate(heads))
     )
     named = dict(items)
-    if not named:
-        raise HeadError(
-            "`heads` is empty: pass one RegressionHead, BinaryHead or MulticlassHead a task."
-        )
     owners: dict[int, str] = {}
     for name, head in named.items():
+        if isinstance(head, LossTask):
+            continue
         if not isinstance(head, Head):
             raise HeadError(
                 f"heads[{name!r}] is a {type(head).__name__}: wrap the module in RegressionHead, "
-                f"BinaryHead or MulticlassHead."
+                f"BinaryHead or MulticlassHead, or pass LossTask() for a loss without a head."
             )
         other = owners.setdefault(id(head.linear), name)
         if other != name:
@@ -282,11 +336,8 @@ def named_heads(heads: Mapping[str, Head] | Sequence[Head]) -> dict[str, Head]:
                 f"heads {other!r} and {name!r} share one module: give each task its own linear "
                 f"layer, or pass it once (every output of it is a task)."
             )
-    first_name, first = next(iter(named.items()))
-    for name, head in named.items():
-        if head.in_features != first.in_features or head.channels_first != first.channels_first:
-            raise HeadError(
-                f"heads {first_name!r} ({first.linear}) and {name!r} ({head.linear}) do not read "
-                f"the same representation: all heads must take the same shared tensor."
-            )
+    if not owners:
+        raise HeadError(
+            "`heads` has no head: pass one RegressionHead, BinaryHead or MulticlassHead a task."
+        )
     return named

@@ -1,28 +1,25 @@
-"""The wrapper: any optimizer, with ``step(losses)``."""
+"""The optimizer wrapper: the two lines that a user changes."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
-from bayesagg.aggregation import GradientScale
-from bayesagg.distributed import ProcessGroup
-from bayesagg.engine import BayesAgg
+from bayesagg.checkpoint import load_optimizer
+from bayesagg.engine import BayesAgg, Losses
 from bayesagg.errors import CheckpointError
-from bayesagg.heads import Head
-from bayesagg.likelihoods import Block, Rule
+from bayesagg.heads import Head, LossTask
+from bayesagg.parallel import ProcessGroup
+from bayesagg.rules import Rule
 
 __all__ = ["BayesAggWrapper"]
 
 _KEY = "bayesagg"
-_LONG = 10_000  # steps after which an epoch that nobody ends is worth a warning
-
-Losses = Mapping[str, Tensor] | Sequence[Tensor]
 
 
 class BayesAggWrapper(Optimizer):
@@ -34,7 +31,6 @@ class BayesAggWrapper(Optimizer):
             torch.optim.Adam(model.parameters(), lr=1e-3),
             shared_rep_hook=model.backbone,
             heads={"age": RegressionHead(model.age), "gender": BinaryHead(model.gender)},
-            steps_per_epoch=len(train_loader),
         )
         ...
         optimizer.zero_grad()
@@ -42,20 +38,15 @@ class BayesAggWrapper(Optimizer):
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; it owns all parameters, those of the heads too.
-        shared_rep_hook: the last shared module, whose output is the representation h that all
-            heads receive; ``None``: h is what the heads receive.
-        heads: task heads by name, or a sequence of them (named ``"0"``, ``"1"``, …).
-        steps_per_epoch: optimizer steps in an epoch, counted without accumulated micro-batches;
-            ``None``: call :meth:`end_epoch` after every epoch yourself. Without either, training
-            stays in its first epoch, that of linear scalarization; after 10,000 steps it warns.
-        pretrain_epochs: epochs of linear scalarization first.
-        gradient_scale: ``"sum"``, K times Eq. 7, or ``"mean"``, Eq. 7 as printed; this and the
-            following are those of :class:`bayesagg.BayesAgg`, which says more.
-        covariance: ``"diagonal"`` (Eq. 7), or ``"full"`` (Eq. 6, with ``rule="paper"``).
-        rule: ``"likelihood"``: gradients of log-likelihoods of learned scale; or ``"paper"``.
+        shared_rep_hook: the last shared module, or ``None``; this and the following are those of
+            :class:`bayesagg.BayesAgg`, which says more.
+        heads: heads by name, or a sequence of them (named ``"0"``, ``"1"``, …).
+        rule: ``"likelihood"`` or ``"paper"``, or a rule object with settings.
+        steps_per_epoch: for ``PaperRule``: optimizer steps in an epoch, counted without
+            accumulated micro-batches.
+        passthrough: names of losses without a head whose gradients arrive as they are.
         dtype: of the posterior algebra.
         seed: of samples and subsets.
-        max_data: posterior and moments from at most this many data per step; for dense heads.
         process_group: data-parallel ranks whose evidence is summed.
 
     Attributes:
@@ -75,16 +66,13 @@ class BayesAggWrapper(Optimizer):
         self,
         optimizer: Optimizer,
         shared_rep_hook: nn.Module | None,
-        heads: Mapping[str, Head] | Sequence[Head],
+        heads: Mapping[str, Head | LossTask] | Sequence[Head | LossTask],
         *,
+        rule: Literal["likelihood", "paper"] | Rule = "likelihood",
         steps_per_epoch: int | None = None,
-        pretrain_epochs: int = 1,
-        gradient_scale: GradientScale = "sum",
-        covariance: Literal["diagonal", "full"] = "diagonal",
-        rule: Rule = "likelihood",
+        passthrough: Collection[str] = (),
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
-        max_data: int | None = None,
         process_group: ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, BayesAggWrapper):
@@ -92,34 +80,22 @@ class BayesAggWrapper(Optimizer):
                 f"`optimizer` must be a torch.optim.Optimizer that is not wrapped yet, got "
                 f"{type(optimizer).__name__}."
             )
-        if steps_per_epoch is not None and (
-            isinstance(steps_per_epoch, bool)
-            or not isinstance(steps_per_epoch, int)
-            or steps_per_epoch < 1
-        ):
-            raise ValueError(
-                f"steps_per_epoch must be a positive integer, such as len(train_loader), or None "
-                f"to call end_epoch() yourself; got {steps_per_epoch!r}."
-            )
         engine = BayesAgg(
             shared_rep_hook,
             heads,
-            pretrain_epochs=pretrain_epochs,
-            gradient_scale=gradient_scale,
-            covariance=covariance,
             rule=rule,
+            steps_per_epoch=steps_per_epoch,
+            passthrough=passthrough,
             dtype=dtype,
             seed=seed,
-            max_data=max_data,
             process_group=process_group,
         )
-        self._assemble(optimizer, engine, steps_per_epoch, 0)
+        engine._met(optimizer)
+        _warn_of_strangers(optimizer, engine)
+        self._assemble(optimizer, engine)
 
-    def _assemble(
-        self, optimizer: Optimizer, engine: BayesAgg, steps_per_epoch: int | None, steps: int
-    ) -> None:
+    def _assemble(self, optimizer: Optimizer, engine: BayesAgg) -> None:
         self.base_optimizer, self.engine = optimizer, engine
-        self.steps_per_epoch, self._steps = steps_per_epoch, steps
         # Optimizer.__init__ sets up step hooks and profiling, but would also assign state,
         # defaults and groups, which here are those of the base optimizer: see the setters.
         self._constructing = True
@@ -163,27 +139,32 @@ class BayesAggWrapper(Optimizer):
 
     @property
     def task_weights(self) -> dict[str, Tensor]:
-        """Mean weight α per output of the last step, by task, ``[o]``; their sum is one."""
+        """Mean weight per output of the last step, by task, ``[o]``; their sum is one."""
         return self.engine.task_weights
 
-    def backward(self, losses: Losses, targets: Losses | None = None) -> Tensor:
-        """Fill every ``.grad``; see :meth:`bayesagg.BayesAgg.backward`.
-
-        The batch counts for the posterior once :meth:`step` has been taken; :meth:`zero_grad`
-        drops it, so a step that a ``GradScaler`` skips leaves the posterior untouched.
+    def loss(self, losses: Losses, targets: Losses | None = None) -> Tensor:
+        """One scalar of the value of ``sum(losses)``; see :meth:`bayesagg.BayesAgg.forward`.
 
         Args:
             losses: one tensor per task that is present, by name or in the order of the heads.
             targets: labels, where they cannot be recovered from the losses; same keys.
 
         Returns:
-            The sum of the losses, detached.
+            a scalar with a graph; its backward pass carries the aggregate.
 
         Raises:
-            BayesAggError: as of :meth:`bayesagg.BayesAgg.backward`, before anything has changed.
+            BayesAggError: as of :meth:`bayesagg.BayesAgg.forward`.
         """
-        self.engine._drop_skipped(self.base_optimizer)  # the model's own zero_grad was called
-        return self.engine._backward(losses, targets)
+        scalar: Tensor = self.engine(losses, targets)
+        return scalar
+
+    def backward(self, losses: Losses, targets: Losses | None = None) -> Tensor:
+        """``loss(losses, targets).backward()``; returns the sum of the losses, detached.
+
+        Raises:
+            BayesAggError: as of :meth:`bayesagg.BayesAgg.forward`, before anything has changed.
+        """
+        return self.engine.backward(losses, targets)
 
     def step(  # type: ignore[override]
         self,
@@ -194,20 +175,18 @@ class BayesAggWrapper(Optimizer):
     ) -> Any:
         """:meth:`backward` and the wrapped step; without losses, the wrapped step alone.
 
-        A step counts for the epoch only where :meth:`backward` led to it: after the losses' own
-        ``backward()`` it is a step of linear scalarization, of which nothing is learned.
-
         Args:
-            losses: as of :meth:`backward`; a callable in first place is a closure.
-            targets: as of :meth:`backward`.
+            losses: as of :meth:`loss`; a callable in first place is a closure.
+            targets: as of :meth:`loss`.
             closure: re-evaluates the model and calls :meth:`backward`; returns the loss.
 
         Returns:
             The sum of the losses, detached, or what the wrapped ``step`` returns.
 
         Raises:
-            BayesAggError: as of :meth:`backward`.
-            TypeError: for losses and a closure at once, or targets without losses.
+            BayesAggError: as of :meth:`loss`.
+            TypeError: for losses and a closure at once, targets without losses, or losses where
+                the wrapped optimizer needs a closure.
         """
         if callable(losses):
             if closure is not None:
@@ -217,6 +196,12 @@ class BayesAggWrapper(Optimizer):
             raise TypeError("step() takes losses or a closure, not both.")
         if losses is None and targets is not None:
             raise TypeError("step() got targets without losses: pass both, or neither.")
+        if closure is None and isinstance(self.base_optimizer, LBFGS):
+            raise TypeError(
+                "LBFGS evaluates the model several times a step: pass a closure that calls "
+                "`optimizer.zero_grad()`, computes the losses and returns "
+                "`optimizer.backward(losses)`, as in `optimizer.step(closure)`."
+            )
         result: Any = None
         if losses is not None:
             result = self.backward(losses, targets)
@@ -224,40 +209,22 @@ class BayesAggWrapper(Optimizer):
             stepped = self.base_optimizer.step()
         else:
             stepped = self.base_optimizer.step(closure)
-        self._count_step()
+        self.engine.stepped()
         return stepped if result is None else result
 
-    def _count_step(self) -> None:
-        """A step counts where a backward pass led to it, not where the state is initialised."""
-        if not self.engine._pending:
-            return
-        self.engine._commit()
-        self._steps += 1
-        if self._steps == self.steps_per_epoch:
-            self.end_epoch()
-        elif self._steps == _LONG and self.steps_per_epoch is None and self.engine.pretraining:
-            warnings.warn(
-                f"{_LONG} steps, and the first epoch has not ended: training is still linear "
-                f"scalarization. Give steps_per_epoch, or call end_epoch() after every epoch.",
-                stacklevel=4,  # of the caller of step(), which torch wraps
-            )
-
     def end_epoch(self) -> None:
-        """Fold the epoch into the full-data posterior; see :meth:`bayesagg.BayesAgg.end_epoch`."""
-        self._steps = 0
-        self.engine._discard()  # a backward pass whose step was skipped
+        """Of ``PaperRule`` without ``steps_per_epoch``: see :meth:`bayesagg.BayesAgg.end_epoch`."""
         self.engine.end_epoch()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of any optimizer; evidence of a backward pass without a step is dropped."""
-        self.engine._discard()
+        """As of any optimizer."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the wrapped optimizer, and the posterior under ``"bayesagg"``."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state = {**self.base_optimizer.state_dict(), _KEY: self._own_state()}
+        state = {**self.base_optimizer.state_dict(), _KEY: self.engine.get_extra_state()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state = post_hook(self, state) or state
         return state
@@ -266,8 +233,11 @@ class BayesAggWrapper(Optimizer):
         """Inverse of :meth:`state_dict`.
 
         Raises:
-            CheckpointError: if the state was not saved by a wrapper, or from other heads.
+            CheckpointError: if the state was not saved by a wrapper, or from other heads, or is
+                damaged in any part; nothing has changed then.
         """
+        if not isinstance(state_dict, dict):
+            raise CheckpointError(f"the checkpoint is a {type(state_dict).__name__}, not a dict.")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -278,43 +248,30 @@ class BayesAggWrapper(Optimizer):
                 "Where torch.distributed.checkpoint took the state apart, pass it "
                 "`wrapper.base_optimizer`, and a bayesagg.checkpoint.PosteriorState beside it."
             )
-        own = state_dict[_KEY]
-        blocks = self._read_own_state(own)  # checked before anything is loaded
+        own = self.engine._checked(state_dict[_KEY])  # before anything is loaded
         base = {key: value for key, value in state_dict.items() if key != _KEY}
-        self.base_optimizer.load_state_dict(base)
-        self._install(own, blocks)
+        load_optimizer(self.base_optimizer, base)
+        self.engine._install(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _own_state(self) -> dict[str, Any]:
-        """All but that of the wrapped optimizer."""
-        return {"engine": self.engine.get_extra_state(), "steps": self._steps}
-
-    def _read_own_state(self, own: Any) -> list[Block]:
-        if not isinstance(own, dict) or own.keys() != {"engine", "steps"}:
-            raise CheckpointError(
-                f"the checkpoint's entry {_KEY!r} is incomplete, or of another version. Save and "
-                f"load the whole `state_dict()`."
-            )
-        return self.engine._read_blocks(own["engine"])
-
-    def _install(self, own: dict[str, Any], blocks: list[Block]) -> None:
-        self.engine._install(own["engine"], blocks)
-        self._steps = own["steps"]
-
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._install(own, self._read_own_state(own))
-
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.base_optimizer,
-            "engine": self.engine,
-            "steps_per_epoch": self.steps_per_epoch,
-            "steps": self._steps,
-        }
+        return {"optimizer": self.base_optimizer, "engine": self.engine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._assemble(**state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n{self.base_optimizer}\n{self.engine}\n)"
+
+
+def _warn_of_strangers(optimizer: Optimizer, engine: BayesAgg) -> None:
+    """Heads that train and that the optimizer lacks would stay as they are in the warm-up."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, head in engine.heads.items():
+        if any(p.requires_grad and id(p) not in owned for p in head.parameters()):
+            warnings.warn(
+                f"task {name!r}: the optimizer does not have the parameters of its head. Pass it "
+                f"all parameters of the model, or freeze the head (requires_grad_(False)).",
+                stacklevel=3,
+            )

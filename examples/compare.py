@@ -1,9 +1,8 @@
-"""Compare multi-task methods on a benchmark: ``python -m examples.compare qm9 --trials 6``.
+"""Compare multi-task methods: ``python -m examples.compare BENCHMARK``.
 
-Every method has the same number of trials over learning rate, weight decay and its own settings;
-the validation part chooses. It is then trained with the chosen settings and several seeds, the same
-for all, and measured on the test part. A finished run is kept in the output folder and is not
-computed again, whatever the next command asks for.
+Trains every method on one benchmark with several seeds under the same conditions, optionally tuned
+with the same number of trials each, and writes tables, a figure and every run. A command that is
+stopped goes on where it was when it is started again: finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from typing import Any
 
 import torch
 
+from bayesagg import LikelihoodRule
 from examples.arguments import Parser, make_folder, whole
-from examples.comparison import report
+from examples.comparison import rates, report
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.calibration import plot_calibration
 from examples.comparison.catalogue import (
@@ -43,6 +43,33 @@ from examples.comparison.pipeline import (
 from examples.comparison.runs import Data, load
 from examples.comparison.store import Store
 from examples.data import DATA_VARIABLE, DataUnavailableError
+from examples.training import OPTIMIZERS
+
+_FIGURES = """
+The figures of docs/default.md, one command each (--jobs 2 on two cores; add --output):
+
+  QM9 descriptors, 8,000 molecules, 20 epochs, 3 learning rates
+    qm9 --molecules 10000 --epochs 20 --learning-rate 1e-3 2e-3 4e-3 \\
+        --methods ls si ls-readout si-readout uw-readout bayesagg bayesagg-free
+  24,000 molecules
+    qm9 --molecules 30000 --epochs 20 --learning-rate 4e-3 --methods ls si si-readout bayesagg
+  one pass over 80,000 molecules
+    qm9 --molecules 100000 --epochs 1 --methods ls si si-readout bayesagg
+  SGD with momentum
+    qm9 --molecules 10000 --epochs 20 --optimizer sgd --learning-rate 1e-3 3e-3 1e-2 3e-2 1e-1 \\
+        --methods ls si si-readout bayesagg
+  MNIST with 3,000 images; with fewer: --train-size 1000 --epochs 40, --train-size 300 --epochs 60
+    mnist --learning-rate 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2 --methods ls bayesagg
+  small tables
+    yeast --learning-rate 5e-4 1e-3 2e-3 4e-3 8e-3 --methods ls bayesagg     (also nhefs, nih)
+  each part of the default; with few data: --train-size 500 --epochs 60
+    qm9 --molecules 10000 --epochs 20 --learning-rate 4e-3 --reference bayesagg --methods ls si \\
+        si-readout bayesagg bayesagg-free without-readout without-noise without-student-t \\
+        without-leave-one-out without-lag without-warmup without-prior-in-labels memory-5 \\
+        memory-20 memory-40
+  heavy tails, noise-free tasks, a rare class and other trials
+    python -m examples.comparison.stress
+"""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,6 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(
         prog="python -m examples.compare",
         description=__doc__,
+        epilog=_FIGURES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_what(parser)
@@ -81,9 +109,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("NAME", "JSON"),
-        help="another arm; JSON gives settings of the wrapper and of the heads of each kind, as in "
-        """'{"wrapper": {"gradient_scale": "mean"}, "regression": {"s": 0.5}}', or """
-        """settings of another method, as in '{"method": "uw", "rate": 10}'; may be repeated""",
+        help="another arm; JSON gives settings of the default rule and of the heads of each kind, "
+        """as in '{"rule": {"lag": 30}, "regression": {"readout": "gradient"}}', or settings of """
+        """another method, as in '{"method": "uw", "rate": 10}'; may be repeated""",
     )
     for name in ("molecules", "patients"):
         sources = {key: s for key, s in SOURCES.items() if s.size_name == name}
@@ -140,10 +168,22 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "(default: small); the options below override single ones",
     )
     add("--epochs", whole(1), None, "epochs of each training (default: the protocol's)")
-    text = "of them, at first, linear scalarization (default: the protocol's; 1 for small)"
-    add("--warmup-epochs", whole(0), None, text)
+    text = "steps of linear scalarization first, of all but the paper's rule (default: 50)"
+    add("--warmup-steps", whole(0), None, text)
     add("--batch-size", whole(2), None, "data per step (default: the protocol's)")
-    add("--learning-rate", float, None, "default learning rate (default: the protocol's)")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        nargs="+",
+        metavar="N",
+        help="of the methods (default: the protocol's); several: every method at each of them. The "
+        "single-task models have the protocol's, so that all are measured by the same",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="of the methods; sgd has momentum 0.9 (default: adam, as the single-task models)",
+    )
     add("--clip-norm", float, None, "largest norm of the gradient (default: no clipping)")
     add("--jobs", whole(1), min(4, os.cpu_count() or 1), "processes (default: cores, at most 4)")
     parser.add_argument(
@@ -165,10 +205,15 @@ def _check_size(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     for name in ("molecules", "patients"):
         if getattr(options, name) is not None and source.size_name != name:
             parser.error(f"argument --{name}: {options.benchmark} has none; see --train-size")
-    for name in ("learning_rate", "clip_norm"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is not a positive number")
+    for name, values in (
+        ("learning-rate", options.learning_rate or []),
+        ("clip-norm", [] if options.clip_norm is None else [options.clip_norm]),
+    ):
+        for value in values:
+            if not 0 < value < float("inf"):
+                parser.error(f"argument --{name}: {value} is not a positive number")
+    if options.trials > 1 and len(options.learning_rate or []) > 1:
+        parser.error("argument --learning-rate: one, around which the --trials are, not several")
     if options.protocol == "paper" and source.paper is None:
         known = ", ".join(key for key, s in SOURCES.items() if s.paper is not None)
         parser.error(
@@ -192,21 +237,24 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
     for name in options.untuned:
         if name not in chosen:
             parser.error(f"argument --untuned: {name!r} is not among the methods of the comparison")
-    given = {
-        "epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "learning_rate": options.learning_rate,
-        "clip_norm": options.clip_norm,
-        "pretrain_epochs": options.warmup_epochs,
-    }
     size = getattr(options, source.size_name) if source.size_name else None
     settings, default_size = source.settings, source.size
     if options.protocol == "paper":
         assert source.paper is not None
         settings, default_size = source.paper, source.paper_size or source.size
+    learning_rates = options.learning_rate or [settings.learning_rate]
+    given = {
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate": learning_rates[0],
+        "clip_norm": options.clip_norm,
+        "warmup_steps": options.warmup_steps,
+        "optimizer": options.optimizer,
+    }
+    single = {"learning_rate": settings.learning_rate, "optimizer": settings.optimizer}
     return Plan(
         data=Data(options.benchmark, size or default_size, options.train_size),
-        methods=chosen,
+        methods=chosen if len(learning_rates) == 1 else rates.at_rates(chosen, learning_rates),
         training=replace(settings, **{k: v for k, v in given.items() if v is not None}),
         seeds=options.seeds,
         trials=options.trials,
@@ -214,6 +262,7 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
         untuned=tuple(options.untuned),
         reference=options.reference,
         workers=options.jobs,
+        single_task=replace(SINGLE_TASK_METHOD, training=single),
     )
 
 
@@ -246,10 +295,11 @@ def _arm(name: str, given: dict[str, Any], known: dict[str, Method]) -> Method:
         own = dict(given)
         base = known[own.pop("method")]
         return replace(base.with_settings(own), label=name, space={})
-    unknown = given.keys() - {"wrapper", "regression", "binary", "multiclass"}
+    unknown = given.keys() - {"rule", "memory", "regression", "binary", "multiclass"}
     if unknown:
         raise ValueError(f"unknown part {sorted(unknown)[0]!r}")
-    arm = bayesagg(name, **given)
+    rule = LikelihoodRule(**given.pop("rule")) if "rule" in given else None
+    arm = bayesagg(name, rule=rule, **given)
     arm.described()
     return arm
 
@@ -261,13 +311,18 @@ def write_all(folder: Path, plan: Plan, outcome: Outcome, costs: dict[str, Cost]
     labels |= {"ls": "LS", SINGLE_TASK: SINGLE_TASK_METHOD.label}
     title = f"{SOURCES[plan.data.benchmark].title}: {len(data.train):,} training data"
     files = [folder / f"results.{suffix}" for suffix in ("md", "csv", "json", "png")]
-    files[0].write_text(report.page(title, plan, outcome, labels, shared, costs), encoding="utf-8")
+    more = [*rates.rate_tables(outcome, labels, data), rates.pair_table(outcome, labels, data)]
+    text = report.page(title, plan, outcome, labels, shared, costs, more)
+    files[0].write_text(text, encoding="utf-8")
     report.write_csv(files[1], outcome, data, shared)
     report.write_json(files[2], outcome, data, shared, costs)
     plot_comparison(files[3], outcome, labels, data.tasks, title)
     calibration = folder / "results-calibration.png"
     if plot_calibration(calibration, outcome, labels, data.tasks, title):
         files.append(calibration)
+    curves = folder / "results-rates.png"
+    if rates.plot_rates(curves, outcome, labels, title):
+        files.append(curves)
     return files
 
 

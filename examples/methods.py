@@ -1,4 +1,4 @@
-"""The updates that all comparisons share, and the methods of the demo by name.
+"""The updates that all comparisons share: linear and scale-invariant scalarization, BayesAgg.
 
 A method is built from a model and the settings that all methods share. Every update steps through
 :meth:`LinearScalarization.step`, which has the warm-up and the clipping, so that no method has them
@@ -7,33 +7,32 @@ to itself.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from functools import partial
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BayesAggWrapper, BinaryHead, LikelihoodRule, MulticlassHead, RegressionHead
 from bayesagg.heads import Head
-from bayesagg.presets import PAPER
-from examples.training import Losses, TrainSettings, Update
+from bayesagg.rules import PaperRule
+from examples.training import Losses, TrainSettings
 
 HEADS: dict[str, type[Head]] = {
     head.kind: head for head in (RegressionHead, BinaryHead, MulticlassHead)
 }
+HeadSettings = Mapping[str, Mapping[str, Any]]  # by kind of head
+_NONE: HeadSettings = MappingProxyType({})
 
 
-def adam(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Adam as every method uses it (``fused`` changes its speed only)."""
-    return torch.optim.Adam(
-        model.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer that every method uses (``fused`` changes its speed only)."""
+    shared = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=0.9, **shared)
+    return torch.optim.Adam(model.parameters(), **shared)
 
 
 def clip_gradients(model: nn.Module, norm: float | None) -> None:
@@ -56,7 +55,7 @@ def clip_gradients(model: nn.Module, norm: float | None) -> None:
 class LinearScalarization:
     """Minimise the sum of the losses; the base of the other updates.
 
-    The first epochs minimise the sum whatever the method, and have weights of one.
+    The first steps minimise the sum whatever the method, and have weights of one.
 
     Args:
         model: Its parameters are trained.
@@ -68,8 +67,8 @@ class LinearScalarization:
 
     def __init__(self, model: Any, settings: TrainSettings, steps_per_epoch: int) -> None:
         self.model, self.settings = model, settings
-        self.optimizer = adam(model, settings)
-        self.warmup_steps = settings.pretrain_epochs * steps_per_epoch
+        self.optimizer = make_optimizer(model, settings)
+        self.warmup_steps = settings.warmup_steps
         self.weights: Tensor | None = None
 
     def step(self, losses: Losses) -> None:
@@ -114,7 +113,19 @@ class ScaleInvariant(LinearScalarization):
 
 
 class BayesAggregation(LinearScalarization):
-    """BayesAgg with the given settings of the wrapper and of the heads of each kind."""
+    """BayesAgg; by default the wrapper gets its three arguments, and nothing else.
+
+    The warm-up is the rule's own, which reads the labels already. Where the settings have another
+    one than the rule by default, the rule gets it, so that all methods have the same.
+
+    Args:
+        model: As of :class:`LinearScalarization`, with a ``backbone`` and ``groups`` of heads.
+        settings: As there.
+        steps_per_epoch: As there.
+        rule: With other settings than the default, for ablations.
+        heads: Settings of the heads of each kind.
+        memory: Of the rule, in multiples of the number of weights of an output.
+    """
 
     weighted = True
     optimizer: BayesAggWrapper
@@ -124,31 +135,42 @@ class BayesAggregation(LinearScalarization):
         model: Any,
         settings: TrainSettings,
         steps_per_epoch: int,
-        wrapper: Mapping[str, Any],
-        heads: Mapping[str, Mapping[str, Any]],
+        rule: LikelihoodRule | None = None,
+        heads: HeadSettings = _NONE,
+        memory: int | None = None,
     ) -> None:
         super().__init__(model, settings, steps_per_epoch)
-        self.groups = model.groups
+        rule = rule or LikelihoodRule()
+        if rule.warmup == LikelihoodRule.warmup:
+            rule = replace(rule, warmup=settings.warmup_steps)
+        if memory is not None:
+            linear = model.groups[0].module
+            rule = replace(rule, memory=memory * (linear.in_features + 1))
+        self._wrap(heads, **({} if rule == LikelihoodRule() else {"rule": rule}))
+
+    def _wrap(self, heads: HeadSettings, **own: Any) -> None:
+        self.groups = self.model.groups
         self.optimizer = BayesAggWrapper(
             self.optimizer,
-            shared_rep_hook=model.backbone,
-            heads={
-                group.name: HEADS[group.kind](group.module, **heads.get(group.kind, {}))
-                for group in self.groups
-            },
-            steps_per_epoch=steps_per_epoch,
-            pretrain_epochs=settings.pretrain_epochs,
-            **wrapper,
+            self.model.backbone,
+            {g.name: HEADS[g.kind](g.module, **heads.get(g.kind, {})) for g in self.groups},
+            **own,
         )
-        self.warmup_steps = 0  # the wrapper has its own, in which it reads the labels already
+        self.warmup_steps = 0
 
     def backward(self, losses: Losses) -> None:
         """Fill the gradients: a head with several tasks has the sum of their losses."""
-        values, grouped, start = list(losses.values()), {}, 0
-        for group in self.groups:
-            grouped[group.name] = torch.stack(values[start : start + group.tasks]).sum()
-            start += group.tasks
-        self.optimizer.backward(grouped)
+        self.optimizer.backward(
+            {
+                group.name: part.sum()
+                for group, part in self.by_group(torch.stack(list(losses.values())))
+            }
+        )
+
+    def by_group(self, values: Tensor) -> list[tuple[Any, Tensor]]:
+        """Heads, and the values of their tasks, from those of all tasks, ``(K,)``."""
+        parts = values.split([group.tasks for group in self.groups])
+        return list(zip(self.groups, parts, strict=True))
 
     def task_weights(self) -> Tensor:
         """Mean weights of the tasks in the last batch, shape ``(K,)``."""
@@ -156,66 +178,30 @@ class BayesAggregation(LinearScalarization):
         return torch.cat([weights[group.name] for group in self.groups])
 
 
-def library_settings(
-    wrapper: Mapping[str, Any], heads: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Settings of the wrapper, and of the heads by kind, with the library's defaults filled in."""
-    shared = ("optimizer", "shared_rep_hook", "heads", "steps_per_epoch", "pretrain_epochs")
-    parameters = inspect.signature(BayesAggWrapper).parameters.values()
-    full = {
-        "wrapper": {p.name: p.default for p in parameters if p.name not in shared} | {**wrapper}
-    }
-    for kind, given in heads.items():
-        own = [f for f in fields(HEADS[kind]) if f.kw_only and f.init and f.name != "_"]
-        full[kind] = {f.name: f.default for f in own} | {**given}
-    # Text where JSON has no such type (a torch.dtype).
-    return {
-        name: {k: v if isinstance(v, int | float) else str(v) for k, v in part.items()}
-        for name, part in full.items()
-    }
+class PaperAggregation(BayesAggregation):
+    """The paper's rule, with its own epochs of linear scalarization first.
 
-
-@dataclass(frozen=True)
-class Method:
-    """An entry of the demo.
-
-    Attributes:
-        label: Name in tables and figures.
-        build: Makes the update from a model, shared settings and the number of steps per epoch.
-        settings: What this method adds to the shared settings, for the record.
-        ablation_of: Name of the method this is with ``s = 0``.
+    Args:
+        model: As of :class:`BayesAggregation`.
+        settings: As there.
+        steps_per_epoch: As there.
+        rule: Settings of the rule.
+        heads: As there.
+        epochs: Of the training that the rule's ``pretrain_epochs`` belong to; a shorter training
+            has the same share of them, but one at least.
     """
 
-    label: str
-    build: Callable[..., Update]
-    settings: dict[str, Any] = field(default_factory=dict)
-    ablation_of: str | None = None
-
-
-def _bayesagg(
-    label: str, wrapper: dict[str, Any], head: dict[str, Any], ablation_of: str | None = None
-) -> Method:
-    """A method of the wrapper; what is not given is the library's default, and recorded too."""
-    heads = {"regression": head}
-    recorded = library_settings(wrapper, heads)
-    return Method(
-        label=label,
-        build=partial(BayesAggregation, wrapper=wrapper, heads=heads),
-        settings=recorded["wrapper"] | recorded["regression"],
-        ablation_of=ablation_of,
-    )
-
-
-# Eq. 7 as printed (an average over tasks). The pre-training is that of every arm, not the preset's.
-_PAPER = {key: v for key, v in PAPER["qm9"].wrapper.items() if key != "pretrain_epochs"}
-_PAPER_HEAD = PAPER["qm9"].regression
-
-METHODS = {
-    "ls": Method("LS", LinearScalarization),
-    "si": Method("SI", ScaleInvariant),
-    "bayesagg-paper": _bayesagg("BayesAgg, paper", _PAPER, _PAPER_HEAD),
-    "bayesagg-paper-s0": _bayesagg(
-        "BayesAgg, paper, s = 0", _PAPER, {**_PAPER_HEAD, "s": 0.0}, "bayesagg-paper"
-    ),
-    "bayesagg": _bayesagg("BayesAgg", {}, {}),
-}
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainSettings,
+        steps_per_epoch: int,
+        rule: PaperRule,
+        heads: HeadSettings = _NONE,
+        epochs: int | None = None,
+    ) -> None:
+        LinearScalarization.__init__(self, model, settings, steps_per_epoch)
+        if epochs is not None:
+            share = rule.pretrain_epochs / epochs
+            rule = replace(rule, pretrain_epochs=max(1, round(share * settings.epochs)))
+        self._wrap(heads, rule=rule, steps_per_epoch=steps_per_epoch)

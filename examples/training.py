@@ -16,15 +16,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from examples.data import MultiTaskData, Split
-from examples.models import MultiTaskNet, SingleTaskNets
+from bayesagg import LikelihoodRule
 from examples.schedule import SCHEDULES, SELECTIONS, Schedule, Selection
 
 Losses = dict[str, Tensor]
 Criterion = Callable[[Any, Tensor], Losses]
 Scores = Callable[[], Sequence[float]]
+OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,12 @@ class TrainSettings:
 
     Attributes:
         epochs: Passes over the training part.
-        pretrain_epochs: How many of them, at first, minimise the sum of the losses.
+        warmup_steps: Steps that minimise the sum of the losses first, whatever the method; by
+            default those of the library's rule. The paper's arm has epochs of its own instead.
         batch_size: Data per step.
-        learning_rate: Adam's, at the first step.
-        weight_decay: Adam's, a multiple of the parameters that is added to their gradient.
+        learning_rate: At the first step.
+        weight_decay: A multiple of the parameters that is added to their gradient.
+        optimizer: ``adam``, or ``sgd`` with momentum 0.9.
         clip_norm: Largest norm of the gradient of all parameters together; ``None``: no clipping.
         seed: Seed of the weights and of the order of the batches.
         schedule: Of the learning rate. ``cosine``: half a cosine to 0 at the last step; ``steps``:
@@ -46,14 +47,15 @@ class TrainSettings:
         patience: Stop after so many epochs without a lower score; ``None``: never.
 
     Raises:
-        ValueError: If ``schedule`` or ``selection`` is none of these, or ``patience`` below 1.
+        ValueError: If one of these names is not known, or ``patience`` is below 1.
     """
 
     epochs: int = 30
-    pretrain_epochs: int = 1
+    warmup_steps: int = LikelihoodRule.warmup
     batch_size: int = 120
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    optimizer: str = "adam"
     clip_norm: float | None = None
     seed: int = 0
     schedule: str = "cosine"
@@ -61,7 +63,8 @@ class TrainSettings:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("schedule", SCHEDULES), ("selection", SELECTIONS)):
+        names = (("schedule", SCHEDULES), ("selection", SELECTIONS), ("optimizer", OPTIMIZERS))
+        for name, known in names:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
@@ -123,8 +126,8 @@ class History:
 
     Attributes:
         seconds: Wall time of all epochs, without the validation after them.
-        seconds_per_step: Median over the epochs (after the first ones, which minimise the sum of
-            losses for every method) of the mean time of a step, in seconds.
+        seconds_per_step: Median over the epochs (but the first, which has the warm-up) of the mean
+            time of a step, in seconds.
         weights: Mean task weights of each epoch as shares that sum to 1, ``(epochs, K)``; rows are
             empty for a method without weights.
         evaluated: Epoch whose parameters the model has, counted from 1; of each network, where they
@@ -188,7 +191,7 @@ def train(
     evaluated = selection.restore()
     if 0 in evaluated:
         raise DivergedError("the validation score of no epoch is a number")
-    measured = seconds[settings.pretrain_epochs :] or seconds
+    measured = seconds[1:] or seconds
     return History(sum(seconds), median(measured) / steps, weights, evaluated)
 
 
@@ -215,50 +218,3 @@ def _epoch(
         if not loss.isfinite():
             raise DivergedError(f"the loss of {task} is {loss.item()}")
     return torch.stack(shares).mean(0).tolist() if shares else []
-
-
-def mean_squared_errors(tasks: tuple[str, ...]) -> Criterion:
-    """Criterion of regression tasks: for outputs ``(B, K)`` the mean squared error of each."""
-
-    def criterion(outputs: Tensor, y: Tensor) -> Losses:
-        errors = F.mse_loss(outputs, y, reduction="none").mean(0)
-        return dict(zip(tasks, errors.unbind(), strict=True))
-
-    return criterion
-
-
-@torch.no_grad()
-def mean_absolute_errors(model: nn.Module, data: MultiTaskData, part: Split) -> list[float]:
-    """Mean absolute error of each task on ``part``, in the units of the data set, length K."""
-    model.eval()
-    return _absolute_errors(model(part.x), data, part)
-
-
-@torch.no_grad()
-def refit_absolute_errors(
-    model: MultiTaskNet | SingleTaskNets, data: MultiTaskData, part: Split
-) -> list[float]:
-    """Mean absolute errors on ``part`` with heads refit to the training part, length K.
-
-    The heads are replaced by the least-squares heads on the final features (with bias, and a unit
-    ridge against all of the training part), whatever method trained them: it tells apart what a
-    method does to the features and how its heads are read out.
-    """
-    model.eval()
-    h, h_part = (_with_bias(model.features(x)).double() for x in (data.train.x, part.x))
-    gram = h.mT @ h + torch.eye(h.shape[-1], dtype=h.dtype)
-    # (1, n, K) for a shared representation, (K, n, 1) for one representation per task.
-    y = data.train.y.double()
-    y = y.unsqueeze(0) if len(h) == 1 else y.T.unsqueeze(-1)
-    weights = torch.linalg.solve(gram, h.mT @ y)
-    predicted = (h_part @ weights).transpose(0, 1).reshape(len(part.x), -1)
-    return _absolute_errors(predicted, data, part)
-
-
-def _with_bias(h: Tensor) -> Tensor:
-    return torch.cat([h, torch.ones_like(h[..., :1])], dim=-1)
-
-
-def _absolute_errors(predicted: Tensor, data: MultiTaskData, part: Split) -> list[float]:
-    errors: list[float] = ((predicted - part.y).abs().mean(0) * data.target_scale).tolist()
-    return errors

@@ -39,6 +39,12 @@ def dtype() -> torch.dtype:
     return DTYPE
 
 
+@pytest.fixture(scope="session", params=["likelihood", "paper"])
+def rule(request) -> str:
+    """The name of either rule; ``tests.helpers.RULES`` has their settings."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -12,14 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayesagg import BayesAgg, BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import (
+    BayesAgg,
+    BayesAggWrapper,
+    BinaryHead,
+    LikelihoodRule,
+    MulticlassHead,
+    PaperRule,
+    RegressionHead,
+)
 from bayesagg.heads import Head
+from bayesagg.rules import Rule
 
 INPUTS, WIDTH = 5, 4
 HEADS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
 OUTPUTS = {"reg": 2, "bin": 2, "cls": 3}
 PAPER_HEADS: dict[str, dict[str, Any]] = {"reg": {"s": 0.85, "noise_variance": 1.0}}
 PaperBayesAgg = functools.partial(BayesAgg, rule="paper")
+
+# Every behaviour is tested under both: see the fixture `rule`. Either adds losses up for three
+# steps, which under the paper's rule are an epoch, and then is at work.
+EPOCH = 3
+RULES: dict[str, Rule] = {
+    "likelihood": LikelihoodRule(memory=60, warmup=EPOCH, lag=5),
+    "paper": PaperRule(),
+}
 
 SAMPLES = {"moments": "monte_carlo", "num_samples": 16}
 QUICK = {"cls": SAMPLES}  # cubature over three classes is most of the time of a small step
@@ -74,12 +91,26 @@ def make_net(
         return Net(**kwargs).to(device=device, dtype=dtype)
 
 
-def make_heads(net: nn.Module, **settings: Mapping[str, Any]) -> dict[str, Head]:
+def rule_of(rule: str | Rule) -> Rule:
+    """One of :data:`RULES` by name, or a rule itself."""
+    return RULES[rule] if isinstance(rule, str) and rule in RULES else rule
+
+
+def make_heads(
+    net: nn.Module, rule: str | Rule = "paper", **settings: Mapping[str, Any]
+) -> dict[str, Head]:
     """Head descriptions for a :class:`Net`; settings per task, as ``reg={"s": 1.0}``.
 
-    Regressions have the paper's settings, with which every part of the library has something to do.
+    Under the paper's rule regressions have its settings, with which every part of it has something
+    to do. What the default rule has no use for, and would warn of, is left out under it.
     """
-    own = {name: {**PAPER_HEADS.get(name, {}), **settings.get(name, {})} for name in net.heads}
+    if isinstance(rule_of(rule), PaperRule):
+        own = {name: {**PAPER_HEADS.get(name, {}), **settings.get(name, {})} for name in net.heads}
+    else:
+        own = {n: dict(settings.get(n, {})) for n in net.heads}
+        for given in own.values():
+            for unused in ("s", "moments", "num_samples"):
+                given.pop(unused, None)
     return {name: HEADS[name](m, **own[name]) for name, m in net.heads.items()}
 
 
@@ -119,23 +150,39 @@ def make_losses(
     return {name: LOSSES[name](out[name], labels[name], reduction=reduction) for name in out}
 
 
+def arguments_of(
+    net: nn.Module,
+    rule: str | Rule = "paper",
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Those of an engine for a network; keywords that are settings of the rule go there."""
+    rule = rule_of(rule)
+    if dataclasses.is_dataclass(rule):
+        own = {f.name for f in dataclasses.fields(rule)} & kwargs.keys()
+        rule = dataclasses.replace(rule, **{name: kwargs.pop(name) for name in own})
+    if "heads" not in kwargs:
+        kwargs["heads"] = make_heads(net, rule, **(settings or {}))
+    if isinstance(rule, PaperRule):
+        kwargs.setdefault("steps_per_epoch", EPOCH)
+    return {"shared_rep_hook": net.trunk, "rule": rule, **kwargs}
+
+
+def make_engine(net: nn.Module, rule: str | Rule = "paper", **kwargs: Any) -> BayesAgg:
+    """The engine of a network; arguments as of :func:`arguments_of`."""
+    return BayesAgg(**arguments_of(net, rule, **kwargs))
+
+
 def wrap(
     net: nn.Module,
     base: str | torch.optim.Optimizer = "adam",
-    *,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    rule: str | Rule = "paper",
     **kwargs: Any,
 ) -> BayesAggWrapper:
-    """The network's parameters under a wrapped optimizer; three steps are an epoch.
-
-    The rule is the paper's, unless one is given.
-    """
+    """The network's parameters under a wrapped optimizer; arguments as of :func:`arguments_of`."""
     if isinstance(base, str):
         base = OPTIMIZERS[base](net.parameters())
-    if "heads" not in kwargs:
-        kwargs["heads"] = make_heads(net, **(settings or {}))
-    arguments = {"shared_rep_hook": net.trunk, "steps_per_epoch": 3, "rule": "paper", **kwargs}
-    return BayesAggWrapper(base, **arguments)
+    return BayesAggWrapper(base, **arguments_of(net, rule, **kwargs))
 
 
 def train_step(
@@ -162,11 +209,6 @@ def train(
     """Several steps; an integer counts from zero."""
     for index in range(steps) if isinstance(steps, int) else steps:
         train_step(net, optimizer, index, **kwargs)
-
-
-def engine_of(thing: BayesAgg | BayesAggWrapper) -> BayesAgg:
-    """The engine, of a wrapper or itself."""
-    return thing.engine if isinstance(thing, BayesAggWrapper) else thing
 
 
 def _frozen(value: Any) -> Any:
@@ -199,10 +241,6 @@ def snapshot(
     elif optimizer is not None:  # the state of a wrapper has that of its engine
         found["optimizer"] = optimizer.state_dict()
         found["defaults"] = dict(optimizer.defaults)
-    if isinstance(optimizer, BayesAgg | BayesAggWrapper):
-        # Evidence of a backward pass that no step has used yet is in no checkpoint.
-        found["staged"] = engine_of(optimizer)._staged
-        found["pending"] = engine_of(optimizer)._pending
     return _frozen(found)
 
 

@@ -17,10 +17,11 @@ from torch.optim.optimizer import (
 )
 
 from bayesagg import BayesAgg, BayesAggWrapper
-from bayesagg.posterior import augment
 from tests.helpers import (
+    EPOCH,
     OPTIMIZERS,
     QUICK,
+    RULES,
     SAMPLED,
     assert_finite,
     assert_same,
@@ -31,6 +32,7 @@ from tests.helpers import (
     make_losses,
     make_net,
     snapshot,
+    tensors_of,
     train,
     train_step,
     wrap,
@@ -38,6 +40,7 @@ from tests.helpers import (
 
 BASES = sorted(OPTIMIZERS)
 PLAIN_BASES = [name for name in BASES if name != "lbfgs"]  # those that need no closure
+PHASES = pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
 SETTINGS = {
     "default": {},
     "learned_noise": {"reg": {"noise_variance": "learned"}},
@@ -76,9 +79,9 @@ def test_it_is_an_optimizer_and_says_what_it_wraps(net):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_groups_state_and_defaults_are_those_of_the_base(base, net):
+def test_groups_state_and_defaults_are_those_of_the_base(base, rule, net):
     """Live objects, before and after everything that replaces them."""
-    optimizer = wrap(net, base, settings=QUICK)
+    optimizer = wrap(net, base, rule, settings=QUICK)
 
     def same():
         inner = optimizer.base_optimizer
@@ -110,10 +113,11 @@ def test_assigned_groups_state_and_defaults_reach_the_base(net):
     assert base.param_groups is groups and base.defaults is defaults and base.state is state
 
 
-def test_add_param_group_reaches_the_base_and_trains(net, batch):
+def test_add_param_group_reaches_the_base_and_trains(rule, net, batch):
     """Heads added to the base later, as a head that is unfrozen."""
     base = torch.optim.SGD(net.trunk.parameters(), lr=0.1)
-    optimizer = wrap(net, base)
+    with pytest.warns(UserWarning, match="task '(reg|bin|cls)': the optimizer does not have"):
+        optimizer = wrap(net, base, rule)
     assert len(base.param_groups) == 1
     optimizer.add_param_group({"params": list(net.heads.parameters()), "lr": 0.5})
     assert [group["lr"] for group in base.param_groups] == [0.1, 0.5]
@@ -135,49 +139,42 @@ def test_only_an_optimizer_can_be_wrapped(wrong, net):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("steps", [2, 4], ids=["pretraining", "after"])
-def test_zero_grad(set_to_none, steps, net, batch):
-    """Gradients vanish as asked, and so does the evidence of the backward pass."""
-    optimizer, twin_net = wrap(net), copy.deepcopy(net)
-    twin = wrap(twin_net)
+@PHASES
+def test_zero_grad(set_to_none, steps, rule, net, batch):
+    """Gradients vanish as asked, and nothing else: what was learned stays."""
+    optimizer = wrap(net, rule=rule)
     train(net, optimizer, steps)
-    train(twin_net, twin, steps)
     x, labels = batch
     optimizer.backward(make_losses(net(x), labels))
+    before = snapshot(net, optimizer)
     optimizer.zero_grad(set_to_none=set_to_none)
     for p in net.trunk.parameters():
         assert p.grad is None if set_to_none else not p.grad.any()
-    twin_net(x)  # for the running statistics of the batch normalisation
-    train(net, optimizer, range(steps, 8))
-    train(twin_net, twin, range(steps, 8))
-    assert optimizer.state_dict()["bayesagg"]["engine"]["draws"] == 9
-    assert_same(snapshot(twin_net)["parameters"], snapshot(net)["parameters"])
-    blocks, twins = (o.state_dict()["bayesagg"]["engine"]["blocks"] for o in (optimizer, twin))
-    assert difference(twins, blocks) is None
+    assert_same(before, snapshot(net, optimizer), ignore=["gradients"])
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zeroed_gradients_do_not_decay_posterior_heads(set_to_none, net):
+def test_zeroed_gradients_do_not_decay_posterior_heads(set_to_none, rule, net, device, dtype):
     """A gradient of zeros would let weight decay and momentum move the head."""
-    optimizer = wrap(net, "momentum", settings=QUICK)
-    train(net, optimizer, 3)
+    optimizer = wrap(net, "momentum", rule, settings=QUICK)
+    train(net, optimizer, EPOCH)
     head = net.heads["reg"]
-    before = [p.detach().clone() for p in head.parameters()]
     for index in (3, 4):
-        like = net.trunk[0].weight
-        x, labels = make_batch(like.device, like.dtype, seed=index)
+        x, labels = make_batch(device, dtype, seed=index)
         optimizer.zero_grad(set_to_none=set_to_none)
-        optimizer.step(make_losses(net(x), labels))
-    for old, new in zip(before, head.parameters(), strict=True):
-        torch.testing.assert_close(new.detach(), old, rtol=0, atol=0)
+        optimizer.backward(make_losses(net(x), labels))
+        before = [p.detach().clone() for p in head.parameters()]
+        optimizer.step()
+        for old, new in zip(before, head.parameters(), strict=True):
+            torch.testing.assert_close(new.detach(), old, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("base", PLAIN_BASES)
-@pytest.mark.parametrize("form", ["backward", "closure", "keyword", "targets"])
-def test_all_forms_of_a_step_agree(form, base, device, dtype):
-    """``step(losses)``, ``backward`` and ``step()``, ``step(closure)`` in either place."""
+@pytest.mark.parametrize("form", ["backward", "loss", "closure", "keyword", "targets"])
+def test_all_forms_of_a_step_agree(form, base, rule, device, dtype):
+    """``step(losses)``, ``backward`` or ``loss`` and ``step()``, ``step(closure)`` either way."""
     nets = [make_net(device, dtype) for _ in range(2)]
-    one, other = (wrap(net, base, settings=QUICK) for net in nets)
+    one, other = (wrap(net, base, rule, settings=QUICK) for net in nets)
     for index in range(7):
         train_step(nets[0], one, index)
         x, labels = make_batch(device, dtype, seed=index)
@@ -193,8 +190,11 @@ def test_all_forms_of_a_step_agree(form, base, device, dtype):
         else:
             other.zero_grad()
             losses = make_losses(nets[1](x), labels)
-            if form == "backward":
-                result = other.backward(losses)
+            if form in ("backward", "loss"):
+                result = other.backward(losses) if form == "backward" else other.loss(losses)
+                if form == "loss":
+                    result.backward()
+                    result = result.detach()
                 assert other.step() is None
             else:
                 result = other.step(losses, targets={"reg": labels["reg"]})
@@ -207,38 +207,41 @@ def test_all_forms_of_a_step_agree(form, base, device, dtype):
         assert_same(ours, theirs)
 
 
-def test_step_returns_the_sum_of_the_losses(net, batch):
+def test_step_returns_the_sum_of_the_losses(rule, net, batch):
     x, labels = batch
-    optimizer = wrap(net)
+    optimizer = wrap(net, rule=rule)
     losses = make_losses(net(x), labels)
     expected = sum(losses.values()).item()
     assert optimizer.step(losses).item() == expected
 
 
-def test_a_closure_called_many_times_counts_once(net, batch):
-    """LBFGS evaluates the closure again and again: one step, one batch of evidence."""
-    optimizer = wrap(net, "lbfgs", pretrain_epochs=0, steps_per_epoch=2)
+def test_an_optimizer_that_needs_a_closure(rule, net, batch):
+    """LBFGS evaluates it again and again; without one the error says how, and nothing changes."""
+    optimizer = wrap(net, "lbfgs", rule)
     x, labels = batch
+    losses = make_losses(net(x), labels)
+    before = snapshot(net, optimizer)
+    for arguments in ((), (losses,)):
+        with pytest.raises(TypeError, match=r"closure.*optimizer\.step\(closure\)"):
+            optimizer.step(*arguments)
+    assert_same(before, snapshot(net, optimizer))
     calls = []
 
     def closure():
         optimizer.zero_grad()
-        calls.append(None)
-        return optimizer.backward(make_losses(net(x), labels))
+        calls.append(float(optimizer.backward(make_losses(net(x), labels))))
+        return torch.tensor(calls[-1])
 
-    optimizer.step(closure)
-    assert len(calls) > 1
-    engine = optimizer.state_dict()["bayesagg"]["engine"]
-    assert (engine["batches"], engine["epoch"]) == (1, 0)
-    for block in engine["blocks"]:
-        assert (block["running"]["count"] == len(x)).all()
-    optimizer.step(closure)
-    assert optimizer.state_dict()["bayesagg"]["engine"]["epoch"] == 1
+    for _ in range(8):
+        optimizer.step(closure)
+    assert len(calls) > 8
+    assert calls[-1] < calls[0]
+    assert_finite(snapshot(net, optimizer))
 
 
-def test_a_closure_without_gradients_is_given_some(net, batch):
+def test_a_closure_without_gradients_is_given_some(rule, net, batch):
     """As any optimizer does, the base enables gradients around its closure."""
-    optimizer = wrap(net, "sgd")
+    optimizer = wrap(net, "sgd", rule)
     x, labels = batch
 
     def closure():
@@ -252,35 +255,15 @@ def test_a_closure_without_gradients_is_given_some(net, batch):
     assert not torch.equal(before, net.trunk[0].weight)
 
 
-def test_a_step_without_anything_new_does_not_count(net, batch):
-    """``step()`` alone is the base's step: no batch, no end of an epoch."""
-    optimizer = wrap(net, steps_per_epoch=2)
+def test_a_step_without_anything_new_teaches_nothing(rule, net, batch):
+    """``step()`` alone is the base's step: no evidence, no end of an epoch."""
+    optimizer = wrap(net, rule=rule)
     x, labels = batch
     optimizer.step(make_losses(net(x), labels))
     before = optimizer.state_dict()["bayesagg"]
-    for _ in range(3):
+    for _ in range(EPOCH):
         optimizer.step()
     assert difference(before, optimizer.state_dict()["bayesagg"]) is None
-
-
-@pytest.mark.parametrize("ended", ["never", "by_steps", "by_hand", "no_pretraining"])
-def test_an_epoch_that_nobody_ends_is_announced_once(net, batch, monkeypatch, ended):
-    monkeypatch.setattr("bayesagg.optimizer._LONG", 4)
-    optimizer = wrap(
-        net,
-        steps_per_epoch=5 if ended == "by_steps" else None,
-        pretrain_epochs=0 if ended == "no_pretraining" else 1,
-    )
-    x, labels = batch
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(9):
-            optimizer.step(make_losses(net(x), labels))
-            if ended == "by_hand" and optimizer.engine.pretraining:
-                optimizer.end_epoch()
-    told = [w for w in caught if "first epoch has not ended" in str(w.message)]
-    assert len(told) == (ended == "never")
-    assert all(w.filename == __file__ for w in told)
 
 
 # --- learning rate schedulers --------------------------------------------------------------------
@@ -301,11 +284,11 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("base", ["momentum", "adam"])
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
-def test_schedulers_drive_the_base(name, base, net, device, dtype):
+def test_schedulers_drive_the_base(name, base, rule, net, device, dtype):
     """The same rates (and momenta) as on a plain optimizer, and no warning (which is an error)."""
     plain_net = make_net(device, dtype)
     plain = OPTIMIZERS[base](plain_net.parameters())
-    optimizer = wrap(net, base, settings=QUICK)
+    optimizer = wrap(net, base, rule, settings=QUICK)
     schedulers = [SCHEDULERS[name](o) for o in (plain, optimizer)]
     seen = set()
     for index in range(10):
@@ -322,33 +305,33 @@ def test_schedulers_drive_the_base(name, base, net, device, dtype):
     assert len(seen) > 1
 
 
-def test_a_scheduled_rate_is_used(net, batch):
-    optimizer = wrap(net, "sgd")
+def test_a_scheduled_rate_is_used(rule, net, batch):
+    optimizer = wrap(net, "sgd", rule)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
     train(net, optimizer, 1)
     scheduler.step()
-    before = snapshot(net)["parameters"]
+    before = snapshot(net.trunk)["parameters"]
     x, labels = batch
     optimizer.step(make_losses(net(x), labels))
-    assert_same(before, snapshot(net)["parameters"])
+    assert_same(before, snapshot(net.trunk)["parameters"])
 
 
-def test_a_scheduler_before_the_optimizer_still_warns(net):
+def test_a_scheduler_before_the_optimizer_still_warns(rule, net):
     """The order is watched through ``step``, which the scheduler patches."""
-    optimizer = wrap(net)
+    optimizer = wrap(net, rule=rule)
     scheduler = lr_scheduler.StepLR(optimizer, 1)
     with pytest.warns(UserWarning, match=r"lr_scheduler\.step\(\)` before `optimizer\.step"):
         scheduler.step()
 
 
-def test_schedulers_survive_a_checkpoint(net, device, dtype):
-    optimizer = wrap(net, settings=QUICK)
+def test_schedulers_survive_a_checkpoint(rule, net, device, dtype):
+    optimizer = wrap(net, rule=rule, settings=QUICK)
     scheduler = lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
     for index in range(3):
         train_step(net, optimizer, index)
         scheduler.step()
     other_net = make_net(device, dtype, seed=1)
-    other = wrap(other_net, settings=QUICK)
+    other = wrap(other_net, rule=rule, settings=QUICK)
     other_scheduler = lr_scheduler.StepLR(other, 2, gamma=0.5)
     other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     other_scheduler.load_state_dict(saved_and_loaded(scheduler.state_dict()))
@@ -360,17 +343,17 @@ def test_schedulers_survive_a_checkpoint(net, device, dtype):
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def assert_resumes(device, dtype, base, settings, stop, last=8, kwargs=None):
+def assert_resumes(like, rule, base, settings, stop, last=8, **kwargs):
     """Stopping after ``stop`` steps and going on from the file gives the same bits."""
     closure = base == "lbfgs"
-    net = make_net(device, dtype)
-    optimizer = wrap(net, base, settings=settings, **(kwargs or {}))
+    net = make_net(*like)
+    optimizer = wrap(net, base, rule, settings=settings, **kwargs)
     train(net, optimizer, stop, closure=closure)
     file = saved_and_loaded({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
     train(net, optimizer, range(stop, last), closure=closure)
 
-    other_net = make_net(device, dtype, seed=1)
-    other = wrap(other_net, base, settings=settings, **(kwargs or {}))
+    other_net = make_net(*like, seed=1)
+    other = wrap(other_net, base, rule, settings=settings, **kwargs)
     train(other_net, other, range(20, 22), closure=closure)  # all of which is to be overwritten
     other_net.load_state_dict(file["net"])
     other.load_state_dict(file["optimizer"])
@@ -381,50 +364,52 @@ def assert_resumes(device, dtype, base, settings, stop, last=8, kwargs=None):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("stop", [1, 3, 5, 6], ids=["pretraining", "its_end", "mid_epoch", "end"])
-def test_a_loaded_run_goes_on_in_the_same_bits(stop, base, device, dtype):
-    assert_resumes(device, dtype, base, QUICK, stop)
+def test_a_loaded_run_goes_on_in_the_same_bits(stop, base, rule, device, dtype):
+    assert_resumes((device, dtype), rule, base, QUICK, stop)
 
 
 @pytest.mark.parametrize("settings", sorted(SETTINGS))
 @pytest.mark.parametrize("stop", [2, 5, 6], ids=["pretraining", "mid_epoch", "end"])
-def test_a_loaded_run_goes_on_with_all_settings(stop, settings, device, dtype):
-    assert_resumes(device, dtype, "adam", SETTINGS[settings], stop)
+def test_a_loaded_run_goes_on_with_all_settings(stop, settings, rule, device, dtype):
+    assert_resumes((device, dtype), rule, "adam", SETTINGS[settings], stop)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"covariance": "full"},
-        {"gradient_scale": "mean"},
-        {"pretrain_epochs": 0},
-        {"pretrain_epochs": 2},
-        {"seed": 7},
-        {"dtype": torch.float32},
-    ],
-    ids=str,
-)
-def test_a_loaded_run_goes_on_with_all_arguments(kwargs, device, dtype):
-    assert_resumes(device, dtype, "momentum", SAMPLED, 4, kwargs=kwargs)
+ARGUMENTS = [
+    ("paper", {"covariance": "full"}),
+    ("paper", {"gradient_scale": "mean"}),
+    ("paper", {"pretrain_epochs": 0}),
+    ("paper", {"pretrain_epochs": 2}),
+    ("paper", {"max_data": 4}),
+    ("paper", {"steps_per_epoch": None}),
+    ("likelihood", {"memory": 5}),
+    ("likelihood", {"warmup": 0}),
+    ("likelihood", {"keep_length": False}),
+    *((rule, kwargs) for rule in RULES for kwargs in ({"seed": 7}, {"dtype": torch.float32})),
+]
+
+
+@pytest.mark.parametrize(("rule", "kwargs"), ARGUMENTS, ids=str)
+def test_a_loaded_run_goes_on_with_all_arguments(rule, kwargs, device, dtype):
+    assert_resumes((device, dtype), rule, "momentum", SAMPLED, 4, **kwargs)
 
 
 @pytest.mark.parametrize("precisions", [("float64", "float32"), ("float32", "float64")])
-def test_a_checkpoint_of_another_precision(precisions, net, device, dtype):
+def test_a_checkpoint_of_another_precision(precisions, rule, net, device, dtype):
     """The posterior goes on in the precision of the engine that loads it."""
     saved, loaded = (getattr(torch, name) for name in precisions)
-    optimizer = wrap(net, settings=QUICK, dtype=saved)
+    optimizer = wrap(net, rule=rule, settings=QUICK, dtype=saved)
     train(net, optimizer, 4)
     other_net = make_net(device, dtype, seed=1)
-    other = wrap(other_net, settings=QUICK, dtype=loaded)
+    other = wrap(other_net, rule=rule, settings=QUICK, dtype=loaded)
     other.load_state_dict(optimizer.state_dict())
     train(other_net, other, range(4, 8))
-    for block in other.state_dict()["bayesagg"]["engine"]["blocks"]:
-        for part in (block["full"], block["running"]):
-            assert {tensor.dtype for tensor in part.values()} == {loaded}
+    found = tensors_of(other.state_dict()["bayesagg"]["memory"])
+    assert {tensor.dtype for tensor in found} == {loaded}
 
 
-def test_state_dict_is_a_copy_of_the_posterior(net):
+def test_state_dict_is_a_copy_of_the_posterior(rule, net):
     """Later training does not reach into a state that was taken before."""
-    optimizer = wrap(net, settings=QUICK)
+    optimizer = wrap(net, rule=rule, settings=QUICK)
     train(net, optimizer, 4)
     state = optimizer.state_dict()["bayesagg"]
     copied = copy.deepcopy(state)
@@ -433,14 +418,14 @@ def test_state_dict_is_a_copy_of_the_posterior(net):
     assert difference(state, optimizer.state_dict()["bayesagg"]) is not None
 
 
-def test_a_loaded_state_is_copied(net, device, dtype):
+def test_a_loaded_state_is_copied(rule, net, device, dtype):
     """Training after loading does not reach into the state that was loaded."""
-    optimizer = wrap(net, settings=QUICK)
+    optimizer = wrap(net, rule=rule, settings=QUICK)
     train(net, optimizer, 4)
     state = optimizer.state_dict()["bayesagg"]
     copied = copy.deepcopy(state)
     other_net = make_net(device, dtype, seed=1)
-    other = wrap(other_net, settings=QUICK)
+    other = wrap(other_net, rule=rule, settings=QUICK)
     other.load_state_dict({**other.base_optimizer.state_dict(), "bayesagg": state})
     train(other_net, other, range(4, 9))
     assert difference(copied, state) is None
@@ -457,9 +442,9 @@ def test_a_state_of_the_wrapper_has_the_parts_of_any_optimizer(net):
     assert len(plain.state) == len(optimizer.state)
 
 
-def test_dcp_initialises_a_fresh_state(net, device, dtype):
+def test_dcp_initialises_a_fresh_state(rule, net, device, dtype):
     """Distributed checkpointing makes zero gradients and a step at rate zero before it loads."""
-    optimizer = wrap(net, "adam", settings=QUICK)
+    optimizer = wrap(net, "adam", rule, settings=QUICK)
     before = snapshot(net, optimizer)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -474,7 +459,7 @@ def test_dcp_initialises_a_fresh_state(net, device, dtype):
     assert_same(before, after)
 
     trained_net = make_net(device, dtype)
-    trained = wrap(trained_net, "adam", settings=QUICK)
+    trained = wrap(trained_net, "adam", rule, settings=QUICK)
     train(trained_net, trained, 4)
     optimizer.load_state_dict(saved_and_loaded(trained.state_dict()))
     net.load_state_dict(trained_net.state_dict())
@@ -483,16 +468,16 @@ def test_dcp_initialises_a_fresh_state(net, device, dtype):
     assert_same(snapshot(trained_net, trained), snapshot(net, optimizer))
 
 
-def test_dcp_round_trip(net, device, dtype):
+def test_dcp_round_trip(rule, net, device, dtype):
     """``torch.distributed.checkpoint`` reads the optimizer state by parameter name, and back."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about parts of itself
         dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
-    optimizer = wrap(net, "adam", settings=QUICK)
+    optimizer = wrap(net, "adam", rule, settings=QUICK)
     train(net, optimizer, 4)
     state = dcp.get_optimizer_state_dict(net, optimizer.base_optimizer)
     fresh_net = make_net(device, dtype)
-    fresh = wrap(fresh_net, "adam", settings=QUICK)
+    fresh = wrap(fresh_net, "adam", rule, settings=QUICK)
     fresh_net.load_state_dict(net.state_dict())
     dcp.set_optimizer_state_dict(fresh_net, fresh.base_optimizer, state)
     fresh.engine.load_state_dict(optimizer.engine.state_dict())
@@ -511,8 +496,8 @@ def test_dcp_round_trip(net, device, dtype):
 # --- hooks ---------------------------------------------------------------------------------------
 
 
-def test_step_hooks_fire_once_and_see_the_wrapper(net, batch):
-    optimizer = wrap(net)
+def test_step_hooks_fire_once_and_see_the_wrapper(rule, net, batch):
+    optimizer = wrap(net, rule=rule)
     seen = []
     optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", o, args)))
     optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", o, args)))
@@ -529,8 +514,8 @@ def test_step_hooks_fire_once_and_see_the_wrapper(net, batch):
     assert len(seen) == 4
 
 
-def test_a_step_pre_hook_can_replace_the_losses(net, batch):
-    optimizer = wrap(net)
+def test_a_step_pre_hook_can_replace_the_losses(rule, net, batch):
+    optimizer = wrap(net, rule=rule)
     x, labels = batch
     handle = optimizer.register_step_pre_hook(
         lambda o, args, kwargs: ((o, {"reg": args[-1]["reg"]}), kwargs)
@@ -543,8 +528,8 @@ def test_a_step_pre_hook_can_replace_the_losses(net, batch):
     assert net.heads["bin"].weight.grad is not None
 
 
-def test_step_hooks_of_the_base_fire_once(net):
-    optimizer = wrap(net)
+def test_step_hooks_of_the_base_fire_once(rule, net):
+    optimizer = wrap(net, rule=rule)
     seen = []
     optimizer.base_optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
     optimizer.base_optimizer.register_step_post_hook(lambda *_: seen.append("post"))
@@ -552,8 +537,8 @@ def test_step_hooks_of_the_base_fire_once(net):
     assert seen == ["pre", "post"]
 
 
-def test_global_step_hooks_see_the_wrapper_once(net):
-    optimizer = wrap(net)
+def test_global_step_hooks_see_the_wrapper_once(rule, net):
+    optimizer = wrap(net, rule=rule)
     seen = []
     handles = [
         register_optimizer_step_pre_hook(lambda o, *_: seen.append(("pre", o))),
@@ -567,9 +552,9 @@ def test_global_step_hooks_see_the_wrapper_once(net):
     assert [kind for kind, o in seen if o is optimizer] == ["pre", "post"]
 
 
-def test_step_hooks_of_the_scheduled_optimizer_fire(net):
+def test_step_hooks_of_the_scheduled_optimizer_fire(rule, net):
     """A scheduler patches ``step``; hooks must still run, once."""
-    optimizer = wrap(net)
+    optimizer = wrap(net, rule=rule)
     lr_scheduler.StepLR(optimizer, 1)
     seen = []
     optimizer.register_step_post_hook(lambda *_: seen.append("post"))
@@ -577,8 +562,8 @@ def test_step_hooks_of_the_scheduled_optimizer_fire(net):
     assert seen == ["post"]
 
 
-def test_state_dict_hooks_fire(net):
-    optimizer = wrap(net)
+def test_state_dict_hooks_fire(rule, net):
+    optimizer = wrap(net, rule=rule)
     seen = []
 
     def post(o, state):
@@ -593,8 +578,8 @@ def test_state_dict_hooks_fire(net):
     assert "bayesagg" in state
 
 
-def test_load_state_dict_hooks_fire(net):
-    optimizer = wrap(net)
+def test_load_state_dict_hooks_fire(rule, net):
+    optimizer = wrap(net, rule=rule)
     state = optimizer.state_dict()
     seen = []
 
@@ -622,9 +607,9 @@ COPIES = {
 @pytest.mark.parametrize("kind", sorted(COPIES))
 @pytest.mark.parametrize("base", PLAIN_BASES)  # torch's LBFGS does not survive a copy
 @pytest.mark.parametrize("order", ["model_first", "optimizer_first"])
-def test_a_copy_trains_alike_and_apart(order, base, kind, net):
+def test_a_copy_trains_alike_and_apart(order, base, kind, rule, net):
     """The copy continues in the same bits; neither of the two touches the other."""
-    optimizer = wrap(net, base, settings=QUICK)
+    optimizer = wrap(net, base, rule, settings=QUICK)
     lr_scheduler.StepLR(optimizer, 1)  # which patches `step` on the instance
     train(net, optimizer, 4)
     before = snapshot(net, optimizer)
@@ -656,9 +641,9 @@ def test_step_hooks_work_in_a_copy(net):
 # --- between backward and step -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
-def test_clipping_between_backward_and_step(steps, net, batch):
-    optimizer = wrap(net, "sgd")
+@PHASES
+def test_clipping_between_backward_and_step(steps, rule, net, batch):
+    optimizer = wrap(net, "sgd", rule)
     train(net, optimizer, steps)
     x, labels = batch
     optimizer.zero_grad()
@@ -677,115 +662,49 @@ def test_clipping_between_backward_and_step(steps, net, batch):
     )
 
 
-@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
-def test_two_half_batches_accumulate(steps, net):
+@PHASES
+def test_two_half_batches_accumulate(steps, rule, net):
     """Gradients add up in ``.grad``, as the sum of both alone."""
     net.trunk[1].eval()  # batch statistics would differ between halves and whole
-    optimizer = wrap(net, "sgd")
+    optimizer = wrap(net, "sgd", rule)
     train(net, optimizer, steps)
     like = net.trunk[0].weight
     x, labels = make_batch(like.device, like.dtype, seed=7)
     halves = [slice(0, 3), slice(3, 6)]
+    start = copy.deepcopy((net, optimizer))
 
-    def backward(part):
-        out = net(x[part])
-        losses = make_losses(out, {name: y[part] for name, y in labels.items()})
-        optimizer.backward({name: loss / 2 for name, loss in losses.items()})
+    def gradients_of(parts, together):
+        net, optimizer = copy.deepcopy(start)
+        net.trunk[1].eval()
+        found = []
+        for part in parts:
+            if not together:
+                optimizer.zero_grad()
+            losses = make_losses(net(x[part]), {name: y[part] for name, y in labels.items()})
+            (optimizer.loss(losses) / len(parts)).backward()
+            found.append(gradients(net))
+        return found
 
-    alone = []
-    for part in halves:
-        optimizer.zero_grad()
-        backward(part)
-        alone.append(gradients(net))
-    optimizer.zero_grad()
-    for part in halves:
-        backward(part)
-    together = gradients(net)
+    alone = gradients_of(halves, together=False)
+    together = gradients_of(halves, together=True)[-1]
     for name, gradient in together.items():
         if gradient is None:
-            assert steps == 4 and name.startswith("heads.reg")
+            posterior = ("heads.reg",) if rule == "paper" else ("heads",)
+            assert steps == 4 and name.startswith(posterior)
             continue
         torch.testing.assert_close(gradient, alone[0][name] + alone[1][name])
         assert gradient.any()
     if steps == 1:  # linear scalarization: the gradient of the whole batch
-        optimizer.zero_grad()
-        optimizer.backward(make_losses(net(x), labels))
-        torch.testing.assert_close(gradients(net), together)
-
-
-@pytest.mark.parametrize("steps", [0, 4], ids=["pretraining", "after"])
-@pytest.mark.parametrize("settings", ["default", "learned_noise"])
-def test_two_half_batches_are_the_evidence_of_the_whole(settings, steps, device, dtype):
-    """One step, one epoch's end: the same full-data posterior."""
-    posteriors = []
-    for parts in ([slice(0, 6)], [slice(0, 3), slice(3, 6)]):
-        net = make_net(device, dtype)
-        net.trunk[1].eval()
-        optimizer = wrap(net, "sgd", settings=SETTINGS[settings], steps_per_epoch=None)
-        for index in range(steps):
-            train_step(net, optimizer, index)
-            optimizer.end_epoch()
-        x, labels = make_batch(device, dtype, seed=7)
-        optimizer.zero_grad()
-        for part in parts:
-            losses = make_losses(net(x[part]), {name: y[part] for name, y in labels.items()})
-            optimizer.backward({name: loss / len(parts) for name, loss in losses.items()})
-        optimizer.step()
-        optimizer.end_epoch()
-        state = optimizer.state_dict()["bayesagg"]["engine"]
-        assert state["epoch"] == steps + 1
-        posteriors.append([block["full"] for block in state["blocks"]])
-    torch.testing.assert_close(posteriors[0], posteriors[1])
+        torch.testing.assert_close(gradients_of([slice(0, 6)], True)[0], together)
 
 
 # --- who sets the heads --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", PLAIN_BASES)
-def test_the_posterior_sets_its_heads_alone(base, device, dtype):
-    """Untouched by weight decay and momentum within an epoch, the ridge solution at its end."""
-    net = make_net(device, dtype)
-    settings = {**QUICK, "reg": {"prior_variance": 0.5, "noise_variance": 0.3}}
-    optimizer = wrap(net, base, settings=settings)
-    features = []
-    net.trunk.register_forward_hook(lambda m, a, out: features.append(out.detach()))
-    head = net.heads["reg"]
-    train(net, optimizer, 3)
-    for epoch in (1, 2):
-        features.clear()
-        targets = []
-        for index in range(3 * epoch, 3 * epoch + 3):
-            before = [p.detach().clone() for p in head.parameters()]
-            like = next(net.parameters())
-            targets.append(make_batch(like.device, like.dtype, seed=index)[1]["reg"])
-            train_step(net, optimizer, index)
-            unchanged = [torch.equal(b, p) for b, p in zip(before, head.parameters(), strict=True)]
-            assert unchanged == [index % 3 != 2] * 2
-            assert head.weight.grad is None and head.bias.grad is None
-        h = augment(torch.cat(features), True)
-        eye = torch.eye(h.shape[1], device=h.device, dtype=h.dtype)
-        expected = torch.linalg.solve(h.mT @ h / 0.3 + eye / 0.5, h.mT @ torch.cat(targets) / 0.3)
-        torch.testing.assert_close(
-            torch.cat([head.weight, head.bias[:, None]], 1).detach(), expected.mT
-        )
-
-
-@pytest.mark.parametrize("name", ["bin", "cls"])
-def test_posterior_readout_of_classification(name, net):
-    """Written at the end of pre-training and of every epoch after it, and only then."""
-    optimizer = wrap(net, "momentum", settings={name: {"readout": "posterior"}}, pretrain_epochs=2)
-    head = net.heads[name]
-    for index in range(12):
-        before = head.weight.detach().clone()
-        train_step(net, optimizer, index)
-        assert torch.equal(before, head.weight) == (index >= 6 and index % 3 != 2)
-        assert (head.weight.grad is None) == (index >= 6)
-    assert_finite(head.weight)
-
-
-def test_gradient_heads_are_trained_by_ordinary_gradients(net, batch):
+def test_gradient_heads_are_trained_by_ordinary_gradients(rule, net, batch):
     """Exact: the gradient at h changes nothing at the heads."""
-    optimizer = wrap(net, "sgd", settings={"reg": {"readout": "gradient"}})
+    settings = {name: {"readout": "gradient"} for name in ("reg", "bin", "cls")}
+    optimizer = wrap(net, "sgd", rule, settings=settings)
     train(net, optimizer, 4)
     x, labels = batch
     optimizer.zero_grad()
@@ -808,10 +727,10 @@ def test_gradient_heads_are_trained_by_ordinary_gradients(net, batch):
 # --- gradient scaling ----------------------------------------------------------------------------
 
 
-def scaled_step(net, optimizer, scaler, index, *, overflow=None, zero=None):
+def scaled_step(net, optimizer, scaler, index, *, form="scalar", overflow=None):
     """One step under a scaler; the gradient overflows at the trunk's weight or at an output."""
     x, labels = make_batch(next(net.parameters()).device, torch.float32, seed=index)
-    (zero or optimizer.zero_grad)()
+    optimizer.zero_grad()
     out = net(x)
     handle = None
     if overflow == "trunk":
@@ -819,7 +738,10 @@ def scaled_step(net, optimizer, scaler, index, *, overflow=None, zero=None):
     elif overflow is not None:
         out[overflow].register_hook(lambda g: g * torch.inf)
     losses = make_losses(out, labels)
-    optimizer.backward({name: scaler.scale(loss) for name, loss in losses.items()})
+    if form == "scalar":
+        scaler.scale(optimizer.loss(losses)).backward()
+    else:
+        optimizer.backward({name: scaler.scale(loss) for name, loss in losses.items()})
     if handle is not None:
         handle.remove()
     scaler.step(optimizer)
@@ -830,88 +752,88 @@ def scaler_for(device):
     return torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=10**6)
 
 
+FORMS = pytest.mark.parametrize("form", ["scalar", "losses"])
+
+
+@FORMS
 @pytest.mark.parametrize("settings", ["same_s", "own_s"])
-def test_a_scaler_changes_nothing_but_rounding(settings, device):
+def test_a_scaler_changes_nothing_but_rounding(settings, form, rule, device):
     """Also where the tasks weigh their precision by different exponents."""
     s = {"same_s": (0.85, 0.85, 0.85), "own_s": (0.85, 0.3, 0.0)}[settings]
     settings = {name: {"s": value} for name, value in zip(("reg", "bin", "cls"), s, strict=True)}
     nets = [make_net(device, torch.float32) for _ in range(2)]
-    plain, scaled = (wrap(net, "sgd", settings=settings) for net in nets)
+    plain, scaled = (wrap(net, "sgd", rule, settings=settings) for net in nets)
     scaler = scaler_for(device)
     for index in range(8):
         train_step(nets[0], plain, index)
-        scaled_step(nets[1], scaled, scaler, index)
+        scaled_step(nets[1], scaled, scaler, index, form=form)
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     parameters = [snapshot(net)["parameters"] for net in nets]
     torch.testing.assert_close(*parameters, **tolerance)
     torch.testing.assert_close(plain.task_weights, scaled.task_weights, **tolerance)
-    states = [o.state_dict()["bayesagg"]["engine"] for o in (plain, scaled)]
-    assert states[0]["epoch"] == states[1]["epoch"] == 2
-    running = [[block["running"] for block in state["blocks"]] for state in states]
-    torch.testing.assert_close(*running, **tolerance)
+    if form == "scalar":  # what is read does not know of the scaler
+        states = [tensors_of(o.state_dict()["bayesagg"]) for o in (plain, scaled)]
+        torch.testing.assert_close(*states, **tolerance)
 
 
-@pytest.mark.parametrize("overflow", ["trunk", "reg", "cls"])
-@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
-@pytest.mark.parametrize("zero", ["optimizer", "model"])
-def test_a_skipped_step_leaves_no_trace(zero, steps, overflow, device):
-    """Parameters, posterior and epoch are those of a run in which the step was never tried."""
+@FORMS
+@pytest.mark.parametrize("overflow", ["reg", "cls"])
+@PHASES
+def test_an_overflow_that_shows_in_the_losses_leaves_no_trace(steps, overflow, form, rule, device):
+    """The run is one in which the step was never tried."""
     results = []
     for skip in (False, True):
         net = make_net(device, torch.float32)
         net.trunk[1].eval()  # its running statistics move in any forward pass
-        optimizer, scaler = wrap(net, "momentum"), scaler_for(device)
+        optimizer, scaler = wrap(net, "momentum", rule), scaler_for(device)
         for index in range(steps):
-            scaled_step(net, optimizer, scaler, index)
+            scaled_step(net, optimizer, scaler, index, form=form)
         if skip:
             before = snapshot(net, optimizer)
-            scaled_step(net, optimizer, scaler, 99, overflow=overflow)
+            scaled_step(net, optimizer, scaler, 99, form=form, overflow=overflow)
             assert scaler.get_scale() == 2.0**9
-            after = snapshot(net, optimizer)
-            for key in ("parameters", "buffers"):
-                assert_same(before[key], after[key])
-            engines = [s["optimizer"]["bayesagg"]["engine"] for s in (before, after)]
-            assert_same(*engines, ignore=["draws", "task_weights"])
+            assert_same(before, snapshot(net, optimizer), ignore=["gradients"])
         scaler = scaler_for(device)
-        zero_grad = {"optimizer": optimizer, "model": net}[zero].zero_grad
         for index in range(steps, 7):
-            scaled_step(net, optimizer, scaler, index, zero=zero_grad)
+            scaled_step(net, optimizer, scaler, index, form=form)
         results.append(snapshot(net, optimizer))
-    for key in ("parameters", "gradients", "buffers"):
-        assert_same(results[0][key], results[1][key])
-    engines = [result["optimizer"]["bayesagg"]["engine"] for result in results]
-    assert_same(*engines, ignore=["draws"])
+    assert_same(*results)
 
 
-@pytest.mark.parametrize("overflow", ["trunk", "reg"])
-def test_a_skipped_last_step_is_not_folded_in_at_the_end_of_the_epoch(overflow, device):
-    """Without ``steps_per_epoch`` the epoch may end right after a skipped step."""
+@FORMS
+@PHASES
+def test_an_overflow_in_the_trunk_skips_the_step_alone(steps, form, rule, device):
+    """The evidence of the pass is as good as ever; the network does not move."""
     net = make_net(device, torch.float32)
-    optimizer, scaler = wrap(net, "sgd", steps_per_epoch=None), scaler_for(device)
-    for index in range(2):
-        scaled_step(net, optimizer, scaler, index)
-    scaled_step(net, optimizer, scaler, 2, overflow=overflow)
-    optimizer.end_epoch()
-    for block in optimizer.state_dict()["bayesagg"]["engine"]["blocks"]:
-        assert (block["full"]["count"] == 12).all()
-    scaled_step(net, optimizer, scaler, 3, overflow=overflow)
-    optimizer.end_epoch()
-    assert optimizer.state_dict()["bayesagg"]["engine"]["epoch"] == 1
+    optimizer, scaler = wrap(net, "momentum", rule), scaler_for(device)
+    for index in range(steps):
+        scaled_step(net, optimizer, scaler, index, form=form)
+    before = snapshot(net.trunk)["parameters"]
+    memory = tensors_of(optimizer.state_dict()["bayesagg"]["memory"])
+    scaled_step(net, optimizer, scaler, 99, form=form, overflow="trunk")
+    assert scaler.get_scale() == 2.0**9
+    assert_same(before, snapshot(net.trunk)["parameters"])
+    after = tensors_of(optimizer.state_dict()["bayesagg"]["memory"])
+    assert any(a.shape != b.shape or not a.equal(b) for a, b in zip(memory, after, strict=False))
+    assert_finite({k: v for k, v in snapshot(net, optimizer).items() if k != "gradients"})
+    for index in range(steps, 7):
+        scaled_step(net, optimizer, scaler, index, form=form)
+    assert_finite(snapshot(net, optimizer))
 
 
 # --- as other code uses optimizers ---------------------------------------------------------------
 
 
-def test_wrapped_engine_is_public(net):
-    optimizer = wrap(net)
+def test_wrapped_engine_is_public(rule, net):
+    optimizer = wrap(net, rule=rule)
     assert isinstance(optimizer.engine, BayesAgg)
     assert optimizer.task_weights is optimizer.engine.task_weights
     assert set(optimizer.task_weights) == {"reg", "bin", "cls"}
 
 
-@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
-def test_task_weights_sum_to_one(steps, net):
-    optimizer = wrap(net)
+@PHASES
+def test_task_weights_sum_to_one(steps, rule, net):
+    optimizer = wrap(net, rule=rule)
     train(net, optimizer, steps)
     weights = optimizer.task_weights
     assert {name: len(w) for name, w in weights.items()} == {"reg": 2, "bin": 2, "cls": 1}
@@ -921,12 +843,12 @@ def test_task_weights_sum_to_one(steps, net):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_reductions(reduction, device, dtype):
+def test_reductions(reduction, rule, device, dtype):
     """A sum is B times the mean; unreduced losses are averaged."""
     results = []
     for kind in ("mean", reduction):
         net = make_net(device, dtype)
-        optimizer = wrap(net, "sgd")
+        optimizer = wrap(net, "sgd", rule)
         train(net, optimizer, 4)
         x, labels = make_batch(device, dtype, seed=9)
         losses = make_losses(net(x), labels, kind)
@@ -937,9 +859,9 @@ def test_reductions(reduction, device, dtype):
     torch.testing.assert_close(results[0]["parameters"], results[1]["parameters"])
 
 
-def test_two_parameter_groups_and_a_plain_loss_between(net, batch):
+def test_a_plain_loss_between(rule, net, batch):
     """A task without a head may be trained by hand: gradients add up in ``.grad``."""
-    optimizer = wrap(net, "sgd")
+    optimizer = wrap(net, "sgd", rule)
     train(net, optimizer, 4)
     x, labels = batch
     optimizer.zero_grad()
@@ -950,11 +872,10 @@ def test_two_parameter_groups_and_a_plain_loss_between(net, batch):
     for name, p in net.trunk.named_parameters():
         torch.testing.assert_close(p.grad, ours[f"trunk.{name}"] + 2 * p.detach())
     optimizer.step()
-    assert optimizer.state_dict()["bayesagg"]["engine"]["batches"] == 2
 
 
-def test_step_refuses_what_it_cannot_do(net, batch):
-    optimizer = wrap(net)
+def test_step_refuses_what_it_cannot_do(rule, net, batch):
+    optimizer = wrap(net, rule=rule)
     x, labels = batch
     losses = make_losses(net(x), labels)
     before = snapshot(net, optimizer)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
-from bayesagg.presets import PAPER
+from bayesagg.presets import PAPER, published
 
 HEADS = {
     "regression": (RegressionHead, 1),
@@ -27,7 +27,7 @@ def test_preset_trains(name):
     heads = {kind: HEADS[kind][0](modules[kind], **getattr(preset, kind)) for kind in kinds}
     base = torch.optim.Adam([*trunk.parameters(), *modules.parameters()])
     optimizer = BayesAggWrapper(base, trunk, heads, steps_per_epoch=1, **preset.wrapper)
-    for _ in range(preset.wrapper["pretrain_epochs"] + 1):
+    for _ in range(preset.rule.pretrain_epochs + 1):
         h = trunk(torch.randn(8, 3))
         losses = {}
         for kind in kinds:
@@ -41,7 +41,7 @@ def test_preset_trains(name):
                 losses[kind] = nn.functional.cross_entropy(z, torch.randint(5, (8,)))
         optimizer.zero_grad()
         optimizer.step(losses)
-    assert not optimizer.engine.pretraining
+    assert not optimizer.engine._memory.pretraining
     assert sum(float(w.sum()) for w in optimizer.task_weights.values()) == pytest.approx(1)
 
 
@@ -56,8 +56,17 @@ def test_preset_trains(name):
 )
 def test_published_settings(name, pretrain, batch, s):
     preset = PAPER[name]
-    assert preset.wrapper["pretrain_epochs"] == pretrain
-    assert preset.wrapper["gradient_scale"] == "mean"
+    assert preset.rule.pretrain_epochs == pretrain
+    assert preset.rule.gradient_scale == "mean"
     assert preset.training["batch_size"] == batch
     assert {kind: getattr(preset, kind)["s"] for kind in s} == s
     assert all(s[kind] in grid for kind, grid in preset.s_grid.items())
+
+
+def test_heads_of_a_preset_are_recognised():
+    preset = PAPER["utkface"]
+    assert published(RegressionHead(nn.Linear(4, 1), **preset.regression)) == "utkface"
+    assert published(MulticlassHead(nn.Linear(4, 3), **preset.multiclass)) == "utkface"
+    assert published(RegressionHead(nn.Linear(4, 1))) is None
+    assert published(RegressionHead(nn.Linear(4, 1), s=0.3)) is None
+    assert published(MulticlassHead(nn.Linear(4, 3), **{**preset.multiclass, "s": 0.2})) is None

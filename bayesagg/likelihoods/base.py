@@ -1,145 +1,169 @@
-"""What every likelihood shares: the state of a block and its posterior.
+"""What the paper's equations take of a likelihood, as functions without any state.
 
-A *block* is the set of heads of one likelihood that are computed together. A new likelihood is
-one subclass of :class:`Block` and one line in :mod:`bayesagg.likelihoods`.
+A new likelihood is one subclass of :class:`Likelihood` and one line in
+:mod:`bayesagg.likelihoods`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bayesagg.errors import CheckpointError, LossError
 from bayesagg.heads import Head
-from bayesagg.likelihoods.data import Labels, Observation, Statistics
-from bayesagg.likelihoods.running import RunningMean
 from bayesagg.moments import LogMoments
-from bayesagg.posterior import Gaussian, from_natural
+from bayesagg.posterior import Gaussian
 
-__all__ = ["Block", "Rule"]
+if TYPE_CHECKING:
+    from bayesagg.reading import Labels
 
-Rule = Literal["paper", "likelihood"]
+__all__ = ["Evidence", "Likelihood", "data_weights", "label_count"]
 
 
-class Block(ABC):
-    """The heads of one likelihood, their full-data posterior and this epoch's evidence.
+@dataclass(frozen=True)
+class Evidence:
+    """Natural parameters of a batch or of more, and how many labels they are from; additive.
 
-    Args:
-        names: names of the heads.
-        heads: the heads; all with or all without a bias.
-        dtype: of the posterior algebra.
-        rule: as of :class:`bayesagg.BayesAgg`.
-        weighted: whether some head, of this block or another, has ``s > 0``.
+    ``R`` Gaussians of ``M`` weights belong to ``K`` tasks: ``R`` is ``K``, or ``K`` is 1.
+
+    Attributes:
+        precision: ``Λ``, ``[G, M, M]``; ``G`` is ``K``, or 1 where all tasks share it.
+        shift: ``η = Λ · mean``, ``[R, M]``.
+        count: labels, ``[K]``.
     """
 
-    kind: ClassVar[str]
-    decay: ClassVar[float] = 0.9  # of the running mean that is the scale of the likelihood
-    needs_curvature: ClassVar[bool] = True
+    precision: Tensor
+    shift: Tensor
+    count: Tensor
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        heads: Sequence[Head],
-        dtype: torch.dtype,
-        rule: Rule = "paper",
-        weighted: bool = True,
-    ) -> None:
-        self.names, self.heads, self.dtype, self.rule = list(names), list(heads), dtype, rule
-        self.weighted, self.scale = weighted, RunningMean(self.decay)
-        self.bias, self.d = heads[0].has_bias, heads[0].in_features
-        sizes = [head.num_tasks for head in heads]
-        self.num_tasks = sum(sizes)
-        self.slices: dict[str, slice] = {}
-        start = 0
-        for name, size in zip(names, sizes, strict=True):
-            self.slices[name] = slice(start, start + size)
-            start += size
-        self._one_prior = len({head.prior_variance for head in heads}) == 1
-        self._settings: dict[tuple[str, torch.device], Tensor] = {}
-        self.full: Statistics | None = None
-        self.running: Statistics | None = None
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(
+            self.precision + other.precision, self.shift + other.shift, self.count + other.count
+        )
+
+    def shared_by(self, tasks: int) -> Evidence:
+        """With a precision for every task, where they shared one."""
+        return Evidence(self.precision.expand(tasks, -1, -1), self.shift, self.count)
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What ranks send each other: of the precision its lower triangle."""
+        row, column = _triangle(self.precision)
+        return self.precision[:, row, column], self.shift, self.count
+
+    @staticmethod
+    def unpacked(triangle: Tensor, shift: Tensor, count: Tensor, like: Tensor) -> Evidence:
+        """Inverse of :meth:`packed`; ``like`` has the shape of the precision."""
+        row, column = _triangle(like)
+        precision = torch.empty_like(like, memory_format=torch.contiguous_format)
+        precision[:, row, column] = triangle
+        precision[:, column, row] = triangle
+        return Evidence(precision, shift, count)
+
+    def scaled(self, factor: Tensor | float, shared: bool = False) -> Evidence:
+        """All of it times a number, or times one for each task, ``[K]``.
+
+        Args:
+            factor: the number or numbers.
+            shared: the numbers are all the same, so that a shared precision stays shared.
+        """
+        if not isinstance(factor, Tensor):
+            return Evidence(self.precision * factor, self.shift * factor, self.count * factor)
+        of_precision = (factor[:1] if shared else factor)[:, None, None]
+        return Evidence(
+            self.precision * of_precision, self.shift * factor[:, None], self.count * factor
+        )
+
+
+def _triangle(precision: Tensor) -> Tensor:
+    m = precision.shape[-1]
+    return torch.tril_indices(m, m, device=precision.device)
+
+
+@dataclass(frozen=True)
+class Likelihood(ABC):
+    """The likelihood of heads of one kind that are computed together.
+
+    Attributes:
+        d: dimensions of the features.
+        bias: whether the weights include a bias.
+        classes: outputs of a task with several, else 1.
+        samples: J of Eq. 11; ``None``: by quadrature, or in closed form.
+    """
+
+    d: int
+    bias: bool
+    classes: int = 1
+    samples: int | None = None
+
+    defaults: ClassVar[Mapping[str, Any]]  # of the paper's rule, where a head says nothing
+    shares: ClassVar[bool] = False  # tasks have one precision where all data count alike
+
+    @classmethod
+    def of(cls, name: str, head: Head, samples: int | None) -> Likelihood:
+        """That of a head.
+
+        Args:
+            name: of the head, for warnings.
+            head: of this kind.
+            samples: as the attribute.
+        """
+        return cls(head.in_features, head.has_bias, head.out_features // head.num_tasks, samples)
 
     @property
     def width(self) -> int:
-        """``D``: shared dimensions plus one for a bias."""
-        return self.d + int(self.bias)
+        """``D``: dimensions of the features plus one for a bias."""
+        return self.d + self.bias
 
     @property
-    def extra_sums(self) -> tuple[int, int]:
-        """Sums per task in ``Statistics.extra``, and how many of them :meth:`refine` changes."""
-        return 0, 0
+    def rows(self) -> int:
+        """Gaussians for each task, ``R / K``."""
+        return 1
 
-    def per_task(self, setting: str, device: torch.device) -> Tensor:
-        """A numeric head setting for every task, ``[K]``; heads are frozen, so it is cached."""
-        key = (setting, device)
-        if key not in self._settings:
-            values = [
-                value
-                for head in self.heads
-                for value in [float(getattr(head, setting))] * head.num_tasks
-            ]
-            self._settings[key] = torch.tensor(values, dtype=self.dtype, device=device)
-        return self._settings[key]
+    @property
+    def parameters(self) -> int:
+        """``M``, the dimension of each Gaussian."""
+        return self.width
 
-    def weights(self, device: torch.device) -> Tensor:
-        """Current head weights without the bias, rows of all heads below each other."""
-        stacked = torch.cat([head.weights() for head in self.heads])
-        return stacked.to(device=device, dtype=self.dtype)
-
-    def labels(
-        self, observed: Mapping[str, Observation], rows: int, device: torch.device
-    ) -> Labels:
-        """Labels of all heads of the block, in the dtype of the posterior algebra."""
-        joint = self._joint_labels(observed)
-        if joint is not None:
-            return joint.to(self.dtype)
-        parts = [
-            self.read_labels(name, head, observed[name])
-            if name in observed
-            else self.absent(name, head, rows, device)
-            for name, head in zip(self.names, self.heads, strict=True)
-        ]
-        return Labels.stack(parts).to(self.dtype)
-
-    def _joint_labels(self, observed: Mapping[str, Observation]) -> Labels | None:
-        """Labels of all heads at once, which is faster than one by one; ``None``: not possible."""
-        if len(self.heads) == 1 or any(name not in observed for name in self.names):
-            return None
-        joint = Observation.join([observed[name] for name in self.names])
-        if joint is None:
-            return None
-        try:
-            return self.read_labels(self.names[0], self.heads[0], joint)
-        except LossError:  # one by one, to name the task
-            return None
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of the label of one task and datum."""
+        return ()
 
     @abstractmethod
-    def read_labels(self, name: str, head: Head, observed: Observation) -> Labels:
-        """Labels of one head, recovered from its loss and verified, or taken from its target."""
+    def evidence(self, features: Tensor, labels: Labels, weights: Tensor | None) -> Evidence:
+        """Evidence of a batch for a unit scale of the likelihood.
 
-    def label_count(self, labels: Labels) -> Tensor:
-        """Number of labels of every task, ``[K]``."""
-        if labels.present is None:
-            return labels.factor.new_full((self.num_tasks,), float(len(labels.outputs)))
-        return labels.present.sum(0).to(labels.factor.dtype)
+        Args:
+            features: ``h̃``, ``[N, D]``.
+            labels: of ``K`` tasks.
+            weights: of the data, from :func:`data_weights`.
+        """
 
-    @abstractmethod
-    def absent(self, name: str, head: Head, rows: int, device: torch.device) -> Labels:
-        """Labels of a head that takes no part in this batch."""
+    def squares(
+        self, features: Tensor, labels: Labels, weights: Tensor | None, posterior: Gaussian | None
+    ) -> Tensor:
+        """What a learned scale of the likelihood is the mean of, summed over a batch.
 
-    @abstractmethod
-    def statistics(self, features: Tensor, labels: Labels) -> Statistics:
-        """Evidence of a batch; ``features`` is ``h̃``, ``[N, D]``."""
+        Args:
+            features: as of :meth:`evidence`.
+            labels: as of :meth:`evidence`.
+            weights: as of :meth:`evidence`.
+            posterior: of the weights; ``None``: at the head's own outputs.
+
+        Returns:
+            ``[2, K]``: the sum, and that of the labels' squares, which bounds its rounding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no scale to learn.")
 
     @abstractmethod
     def moments(
         self,
         features: Tensor,
-        labels: Labels,
+        targets: Tensor,
         posterior: Gaussian,
         generator: torch.Generator,
         dtype: torch.dtype,
@@ -148,7 +172,7 @@ class Block(ABC):
 
     @abstractmethod
     def covariances(
-        self, features: Tensor, labels: Labels, posterior: Gaussian, generator: torch.Generator
+        self, features: Tensor, targets: Tensor, posterior: Gaussian, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """``E[g]``, ``[N, K, d]``, and ``Cov[g]``, ``[N, K, d, d]``, for factor one."""
 
@@ -165,141 +189,28 @@ class Block(ABC):
             of the same shape.
         """
 
-    @abstractmethod
-    def likelihood_gradient(
-        self, features: Tensor, labels: Labels, posterior: Gaussian | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradient of the negative log-likelihood at h that ``rule="likelihood"`` takes.
+    def module_weights(self, mean: Tensor) -> Tensor:
+        """Rows of the heads' modules, bias last, from means ``[R, M]``; ``[outputs, D]``."""
+        return mean
 
-        Returns:
-            for a loss of factor one, ``[N, K, d]``; and its ratio to that of the loss, ``[N, K]``
-            or ``[1, K]``, ``None`` where that is one.
-        """
 
-    def gradients(
-        self,
-        features: Tensor,
-        labels: Labels,
-        posterior: Gaussian | None,
-        generator: torch.Generator,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, LogMoments | None, Tensor | None]:
-        """As :meth:`moments` under ``rule="likelihood"``; no variance unless ``weighted``.
+def data_weights(labels: Labels) -> Tensor | None:
+    """How much every datum counts for every task, ``[N, K]``; ``None``: all alike.
 
-        The first result is the gradient, and the third the ratio of :meth:`likelihood_gradient`.
-        """
-        mean, ratio = self.likelihood_gradient(features, labels, posterior)
-        if not self.weighted:
-            return mean.to(dtype), None, ratio
-        assert posterior is not None
-        moments = self.moments(features, labels, posterior, generator, dtype)
-        if ratio is not None:
-            log_scale = moments.log_scale + 2 * ratio.log().to(dtype)[..., None]
-            moments = moments._replace(log_scale=log_scale)
-        return mean.to(dtype), moments, ratio
+    The factor of its loss relative to the mean over the data that have a label, so that the scale
+    of the loss has no say; booleans where that is the same for all.
+    """
+    factor, present = labels.factor, labels.present
+    if factor.shape[0] == 1:
+        return present
+    if present is None:
+        return factor / factor.mean(0)
+    mean = (factor * present).sum(0) / present.sum(0).clamp(min=1)
+    return torch.where(present, factor / torch.where(mean > 0, mean, 1), 0)
 
-    @abstractmethod
-    def module_weights(self, posterior: Gaussian) -> dict[str, Tensor]:
-        """Posterior mean of every head as ``[o, D]``, bias last."""
 
-    def natural(
-        self, precision: Tensor, shift: Tensor, batch: Statistics | None
-    ) -> tuple[Tensor, Tensor]:
-        """Natural parameters of the likelihood, before the prior, from summed evidence."""
-        return precision, shift
-
-    def refine(  # noqa: B027  (most likelihoods have nothing to add)
-        self, features: Tensor, labels: Labels, posterior: Gaussian, batch: Statistics
-    ) -> None:
-        """Update ``batch.extra`` now that the posterior of the step is known."""
-
-    def step_posterior(self, batch: Statistics) -> Gaussian | None:
-        """:meth:`posterior` for a step, ``None`` where its gradient does not depend on it."""
-        return self.posterior(batch)
-
-    def posterior(self, batch: Statistics | None) -> Gaussian:
-        """Isotropic prior, the last epoch's evidence and the batch's, as one Gaussian (Eq. 9)."""
-        evidence = [part for part in (self.full, batch) if part is not None]
-        if len(evidence) == 2:
-            precision = evidence[0].precision + evidence[1].precision
-            shift = evidence[0].shift + evidence[1].shift
-        else:  # the sums are added to below, so they must not be those of the evidence
-            precision, shift = evidence[0].precision.clone(), evidence[0].shift
-        precision, shift = self.natural(precision, shift, batch)
-        prior: Tensor | float = 1 / self.heads[0].prior_variance
-        if not self._one_prior:
-            prior = 1 / self.per_task("prior_variance", precision.device)[:, None]
-            precision = precision.expand(self.num_tasks, -1, -1).contiguous()
-        precision.diagonal(dim1=-2, dim2=-1).add_(prior)
-        return from_natural(precision, shift)
-
-    def commit(self, batch: Statistics) -> None:
-        """Fold a batch into this epoch's evidence; takes ownership of ``batch``."""
-        self.running = batch if self.running is None else self.running.add_(batch)
-
-    def end_epoch(self) -> None:
-        """This epoch's evidence, if there was any, becomes the prior of the next.
-
-        A task without a single label this epoch keeps the evidence it had.
-        """
-        if self.running is None:
-            return
-        fresh, old = self.running, self.full
-        self.running = None
-        seen = fresh.count > 0
-        if old is not None and not bool(seen.all()):
-            rows = seen[:, None]
-            keep = (
-                rows[..., None] if max(len(fresh.precision), len(old.precision)) > 1 else seen.any()
-            )
-            fresh = Statistics(
-                torch.where(keep, fresh.precision, old.precision),
-                torch.where(rows, fresh.shift, old.shift),
-                torch.where(seen, fresh.count, old.count),
-                {k: torch.where(seen, v, old.extra[k]) for k, v in fresh.extra.items()},
-            )
-        self.full = fresh
-
-    def state(self) -> dict[str, Any]:
-        """Plain tensors and dicts."""
-        parts = (("full", self.full), ("running", self.running))
-        state: dict[str, Any] = {
-            key: None if part is None else {n: t.clone() for n, t in part.tensors().items()}
-            for key, part in parts
-        }
-        return state | {"noise": self.scale.state()}
-
-    def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Inverse of :meth:`state`.
-
-        Raises:
-            CheckpointError: if a shape does not fit these heads.
-        """
-        loaded: dict[str, Statistics | None] = {}
-        for key in ("full", "running"):
-            part = state[key]
-            if part is None:
-                loaded[key] = None
-                continue
-            part = {n: t.to(device, self.dtype) for n, t in part.items()}
-            self._check_shapes(part)
-            loaded[key] = Statistics.from_tensors(part)
-        self.scale.load(state["noise"], self.names, self.num_tasks, (device, self.dtype))
-        self.full, self.running = loaded["full"], loaded["running"]
-
-    def _check_shapes(self, part: dict[str, Tensor]) -> None:
-        m = self.parameters_per_task
-        groups = part["precision"].shape[0]
-        shapes = {"precision": (groups, m, m), "shift": (self.num_tasks, m)}
-        for name, shape in shapes.items():
-            if groups not in (1, self.num_tasks) or tuple(part[name].shape) != shape:
-                raise CheckpointError(
-                    f"tasks {', '.join(map(repr, self.names))}: the checkpoint's {name} has shape "
-                    f"{tuple(part[name].shape)}, these heads need {shape}. It was saved from "
-                    f"other heads or another width of the shared representation."
-                )
-
-    @property
-    def parameters_per_task(self) -> int:
-        """``M``, the dimension of each task's posterior."""
-        return self.width
+def label_count(labels: Labels) -> Tensor:
+    """Number of labels of every task, ``[K]``."""
+    if labels.present is None:
+        return labels.factor.new_full((labels.factor.shape[1],), float(len(labels.outputs)))
+    return labels.present.sum(0).to(labels.factor.dtype)

@@ -9,15 +9,16 @@ from bayesagg.moments.log_moments import LogMoments
 from bayesagg.moments.monte_carlo import monte_carlo_moments, sampled_log_moments
 from bayesagg.moments.multiclass import multiclass_log_moments, multiclass_moments
 from bayesagg.moments.regression import regression_log_moments, regression_moments
-from bayesagg.moments.student import leave_one_out, leave_one_out_residuals, student_gradient
+from bayesagg.moments.student import LeaveOneOut, Spectrum, leave_one_out, student_gradient
 
 __all__ = [
+    "LeaveOneOut",
     "LogMoments",
+    "Spectrum",
     "binary_log_moments",
     "binary_moments",
     "gaussian_nodes",
     "leave_one_out",
-    "leave_one_out_residuals",
     "monte_carlo_moments",
     "multiclass_log_moments",
     "multiclass_moments",

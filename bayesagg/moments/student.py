@@ -2,88 +2,196 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from bayesagg.posterior import Gaussian
+__all__ = ["LeaveOneOut", "Spectrum", "leave_one_out", "student_gradient"]
 
-__all__ = ["leave_one_out", "leave_one_out_residuals", "student_gradient"]
-
-DEGREES_OF_FREEDOM = 10.0
 _MAX_LEVERAGE = 0.9  # of a datum on its own prediction; more is rounding or interpolation
+_LEAST_RIDGE = 1e-10  # relative to the largest eigenvalue
+_ITERATIONS = 2  # of conjugate gradients, from means that are one step old
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Posteriors of several outputs that share a Gram matrix ``Λ = Q diag(ω) Qᵀ``.
+
+    With the precision ``A_k = Λ + λ_k`` in units of the noise every output is diagonal in ``Q``:
+    ``A_k⁻¹ = Q diag(1 / (ω + λ_k)) Qᵀ``, and the mean is ``m_k = A_k⁻¹ η_k``.
+
+    Attributes:
+        vectors: ``Q``, ``[G, D, D]``.
+        inverse: ``1 / (ω + λ_k)``, ``[G, P, D]``.
+        mean: ``[G, P, D]``.
+    """
+
+    vectors: Tensor
+    inverse: Tensor
+    mean: Tensor
+
+    def first(self, outputs: int) -> Spectrum:
+        """Of the first outputs alone."""
+        if outputs == self.mean.shape[1]:
+            return self
+        return Spectrum(self.vectors, self.inverse[:, :outputs], self.mean[:, :outputs])
+
+    @staticmethod
+    def of(gram: Tensor, shift: Tensor, ridge: Tensor) -> Spectrum:
+        """Posteriors from evidence.
+
+        Args:
+            gram: ``Λ``, ``[G, D, D]``.
+            shift: ``η``, ``[G, P, D]``.
+            ridge: ``λ``, ``[G, P]``; one below 1e-10 of the largest eigenvalue is raised to it.
+        """
+        values, vectors = torch.linalg.eigh(gram)
+        floor = (values[:, -1:] * _LEAST_RIDGE).clamp_min_(torch.finfo(gram.dtype).tiny)
+        ridge = torch.maximum(ridge, floor)
+        inverse = torch.add(values.clamp_min_(0.0)[:, None], ridge[..., None]).reciprocal_()
+        scaled = torch.bmm(shift, vectors).mul_(inverse)
+        return Spectrum(vectors, inverse, torch.bmm(scaled, vectors.transpose(1, 2)))
+
+
+    @staticmethod
+    def near(
+        gram: Tensor, shift: Tensor, ridge: Tensor, vectors: Tensor, values: Tensor, start: Tensor
+    ) -> Spectrum:
+        """Posteriors from evidence in a basis that nearly is its eigenbasis.
+
+        Off the diagonal ``QᵀΛQ`` is neglected in variances. The means are those of the evidence:
+        conjugate gradients, preconditioned by the diagonal, go from ``start`` towards them; every
+        iteration shrinks the error, however old the basis.
+
+        Args:
+            gram: as in :meth:`of`; shift and ridge too.
+            shift: likewise.
+            ridge: likewise.
+            vectors: ``Q`` of earlier evidence, ``[G, D, D]``.
+            values: diagonal of ``QᵀΛQ``, ``[G, D]``.
+            start: means of earlier evidence, ``[G, P, D]``.
+        """
+        tiny = torch.finfo(gram.dtype).tiny
+        floor = (values.amax(1, keepdim=True) * _LEAST_RIDGE).clamp_min_(tiny)
+        ridge = torch.maximum(ridge, floor)[..., None]
+        inverse = torch.add(values[:, None], ridge).reciprocal_()
+        back = vectors.transpose(1, 2)
+
+        def precondition(x: Tensor) -> Tensor:
+            return torch.bmm(torch.bmm(x, vectors).mul_(inverse), back)
+
+        mean = start
+        residual = shift - torch.baddbmm(ridge * mean, mean, gram)
+        direction = precondition(residual)
+        product = (residual * direction).sum(2, keepdim=True)
+        for last in (False,) * (_ITERATIONS - 1) + (True,):
+            image = torch.baddbmm(ridge * direction, direction, gram)
+            step = product / (direction * image).sum(2, keepdim=True).clamp_min_(tiny)
+            mean = torch.addcmul(mean, step, direction)
+            if last:
+                break
+            residual = torch.addcmul(residual, step, image, value=-1)
+            better = precondition(residual)
+            old, product = product, (residual * better).sum(2, keepdim=True)
+            direction = torch.addcmul(better, product / old.clamp_min(tiny), direction)
+        return Spectrum(vectors, inverse, mean)
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """What the posterior without a datum says of that datum, ``[G, N, R]`` each.
+
+    Attributes:
+        residual: ``r' = h̃ᵀm' - y``.
+        own: ``r = h̃ᵀm - y``, with the datum.
+        kappa: ``κ = 1 / (1 - w h̃ᵀA⁻¹h̃)``.
+        leverage: ``h̃ᵀA⁻¹h̃``.
+        rotated: ``h̃ᵀQ``, ``[S, N, D]``.
+    """
+
+    residual: Tensor
+    own: Tensor
+    kappa: Tensor
+    leverage: Tensor
+    rotated: Tensor
 
 
 def leave_one_out(
-    features: Tensor, targets: Tensor, posterior: Gaussian
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    features: Tensor,
+    targets: Tensor,
+    posterior: Spectrum,
+    weights: Tensor | None = None,
+    rotated: Tensor | None = None,
+) -> LeaveOneOut:
     """Prediction of every datum by the posterior without that datum.
 
-    The model is conjugate in weights and noise, ``w | τ² ~ N(m, τ² A⁻¹)`` with the precision ``A``
-    in units of 1/τ², so that all outputs share it and τ² cancels from the mean. Taking
-    datum i out is a rank-one change (Sherman-Morrison): with ``u = A⁻¹ h̃``, the leverage
-    ``ℓ = h̃ᵀu`` and ``r = h̃ᵀm - y``::
+    Taking datum i of weight w out is a rank-one change (Sherman-Morrison): with ``u = A⁻¹h̃``, the
+    leverage ``ℓ = h̃ᵀu`` and ``r = h̃ᵀm - y``::
 
-        κ = 1 / (1 - ℓ)     r' = κ r     m' = m + κ r u     u' = κ u     h̃ᵀA'⁻¹h̃ = κ ℓ
+        κ = 1 / (1 - w ℓ)     r' = κ r     m' = m + w κ r u     u' = κ u     h̃ᵀA'⁻¹h̃ = κ ℓ
 
     Args:
-        features: ``h̃``, ``[N, D]``.
-        targets: ``[N, K]``.
-        posterior: of ``K`` outputs with ``G`` factors of ``A``, each datum in it once.
+        features: ``h̃``, ``[S, N, D]``; ``S`` is ``G`` or 1.
+        targets: ``[G, N, R]``.
+        posterior: whose first ``R`` outputs these are; each datum is in it with its weight.
+        weights: ``[G, N, 1]``, or ``None`` where all are one.
+        rotated: ``h̃ᵀQ``, ``[G, N, D]``, if it is known.
 
     Returns:
-        ``r'``, ``[N, K]``; ``u'``, ``[N, G, D]``; ``κ ℓ``, ``[N, G]``; and ``r``, ``[N, K]``.
-        Leverages are taken as 0.9 at most.
+        leverages times weights are taken as 0.9 at most.
     """
-    white, leverage = _leverages(features, posterior)
-    kappa = 1 / (1 - leverage)
-    r = features @ posterior.mean.mT - targets
-    u = (white @ posterior.whitener).transpose(0, 1)
-    return kappa * r, kappa[..., None] * u, kappa * leverage, r
-
-
-def leave_one_out_residuals(features: Tensor, targets: Tensor, posterior: Gaussian) -> Tensor:
-    """The first result of :func:`leave_one_out`, ``r'``, ``[N, K]``, alone; same arguments."""
-    _, leverage = _leverages(features, posterior)
-    return (features @ posterior.mean.mT - targets) / (1 - leverage)
-
-
-def _leverages(features: Tensor, posterior: Gaussian) -> tuple[Tensor, Tensor]:
-    """``T h̃`` with ``A⁻¹ = TᵀT``, ``[G, N, D]``, and ``ℓ``, its squared norm, ``[N, G]``."""
-    white = features @ posterior.whitener.mT
-    return white, white.square().sum(-1).mT.clamp(max=_MAX_LEVERAGE)
+    posterior = posterior.first(targets.shape[2])
+    features = features.expand(len(posterior.vectors), -1, -1)
+    if rotated is None:
+        rotated = torch.bmm(features, posterior.vectors)
+    leverage = torch.bmm(rotated * rotated, posterior.inverse.transpose(1, 2))
+    pull = leverage if weights is None else leverage * weights
+    kappa = pull.clamp_max(_MAX_LEVERAGE).neg_().add_(1.0).reciprocal_()
+    own = torch.baddbmm(targets, features, posterior.mean.transpose(1, 2), beta=-1)
+    return LeaveOneOut(kappa * own, own, kappa, leverage, rotated)
 
 
 def student_gradient(
-    features: Tensor,
-    targets: Tensor,
-    posterior: Gaussian,
+    left: LeaveOneOut,
+    posterior: Spectrum,
     d: int,
     noise_variance: Tensor,
-    degrees_of_freedom: float = DEGREES_OF_FREEDOM,
+    factor: Tensor,
+    degrees_of_freedom: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Expected gradient of a squared error, scaled as that of a Student-t likelihood.
 
-    With the posterior of :func:`leave_one_out` the expected gradient of ``(h̃ᵀw - y)²`` is
-    ``2 (τ² u' + m' r')``. The negative log-density of a Student-t variable of scale τ and ν
-    degrees of freedom has the gradient of the squared error times ``(ν + 1) / 2 (ν τ² + e²)``; for
-    ``e²`` its expectation ``r'² + τ² κ ℓ`` is taken. The gradient is in nats, whatever the unit of
-    the label, and the influence of a datum is bounded.
+    Under the posterior ``N(m', τ² A'⁻¹)`` without the datum the expected gradient of
+    ``(h̃ᵀw - y)²`` is ``2 (τ² u' + m' r')``. The negative log-density of a Student-t variable of
+    scale τ and ν degrees of freedom has the gradient of the squared error times
+    ``ρ = (ν + 1) / 2 (ν τ² + e²)``; for ``e²`` its expectation ``r'² + τ² κ ℓ`` is taken. The
+    gradient is in nats, whatever the unit of the label, and the influence of a datum is bounded.
+    The sum over outputs is taken in the eigenbasis, where no ``[N, R, d]`` tensor is needed.
 
     Args:
-        features: ``h̃``, ``[N, D]``.
-        targets: ``[N, K]``.
-        posterior: as of :func:`leave_one_out`.
-        d: number of shared dimensions; ``D`` or, with a bias, ``D - 1``.
-        noise_variance: τ² of each output, ``[K]``.
+        left: of :func:`leave_one_out`.
+        posterior: the same.
+        d: features without the constant of a bias.
+        noise_variance: τ², ``[G, R]``.
+        factor: of the loss, ``[G, N or 1, R]``; 0 for a label that is missing.
         degrees_of_freedom: ν.
+        weights: as in :func:`leave_one_out`.
 
     Returns:
-        the gradient, ``[N, K, d]``, and the factor between it and that of the squared error,
-        ``[N, K]``.
+        the gradient summed over outputs, ``[G, N, d]``, and ρ, ``[G, N, R]``.
     """
-    r, u, excess, plain = leave_one_out(features, targets, posterior)
-    spread = degrees_of_freedom * noise_variance + r.square() + noise_variance * excess
-    factor = (degrees_of_freedom + 1) / 2 / spread
-    along = 2 * factor * (r * plain + noise_variance)
-    gradient = (2 * factor * r)[..., None] * posterior.mean[:, :d]
-    return torch.addcmul(gradient, along[..., None], u[..., :d]), factor
+    posterior = posterior.first(left.residual.shape[2])
+    # In place where it can be: with many outputs the memory that is touched is the time.
+    tau2, nu = noise_variance[:, None], degrees_of_freedom
+    spread = left.kappa * tau2
+    rho = (spread * left.leverage).addcmul_(left.residual, left.residual).add_(tau2 * nu)
+    rho = rho.reciprocal_().mul_((nu + 1) / 2)
+    scaled = rho * (factor * 2.0)
+    along = (left.residual * left.kappa).mul_(left.own)
+    along = (along if weights is None else along * weights).add_(spread).mul_(scaled)
+    uncertain = torch.bmm(along, posterior.inverse).mul_(left.rotated)
+    plain = torch.bmm(scaled.mul_(left.residual), posterior.mean)
+    gradient = torch.baddbmm(plain, uncertain, posterior.vectors.transpose(1, 2))
+    return gradient[..., :d] if gradient.shape[2] > d else gradient, rho

@@ -12,8 +12,10 @@ _LITERAL_BLOCK = re.compile(r"^(?P<indent>[ ]*)(?P<lead>.*[^:\s])::$", re.MULTIL
 def _reference(role, text, obj):
     if role == "math":
         return f"${text}$"
-    if text.startswith("bayesagg."):
+    if text.startswith("bayesagg.") and role != "data":  # not every constant is in the reference
         return f"[`{text}`][{text}]"  # a strict build fails where it leads nowhere
+    if text.startswith("bayesagg."):
+        return f'<autoref optional identifier="{text}"><code>{text}</code></autoref>'
     try:
         path = obj.resolve(text)
     except griffe.NameResolutionError:

@@ -1,4 +1,4 @@
-"""What BayesAgg costs: time and memory at the paper's four shapes and at a small one.
+"""What BayesAgg costs: operator calls, time and memory of a step, small and at the paper's shapes.
 
 Run ``python -m examples.benchmark --help``.
 """

@@ -1,25 +1,28 @@
 """The aggregation by itself, from features and labels of a batch to the gradient at h.
 
-Both arms get the same batch, labels, head weights and full-data prior. The library's arm calls
-what its engine calls in a step; the literal arm is the paper's formulas as printed
-(:mod:`examples.benchmark.literal`). The literal arm is spared what a step would not repeat: the
-inverse of the prior covariance is taken beforehand.
+Both arms get the same batch, labels, head weights and full-data prior. The library's arm is what
+its rule for the paper calls in a step; the literal arm is the paper's formulas as printed
+(:mod:`examples.benchmark.literal`), spared what a step would not repeat: the inverse of the prior
+covariance is taken beforehand.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from bayesagg.combine import combine
-from bayesagg.likelihoods import BLOCKS, Block, Labels
-from bayesagg.posterior import augment, contrast_basis
+from bayesagg.aggregation import aggregate_relative
+from bayesagg.likelihoods import LIKELIHOODS, Evidence, Likelihood
+from bayesagg.moments import LogMoments
+from bayesagg.posterior import augment, contrast_basis, from_natural
+from bayesagg.reading import Labels
 from examples.benchmark import literal
-from examples.benchmark.models import random_target
-from examples.benchmark.shapes import Shape, Task
-from examples.benchmark.steps import make_head
+from examples.benchmark.cases import Case, Task
+from examples.benchmark.networks import random_target
+from examples.benchmark.steps import HEADS
 
 PRIOR_EXAMPLES = 4096
 """Size of the made-up training set behind the full-data prior; it costs neither arm anything."""
@@ -27,133 +30,119 @@ PRIOR_EXAMPLES = 4096
 
 @dataclass(frozen=True)
 class Group:
-    """All outputs of one kind, as either arm takes them.
+    """All outputs of one kind: one head.
 
     Attributes:
-        task: kind, exponent and prior variance that they share.
-        block: the library's posterior, with one epoch behind it.
+        likelihood: the library's.
         labels: of the batch, for the library.
-        y: the same labels (B, K), or (B,) class indices, for the literal formulas.
+        prior: natural parameters of one epoch of data and a unit Gaussian, for the library.
+        y: labels (B, K) or one-hot classes (B, C), for the literal formulas.
         weight: head weights ŵ with the bias last, (K, D).
-        prior_mean: (K, D) for regression, (K·D,) for the joint posterior of classification.
-        prior_inv: inverse of the prior covariance, (D, D) or (K·D, K·D).
+        dense: inverse covariance and mean of the prior, joint over all outputs of classification.
+        s: exponent.
     """
 
-    task: Task
-    block: Block
+    likelihood: Likelihood
     labels: Labels
+    prior: Evidence
     y: Tensor
     weight: Tensor
-    prior_mean: Tensor
-    prior_inv: Tensor
+    dense: tuple[Tensor, Tensor]
+    s: float
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch for both arms: features (B, d) in float32 and a group for every task."""
+    """One batch for both arms: features (B, d) in float32, and the dtype of the library's arm."""
 
     h: Tensor
     groups: tuple[Group, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.float64
+
+    def single(self) -> Problem:
+        """With the library in single precision."""
+        return replace(self, dtype=torch.float32)
 
 
 @torch.no_grad()
-def make_problem(shape: Shape, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> Problem:
-    """A batch of B = ``shape.batch`` after one epoch of ``PRIOR_EXAMPLES`` data.
-
-    Args:
-        shape: batch, dimension and tasks.
-        dtype: of the library's posterior algebra; features and the literal arm are float32.
-        seed: of weights and data.
-    """
+def make_problem(case: Case, *, seed: int = 0) -> Problem:
+    """A batch of B = ``case.batch`` after one epoch of ``PRIOR_EXAMPLES`` data."""
+    outputs: dict[str, int] = {}
+    for task in case.tasks:
+        outputs[task.kind] = outputs.get(task.kind, 0) + task.outputs
+    tasks = [Task(kind, kind, count) for kind, count in outputs.items()]  # type: ignore[arg-type]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        past = nn.functional.elu(torch.randn(PRIOR_EXAMPLES, shape.dim))
-        h = nn.functional.elu(torch.randn(shape.batch, shape.dim))
-        groups = tuple(_group(task, past, h, dtype) for task in shape.tasks)
-    return Problem(h, groups, dtype)
+        past = F.elu(torch.randn(PRIOR_EXAMPLES, case.dim))
+        h = F.elu(torch.randn(case.batch, case.dim))
+        return Problem(h, tuple(_group(task, past, h) for task in tasks))
 
 
-def _group(task: Task, past: Tensor, h: Tensor, dtype: torch.dtype) -> Group:
+def _group(task: Task, past: Tensor, h: Tensor) -> Group:
     module = nn.Linear(h.shape[1], task.outputs)
-    block = BLOCKS[task.kind]([task.name], [make_head(task, module)], dtype)
-    labels, _ = _labels(task, module, past, dtype)
-    block.commit(block.statistics(augment(past.to(dtype), True), labels))
-    block.end_epoch()
-    labels, y = _labels(task, module, h, dtype)
+    likelihood = LIKELIHOODS[task.kind].of(task.name, HEADS[task.kind](module), None)
+    labels, _ = _labels(task, module, past)
+    seen = likelihood.evidence(augment(past.double(), True), labels, None)
+    eye = torch.eye(likelihood.parameters, dtype=torch.float64)
+    labels, y = _labels(task, module, h)
     weight = torch.cat([module.weight, module.bias[:, None]], dim=1)
-    return Group(task, block, labels, y, weight, *_dense_prior(task, block))
+    prior = replace(seen, precision=seen.precision + eye)
+    s = likelihood.defaults["s"]
+    return Group(likelihood, labels, prior, y, weight, _dense(task, seen, likelihood.width), s)
 
 
-def _labels(task: Task, module: nn.Linear, h: Tensor, dtype: torch.dtype) -> tuple[Labels, Tensor]:
+def _labels(task: Task, module: nn.Linear, h: Tensor) -> tuple[Labels, Tensor]:
     """Random labels; the loss has factor one, as the formulas of the paper have it."""
-    y = random_target(task, len(h))
-    outputs, targets = module(h).to(dtype), y.to(dtype)
+    y, outputs = random_target(task, len(h)), module(h).double()
     if task.kind == "multiclass":
-        outputs, targets = outputs[:, None], nn.functional.one_hot(y, task.outputs)[:, None]
-    return Labels(outputs, targets.to(dtype), outputs.new_ones(1, outputs.shape[1]), None), y
+        y, outputs = F.one_hot(y, task.outputs).float(), outputs[:, None]
+    targets = y.double().view_as(outputs)
+    return Labels(outputs, targets, outputs.new_ones(1, outputs.shape[1]), None), y
 
 
-def _dense_prior(task: Task, block: Block) -> tuple[Tensor, Tensor]:
-    """The evidence of the past epoch as mean and inverse covariance of the printed formulas."""
-    assert block.full is not None
-    precision, shift = block.full.precision.double(), block.full.shift.double()
-    if task.kind == "binary":
-        precision = torch.block_diag(*precision)
-    elif task.kind == "multiclass":  # from contrasts of classes back to classes
+def _dense(task: Task, seen: Evidence, width: int) -> tuple[Tensor, Tensor]:
+    """The evidence of the past epoch and a unit Gaussian, as the printed formulas take them."""
+    precision, shift = torch.block_diag(*seen.precision), seen.shift
+    if task.kind == "multiclass":  # from contrasts of classes back to classes
         lift = contrast_basis(task.outputs, precision).mT.contiguous()
-        lift = torch.kron(lift, torch.eye(block.width, dtype=lift.dtype))
-        precision, shift = lift @ precision[0] @ lift.mT, shift @ lift.mT
-    else:
-        precision = precision[0]
-    inverse = precision + torch.eye(len(precision), dtype=torch.float64) / task.prior_variance
+        lift = torch.kron(lift, torch.eye(width, dtype=lift.dtype))
+        precision, shift = lift @ precision @ lift.mT, shift @ lift.mT
+    inverse = precision + torch.eye(len(precision), dtype=precision.dtype)
     columns = shift.T if task.kind == "regression" else shift.reshape(-1, 1)
     mean = torch.linalg.solve(inverse, columns).T
-    if task.kind != "regression":
-        mean = mean[0]
-    return mean.float(), inverse.float()
+    return inverse.float(), (mean if task.kind == "regression" else mean[0]).float()
 
 
 @torch.no_grad()
 def run_library(problem: Problem) -> Tensor:
     """Eq. 7 as printed by the library: the update direction (B, d)."""
-    features = {True: augment(problem.h.to(problem.dtype), True)}
-    posteriors = []
+    h, generator = augment(problem.h.to(problem.dtype), True), torch.Generator()
+    moments: list[LogMoments] = []
     for group in problem.groups:
-        evidence = group.block.statistics(features[True], group.labels)
-        posteriors.append(group.block.posterior(evidence))
-    gradient, _ = combine(
-        [group.block for group in problem.groups],
-        features,
-        [group.labels for group in problem.groups],
-        posteriors,
-        scale="mean",
-        full=False,
-        generator=torch.Generator(),
-        dtype=problem.h.dtype,
-    )
-    return gradient
+        labels = group.labels.to(problem.dtype)
+        new, prior = group.likelihood.evidence(h, labels, None), group.prior
+        posterior = from_natural(
+            new.precision + prior.precision.to(problem.dtype),
+            new.shift + prior.shift.to(problem.dtype),
+        )
+        moments.append(
+            group.likelihood.moments(h, labels.targets, posterior, generator, problem.h.dtype)
+        )
+    mean, relative, log_scale = (torch.cat(parts, 1) for parts in zip(*moments, strict=True))
+    s = [g.s for g, m in zip(problem.groups, moments, strict=True) for _ in range(m.mean.shape[1])]
+    return aggregate_relative(mean, relative, log_scale, mean.new_tensor(s), None, "mean")[0]
 
 
 @torch.no_grad()
-def run_literal(problem: Problem, samples: int, *, dense: bool = True) -> Tensor:
-    """The same by the formulas as printed, with J = ``samples``.
-
-    Args:
-        problem: the batch.
-        samples: J of Eq. 11.
-        dense: form E[g gᵀ] as printed; otherwise only its diagonal, all that Eq. 7 needs.
-    """
-    moments = [_literal_moments(problem.h, group, samples, dense) for group in problem.groups]
-    return literal.aggregate(moments, [group.task.s for group in problem.groups])
-
-
-def _literal_moments(h: Tensor, group: Group, samples: int, dense: bool) -> literal.Moments:
-    y, prior = group.y, (group.prior_mean, group.prior_inv)
-    if group.task.kind == "regression":
-        return literal.regression_moments(h, y, literal.regression_posterior(h, y, *prior))
-    if group.task.kind == "binary":
-        posterior = literal.binary_posterior(h, y, group.weight, *prior)
-        return literal.binary_moments(h, y, posterior, samples, dense=dense)
-    posterior = literal.multiclass_posterior(h, y, group.weight, *prior)
-    return literal.multiclass_moments(h, y, posterior, samples, dense=dense)
+def run_literal(problem: Problem, samples: int) -> Tensor:
+    """The same by the formulas as printed, with J = ``samples``."""
+    h, moments = problem.h, []
+    for group in problem.groups:
+        y, softmax = group.y, group.labels.outputs.dim() == 3
+        if group.dense[1].dim() == 2:
+            posterior = literal.regression_posterior(h, y, *group.dense)
+            moments.append(literal.regression_moments(h, y, posterior))
+        else:
+            posterior = literal.classification_posterior(h, y, group.weight, *group.dense, softmax)
+            moments.append(literal.classification_moments(h, y, posterior, samples, softmax))
+    return literal.aggregate(moments, [group.s for group in problem.groups])

@@ -44,7 +44,7 @@ def augment(h: Tensor) -> Tensor:
     return torch.cat([h, h.new_ones(len(h), 1)], dim=1)
 
 
-def regression_posterior(h: Tensor, y: Tensor, prior_mean: Tensor, prior_inv: Tensor) -> Gaussian:
+def regression_posterior(h: Tensor, y: Tensor, prior_inv: Tensor, prior_mean: Tensor) -> Gaussian:
     """Eq. 2 with τ = 1 for K outputs that share one covariance: mean (K, D), covariance (D, D).
 
     ``y`` is (B, K), ``prior_mean`` (K, D); ``prior_inv`` is the inverse of the prior covariance
@@ -52,8 +52,7 @@ def regression_posterior(h: Tensor, y: Tensor, prior_mean: Tensor, prior_inv: Te
     """
     x = augment(h)
     covariance = torch.linalg.inv(prior_inv + x.T @ x)
-    mean = (covariance @ (prior_inv @ prior_mean.T + x.T @ y)).T
-    return Gaussian(mean, covariance)
+    return Gaussian((covariance @ (prior_inv @ prior_mean.T + x.T @ y)).T, covariance)
 
 
 def regression_moments(h: Tensor, y: Tensor, posterior: Gaussian) -> Moments:
@@ -82,78 +81,49 @@ def regression_moments(h: Tensor, y: Tensor, posterior: Gaussian) -> Moments:
     return Moments(mean.transpose(0, 1)[..., :d], variance.transpose(0, 1)[..., :d])
 
 
-def taylor_posterior(
-    h: Tensor,
-    residual: Tensor,
-    hessian: Tensor,
-    weight: Tensor,
-    prior_mean: Tensor,
-    prior_inv: Tensor,
+def classification_posterior(
+    h: Tensor, y: Tensor, weight: Tensor, prior_inv: Tensor, prior_mean: Tensor, softmax: bool
 ) -> Gaussian:
     """Eq. 9 with the generalised Gauss-Newton matrix of Eq. 10, one joint covariance (P, P).
 
-    ``residual`` is ∂ℓ/∂f (B, o), ``hessian`` ∂²ℓ/∂f² (B, o, o), ``weight`` ŵ (o, D); the prior
-    mean is (P,) and the inverse of its covariance (P, P).
+    ``y`` is (B, K) binary labels or one-hot classes, ``weight`` ŵ (K, D), the prior mean (P,) and
+    the inverse of its covariance (P, P).
     """
-    x, outputs = augment(h), residual.shape[1]
-    eye = torch.eye(outputs, dtype=h.dtype, device=h.device)
-    jacobian = torch.einsum("bd,oc->bocd", x, eye).flatten(2)
+    x, outputs = augment(h), y.shape[1]
+    f = x @ weight.T
+    p = torch.softmax(f, 1) if softmax else torch.sigmoid(f)
+    cross = p.unsqueeze(2) * p.unsqueeze(1) if softmax else torch.diag_embed(p * p)
+    hessian = torch.diag_embed(p) - cross
+    jacobian = torch.einsum("bd,oc->bocd", x, torch.eye(outputs, dtype=h.dtype)).flatten(2)
     ggn = jacobian.flatten(0, 1).T @ (hessian @ jacobian).flatten(0, 1)
-    gradient = residual.flatten() @ jacobian.flatten(0, 1)
+    gradient = (p - y).flatten() @ jacobian.flatten(0, 1)
     a = gradient + prior_inv @ (weight.flatten() - prior_mean)
     covariance = torch.linalg.inv(ggn + prior_inv)
     return Gaussian(weight.flatten() - covariance @ a, covariance)
 
 
-def binary_posterior(
-    h: Tensor, y: Tensor, weight: Tensor, prior_mean: Tensor, prior_inv: Tensor
-) -> Gaussian:
-    """Eq. 9 and 10 for all K binary outputs together: P = K·D. Labels (B, K)."""
-    p = torch.sigmoid(augment(h) @ weight.T)
-    return taylor_posterior(h, p - y, torch.diag_embed(p * (1 - p)), weight, prior_mean, prior_inv)
-
-
-def multiclass_posterior(
-    h: Tensor, y: Tensor, weight: Tensor, prior_mean: Tensor, prior_inv: Tensor
-) -> Gaussian:
-    """Eq. 9 and 10 for one task of C classes: P = C·D. Labels (B,) are class indices."""
-    p = torch.softmax(augment(h) @ weight.T, dim=1)
-    onehot = torch.nn.functional.one_hot(y, p.shape[1]).to(p.dtype)
-    hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-    return taylor_posterior(h, p - onehot, hessian, weight, prior_mean, prior_inv)
-
-
-def binary_moments(
-    h: Tensor, y: Tensor, posterior: Gaussian, samples: int, *, dense: bool = True
+def classification_moments(
+    h: Tensor, y: Tensor, posterior: Gaussian, samples: int, softmax: bool
 ) -> Moments:
-    """Eq. 11 with ``samples`` joint draws of the weights of all outputs."""
-    x, (b, d) = augment(h), h.shape
-    outputs = y.shape[1]
-    w = _sample(posterior, samples).unflatten(1, (outputs, d + 1)).transpose(0, 1)
-    residual = torch.sigmoid(torch.einsum("bd,kjd->bkj", x, w)) - y.unsqueeze(2)
-    step = _chunk(samples * outputs * d * h.element_size())
-    parts = [
-        _sample_moments(residual[i : i + step].unsqueeze(3) * w[..., :d], dense)
-        for i in range(0, b, step)
-    ]
-    return _join(parts)
-
-
-def multiclass_moments(
-    h: Tensor, y: Tensor, posterior: Gaussian, samples: int, *, dense: bool = True
-) -> Moments:
-    """Eq. 11 with ``samples`` joint draws of the weights of all C classes; one task."""
-    x, (b, d) = augment(h), h.shape
-    classes = posterior.mean.numel() // (d + 1)
-    w = _sample(posterior, samples).unflatten(1, (classes, d + 1))
-    residual = torch.softmax(torch.einsum("bd,jcd->bjc", x, w), dim=2)
-    residual -= torch.nn.functional.one_hot(y, classes).to(h.dtype).unsqueeze(1)
-    step = _chunk(samples * d * h.element_size())
-    parts = []
-    for i in range(0, b, step):
-        g = torch.einsum("bjc,jcd->bjd", residual[i : i + step], w[..., :d])
-        parts.append(_sample_moments(g.unsqueeze(1), dense))
-    return _join(parts)
+    """Eq. 11 with ``samples`` joint draws of the weights of all outputs; classes are one task."""
+    x, d, outputs = augment(h), h.shape[1], y.shape[1]
+    w = _sample(posterior, samples).unflatten(1, (outputs, d + 1))
+    f = torch.einsum("bd,jod->bjo", x, w)
+    residual = (torch.softmax(f, 2) if softmax else torch.sigmoid(f)) - y.unsqueeze(1)
+    tasks = 1 if softmax else outputs
+    step = max(1, CHUNK_BYTES // (samples * tasks * d * h.element_size()))
+    means, variances = [], []
+    for r in residual.split(step):
+        if softmax:
+            g = torch.einsum("bjo,jod->bjd", r, w[..., :d]).unsqueeze(1)
+        else:
+            g = r.transpose(1, 2).unsqueeze(3) * w[..., :d].transpose(0, 1)
+        mean = g.mean(2)
+        second = g.transpose(2, 3) @ g / samples
+        covariance = second - mean.unsqueeze(3) * mean.unsqueeze(2)
+        means.append(mean)
+        variances.append(covariance.diagonal(dim1=2, dim2=3).clone())
+    return Moments(torch.cat(means), torch.cat(variances))
 
 
 def _sample(posterior: Gaussian, samples: int) -> Tensor:
@@ -161,38 +131,13 @@ def _sample(posterior: Gaussian, samples: int) -> Tensor:
     mean, cov = posterior.mean.flatten(), posterior.covariance
     # An explicit inverse is symmetric up to rounding only.
     factor = torch.linalg.cholesky((cov + cov.T) / 2)
-    noise = torch.randn(samples, len(mean), dtype=mean.dtype, device=mean.device)
-    draws: Tensor = mean + noise @ factor.T
+    draws: Tensor = mean + torch.randn(samples, len(mean), dtype=mean.dtype) @ factor.T
     return draws
-
-
-def _sample_moments(g: Tensor, dense: bool) -> Moments:
-    """Moments of gradient samples (b, K, J, d): the d×d matrix as printed, or its diagonal."""
-    mean = g.mean(2)
-    if dense:
-        second = g.transpose(2, 3) @ g / g.shape[2]
-        covariance = second - mean.unsqueeze(3) * mean.unsqueeze(2)
-        return Moments(mean, covariance.diagonal(dim1=2, dim2=3).clone())
-    return Moments(mean, g.square().mean(2) - mean.square())
-
-
-def _chunk(bytes_per_datum: int) -> int:
-    return max(1, CHUNK_BYTES // bytes_per_datum)
-
-
-def _join(parts: list[Moments]) -> Moments:
-    mean = torch.cat([part.mean for part in parts])
-    return Moments(mean, torch.cat([part.variance for part in parts]))
 
 
 def aggregate(moments: list[Moments], exponents: list[float]) -> Tensor:
     """Eq. 7 with (λ)^s, s per group of tasks: the update direction (B, d)."""
-    precision = torch.cat(
-        [
-            (1 / part.variance.clamp_min(TINY_VARIANCE)) ** s
-            for part, s in zip(moments, exponents, strict=True)
-        ],
-        dim=1,
-    )
+    pairs = zip(moments, exponents, strict=True)
+    precision = torch.cat([(1 / m.variance.clamp_min(TINY_VARIANCE)) ** s for m, s in pairs], 1)
     mean = torch.cat([part.mean for part in moments], dim=1)
     return (precision * mean).sum(1) / precision.sum(1)

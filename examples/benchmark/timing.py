@@ -15,7 +15,7 @@ def interleave(
     arms: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
-    calls: Mapping[str, int] | None = None,
+    calls: Mapping[str, int] | int = 1,
     warmup: int = 1,
     clock: Clock = "wall",
 ) -> dict[str, list[float]]:
@@ -25,31 +25,24 @@ def interleave(
         arms: Name → function without arguments.
         rounds: How often every arm gets its turn. The order is reversed every other round, so
             that neither arm always runs on the caches the other one left.
-        calls: Name → calls in one turn (default 1), whose median counts: a fast arm next to a
-            slow one is measured often enough to be measured at all.
+        calls: Calls in one turn, of which the mean counts, or as many by name (else 1).
         warmup: Untimed calls of every arm before the first round.
         clock: ``"wall"``, or ``"cpu"`` for the processor time of this process, which other
             programs on the machine hardly touch; for one thread only, since threads that wait
             for each other are busy too.
     """
-    calls = calls or {}
+    turns = {name: calls if isinstance(calls, int) else calls.get(name, 1) for name in arms}
     for arm in arms.values():
         for _ in range(warmup):
             arm()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds):
         for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
-            seconds[name].append(_median_call(arms[name], calls.get(name, 1), CLOCKS[clock]))
+            start = CLOCKS[clock]()
+            for _ in range(turns[name]):
+                arms[name]()
+            seconds[name].append((CLOCKS[clock]() - start) / turns[name])
     return seconds
-
-
-def _median_call(arm: Callable[[], object], calls: int, now: Callable[[], float]) -> float:
-    times = []
-    for _ in range(calls):
-        start = now()
-        arm()
-        times.append(now() - start)
-    return median(times)
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:

@@ -1,131 +1,55 @@
-"""The library's default without one of its ingredients, for ablations.
-
-Each takes one part of ``rule="likelihood"`` away by replacing what its blocks compute; they are no
-settings of the library.
-"""
+"""What is no setting of the library's default rule: ablations that replace one of its functions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayesagg.likelihoods.binary import BinaryBlock
-from bayesagg.likelihoods.classification import ClassificationBlock
-from bayesagg.likelihoods.data import Labels, Statistics
-from bayesagg.likelihoods.multiclass import MulticlassBlock
-from bayesagg.likelihoods.regression import RegressionBlock
-from bayesagg.moments import student_gradient
-from bayesagg.moments.student import DEGREES_OF_FREEDOM
-from bayesagg.posterior import Gaussian
-from examples.methods import BayesAggregation
-from examples.training import TrainSettings
-
-_GAUSSIAN = 1e12  # degrees of freedom at which a Student-t is normal to rounding
+from bayesagg import LikelihoodRule
+from bayesagg.moments.student import LeaveOneOut, leave_one_out
+from bayesagg.rules import Plan, streaming
 
 
-class GaussianRegression(RegressionBlock):
-    """A normal likelihood in place of the Student-t: no bound on the influence of a datum."""
+class _Replaced(LikelihoodRule):
+    """The default rule with functions of :mod:`bayesagg.rules.streaming` replaced, by name."""
 
-    def likelihood_gradient(
-        self, features: Tensor, labels: Labels, posterior: Gaussian | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As in the library, with very many degrees of freedom."""
-        assert posterior is not None
-        y = labels.targets
-        return student_gradient(features, y, posterior, self.d, self._tau2, _GAUSSIAN)
+    functions: ClassVar[Mapping[str, Any]]
+
+    def plan(self, *arguments: Any) -> Plan:
+        """As of the base."""
+        with mock.patch.multiple(streaming, **self.functions):
+            return super().plan(*arguments)
 
 
-class InSampleRegression(RegressionBlock):
+def _in_sample(*arguments: Any) -> LeaveOneOut:
     """Predictions of the posterior that has seen the datum."""
-
-    def likelihood_gradient(
-        self, features: Tensor, labels: Labels, posterior: Gaussian | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Student-t gradient of the expected squared error, without leaving anything out."""
-        assert posterior is not None
-        white = features @ posterior.whitener.mT
-        excess = white.square().sum(-1).mT
-        u = (white @ posterior.whitener).transpose(0, 1)[..., : self.d]
-        r = features @ posterior.mean.mT - labels.targets
-        return self._student(r, excess, posterior.mean, u)
-
-    def _student(
-        self, r: Tensor, excess: Tensor | float, mean: Tensor, u: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        nu, tau2 = DEGREES_OF_FREEDOM, self._tau2
-        factor = (nu + 1) / 2 / (nu * tau2 + r.square() + tau2 * excess)
-        gradient = (2 * factor * r)[..., None] * mean[:, : self.d]
-        if u is not None:
-            gradient = gradient + (2 * factor * tau2)[..., None] * u
-        return gradient, factor
+    found = leave_one_out(*arguments)
+    return replace(found, residual=found.own, kappa=torch.ones_like(found.kappa))
 
 
-class PointRegression(InSampleRegression):
-    """Predictions of the current head weights in place of the posterior's."""
+class InSampleRule(_Replaced):
+    """Without leaving a datum out of the posterior that predicts it."""
 
-    def likelihood_gradient(
-        self, features: Tensor, labels: Labels, posterior: Gaussian | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Student-t gradient at the head weights."""
-        r = labels.outputs - labels.targets
-        return self._student(r, 0.0, self.weights(features.device), None)
+    functions: ClassVar = {"leave_one_out": _in_sample}
 
 
-class UnscaledRegression(RegressionBlock):
-    """A noise variance of one that is not learned."""
-
-    def noise_variance(self, device: torch.device, batch: Statistics | None = None) -> Tensor:
-        """Ones."""
-        return torch.ones(self.num_tasks, dtype=self.dtype, device=device)
+_ridge = streaming._ridge
 
 
-class _Unscaled(ClassificationBlock):
-    def step_posterior(self, batch: Statistics) -> Gaussian | None:
-        """Without a dispersion."""
-        return None
+def _prior_in_noise(rule: LikelihoodRule, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """A ridge of 1 / γ for every regression, however noisy."""
+    scale, ridge = _ridge(rule, *arguments)
+    exact = arguments[1].exact
+    fixed = torch.full_like(ridge[:, :exact], 1 / rule.prior_variance)
+    return scale, torch.cat([fixed, ridge[:, exact:]], 1)
 
 
-class UnscaledBinary(_Unscaled, BinaryBlock):
-    """A dispersion of one that is not learned."""
+class PriorInNoiseRule(_Replaced):
+    """With prior ``N(0, γ τ²)`` for every regression, in units of its noise."""
 
-
-class UnscaledMulticlass(_Unscaled, MulticlassBlock):
-    """A dispersion of one that is not learned."""
-
-
-PARTS: dict[str, dict[str, type[Any]]] = {
-    "student-t": {"regression": GaussianRegression},
-    "leave-one-out": {"regression": InSampleRegression},
-    "posterior-mean": {"regression": PointRegression},
-    "noise": {"regression": UnscaledRegression},
-    "dispersion": {"binary": UnscaledBinary, "multiclass": UnscaledMulticlass},
-}
-
-
-class Ablation(BayesAggregation):
-    """The library's default without one part.
-
-    Args:
-        model: As of :class:`examples.methods.BayesAggregation`.
-        settings: As there.
-        steps_per_epoch: As there.
-        without: Key of :data:`PARTS`.
-        wrapper: As there.
-        heads: As there.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: TrainSettings,
-        steps_per_epoch: int,
-        without: str,
-        wrapper: Mapping[str, Any],
-        heads: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch, wrapper, heads)
-        for block in self.optimizer.engine._blocks:
-            block.__class__ = PARTS[without].get(block.kind, type(block))
+    functions: ClassVar = {"_ridge": _prior_in_noise}

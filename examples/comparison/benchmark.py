@@ -103,7 +103,6 @@ def paper_settings(preset: str, schedule: str) -> TrainSettings:
     training = PAPER[preset].training
     return TrainSettings(
         epochs=training["epochs"],
-        pretrain_epochs=PAPER[preset].wrapper["pretrain_epochs"],
         batch_size=training["batch_size"],
         learning_rate=training["lr"],
         weight_decay=training["weight_decay"],

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from bayesagg import LikelihoodRule
 from bayesagg.presets import PAPER
-from examples.comparison.ablations import PARTS, Ablation
+from examples.comparison.ablations import InSampleRule, PriorInNoiseRule
 from examples.comparison.ensembles import Ensemble, HeadEnsemble, NetworkEnsemble, per_member
 from examples.comparison.gap import ImprovableGapBalancing
 from examples.comparison.gradients import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, PCGrad
+from examples.comparison.readout import Readout
 from examples.comparison.weighting import (
     FAMO,
     DynamicWeightAverage,
@@ -22,13 +24,14 @@ from examples.comparison.weighting import (
 from examples.methods import (
     BayesAggregation,
     LinearScalarization,
+    PaperAggregation,
     ScaleInvariant,
-    library_settings,
 )
-from examples.training import Criterion
+from examples.training import Criterion, TrainSettings
 
 SINGLE_TASK = "stl"
 _UB = {"representation": True}  # gradients with respect to the shared representation
+_KINDS = ("regression", "binary", "multiclass")
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,24 @@ class Method:
     Attributes:
         label: Name in tables and figures.
         update: Its update.
-        settings: Keyword arguments of the update; those of an update of the library are
-            ``wrapper`` and one mapping per kind of head.
+        settings: Keyword arguments of the update.
         space: Values of its own settings that are tried, the default among them; a dot reaches into
-            a mapping (``binary.s``).
+            a mapping (``heads.binary.s``).
+        training: Settings of the training that are its own, such as a learning rate.
     """
 
     label: str
     update: type[LinearScalarization]
     settings: dict[str, Any] = field(default_factory=dict)
     space: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
-        """All settings, with the library's defaults filled in."""
-        if not issubclass(self.update, BayesAggregation):
-            return self.settings
-        own = {k: v for k, v in self.settings.items() if k not in ("wrapper", "heads")}
-        return own | library_settings(self.settings["wrapper"], self.settings["heads"])
+        """All settings, those of rules written out, in the types that JSON has."""
+        found: dict[str, Any] = _plain(self.settings)
+        if issubclass(self.update, BayesAggregation) and not issubclass(self.update, Readout):
+            found.setdefault("rule", _plain(LikelihoodRule()))
+        return found
 
     def with_settings(self, own: dict[str, Any]) -> Method:
         """The method with some settings replaced; a dot reaches into a mapping."""
@@ -66,7 +70,16 @@ class Method:
                 place[part] = dict(place.get(part, {}))
                 place = place[part]
             place[last] = value
-        return Method(self.label, self.update, settings, self.space)
+        return replace(self, settings=settings)
+
+    def trained(self, settings: TrainSettings) -> TrainSettings:
+        """Settings of the training with its own in place."""
+        return replace(settings, **self.training)
+
+    def code(self) -> list[type]:
+        """Classes that its result depends on."""
+        classes = [self.update, *(v for v in self.settings.values() if isinstance(v, type))]
+        return [base for cls in classes for base in cls.__mro__[:-1]]
 
     def network(self, make: Callable[[], nn.Module]) -> nn.Module:
         """The network to train: one of the benchmark's, or an ensemble of them."""
@@ -79,38 +92,38 @@ class Method:
         return per_member(losses) if issubclass(self.update, Ensemble) else losses
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {"name": type(value).__name__, **own}
+    return value.__name__ if isinstance(value, type) else value
+
+
 def bayesagg(
-    label: str,
-    wrapper: dict[str, Any] | None = None,
-    *,
-    space: dict[str, tuple[Any, ...]] | None = None,
-    **heads: dict[str, Any],
+    label: str, *, rule: LikelihoodRule | None = None, memory: int | None = None, **heads: Any
 ) -> Method:
-    """An arm of the library: settings of the wrapper, and of ``regression``, ``binary`` and
-    ``multiclass`` heads; what is not given is the library's default.
-    """
-    kinds = {kind: heads.get(kind, {}) for kind in ("regression", "binary", "multiclass")}
-    return Method(label, BayesAggregation, {"wrapper": wrapper or {}, "heads": kinds}, space or {})
+    """The library's default; settings of the rule and of heads by kind for another arm."""
+    given = {"rule": rule, "memory": memory, "heads": heads or None}
+    return Method(label, BayesAggregation, {k: v for k, v in given.items() if v is not None})
 
 
 def paper(label: str, preset: str) -> Method:
     """The paper's arm with the settings of a benchmark; its exponents are searched as there.
 
-    Two departures: the pre-training is that of every arm, and moments of classification are taken
-    by quadrature, which is what the paper's 1,024 samples estimate and is faster.
+    Two departures: a shorter training has the same share of pre-training, and moments of
+    classification are taken by quadrature, which is what the paper's 1,024 samples estimate and is
+    faster.
     """
     chosen = PAPER[preset]
-    heads: dict[str, dict[str, Any]] = {}
-    for kind in ("regression", "binary", "multiclass"):
-        heads[kind] = dict(getattr(chosen, kind))
-        if heads[kind].pop("num_samples", None):
-            heads[kind]["moments"] = "quadrature"
-    return bayesagg(
-        label,
-        {key: value for key, value in chosen.wrapper.items() if key != "pretrain_epochs"},
-        space={f"heads.{kind}.s": grid for kind, grid in chosen.s_grid.items()},
-        **heads,
-    )
+    heads = {kind: dict(getattr(chosen, kind)) for kind in _KINDS}
+    for settings in heads.values():
+        if settings.pop("num_samples", None):
+            settings["moments"] = "quadrature"
+    settings = {"rule": chosen.wrapper["rule"], "heads": heads, "epochs": chosen.training["epochs"]}
+    space = {f"heads.{kind}.s": grid for kind, grid in chosen.s_grid.items()}
+    return Method(label, PaperAggregation, settings, space)
 
 
 # What every comparison has besides; its losses share no parameter, so their sum trains each alone.
@@ -144,21 +157,40 @@ def methods(preset: str) -> dict[str, Method]:
 
 
 def more_methods(preset: str) -> dict[str, Method]:
-    """Ensembles and ablations: a comparison has them where it names them."""
-    kinds: dict[str, dict[str, Any]] = {"regression": {}, "binary": {}, "multiclass": {}}
+    """Read-outs of others, ablations and ensembles: a comparison has them where it names them."""
     zero = paper("BayesAgg, paper, s = 0", preset)
     for kind in zero.space:
         zero = zero.with_settings({kind: 0.0})
     return {
+        "ls-readout": Method("LS, same read-out", Readout, {"base": LinearScalarization}),
+        "si-readout": Method("SI, same read-out", Readout, {"base": ScaleInvariant}),
+        "uw-readout": Method("UW, same read-out", Readout, {"base": UncertaintyWeighting}),
+        **ablations(),
+        "bayesagg-paper-s0": replace(zero, space={}),
         "ensemble-heads": Method("Ensemble (heads)", HeadEnsemble, {"members": 1024}),
         "ensemble-networks": Method("Ensemble (networks)", NetworkEnsemble, {"members": 10}),
-        "bayesagg-paper-s0": replace(zero, space={}),
-        "without-readout": bayesagg("without read-out", regression={"readout": "gradient"}),
-    } | {
-        f"without-{part}": Method(
-            f"without {part.replace('-', ' ')}",
-            Ablation,
-            {"without": part, "wrapper": {}, "heads": kinds},
-        )
-        for part in PARTS
+    }
+
+
+def ablations() -> dict[str, Method]:
+    """The default without one of its parts, or with another setting of it."""
+    by_gradients = {kind: {"readout": "gradient"} for kind in _KINDS}
+    rule = LikelihoodRule()
+    return {
+        "bayesagg-free": bayesagg("BayesAgg, free length", rule=replace(rule, keep_length=False)),
+        "without-readout": bayesagg("without read-out", **by_gradients),
+        "without-noise": bayesagg("without learned noise", regression={"noise_variance": 1.0}),
+        "without-student-t": bayesagg(
+            "without Student-t", rule=replace(rule, degrees_of_freedom=1e6)
+        ),
+        "without-leave-one-out": bayesagg("without leave-one-out", rule=InSampleRule()),
+        "without-lag": bayesagg("without lag", rule=replace(rule, lag=10)),
+        "without-warmup": bayesagg("without warm-up", rule=replace(rule, warmup=0)),
+        "without-prior-in-labels": bayesagg(
+            "prior in units of the noise", rule=PriorInNoiseRule(prior_variance=1.0)
+        ),
+        **{
+            f"memory-{factor}": bayesagg(f"memory of {factor} D", memory=factor)
+            for factor in (5, 20, 40)
+        },
     }

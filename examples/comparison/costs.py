@@ -45,11 +45,11 @@ class Cost:
 
 
 class _Stepper:
-    """A method in its steady state: after an epoch of linear scalarization and a few steps."""
+    """A method in its steady state: after a short warm-up and a few steps."""
 
     def __init__(self, method: Method, data: Benchmark, settings: TrainSettings) -> None:
         torch.manual_seed(settings.seed)
-        plan = replace(settings, pretrain_epochs=1, epochs=_EPOCH)
+        plan = replace(settings, warmup_steps=_EPOCH, epochs=_EPOCH)
         self._model = method.network(data.model)
         self._losses = method.criterion(criterion(data.tasks))
         self._update: LinearScalarization = method.update(

@@ -39,6 +39,7 @@ class Plan:
         untuned: Methods that keep their default settings.
         workers: Processes.
         reference: Method whose Δm is subtracted from that of the others in the table.
+        single_task: The single-task models' method.
     """
 
     data: Data
@@ -50,6 +51,7 @@ class Plan:
     untuned: tuple[str, ...] = ()
     workers: int = 1
     reference: str = "ls"
+    single_task: Method = SINGLE_TASK_METHOD
 
     def trials_of(self, name: str) -> int:
         """Number of trials of a method."""
@@ -132,7 +134,7 @@ def execute(plan: Plan, store: Store) -> Outcome:
     Raises:
         ComparisonError: If the single-task models, which all is measured by, failed.
     """
-    everything = {SINGLE_TASK: SINGLE_TASK_METHOD, **plan.methods}
+    everything = {SINGLE_TASK: plan.single_task, **plan.methods}
     chosen = search(plan, everything, store)
     jobs = [
         Job(plan.data, name, c.trial.method, replace(c.trial.training, seed=seed), final=True)
@@ -221,14 +223,15 @@ def shared_settings(plan: Plan) -> dict[str, Any]:
         "benchmark": plan.data.benchmark,
         "data": data.version,
         "network": data.network,
-        "optimizer": "Adam",
+        "optimizer": plan.training.optimizer,
         "schedule": _SCHEDULES[plan.training.schedule],
         "evaluated": _EVALUATED[plan.training.selection],
         **({"patience": plan.training.patience} if plan.training.patience else {}),
         "epochs": plan.training.epochs,
-        "pretrain_epochs": plan.training.pretrain_epochs,
+        "warmup_steps": plan.training.warmup_steps,
         "batch_size": plan.training.batch_size,
         "default_learning_rate": plan.training.learning_rate,
+        "single_task_training": plan.single_task.training,
         "default_weight_decay": plan.training.weight_decay,
         "clip_norm": plan.training.clip_norm,
         "seeds": plan.seeds,

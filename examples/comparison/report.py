@@ -26,7 +26,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return text if len(values) < 2 else f"{text} ± {stdev(values):.{digits}f}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with the first column to the left, the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
@@ -74,26 +74,29 @@ def summary_table(outcome: Outcome, labels: Mapping[str, str], reference: str) -
         else:
             line = [
                 spread(standing.delta) if standing else "0",
-                _difference(outcome, name, reference),
+                difference(outcome, name, reference),
                 f"{standing.rank:.2f}" if standing else "",
                 *(spread([run.extra[e] for run in runs], 4) for e in extras),
                 *(f"{calibration(runs, m):.4f}" for m in measures),
-                *(_p_value(standing.p_values.get(o)) if standing else "" for o in against),
+                *(p_value(standing.p_values.get(o)) if standing else "" for o in against),
             ]
         step = f"{1e3 * median(run.seconds_per_step for run in runs):.4g}"
         rows.append([labels[name], *line, step, own_settings(outcome.chosen[name])])
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
-def _difference(outcome: Outcome, name: str, reference: str) -> str:
+def difference(outcome: Outcome, name: str, reference: str) -> str:
     """Of Δm to that of the reference method, paired, with half its 95 % interval."""
+    if reference not in outcome.standings:  # at the same learning rate
+        reference = f"{reference}@{name.partition('@')[2]}"
     if name == reference or not {name, reference} <= outcome.standings.keys():
         return ""
     pair = outcome.standings[name].delta, outcome.standings[reference].delta
     return "{:+.2f} ± {:.2f}".format(*paired_interval(*pair))
 
 
-def _p_value(p: float | None) -> str:
+def p_value(p: float | None) -> str:
+    """A p-value in few digits."""
     return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
@@ -106,7 +109,7 @@ def task_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> 
     for name in (SINGLE_TASK, *(n for n in _order(outcome) if n in outcome.standings)):
         values = task_means(criteria(data, outcome.runs[name], "test"))
         rows.append([labels[name], *(f"{value:.4g}" for value in values)])
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def page(
@@ -116,6 +119,7 @@ def page(
     labels: Mapping[str, str],
     shared: Mapping[str, Any],
     costs: Mapping[str, Cost],
+    more: Sequence[str] = (),
 ) -> str:
     """The tables as Markdown, with what they need to be read."""
     data = load(plan.data)
@@ -142,7 +146,7 @@ def page(
     ]
     settings = "\n".join(f"- {name}: {json.dumps(v)}" for name, v in shared.items())
     parts = [f"# {title}", summary_table(outcome, labels, plan.reference), *notes]
-    parts.append(task_table(outcome, labels, data))
+    parts += [*filter(None, more), task_table(outcome, labels, data)]
     if costs:
         parts.append(cost_table(costs, labels))
     parts += [f"Settings:\n\n{settings}"]
@@ -156,7 +160,7 @@ def cost_table(costs: Mapping[str, Cost], labels: Mapping[str, str]) -> str:
         [labels[n], f"{1e3 * c.seconds:.2f}", f"{c.ratio:.2f}", f"{c.peak_bytes / 2**20:.1f}"]
         for n, c in costs.items()
     ]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def write_csv(path: Path, outcome: Outcome, data: Benchmark, shared: Mapping[str, Any]) -> None:

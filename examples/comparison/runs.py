@@ -130,7 +130,7 @@ def code_version(job: Job) -> str:
     shared = (training, schedule, updates, models, tasks, networks, benchmark_module)
     source = SOURCES[job.data.benchmark]
     modules = [*shared, *source.code, inspect.getmodule(source.load)]
-    modules += [inspect.getmodule(cls) for cls in job.method.update.__mro__[:-1]]
+    modules += [inspect.getmodule(cls) for cls in job.method.code()]
     files = {Path(inspect.getfile(module)) for module in modules if module is not None}
     if issubclass(job.method.update, BayesAggregation):
         files |= set(Path(bayesagg.__file__).parent.rglob("*.py"))

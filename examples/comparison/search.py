@@ -39,6 +39,7 @@ def trial(method: Method, training: TrainSettings, number: int) -> Trial:
     and the method's own settings. Learning rate and weight decay of a trial are the same for all
     methods, and more trials leave the first ones as they are.
     """
+    training = method.trained(training)
     if number == 0:
         return Trial(method, training, {})
     points = [_van_der_corput(number, base) for base in _BASES]

@@ -1,4 +1,4 @@
-"""The benchmark command: small runs, its report and its errors."""
+"""The benchmark command: small runs, its report and its errors. No time is judged here."""
 
 from __future__ import annotations
 
@@ -10,107 +10,117 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.benchmark import methods, models, parts, report, shapes, timing
+from examples.benchmark import memory, methods, networks, parts, report, steps, timing
 from examples.benchmark.__main__ import main
+from examples.benchmark.cases import CASES, Case
 from examples.comparison.catalogue import methods as catalogue
 from examples.comparison.tasks import criterion
 
 
-def _tiny(name: str) -> shapes.Shape:
-    return replace(shapes.SHAPES[name], batch=6, step_batch=6, dim=4)
+def _tiny(name: str) -> Case:
+    return replace(CASES[name], batch=6, step_batch=6, dim=4, turn=1)
 
 
-@pytest.mark.parametrize("name", ["small", "small_mixture"])
-@pytest.mark.parametrize("layout", ["separate", "grouped"])
-def test_parts_measure_a_tiny_shape(name, layout):
-    grouped = _tiny(name)
-    shape = grouped.with_layout(layout)
-    rows = [
-        *parts.aggregation_rows(grouped, 1, 1000),
-        *parts.step_rows(shape, 2),
-        *parts.memory_rows(shape, None),
-    ]
-    values = {(row.part, row.quantity): row.value for row in rows}
-    assert values["aggregation", "difference of results"] < 10
-    assert values["step", "default ratio"] > 0 and values["step", "paper ratio"] > 0
-    assert values["memory", "plain peak"] > 0
-    for arm in ("default", "paper"):
-        assert abs(values["memory", f"{arm} extra peak of a step"]) < 60
+@pytest.mark.parametrize("name", ["regressions", "mixture", "mmoe_2"])
+def test_parts_measure_every_arm(name):
+    case = _tiny(name)
+    rows = [*parts.time_rows(case, 2), *parts.memory_rows(case)]
+    arms = [arm.name for arm in steps.arms(case)]
+    assert arms[:3] == ["plain", "likelihood", "likelihood + targets"]
+    assert [row.quantity for row in rows if row.part == "time"] == arms
+    assert all(row.value > 0 for row in rows if row.part == "time")
+    assert all(row.passed for row in rows if row.part == "memory")
     assert report.markdown(rows).count("\n") == len(rows) + 1
 
 
-@pytest.mark.parametrize("layout", ["separate", "grouped"])
-def test_the_methods_part_trains_the_shape_s_own_network(layout):
-    shape = _tiny("small_mixture").with_layout(layout)
-    data = methods.benchmark(shape)
+@pytest.mark.parametrize("name", ["regressions", "mixture", "binaries"])
+def test_counts_of_a_step_are_within_their_aims(name):
+    rows = parts.count_rows(CASES[name])
+    assert len(rows) == 8
+    missed = [report.line(row) for row in rows if not row.passed and "paper" not in row.quantity]
+    assert not missed, "\n".join(missed)
+
+
+def test_counts_are_those_of_the_profiler():
+    x = torch.ones(3)
+    assert memory.counts(lambda: x.add(1).mul(2)) == (2, 0)
+    operators, looks = memory.counts(lambda: x.sum().item())
+    assert (operators > 2, looks) == (True, 1)
+
+
+@pytest.mark.parametrize("name", ["mixture", "mmoe_2"])
+@pytest.mark.parametrize("rule", ["likelihood", "paper"])
+def test_what_is_measured_is_not_linear_scalarization(name, rule):
+    case = _tiny(name)
+    if rule not in case.rules:
+        pytest.skip("needs one tensor that all heads read")
+    step = steps.make_step(case, steps.Arm(rule))
+    gradients = []
+    for backward in (lambda losses: sum(losses.values()).backward(), step.optimizer.backward):
+        step.optimizer.zero_grad()
+        backward(step.workload.losses())
+        own = {id(p) for p in step.workload.model.heads.parameters()}
+        shared = [p.grad for p in step.workload.model.parameters() if id(p) not in own]
+        gradients.append(torch.cat([gradient.flatten() for gradient in shared]))
+    plain, ours = gradients
+    assert (ours - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_memory_counts_allocations_exactly():
+    """A wider hidden batch costs what its tensors weigh."""
+
+    def peak(batch: int) -> int:
+        case = replace(_tiny("regressions"), step_batch=batch)
+        return memory.peak_bytes(lambda: steps.make_step(case, steps.Arm()).run)
+
+    assert peak(1006) - peak(6) >= 1000 * (128 + 128 + 4) * 4
+
+
+def test_workloads_are_reproducible():
+    first, second = (networks.make_workload(_tiny("mixture")) for _ in range(2))
+    for a, b in zip(first.losses().values(), second.losses().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_network_gives_one_loss_a_task(name):
+    case = replace(CASES[name], step_batch=2)
+    workload = networks.make_workload(case)
+    losses = workload.losses()
+    assert list(losses) == [task.name for task in case.tasks]
+    if workload.model.backbone is not None:
+        assert workload.model.backbone(workload.x).shape == (2, case.dim)
+
+
+def test_the_methods_part_trains_the_case_s_own_network():
+    case = _tiny("mixture")
+    data = methods.benchmark(case)
     assert [task.kind for task in data.tasks] == ["regression"] * 2 + ["binary", "multiclass"]
-    model = data.model()
-    assert [group.tasks for group in model.groups] == [
-        task.outputs for task in shape.tasks[:-1]
-    ] + [1]
     x, y = data.train.batch(torch.arange(6))
-    losses = criterion(data.tasks)(model(x), y)
-    workload = models.make_workload(shape)
-    found = iter(losses.values())
-    for task, loss in zip(shape.tasks, workload.losses().values(), strict=True):
-        own = [next(found) for _ in range(1 if task.kind == "multiclass" else task.outputs)]
-        torch.testing.assert_close(torch.stack(own).mean(), loss)
+    losses = criterion(data.tasks)(data.model()(x), y)
+    expected = networks.make_workload(case).losses()
+    torch.testing.assert_close(list(losses.values()), list(expected.values()))
 
 
 def test_every_method_is_measured_in_one_run():
-    rows = methods.method_rows(_tiny("small_mixture"), 1)
+    rows = methods.method_rows(_tiny("mixture"), 1)
     values = {row.quantity: row.value for row in rows}
     names = list(catalogue("utkface"))
     assert list(values) == [f"{n} {what}" for n in names for what in ("time", "ratio", "peak")]
     assert values["ls ratio"] == 1
     assert all(values[f"{name} time"] > 0 for name in names)
     # The gradients of all tasks are alive at once.
-    shared = 4e-6 * sum(
-        p.numel() for p in methods.benchmark(_tiny("small")).model().backbone.parameters()
-    )
-    assert values["pcgrad peak"] > values["ls peak"] + 2 * shared
+    shared = methods.benchmark(_tiny("regressions")).model().backbone.parameters()
+    assert values["pcgrad peak"] > values["ls peak"] + 2 * 4e-6 * sum(p.numel() for p in shared)
 
 
-def test_the_methods_of_a_shape_have_its_preset():
-    assert (
-        methods.chosen(shapes.SHAPES["cifar_mtl"])["bayesagg-paper"]
-        == catalogue("cifar_mtl")["bayesagg-paper"]
-    )
-    assert list(methods.chosen(_tiny("small"), ["uw", "ensemble-networks"])) == [
-        "ls",
-        "uw",
-        "ensemble-networks",
-    ]
+def test_the_methods_of_a_case_have_its_preset():
+    ours = methods.chosen(CASES["cifar_mtl"])["bayesagg-paper"]
+    assert ours == catalogue("cifar_mtl")["bayesagg-paper"]
+    names = ["ls", "uw", "ensemble-networks"]
+    assert list(methods.chosen(_tiny("mixture"), names[1:])) == names
     with pytest.raises(ValueError, match="unknown method 'sgd'"):
-        methods.chosen(_tiny("small"), ["sgd"])
-
-
-def test_memory_counts_allocations_exactly():
-    """A wider hidden batch costs what its tensors weigh."""
-    from examples.benchmark.memory import measure
-
-    small = measure(_tiny("small"), "plain").step_peak
-    large = measure(replace(_tiny("small"), step_batch=1006), "plain").step_peak
-    assert large - small >= 1000 * (128 + 128 + 4) * 4
-
-
-def test_separate_heads_keep_the_number_of_tasks():
-    shape = shapes.SHAPES["cifar_mtl"].with_layout("separate")
-    assert len(shape.tasks) == 20
-    assert len({task.name for task in shape.tasks}) == 20
-    assert shapes.SHAPES["utkface"].with_layout("separate") == shapes.SHAPES["utkface"]
-
-
-def test_workloads_are_reproducible():
-    first, second = (models.make_workload(_tiny("small_mixture")) for _ in range(2))
-    for a, b in zip(first.losses().values(), second.losses().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def test_cnn_has_the_paper_s_feature_size():
-    shape = replace(shapes.SHAPES["cifar_mtl"], step_batch=2)
-    workload = models.make_workload(shape)
-    assert workload.model.backbone(workload.x).shape == (2, 160)
+        methods.chosen(_tiny("mixture"), ["sgd"])
 
 
 def test_interleave_gives_every_arm_its_rounds():
@@ -122,25 +132,23 @@ def test_interleave_gives_every_arm_its_rounds():
     assert timing.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
 
 
-def test_command_writes_json_and_markdown(tmp_path, capsys):
+def test_command_writes_json(tmp_path, capsys):
     file = tmp_path / "result.json"
-    flags = ["--shapes", "small", "--parts", "step", "--repeats", "2", "--threads"]
-    assert main([*flags, str(torch.get_num_threads()), "--output", str(file)]) == 0
+    flags = ["--parts", "time", "--repeats", "1", "--threads", str(torch.get_num_threads())]
+    assert main(["--shapes", "small", *flags, "--step-batch", "4", "--output", str(file)]) == 0
     content = json.loads(file.read_text())
-    assert {row["shape"] for row in content["rows"]} == {"small", "small_mixture"}
+    assert {row["shape"] for row in content["rows"]} == {"regressions", "mixture", "binaries"}
+    assert content["setting"]["step batch"] == 4
     assert "| verdict |" in capsys.readouterr().out
-    report.write(tmp_path / "result.md", [report.Row(**content["rows"][0])], content["setting"])
-    assert content["rows"][0]["shape"] in (tmp_path / "result.md").read_text()
 
 
 def test_command_measures_methods_where_they_are_asked_for(tmp_path, capsys):
     file = tmp_path / "methods.json"
-    flags = ["--shapes", "small", "--parts", "methods", "--methods", "si", "--repeats", "1"]
+    flags = ["--shapes", "mixture", "--parts", "methods", "--methods", "si", "--repeats", "1"]
     flags += ["--step-batch", "4", "--threads", str(torch.get_num_threads())]
     assert main([*flags, "--output", str(file)]) == 0
     content = json.loads(file.read_text())
     assert {row["quantity"].split()[0] for row in content["rows"]} == {"ls", "si"}
-    assert content["setting"]["step batch"] == 4
     assert main([*flags, "--methods", "sgd"]) == 2
     assert "unknown method 'sgd'" in capsys.readouterr().err
 
@@ -149,10 +157,10 @@ def test_command_measures_methods_where_they_are_asked_for(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--shapes", "imagenet"], "invalid choice"),
-        (["--repeats", "0"], "not a positive whole number"),
+        (["--repeats", "0"], "0 is not a whole number from 1"),
         (["--clock", "cpu", "--threads", "2"], "add --threads 1"),
-        (["--output", "result.csv"], "must end in .json or .md"),
-        (["--output", "no/such/folder/result.md"], "does not exist"),
+        (["--output", "result.csv"], "is not a .json file in a folder that exists"),
+        (["--output", "no/such/folder/result.json"], "is not a .json file in a folder that exists"),
     ],
 )
 def test_bad_arguments_are_named(flags, message, capsys):
@@ -165,7 +173,7 @@ def test_bad_arguments_are_named(flags, message, capsys):
 def test_missing_package_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     threads = str(torch.get_num_threads())
-    assert main(["--shapes", "utkface", "--parts", "step", "--threads", threads]) == 2
+    assert main(["--shapes", "utkface", "--parts", "time", "--threads", threads]) == 2
     assert "pip install torchvision" in capsys.readouterr().err
 
 

@@ -20,15 +20,10 @@ from bayesagg.posterior import (
     regression_statistics,
 )
 from examples.benchmark import aggregation, literal
-from examples.benchmark.shapes import SHAPES
+from examples.benchmark.cases import CASES
 
 B, D_FEATURES, SAMPLES = 5, 4, 200_000
 D = D_FEATURES + 1
-
-
-def _spd(size: int) -> Tensor:
-    root = torch.randn(size, 2 * size)
-    return root @ root.T / (2 * size) + 0.5 * torch.eye(size)
 
 
 @pytest.fixture(autouse=True)
@@ -40,46 +35,14 @@ def _float64():
     torch.set_default_dtype(before)
 
 
-def _gradients(w: Tensor, h: Tensor, y: Tensor) -> Tensor:
-    """Eq. 3 for weight samples (J, D): (B, J, d)."""
-    residual = literal.augment(h) @ w.T - y.unsqueeze(1)
-    return 2 * residual.unsqueeze(2) * w[:, :D_FEATURES]
-
-
-def test_equation_4_matches_sampling():
-    h, y, m, cov = torch.randn(B, D_FEATURES), torch.randn(B, 1), torch.randn(1, D), _spd(D)
-    w = m + torch.randn(SAMPLES, D) @ torch.linalg.cholesky(cov).T
-    moments = literal.regression_moments(h, y, literal.Gaussian(m, cov))
-    g = _gradients(w, h, y[:, 0])
-    torch.testing.assert_close(moments.mean[:, 0], g.mean(1), rtol=0.03, atol=0.05)
-    torch.testing.assert_close(moments.variance[:, 0], g.var(1), rtol=0.05, atol=0.05)
-
-
-def test_dense_and_diagonal_second_moments_agree():
-    h, y = torch.randn(B, D_FEATURES), torch.randint(2, (B, 3)).double()
-    posterior = literal.Gaussian(torch.randn(3 * D), _spd(3 * D))
-    moments = []
-    for dense in (True, False):
-        torch.manual_seed(1)
-        moments.append(literal.binary_moments(h, y, posterior, 100, dense=dense))
-    torch.testing.assert_close(moments[0].variance, moments[1].variance)
-
-
-def test_chunks_do_not_change_the_result(monkeypatch):
-    h, y = torch.randn(B, D_FEATURES), torch.randint(3, (B,))
-    posterior = literal.Gaussian(torch.randn(3 * D), _spd(3 * D))
-    moments = []
-    for size in (literal.CHUNK_BYTES, 1):
-        monkeypatch.setattr(literal, "CHUNK_BYTES", size)
-        torch.manual_seed(1)
-        moments.append(literal.multiclass_moments(h, y, posterior, 50))
-    torch.testing.assert_close(moments[0].mean, moments[1].mean)
-    torch.testing.assert_close(moments[0].variance, moments[1].variance)
+def _spd(size: int) -> Tensor:
+    root = torch.randn(size, 2 * size)
+    return root @ root.T / (2 * size) + 0.5 * torch.eye(size)
 
 
 def _prior(size: int) -> tuple[Tensor, Tensor]:
-    """Mean and inverse covariance of a random prior."""
-    return torch.randn(size), torch.linalg.inv(_spd(size))
+    """Inverse of the covariance of a random prior, and mean."""
+    return torch.linalg.inv(_spd(size)), torch.randn(size)
 
 
 def _assert_same(posterior: Gaussian, expected: literal.Gaussian) -> None:
@@ -93,12 +56,34 @@ def _assert_sampled(moments: literal.Moments, mean: Tensor, variance: Tensor) ->
     torch.testing.assert_close(moments.variance, variance, rtol=0.05, atol=1e-4)
 
 
+def test_equation_4_matches_sampling():
+    h, y, m, cov = torch.randn(B, D_FEATURES), torch.randn(B, 1), torch.randn(1, D), _spd(D)
+    w = m + torch.randn(SAMPLES, D) @ torch.linalg.cholesky(cov).T
+    moments = literal.regression_moments(h, y, literal.Gaussian(m, cov))
+    g = 2 * (literal.augment(h) @ w.T - y).unsqueeze(2) * w[:, :D_FEATURES]  # Eq. 3
+    torch.testing.assert_close(moments.mean[:, 0], g.mean(1), rtol=0.03, atol=0.05)
+    torch.testing.assert_close(moments.variance[:, 0], g.var(1), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_chunks_do_not_change_the_result(monkeypatch, softmax):
+    h, y = torch.randn(B, D_FEATURES), torch.eye(3)[torch.randint(3, (B,))]
+    posterior = literal.Gaussian(torch.randn(3 * D), _spd(3 * D))
+    moments = []
+    for size in (literal.CHUNK_BYTES, 1):
+        monkeypatch.setattr(literal, "CHUNK_BYTES", size)
+        torch.manual_seed(1)
+        moments.append(literal.classification_moments(h, y, posterior, 50, softmax))
+    torch.testing.assert_close(moments[0].mean, moments[1].mean)
+    torch.testing.assert_close(moments[0].variance, moments[1].variance)
+
+
 def test_regression_equals_the_library():
     h, y, prior_inv = torch.randn(B, D_FEATURES), torch.randn(B, 3), torch.linalg.inv(_spd(D))
     prior_mean = torch.randn(3, D)
     precision, shift = regression_statistics(augment(h, True), y)
     posterior = from_natural(precision + prior_inv, shift + prior_mean @ prior_inv)
-    expected = literal.regression_posterior(h, y, prior_mean, prior_inv)
+    expected = literal.regression_posterior(h, y, prior_inv, prior_mean)
     _assert_same(posterior, expected)
 
     mean, variance = regression_moments(augment(h, True), y, posterior, D_FEATURES)
@@ -110,33 +95,33 @@ def test_regression_equals_the_library():
 def test_binary_equals_the_library():
     x, y = torch.randn(B, D_FEATURES), torch.randint(2, (B, 2)).double()
     weight, h = torch.randn(2, D), augment(x, True)
-    means, inverses = zip(*(_prior(D) for _ in range(2)), strict=True)
+    inverses, means = zip(*(_prior(D) for _ in range(2)), strict=True)
     precision, shift = binary_statistics(h, y, h @ weight.T)
     prior_shift = torch.stack([inv @ mean for mean, inv in zip(means, inverses, strict=True)])
     posterior = from_natural(precision + torch.stack(inverses), shift + prior_shift)
-    prior = (torch.cat(means), torch.block_diag(*inverses))
-    expected = literal.binary_posterior(x, y, weight, *prior)
+    prior = (torch.block_diag(*inverses), torch.cat(means))
+    expected = literal.classification_posterior(x, y, weight, *prior, False)
     _assert_same(posterior, expected)
 
     mean, variance = binary_moments(h, y, posterior, D_FEATURES)
-    _assert_sampled(literal.binary_moments(x, y, expected, SAMPLES), mean, variance)
+    moments = literal.classification_moments(x, y, expected, SAMPLES, False)
+    _assert_sampled(moments, mean, variance)
 
 
 def test_multiclass_equals_the_library():
     """In the contrasts of the classes: nothing else reaches the likelihood or the gradient."""
-    x, y, classes = torch.randn(B, D_FEATURES), torch.randint(3, (B,)), 3
+    x, y, classes = torch.randn(B, D_FEATURES), torch.eye(3)[torch.randint(3, (B,))], 3
     weight, h = torch.randn(classes, D), augment(x, True)
-    onehot = torch.nn.functional.one_hot(y, classes).double()
-    precision, shift = multiclass_statistics(h, onehot, h @ weight.T)
+    precision, shift = multiclass_statistics(h, y, h @ weight.T)
     posterior = from_natural((precision + torch.eye(2 * D))[None], shift[None])
-    prior = (torch.zeros(classes * D), torch.eye(classes * D))
-    expected = literal.multiclass_posterior(x, y, weight, *prior)
+    prior = (torch.eye(classes * D), torch.zeros(classes * D))
+    expected = literal.classification_posterior(x, y, weight, *prior, True)
     contrasts = torch.kron(contrast_basis(classes, h).contiguous(), torch.eye(D))
     covariance = contrasts @ expected.covariance @ contrasts.T
     _assert_same(posterior, literal.Gaussian(contrasts @ expected.mean, covariance))
 
-    mean, variance = multiclass_moments(h, onehot, posterior, D_FEATURES)
-    moments = literal.multiclass_moments(x, y, expected, SAMPLES)
+    mean, variance = multiclass_moments(h, y, posterior, D_FEATURES)
+    moments = literal.classification_moments(x, y, expected, SAMPLES, True)
     _assert_sampled(moments, mean[:, None], variance[:, None])
 
 
@@ -152,11 +137,10 @@ def test_equation_7_equals_the_library():
     torch.testing.assert_close(literal.aggregate(moments, [0.85, 0.1]), gradient)
 
 
-@pytest.mark.parametrize("name", ["small", "small_mixture"])
+@pytest.mark.parametrize("name", ["regressions", "mixture"])
 def test_arms_of_the_benchmark_agree(name):
-    """The engine's gradient at h is what the printed formulas give for the same batch."""
-    shape = replace(SHAPES[name], batch=6, dim=4)
+    """The library's gradient at h is what the printed formulas give for the same batch."""
     torch.set_default_dtype(torch.float32)
-    problem = aggregation.make_problem(shape)
+    problem = aggregation.make_problem(replace(CASES[name], batch=6, dim=4))
     ours, theirs = aggregation.run_library(problem), aggregation.run_literal(problem, 50_000)
     torch.testing.assert_close(ours.float(), theirs, rtol=0.05, atol=float(0.02 * theirs.norm()))

@@ -1,4 +1,10 @@
-"""What stands between ``backward`` and ``step``, and models beside the one in training."""
+"""What stands between ``backward`` and ``step``, and models beside the one in training.
+
+Under accumulation every micro-batch is a batch to the evidence: its data count once, but fade by
+micro-batches, heads move after each backward pass, and the data that a leave-one-out gradient
+leaves in are those so far. So gradients are those of the whole batch while training is linear
+scalarization, and near them afterwards.
+"""
 
 from __future__ import annotations
 
@@ -15,45 +21,56 @@ from torch.utils.checkpoint import checkpoint
 from bayesagg.errors import CaptureError
 from tests.helpers import (
     QUICK,
-    PaperBayesAgg,
     assert_same,
     gradients,
     make_batch,
-    make_heads,
+    make_engine,
     make_losses,
     make_net,
     snapshot,
     train,
     wrap,
 )
-from tests.loops.test_distributed import (
+from tests.loops.runs import (
+    ROWS,
     assert_equal_runs,
+    assert_near,
     batch_of,
+    plain_net,
     result,
-    trunk,
 )
 
 PARTS = [slice(0, 4), slice(4, 8), slice(8, 12)]
+GRADIENT = {name: {"readout": "gradient"} for name in ("reg", "bin", "cls")}
+# Linear scalarization for good.
+FOREVER = {"likelihood": {"warmup": 99}, "paper": {"pretrain_epochs": 99}}
 
 
-def micro_losses(net, index, part, share):
+def micro_losses(net, index, part):
     x, labels = batch_of(index, part)
-    losses = make_losses(net(x), labels)
-    return {name: loss * share for name, loss in losses.items()}
+    return make_losses(net(x), labels)
 
 
-def loop(net, optimizer, backward, steps, average=None):
-    """Accumulation over three micro-batches, clipping, a schedule, and an average."""
+def scaled_scalar(owner):
+    """What a trainer does: the scalar divided by the number of micro-batches."""
+    loss = getattr(owner, "loss", owner)
+    return lambda losses: (loss(losses) / len(PARTS)).backward()
+
+
+def scaled_losses(owner):
+    return lambda losses: owner.backward({n: loss / len(PARTS) for n, loss in losses.items()})
+
+
+def loop(net, optimizer, backward, steps):
+    """Accumulation over three micro-batches, clipping and a schedule."""
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.2, 0.1], total_steps=20)
     for index in range(steps):
         optimizer.zero_grad()
         for part in PARTS:
-            backward(micro_losses(net, index, part, 1 / len(PARTS)))
+            backward(micro_losses(net, index, part))
         clip_grad_norm_(net.parameters(), 0.5)
         optimizer.step()
         schedule.step()
-        if average is not None:
-            average.update_parameters(net)
 
 
 def groups(net):
@@ -63,79 +80,82 @@ def groups(net):
     )
 
 
-def test_pretraining_is_the_plain_loop():
+@pytest.mark.parametrize("form", [scaled_scalar, scaled_losses])
+def test_linear_scalarization_is_the_plain_loop(form, rule):
     """Micro-batches, clipping, two groups and a schedule, to the last bit."""
-    nets = [make_net(trunk=trunk) for _ in range(2)]
-    optimizer = wrap(nets[0], groups(nets[0]), pretrain_epochs=9)
-    loop(nets[0], optimizer, optimizer.backward, 5)
+    nets = [plain_net() for _ in range(2)]
+    optimizer = wrap(nets[0], groups(nets[0]), rule, **FOREVER[rule])
+    loop(nets[0], optimizer, form(optimizer), 5)
     plain = groups(nets[1])
-    loop(nets[1], plain, lambda losses: sum(losses.values()).backward(), 5)
+    sums = {
+        scaled_scalar: lambda losses: (sum(losses.values()) / len(PARTS)).backward(),
+        scaled_losses: lambda losses: sum(v / len(PARTS) for v in losses.values()).backward(),
+    }
+    loop(nets[1], plain, sums[form], 5)
     assert_same(snapshot(nets[0])["parameters"], snapshot(nets[1])["parameters"])
 
 
-@pytest.mark.parametrize("follow", [False, True])
-def test_the_engine_alone_accumulates_as_the_wrapper_does(follow):
-    nets = [make_net(trunk=trunk) for _ in range(2)]
-    optimizer = wrap(nets[0], groups(nets[0]), steps_per_epoch=None)
-    engine = PaperBayesAgg(nets[1].trunk, make_heads(nets[1]))
+def test_the_engine_alone_accumulates_as_the_wrapper_does(rule):
+    nets = [plain_net() for _ in range(2)]
+    optimizer = wrap(nets[0], groups(nets[0]), rule, steps_per_epoch=None)
+    engine = make_engine(nets[1], rule, steps_per_epoch=None)
     base = groups(nets[1])
-    if follow:
-        engine.follow(base)
     for _ in range(3):
-        loop(nets[0], optimizer, optimizer.backward, 3)
+        loop(nets[0], optimizer, scaled_scalar(optimizer), 3)
         optimizer.end_epoch()
-        loop(nets[1], base, engine.backward, 3)
+        loop(nets[1], base, scaled_scalar(engine), 3)
         engine.end_epoch()
-    ours, theirs = (snapshot(net)["parameters"] for net in nets)
-    torch.testing.assert_close(ours, theirs)
-    states = [thing.get_extra_state()["blocks"] for thing in (optimizer.engine, engine)]
-    torch.testing.assert_close(*states)
-    assert engine.epoch == 3
+    assert_same(snapshot(nets[0], optimizer.engine), snapshot(nets[1], engine))
 
 
-def test_an_epoch_of_micro_batches_is_an_epoch_of_batches():
-    """The full-data posterior does not see how a batch was divided."""
+def evidence(memory):
+    """Matrices and vectors that are sums over data."""
+    if "units" in memory:
+        return [[unit["gram"], unit["shift"]] for unit in memory["units"]]
+    return [[group["full"][key] for key in ("precision", "shift")] for group in memory["groups"]]
+
+
+def test_the_evidence_of_micro_batches_is_that_of_the_batch(rule):
+    """It does not see how a batch was divided, where the network is still and nothing fades."""
     found = []
-    for parts in ([slice(0, 12)], PARTS):
-        net = make_net(trunk=trunk)
-        optimizer = wrap(net, torch.optim.SGD(net.parameters(), lr=0.0), steps_per_epoch=2)
+    kwargs = {"memory": 10**9} if rule == "likelihood" else {"steps_per_epoch": 2}
+    for parts in ([slice(0, ROWS)], PARTS):
+        net = plain_net()
+        base = torch.optim.SGD(net.parameters(), lr=0.0)
+        optimizer = wrap(net, base, rule, settings=GRADIENT, **kwargs)
         for index in range(6):
             optimizer.zero_grad()
             for part in parts:
-                optimizer.backward(micro_losses(net, index, part, 1 / len(parts)))
+                (optimizer.loss(micro_losses(net, index, part)) / len(parts)).backward()
             optimizer.step()
-        assert optimizer.engine.epoch == 3
-        found.append(result(net, optimizer))
-    torch.testing.assert_close(found[0]["engine"]["blocks"], found[1]["engine"]["blocks"])
-    torch.testing.assert_close(found[0]["parameters"], found[1]["parameters"])
+        found.append(evidence(optimizer.state_dict()["bayesagg"]["memory"]))
+    assert_near(*found, tolerance=1e-6)
 
 
 def rows_of(rank, part):
     """This rank's half of a micro-batch."""
     middle = (part.start + part.stop) // 2
-    return slice(part.start, middle) if rank == 0 else slice(middle, part.stop)
+    return {None: part, 0: slice(part.start, middle), 1: slice(middle, part.stop)}[rank]
 
 
-def accumulating(rank, steps=8):
+def accumulating(rank, rule):
     """Gradients are exchanged with the last micro-batch only, evidence with each."""
-    net = make_net(trunk=trunk)
+    net = plain_net()
     model = net if rank is None else DistributedDataParallel(net)
-    optimizer = wrap(net, "momentum")
-    for index in range(steps):
+    optimizer = wrap(net, "momentum", rule)
+    for index in range(8):
         optimizer.zero_grad()
         for part in PARTS:
-            rows = part if rank is None else rows_of(rank, part)
-            if rank is None or part is PARTS[-1]:
-                optimizer.backward(micro_losses(model, index, rows, 1 / len(PARTS)))
-            else:
-                with model.no_sync():
-                    optimizer.backward(micro_losses(model, index, rows, 1 / len(PARTS)))
+            last = rank is None or part is PARTS[-1]
+            with torch.enable_grad() if last else model.no_sync():
+                scaled_scalar(optimizer)(micro_losses(model, index, rows_of(rank, part)))
         optimizer.step()
     return result(net, optimizer)
 
 
-def test_ranks_accumulate_without_synchronising(ranks):
-    assert_equal_runs(accumulating(None), ranks.run(accumulating))
+def test_ranks_accumulate_without_synchronising(rule, ranks):
+    both = ranks.run(accumulating, rule)
+    assert_equal_runs(accumulating(None, rule), both, weights=rule == "paper")
 
 
 # --- models beside it ----------------------------------------------------------------------------
@@ -148,13 +168,13 @@ AVERAGES = {
 
 @pytest.mark.parametrize("kind", sorted(AVERAGES))
 @pytest.mark.parametrize("early", [True, False], ids=["made_before", "made_after"])
-def test_an_average_beside_the_model(early, kind):
+def test_an_average_beside_the_model(early, kind, rule):
     """Its forward passes, in any mode, are not those of the model; it averages what it should."""
     results, averages = [], []
     for used in (False, True):
         net = make_net()
         average = AVERAGES[kind](net) if early else None
-        optimizer = wrap(net, "momentum", settings=QUICK)
+        optimizer = wrap(net, "momentum", rule, settings=QUICK)
         average = average or AVERAGES[kind](net)
         seen = []
         for index in range(7):
@@ -174,7 +194,7 @@ def test_an_average_beside_the_model(early, kind):
         assert not any(
             type(h).__name__ == "_Hook"
             for m in average.modules()
-            for h in m._forward_hooks.values()
+            for h in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]
         )
         results.append(snapshot(net, optimizer))
         averages.append(average)
@@ -186,56 +206,74 @@ def test_an_average_beside_the_model(early, kind):
     torch.testing.assert_close(*averaged)
 
 
-# --- two forward passes --------------------------------------------------------------------------
+# --- several forward passes ----------------------------------------------------------------------
+
+STEPS = pytest.mark.parametrize("steps", [1, 4], ids=["linear", "after"])
 
 
-def two_passes(net, optimizer, targets):
-    """A step whose first loss depends on two forward passes; what it raises, and a way out."""
-    batches = [make_batch(seed=index) for index in (50, 51)]
-    outs = [net(x) for x, _ in batches]
-    losses = [make_losses(out, labels) for out, (_, labels) in zip(outs, batches, strict=True)]
-    both = {**losses[1], "bin": losses[0]["bin"] + losses[1]["bin"]}
-    given = batches[1][1] if targets else None
-    before = snapshot(net, optimizer)
-    with pytest.raises(CaptureError, match=r"task 'bin'.*two forward passes.*one batch"):
-        optimizer.step(both, targets=given)
-    assert_same(before, snapshot(net, optimizer))
-    return losses[1]
+@STEPS
+@pytest.mark.parametrize("given", [False, True], ids=["recovered", "given"])
+def test_losses_over_two_forward_passes(given, steps, rule):
+    """One step over both: that of the two batches below each other."""
+    results = []
+    for together in (False, True):
+        net = plain_net()
+        optimizer = wrap(net, "sgd", rule, settings=QUICK)
+        train(net, optimizer, steps)
+        x, labels = batch_of(50)
+        if together:
+            losses = make_losses(net(x), labels)
+        else:
+            outs = [net(x[:6]), net(x[6:])]
+            parts = [batch_of(50, rows)[1] for rows in (slice(0, 6), slice(6, 12))]
+            halves = [make_losses(out, y) for out, y in zip(outs, parts, strict=True)]
+            losses = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}
+        optimizer.zero_grad()
+        optimizer.step(losses, targets=labels if given else None)
+        results.append(result(net, optimizer))
+    assert_near(*results)
 
 
-@pytest.mark.parametrize("targets", [False, True], ids=["recovered", "given"])
-@pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
-def test_two_forward_passes_in_one_loss_are_refused(steps, targets):
-    """The last alone would be aggregated; by itself it still can be."""
-    net = make_net(trunk=trunk)
-    optimizer = wrap(net, "sgd", settings=QUICK)
-    train(net, optimizer, steps)
-    optimizer.zero_grad()  # gradients are not copied
-    twin_net, twin = copy.deepcopy((net, optimizer))
-    optimizer.step(two_passes(net, optimizer, targets))
-    x, labels = make_batch(seed=51)
-    twin.step(make_losses(twin_net(x), labels))
-    assert_same(snapshot(net)["parameters"], snapshot(twin_net)["parameters"])
-
-
-def test_a_backward_pass_for_each_forward_pass():
-    """The way out that the error names."""
-    net = make_net(trunk=trunk)
-    optimizer = wrap(net, "sgd")
+def test_every_forward_pass_serves_one_scalar(rule):
+    """A pass that was made before another one's losses were asked for is over with them."""
+    net = plain_net()
+    optimizer = wrap(net, "sgd", rule)
     train(net, optimizer, 4)
+    first, second = (micro_losses(net, index, slice(0, 6)) for index in (50, 51))
+    optimizer.zero_grad()
+    optimizer.backward(second)
+    before = snapshot(net, optimizer)
+    with pytest.raises(CaptureError, match="every forward pass serves one"):
+        optimizer.backward(first)
+    assert_same(before, snapshot(net, optimizer))
+
+
+@STEPS
+def test_scalars_of_several_batches_in_one_backward_pass(steps, rule):
+    """Gradients add up, and the evidence of all of them counts."""
+    net = plain_net()
+    optimizer = wrap(net, "sgd", rule, settings=GRADIENT)
+    train(net, optimizer, steps)
+    twin = copy.deepcopy((net, optimizer))
     alone = []
     for index in (50, 51):
-        x, labels = make_batch(seed=index)
-        optimizer.zero_grad()
-        optimizer.backward(make_losses(net(x), labels))
-        alone.append(gradients(net))
+        other, theirs = copy.deepcopy(twin)
+        theirs.zero_grad()
+        theirs.loss(micro_losses(other, index, slice(0, 6))).backward()
+        alone.append(gradients(other))
     optimizer.zero_grad()
-    for index in (50, 51):
-        x, labels = make_batch(seed=index)
-        optimizer.backward(make_losses(net(x), labels))
+    total = sum(optimizer.loss(micro_losses(net, index, slice(0, 6))) for index in (50, 51))
+    total.backward()
     for name, gradient in gradients(net).items():
-        if gradient is not None:
-            torch.testing.assert_close(gradient, alone[0][name] + alone[1][name])
+        torch.testing.assert_close(gradient, alone[0][name] + alone[1][name])
+    other, theirs = twin
+    for index in (50, 51):
+        theirs.loss(micro_losses(other, index, slice(0, 6))).backward()
+    memories = [o.state_dict()["bayesagg"]["memory"] for o in (optimizer, theirs)]
+    if rule == "likelihood":
+        assert_near(*map(evidence, memories))
+    else:
+        assert_near(*([g["running"] for g in memory["groups"]] for memory in memories))
 
 
 # --- activation checkpointing --------------------------------------------------------------------
@@ -261,45 +299,42 @@ class Checkpointed(nn.Module):
         return {name: head(h) for name, head in self.net.heads.items()}
 
 
-def last_layer(net):
-    return net.trunk[-1]
-
-
 @pytest.mark.parametrize(
     ("where", "reentrant", "hook"),
     [
         ("trunk", False, lambda net: net.trunk),
         ("whole", False, lambda net: net.trunk),
         ("whole", False, lambda net: None),
-        ("layers", False, last_layer),
-        ("layers", True, last_layer),
+        ("layers", False, lambda net: net.trunk[-1]),
+        ("layers", True, lambda net: net.trunk[-1]),
         ("trunk", True, lambda net: net.trunk),
     ],
     ids=["trunk", "whole", "whole_no_hook", "layers", "layers_reentrant", "trunk_reentrant"],
 )
-def test_activation_checkpointing(where, reentrant, hook):
+def test_activation_checkpointing(where, reentrant, hook, rule):
     """Hooks that fire again in the backward pass report nothing."""
     results = []
     for wrapped in (False, True):
-        net = make_net(trunk=trunk)
-        optimizer = wrap(net, "momentum", settings=QUICK, shared_rep_hook=hook(net))
+        net = plain_net()
+        optimizer = wrap(net, "momentum", rule, settings=QUICK, shared_rep_hook=hook(net))
         model = Checkpointed(net, where, reentrant) if wrapped else net
+        capture = optimizer.engine._capture
         for index in range(7):
             x, labels = make_batch(seed=index)
             optimizer.zero_grad()
             losses = make_losses(model(x.requires_grad_()), labels)
-            optimizer.engine._capture.group = "noted by the forward pass"
+            capture.group = "noted by the forward pass"
             optimizer.step(losses)
-            assert optimizer.engine._capture.h is None
-            assert optimizer.engine._capture.group == "noted by the forward pass"
+            assert not any(capture.calls.values())
+            assert capture.group == "noted by the forward pass"
         results.append(snapshot(net, optimizer))
     assert_same(*results)
 
 
-def test_heads_inside_reentrant_checkpointing_are_refused():
+def test_heads_inside_reentrant_checkpointing_are_refused(rule):
     """Its forward pass is made without gradients."""
-    net = make_net(trunk=trunk)
-    optimizer = wrap(net)
+    net = plain_net()
+    optimizer = wrap(net, rule=rule)
     x, labels = make_batch()
     losses = {}
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import io
 
+import bayesagg.plan
 import pytest
 import torch
+from bayesagg.subset import draw
 from torch import nn
 from torch.nn import functional as F
 
-import bayesagg.plan
 from bayesagg import BinaryHead, MulticlassHead, RegressionHead
-from bayesagg.subset import draw
 from tests.helpers import OPTIMIZERS, PaperBayesAgg, assert_same, difference, snapshot, wrap
 
 TASKS = {"depth": 1, "edge": 1, "class": 3}

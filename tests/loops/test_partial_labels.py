@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from bayesagg.observe import observe
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg.observe import observe
 from bayesagg.posterior import augment
 from tests.helpers import (
     OUTPUTS,

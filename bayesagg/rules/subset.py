@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 
 from bayesagg.aggregation import GradientScale
-from bayesagg.likelihoods import Block, Labels, Statistics
+from bayesagg.likelihoods import Likelihood
 from bayesagg.posterior import Gaussian
+from bayesagg.reading import Labels
+from bayesagg.rules.groups import Group
 
-__all__ = ["Subset", "check_max_data", "draw", "extend", "select"]
+__all__ = ["Subset", "draw", "extend", "select"]
 
 
 @dataclass(frozen=True)
@@ -46,43 +48,6 @@ class Subset:
     index: Tensor
     scale: float
 
-    def upscale(self, evidence: Statistics) -> Statistics:
-        """Evidence of the subset as an unbiased estimate of that of the batch; in place."""
-        for tensor in evidence.tensors().values():
-            tensor.mul_(self.scale)
-        return evidence
-
-    def refine(
-        self,
-        block: Block,
-        features: Tensor,
-        labels: Labels,
-        posterior: Gaussian,
-        evidence: Statistics,
-    ) -> None:
-        """:meth:`Block.refine`, whose sums over the subset are scaled like the others."""
-        fresh = Statistics(evidence.precision, evidence.shift, evidence.count, {})
-        block.refine(features, labels, posterior, fresh)
-        evidence.extra.update({key: value * self.scale for key, value in fresh.extra.items()})
-
-
-def check_max_data(max_data: object, covariance: str) -> int | None:
-    """``max_data`` if the engine can use it.
-
-    Raises:
-        ValueError: if it is not a positive integer or ``None``, or goes with Eq. 6.
-    """
-    if max_data is None:
-        return None
-    if not isinstance(max_data, int) or isinstance(max_data, bool) or max_data < 1:
-        raise ValueError(f"max_data must be a positive integer or None, got {max_data!r}.")
-    if covariance == "full":
-        raise ValueError(
-            "max_data goes with covariance='diagonal': the weights of Eq. 6 are matrices, of which "
-            "a mean over the subset would say little."
-        )
-    return max_data
-
 
 def draw(
     labels: Sequence[Labels], rows: int, max_data: int, generator: torch.Generator
@@ -93,7 +58,7 @@ def draw(
     or sequence gets its share; each datum has the same expected number of draws.
 
     Args:
-        labels: of each block, ``rows`` data.
+        labels: of each group, ``rows`` data.
         rows: data in the batch.
         max_data: size of the subset.
         generator: decides; on the device of the labels.
@@ -129,7 +94,7 @@ def select(labels: Sequence[Labels], index: Tensor) -> list[Labels]:
 def extend(
     index: Tensor,
     rows: Tensor,
-    blocks: Sequence[Block],
+    groups: Sequence[Group],
     labels: Sequence[Labels],
     posteriors: Sequence[Gaussian],
     exact: Tensor,
@@ -141,9 +106,9 @@ def extend(
     Args:
         index: of the subset, ``[n]``.
         rows: shared representation of all data, ``[N, d]``.
-        blocks: of ``K`` tasks together.
-        labels: of each block, all data.
-        posteriors: of each block.
+        groups: of ``K`` tasks together.
+        labels: of each group, all data.
+        posteriors: of each group.
         exact: gradient of the subset, ``[n, d]``.
         weights: mean weights over the labelled data of the subset, ``[K, d]``.
         scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
@@ -158,15 +123,15 @@ def extend(
     share = torch.zeros_like(h) if partial else None
     count = h.new_zeros(len(h), 1) if partial else h.new_full((1, 1), float(len(alpha)))
     start = 0
-    for block, known, posterior in zip(blocks, labels, posteriors, strict=True):
-        own = alpha[start : start + block.num_tasks]
-        start += block.num_tasks
-        for name, mean in block.module_weights(posterior).items():
-            part = block.slices[name]
-            point = _residuals(block, known, part, h, mean.to(h.dtype))
-            gradient.addmm_(point.mT, own[part] * mean[:, : block.d].to(h.dtype))
+    for group, known, posterior in zip(groups, labels, posteriors, strict=True):
+        own = alpha[start : start + group.num_tasks]
+        start += group.num_tasks
+        for name, mean in group.means(posterior).items():
+            part = group.slices[name]
+            point = _residuals(group.likelihood, known, part, h, mean.to(h.dtype))
+            gradient.addmm_(point.mT, own[part] * mean[:, : h.shape[1]].to(h.dtype))
         if share is not None:
-            present = _mask(known, block.num_tasks, len(h)).to(h.dtype)
+            present = _mask(known, group.num_tasks, len(h)).to(h.dtype)
             share.addmm_(present, own)
             count += present.sum(1, keepdim=True)
     if share is not None:
@@ -176,17 +141,19 @@ def extend(
     return gradient.index_copy_(0, index, exact.to(h.dtype))
 
 
-def _residuals(block: Block, known: Labels, part: slice, h: Tensor, mean: Tensor) -> Tensor:
+def _residuals(
+    likelihood: Likelihood, known: Labels, part: slice, h: Tensor, mean: Tensor
+) -> Tensor:
     """``f e`` of one head at its posterior mean ``[o, D]``; ``[o, N]``, 0 without a label.
 
     Outputs come first: a softmax over rows of a few classes takes twenty times as long.
     """
-    z = mean[:, : block.d] @ h.mT
-    if block.bias:
+    z = mean[:, : likelihood.d] @ h.mT
+    if likelihood.bias:
         z += mean[:, -1:]
     targets = known.targets[:, part]
     targets = (targets[:, 0] if targets.dim() == 3 else targets).to(h.dtype).mT
-    residual = block.residual(z, targets) * known.factor[:, part].to(h.dtype).mT
+    residual = likelihood.residual(z, targets) * known.factor[:, part].to(h.dtype).mT
     if known.present is not None:
         residual.masked_fill_(~known.present[:, part].mT, 0)
     return residual

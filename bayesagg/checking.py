@@ -1,0 +1,71 @@
+"""Leaves of a checkpoint, each checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bayesagg.errors import CheckpointError
+
+__all__ = ["check", "check_keys", "scalar_leaf", "tensor_leaf"]
+
+Number = TypeVar("Number", int, float)
+_REMEDY = "It was saved from other heads or settings, by another version, or is damaged."
+
+
+def check(holds: bool, what: str) -> None:
+    """Raise unless a condition holds.
+
+    Raises:
+        CheckpointError: that says ``what`` is wrong with the checkpoint.
+    """
+    if not holds:
+        raise CheckpointError(f"the checkpoint cannot be loaded: {what}. {_REMEDY}")
+
+
+def check_keys(state: Any, keys: Sequence[str], what: str) -> None:
+    """A dictionary has these keys and no others.
+
+    Raises:
+        CheckpointError: if not.
+    """
+    check(isinstance(state, dict) and state.keys() == set(keys), f"{what} is incomplete")
+
+
+def scalar_leaf(value: Any, kind: type[Number], what: str, minimum: float | None = None) -> Number:
+    """A plain finite number of the given type.
+
+    Raises:
+        CheckpointError: if it is something else, or below ``minimum``.
+    """
+    check(type(value) is kind and math.isfinite(value), f"{what} is {value!r}")
+    check(minimum is None or value >= minimum, f"{what} is {value!r}, below {minimum:g}")
+    return value  # type: ignore[no-any-return]
+
+
+def tensor_leaf(
+    value: Any, shape: Sequence[int], like: Tensor, what: str, minimum: float | None = None
+) -> Tensor:
+    """A copy of a finite tensor of the given shape, in the device and dtype of ``like``.
+
+    Raises:
+        CheckpointError: if it is something else, or has an entry below ``minimum``.
+    """
+    check(isinstance(value, Tensor), f"{what} is a {type(value).__name__}, not a tensor")
+    check(
+        tuple(value.shape) == tuple(shape),
+        f"{what} has shape {tuple(value.shape)}, these heads need {tuple(shape)}",
+    )
+    check(
+        value.is_floating_point() == like.is_floating_point() and not value.is_complex(),
+        f"{what} is of type {value.dtype}",
+    )
+    check(bool(torch.isfinite(value).all()), f"{what} is not finite")
+    check(
+        minimum is None or bool((value >= minimum).all()), f"{what} has an entry below {minimum}"
+    )
+    return value.detach().to(like.device, like.dtype, copy=True)

@@ -1,0 +1,141 @@
+"""Cross-entropy over many classes: the curvature by its bound, one matrix for all classes.
+
+``diag p - p pᵀ ≤ 1/2`` (Böhning 1992), so that ``Λ = ½ H̃ᵀH̃`` for each class, and the classes are
+independent a posteriori. The posterior mean cannot overshoot; the variances are smaller than those
+of Eq. 8-10, most of all for classes that are rarely likely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bayesagg.likelihoods.base import Evidence, Likelihood, label_count
+from bayesagg.likelihoods.binary import Binary
+from bayesagg.likelihoods.bounds import BOUNDS
+from bayesagg.moments import LogMoments
+from bayesagg.moments.whitened import whitened
+from bayesagg.posterior import Gaussian, regression_statistics
+
+if TYPE_CHECKING:
+    from bayesagg.reading import Labels
+
+__all__ = ["BoundedMulticlass"]
+
+_NODES = 256
+_CHUNK = 1 << 21  # elements of the largest intermediate
+
+
+class BoundedMulticlass(Likelihood):
+    """One task of many classes, each a Gaussian of its own with the covariance of all.
+
+    Moments of ``g = Wᵀρ``, ``ρ = p(z) - y``: the logits are ``z = m_z + √v ε`` with one ``v``, and
+    given ε every column of ``W`` is normal with mean ``m_d + ρ̃_d ε``, ``ρ̃ = S h̃/√v``, and variance
+    ``S_dd - ρ̃_d²``. So with ``a = Wᵀρ`` at that mean::
+
+        E[g] = E[a],    Var[g] = Var[a] + E[ρᵀρ] (S_dd - ρ̃²)
+    """
+
+    defaults = Binary.defaults
+
+    @property
+    def rows(self) -> int:
+        """A Gaussian a class."""
+        return self.classes
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Probabilities."""
+        return (self.classes,)
+
+    def evidence(self, features: Tensor, labels: Labels, weights: Tensor | None) -> Evidence:
+        """Least squares on the working responses of the bound."""
+        bound = BOUNDS["multiclass"]
+        working = bound.working(labels)
+        if weights is None:
+            precision, shift = regression_statistics(features, working)
+        else:
+            one = weights[:, :1].to(features.dtype)
+            precision = (features * one).mT @ features[None]
+            shift = (working * one).mT @ features
+        return Evidence(precision * bound.curvature, shift * bound.curvature, label_count(labels))
+
+    def moments(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        posterior: Gaussian,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> LogMoments:
+        """Sobol points for ε, or normal ones of ``generator`` for Eq. 11."""
+        parts = []
+        for along, level, rest, _ in self._given(features, targets, posterior, generator, dtype):
+            mean = along.mean(1)
+            relative = (along - mean[:, None]).square_().mean(1).div_(level).add_(rest)
+            relative = relative.clamp_(min=torch.finfo(dtype).tiny)
+            parts.append((mean[:, None], relative[:, None], level.log()[:, None]))
+        return LogMoments(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def covariances(
+        self, features: Tensor, targets: Tensor, posterior: Gaussian, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`moments`."""
+        parts, s = [], posterior.covariance[0, : self.d, : self.d]
+        given = self._given(features, targets, posterior, generator, features.dtype)
+        for along, level, _, rho in given:
+            mean = along.mean(1)
+            centred = along - mean[:, None]
+            covariance = centred.mT @ centred / along.shape[1]
+            covariance += level[..., None] * (s - rho[:, :, None] * rho[:, None])
+            parts.append((mean[:, None], covariance[:, None]))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _given(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        posterior: Gaussian,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of some data at a time: a, ``[n, J, d]``, ``E[ρᵀρ]``, ``S_dd - ρ̃²`` and ρ̃, ``[n, d]``."""
+        if self.samples is None:
+            nodes = _nodes(self.classes, dtype, features.device)
+        else:
+            shape = (self.classes, self.samples)
+            nodes = torch.randn(shape, generator=generator, dtype=dtype, device=features.device)
+        mean = posterior.mean[:, : self.d].to(dtype)
+        each = nodes.shape[1] * max(self.classes, self.d)
+        size = max(1, _CHUNK // each)
+        for h, y in zip(features.split(size), targets[:, 0].split(size), strict=True):
+            sd, rho, variance = (x[0] for x in whitened(h, posterior, self.d, dtype))
+            z = (h @ posterior.mean.mT).to(dtype)[..., None] + sd.to(dtype)[..., None] * nodes
+            error = z.softmax(1).sub_(y.to(dtype)[..., None])
+            # They add up to zero: that of the label, close to -0 or far more, from the others.
+            label = y.argmax(1)[:, None, None].expand(-1, 1, error.shape[2])
+            error = error.scatter_(1, label, 0.0)
+            error = error.scatter_(1, label, -error.sum(1, keepdim=True))
+            slope = (error * nodes).sum(1)
+            along = slope[..., None] * rho[:, None]
+            along = along.baddbmm_(error.mT, mean.expand(len(h), -1, -1))
+            level = error.square_().sum(1).mean(1, keepdim=True)
+            yield along, level.clamp_(min=torch.finfo(dtype).tiny), variance - rho.square(), rho
+
+    @staticmethod
+    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
+        """``p - y``."""
+        return outputs.softmax(0) - targets
+
+
+@lru_cache
+def _nodes(dimensions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Scrambled Sobol points under the normal quantile function, symmetric, ``[C, J]``."""
+    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0)
+    uniform = engine.draw(_NODES // 2, dtype=torch.float64).clamp_(1e-9, 1 - 1e-9)
+    half = torch.special.ndtri(uniform).mT
+    return torch.cat([half, -half], dim=1).to(device, dtype).contiguous()

@@ -1,0 +1,99 @@
+"""Every likelihood as least squares on working responses: what evidence that streams is made of.
+
+A quadratic with a curvature ``c`` that does not depend on the datum bounds each negative
+log-likelihood from above and touches it at the current output ``z`` (majorise-minimise): up to a
+constant it is ``c/2 (h̃ᵀw - t)²`` with the working response ``t = z - e/c``, ``e`` the derivative
+at ``z``. So one Gram matrix ``H̃ᵀH̃`` serves every task on the same features, and the minimum of
+the bound cannot overshoot (Böhning 1992). For a squared error the bound is exact and ``t = y``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayesagg.reading import Labels
+
+__all__ = ["BOUNDS", "Bound", "floored"]
+
+
+def floored(squares: Tensor, level: Tensor) -> Tensor:
+    """Squared residuals, kept above the rounding of the labels, whose squares are ``level``."""
+    return torch.maximum(squares, level * 1e-10)
+
+
+class Bound(Protocol):
+    """A likelihood bounded by a quadratic.
+
+    Attributes:
+        curvature: ``c``.
+        exact: the likelihood is the quadratic (Gaussian), so that a datum can be taken out of the
+            posterior and the noise has a scale τ² to learn.
+        least_scale: bounds the weight of a task that is fitted perfectly.
+    """
+
+    @property
+    def curvature(self) -> float: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def least_scale(self) -> float: ...
+
+    def working(self, labels: Labels) -> Tensor:
+        """Working responses of every output (class), ``[N, P]``."""
+
+    def misfit(self, labels: Labels) -> Tensor:
+        """What the scale of the likelihood is the mean of, at the outputs, ``[N, K]``."""
+
+
+@dataclass(frozen=True)
+class _SquaredError:
+    curvature: float = 1.0
+    exact: bool = True
+    least_scale: float = 0.0
+
+    def working(self, labels: Labels) -> Tensor:
+        return labels.targets
+
+    def misfit(self, labels: Labels) -> Tensor:
+        return floored((labels.outputs - labels.targets).square(), labels.targets.square())
+
+
+@dataclass(frozen=True)
+class _Logistic:
+    curvature: float = 0.25  # σ(1-σ) ≤ 1/4
+    exact: bool = False
+    least_scale: float = 1e-2  # nats
+
+    def working(self, labels: Labels) -> Tensor:
+        error = labels.outputs.sigmoid() - labels.targets
+        return labels.outputs - error / self.curvature
+
+    def misfit(self, labels: Labels) -> Tensor:
+        return F.binary_cross_entropy_with_logits(labels.outputs, labels.targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    curvature: float = 0.5  # diag p - p pᵀ ≤ 1/2
+    exact: bool = False
+    least_scale: float = 1e-2  # nats
+
+    def working(self, labels: Labels) -> Tensor:
+        error = labels.outputs.softmax(2) - labels.targets
+        return (labels.outputs - error / self.curvature).flatten(1)
+
+    def misfit(self, labels: Labels) -> Tensor:
+        return -(labels.targets * labels.outputs.log_softmax(2)).sum(2)
+
+
+BOUNDS: dict[str, Bound] = {
+    "regression": _SquaredError(),
+    "binary": _Logistic(),
+    "multiclass": _Softmax(),
+}
+"""By kind of head."""

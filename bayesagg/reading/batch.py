@@ -1,0 +1,133 @@
+"""What a step is given, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesagg.heads import Head
+from bayesagg.reading.hooks import Call
+
+__all__ = ["Batch", "Labels", "Part"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Verified labels of the tasks of a part.
+
+    Attributes:
+        outputs: ``[N, K]``, or ``[N, K, C]`` for multi-class tasks; at least float32.
+        targets: of the same shape; finite also where not present.
+        factor: the loss per unit of likelihood, ``[N, K]`` or ``[1, K]``, positive: a mean over
+            ``B`` data with task weight ``c`` has factor ``c / B``.
+        present: ``[N, K]`` booleans, or ``None`` where every label is there.
+    """
+
+    outputs: Tensor
+    targets: Tensor
+    factor: Tensor
+    present: Tensor | None
+
+    @staticmethod
+    def join(parts: Sequence[Labels]) -> Labels:
+        """Labels of several heads side by side."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = len(parts[0].outputs)
+        present = None
+        if any(part.present is not None for part in parts):
+            present = torch.cat(
+                [
+                    part.outputs.new_ones(part.outputs.shape[:2], dtype=torch.bool)
+                    if part.present is None
+                    else part.present
+                    for part in parts
+                ],
+                dim=1,
+            )
+        factors = [part.factor for part in parts]
+        if any(len(factor) != 1 for factor in factors):
+            factors = [factor.expand(rows, -1) for factor in factors]
+        return Labels(
+            torch.cat([part.outputs for part in parts], dim=1),
+            torch.cat([part.targets for part in parts], dim=1),
+            torch.cat(factors, dim=1),
+            present,
+        )
+
+    def columns(self, start: int, stop: int) -> Labels:
+        """The labels of tasks ``start`` to ``stop``."""
+        present = None if self.present is None else self.present[:, start:stop]
+        return Labels(
+            self.outputs[:, start:stop],
+            self.targets[:, start:stop],
+            self.factor[:, start:stop],
+            present,
+        )
+
+    def rows(self, start: int, stop: int) -> Labels:
+        """The labels of data ``start`` to ``stop``."""
+        if start == 0 and stop >= len(self.outputs):
+            return self
+        factor = self.factor if len(self.factor) == 1 else self.factor[start:stop]
+        present = None if self.present is None else self.present[start:stop]
+        return Labels(self.outputs[start:stop], self.targets[start:stop], factor, present)
+
+    def to(self, dtype: torch.dtype) -> Labels:
+        """In another dtype."""
+        return Labels(
+            self.outputs.to(dtype), self.targets.to(dtype), self.factor.to(dtype), self.present
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Heads of one kind that read the same tensors in this step.
+
+    Attributes:
+        kind: of the heads; multi-class heads of a part have the same number of classes.
+        names: of the heads.
+        heads: in the same order.
+        key: identity of the tensors they read: parts with equal keys share their features.
+        calls: of every head, those whose output a loss depends on.
+        features: rows of all calls below each other, ``[N, d]``, detached, in the network's dtype.
+        gradient: of the sum of all losses at the outputs, ``[N, K]`` or ``[N, K, C]``.
+        labels: ``None``: the losses are not the heads' likelihood, and all that is known of them
+            is their gradient.
+        losses: value of every head's loss, ``[H]``, detached.
+        slices: columns, of ``K``, of every head.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    heads: tuple[Head, ...]
+    key: tuple[int, ...]
+    calls: Mapping[str, Sequence[Call]]
+    features: Tensor
+    gradient: Tensor
+    labels: Labels | None
+    losses: Tensor
+    slices: Mapping[str, slice]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's losses, and what was read off them.
+
+    Attributes:
+        parts: of all heads that take part; none where gradients overflowed.
+        total: sum of all losses, those without a head included, with its graph.
+        losses: by task, means of those that were not reduced, with their graphs.
+        tasks: names of the heads that take part.
+        overflowed: the losses are finite and a gradient is infinite (a scaled loss under a
+            ``GradScaler``).
+    """
+
+    parts: list[Part]
+    total: Tensor
+    losses: dict[str, Tensor]
+    tasks: list[str]
+    overflowed: bool = False

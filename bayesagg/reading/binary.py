@@ -1,0 +1,172 @@
+"""Binary cross-entropies: ``f (softplus(z) - y z)``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayesagg.errors import TargetError
+from bayesagg.reading.observed import Found, Observed, Read, Said, tolerance
+from bayesagg.reading.targets import Targets, beside_outputs, raise_infinite
+
+__all__ = ["Binary"]
+
+
+class Binary:
+    """Labels of binary heads: probabilities, snapped to 0 and 1 where they are close."""
+
+    kind: ClassVar[str] = "binary"
+    needs_factor: ClassVar[bool] = True
+    loss_name: ClassVar[str] = "a binary cross-entropy of constant weight on logits"
+    hints: ClassVar[str] = (
+        "outputs that are pooled, class or example weights, a focal term and a regulariser in the "
+        "loss do this"
+    )
+
+    other_labels: ClassVar[str] = (
+        "Pass the labels that it compares the head's output with (with label smoothing the "
+        "smoothed ones), or leave `targets=` out: they are read off the loss."
+    )
+
+    def value(self, output: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return F.binary_cross_entropy_with_logits(output, target, reduction="none")
+
+    def residual(self, output: Tensor, target: Tensor) -> Tensor:
+        """``σ(z) - y``."""
+        return output.sigmoid() - target
+
+    def curved(self, output: Tensor, v: Tensor) -> Tensor:
+        """``σ(1-σ) v``."""
+        return output.sigmoid() * (-output).sigmoid() * v
+
+    def size(self, a: Tensor) -> Tensor:
+        """Absolute value: every output is a task."""
+        return a.abs()
+
+    def against(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """``a`` along ``b``, and the length of ``b``."""
+        return a * b.sign(), b.abs()
+
+    def noise(self, output: Tensor, eps: float) -> Tensor | float:
+        """Of a probability."""
+        return 4 * eps
+
+    def curvature_noise(self, output: Tensor, eps: float) -> Tensor | float:
+        """``1 - σ`` is rounded for positive logits; for negative ones all is exact."""
+        return 4 * eps * (output > 0)
+
+    def value_noise(self, output: Tensor, eps: float) -> Tensor | float:
+        """Of ``z`` and of ``1 + exp(-|z|)``."""
+        return eps * (1 + output.abs())
+
+    def targets(self, saids: list[Said], like: Tensor, partial: bool) -> Targets:
+        """One probability per output; NaN is missing."""
+        y = beside_outputs(saids, like)
+        missing = None
+        if partial:
+            missing = y.isnan()
+            y = y.masked_fill(missing, 0)
+        least, largest = y.aminmax()
+        valid = (least >= 0) & (largest <= 1)
+        return Targets(y, None if missing is None else ~missing, valid)
+
+    def raise_invalid(self, said: Said) -> None:
+        """A target that is no probability.
+
+        Raises:
+            TargetError: for one.
+        """
+        raise_infinite(said)
+        assert said.target is not None
+        y = said.target[~said.target.isnan()]
+        if not bool(((y >= 0) & (y <= 1)).all()):
+            raise TargetError(
+                f"task {said.name!r}: binary targets must lie in [0, 1], got {float(y.min()):g} "
+                f"to {float(y.max()):g}. Use NaN for a missing label."
+            )
+
+    def read(self, observed: Observed, factor: Tensor | None) -> Read:
+        """``y = σ(z) - g / f``."""
+        assert factor is not None
+        z, g = observed.output, observed.gradient
+        p = z.sigmoid()
+        y = p - g / factor
+        # A saturated datum on the right side has no gradient; others without one have no label.
+        shown = torch.logical_or(g, torch.addcmul(p, p, p, value=-1) <= observed.eps)
+        tol = tolerance(observed.eps)
+        least, largest = y.aminmax()
+        checks = (shown.all(0), (least > -4 * tol).view(1), (largest < 1 + 4 * tol).view(1))
+        y = _snapped(y, observed.eps)
+        value = (self.value(z, y) * factor).sum(0)
+        noise = None
+        if observed.eps > 1e-6:  # else it is nothing beside the tolerance
+            noise = (factor * self.value_noise(z, observed.eps)).sum(0)
+        return Read(y, factor, None, (*checks, observed.agrees(value, 8 * tol, noise)))
+
+    def recover(self, observed: Observed) -> Found:
+        """The second derivative ``f σ(1-σ)`` gives the factor, as far as it can be seen."""
+        z, g = observed.output, observed.gradient
+        tol, eps = tolerance(observed.eps), observed.eps
+        p = z.sigmoid()
+        spread = p * (-z).sigmoid()
+        curvatures = [curved / v for v, curved in observed.probes]
+        c = curvatures[0]
+        missing = (g == 0) & (c == 0) & (spread > eps)
+        known, negative, zero = ~missing, z < 0, torch.zeros_like(z)
+        # The curvature is f σ(1-σ) to eps / (1 - σ); for negative logits it is exact.
+        usable = known & (torch.where(negative, spread / eps, spread) > min(tol / 10, 10 * eps))
+        hidden = known & ~usable
+        right = hidden & (g.abs() <= 2 * c)
+        factor = _factor(observed, c, spread, usable, hidden & ~right)[None]
+        rounding = torch.where(negative, zero, 4 * eps / spread) + 1.25 * tol
+        y = torch.where(right, p.round(), p - g / factor).masked_fill_(missing, 0)
+        # Where the factor of a datum cannot be seen, a weight and a soft label are the same.
+        hard = torch.minimum(y.abs(), (1 - y).abs()) <= 4 * tol
+        valid = (factor > 0) & (hard | ~hidden)
+        for curvature in curvatures:
+            off = (curvature / spread / factor - 1).abs()
+            valid = valid & ((off <= rounding) | ~usable) & ((curvature == 0) | ~missing)
+        fine = (valid & ((y - 0.5).abs() < 0.5 + 4 * tol)).all(0)
+        y = _snapped(y, eps)
+        # A loss with the same derivatives at these outputs has another value.
+        value = (factor * self.value(z, y) * known).sum(0)
+        noise = (factor * self.value_noise(z, eps)).sum(0)
+        blind = observed.per_head((~usable.any(0)).to(z.dtype)) > 0
+        agrees = observed.agrees(value, 8 * tol, noise) | blind
+        return Found(y, factor, known, agrees & observed.all_of_head(fine))
+
+    def recover_any(self, observed: Observed) -> Found:
+        """As :meth:`recover`."""
+        return self.recover(observed)
+
+
+def _snapped(y: Tensor, eps: float) -> Tensor:
+    """Labels at 0 and 1 where they are close; overwritten."""
+    snap = max(4 * eps, 4e-3)
+    return y.masked_fill_(y < snap, 0).masked_fill_(y > 1 - snap, 1)
+
+
+def _factor(
+    observed: Observed, curvature: Tensor, spread: Tensor, usable: Tensor, wrong: Tensor
+) -> Tensor:
+    """Factor of the loss, ``[K]``, from the best evidence that the batch has.
+
+    The curvature of data that are not saturated, without positive logits that nearly are, whose
+    curvature is rounded, if there are others; else of negative saturated logits, whose small
+    ``σ(1-σ)`` is exact; else the gradient of saturated data on the wrong side, which is the factor;
+    else (all right: there is no gradient) that of a mean.
+    """
+    z, eps = observed.output, observed.eps
+    exact = (z < 0) & (curvature > 0)
+    precise = usable & ((z < 0) | (spread > 16 * eps / tolerance(eps)))
+    factor = torch.full_like(z[0], 1 / len(z))
+    largest = (observed.gradient.abs() * wrong).amax(0)
+    factor = torch.where(wrong.any(0), largest, factor)
+    for chosen in (exact, usable, precise):
+        ratio = (curvature * chosen).sum(0) / (spread * chosen).sum(0)
+        factor = torch.where(chosen.any(0), ratio, factor)
+    return factor

@@ -1,0 +1,209 @@
+"""What losses say at the outputs of heads, before anything is believed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bayesagg.heads import Head
+from bayesagg.reading.hooks import Call, flatten
+
+__all__ = ["Found", "Observed", "Read", "Said", "join", "rows_of", "tolerance", "value_tolerance"]
+
+
+def tolerance(eps: float) -> float:
+    """Relative error allowed of derivatives: rounding of the output's dtype, amplified."""
+    return max(1e-3, 8 * eps)
+
+
+def value_tolerance(eps: float) -> float:
+    """Relative error allowed of the value of a loss, a sum in which rounding averages out."""
+    return max(1e-5, min(1e3 * eps, tolerance(eps)))
+
+
+@dataclass
+class Said:
+    """One head in one step.
+
+    Attributes:
+        name: of the head.
+        head: its description.
+        calls: those whose output some loss depends on, in their order.
+        loss: of the task, a scalar with its graph.
+        gradients: of all losses at the outputs of the calls.
+        target: what the user passed, ``None``: labels are read off the loss.
+        eps: rounding of the outputs or of the loss, whichever is larger.
+        probes: ``v`` and ``H v`` at the outputs of the calls, ``H`` second derivatives.
+    """
+
+    name: str
+    head: Head
+    calls: list[Call]
+    loss: Tensor
+    gradients: list[Tensor]
+    target: Tensor | None
+    eps: float
+    probes: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Identity of what the head reads."""
+        return tuple(id(call.features) for call in self.calls)
+
+    def rows(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors like the outputs of the calls as ``[N, o]``."""
+        return rows_of(tensors, self.head.channels_first)
+
+
+def rows_of(tensors: Sequence[Tensor], channels_first: bool) -> Tensor:
+    """Every position of every tensor a datum, ``[N, c]``."""
+    flat = [t if t.dim() == 2 else flatten(t, channels_first) for t in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Heads of one kind side by side, in at least float32.
+
+    Outputs and all that is like them are ``[N, K]``, or ``[C, N, K]`` for multi-class heads:
+    operations along a short last dimension take many times as long.
+
+    Attributes:
+        saids: of every head.
+        kind: of the heads.
+        output: detached.
+        gradient: of all losses at the output.
+        losses: value of every head's loss, ``[H]``.
+        owners: head of every column, ``[K]``; ``None`` where each has one.
+        eps: rounding of the outputs as they were given.
+        target: finite also where it is missing; ``None``: to be read.
+        present: labels that there are, ``[N, K]``; ``None`` beside no target.
+        probes: ``v`` and ``H v``; none: no second derivatives were taken.
+    """
+
+    saids: tuple[Said, ...]
+    kind: str
+    output: Tensor
+    gradient: Tensor
+    losses: Tensor
+    owners: Tensor | None
+    eps: float
+    target: Tensor | None = None
+    present: Tensor | None = None
+    probes: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def per_head(self, values: Tensor) -> Tensor:
+        """Sums of ``values``, ``[K]``, over the columns of each head, ``[H]``."""
+        if self.owners is None:
+            return values
+        return values.new_zeros(len(self.losses)).index_add_(0, self.owners, values)
+
+    def all_of_head(self, holds: Tensor) -> Tensor:
+        """Whether ``holds``, ``[K]``, in every column of each head, ``[H]``."""
+        if self.owners is None:
+            return holds
+        return self.per_head((~holds).to(self.output.dtype)) == 0
+
+    def agrees(self, value: Tensor, allowed: float, noise: Tensor | None = None) -> Tensor:
+        """Whether losses, ``[H]``, have the values that labels give them; never if not finite.
+
+        Args:
+            value: by column, ``[K]``.
+            allowed: relative error.
+            noise: absolute error by column, ``[K]``.
+        """
+        off = (self.per_head(value) - self.losses).abs()
+        off = torch.sub(off, self.losses.abs(), alpha=allowed)
+        return off <= 0 if noise is None else off <= self.per_head(noise)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Labels that hold if all checks do.
+
+    Attributes:
+        target: as in :class:`Observed`.
+        factor: ``[N, K]`` or ``[1, K]``.
+        present: ``[N, K]``; ``None``: all.
+        checks: vectors of booleans.
+    """
+
+    target: Tensor
+    factor: Tensor
+    present: Tensor | None
+    checks: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Labels of heads side by side, and whether they reproduce what was observed.
+
+    Attributes:
+        target: as in :class:`Observed`.
+        factor: ``[N, K]`` or ``[1, K]``.
+        present: ``[N, K]``; ``None``: all.
+        valid: by head, ``[H]``.
+        weighted: by head, ``[H]``: the factor differs between data. ``None``: none does.
+    """
+
+    target: Tensor
+    factor: Tensor
+    present: Tensor | None
+    valid: Tensor
+    weighted: Tensor | None = None
+
+
+@functools.lru_cache(maxsize=64)
+def _owners(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Head of every column; kept, so that no step waits for a copy to the device."""
+    index = [i for i, size in enumerate(sizes) for _ in range(size)]
+    return torch.tensor(index, device=device)
+
+
+def join(
+    saids: Sequence[Said], target: Tensor | None = None, present: Tensor | None = None
+) -> Observed:
+    """Several heads of one kind (and number of classes) side by side.
+
+    Args:
+        saids: their outputs are of one dtype.
+        target: of all of them, in the layout of :class:`Observed`.
+        present: ``[N, K]``.
+    """
+    first = saids[0]
+    classes = first.head.out_features if first.head.kind == "multiclass" else None
+    work = torch.promote_types(first.calls[0].output.dtype, torch.float32)
+
+    def beside(parts: Sequence[Tensor]) -> Tensor:
+        wide = parts[0].detach() if len(parts) == 1 else torch.cat(list(parts), 1)
+        if wide.dtype != work:
+            wide = wide.to(work)
+        if classes is not None:
+            wide = wide.view(len(wide), -1, classes).permute(2, 0, 1).contiguous()
+        return wide
+
+    sizes = [said.head.num_tasks for said in saids]
+    outputs = beside([s.rows([call.output for call in s.calls]) for s in saids])
+    owners = None
+    if sum(sizes) > len(sizes):
+        owners = _owners(tuple(sizes), outputs.device)
+    probes = []
+    for i in range(len(first.probes)):
+        v = beside([s.rows(s.probes[i][0]) for s in saids])
+        probes.append((v, beside([s.rows(s.probes[i][1]) for s in saids])))
+    return Observed(
+        tuple(saids),
+        first.head.kind,
+        outputs,
+        beside([s.rows(s.gradients) for s in saids]),
+        torch.cat([s.loss.view(1) for s in saids]).to(work),
+        owners,
+        max(s.eps for s in saids),
+        target,
+        present,
+        tuple(probes),
+    )

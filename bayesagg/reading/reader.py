@@ -1,0 +1,230 @@
+"""From losses to labels: one pass of autograd, and one look at the device if all is well."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesagg.errors import LossError
+from bayesagg.heads import Head, LossTask
+from bayesagg.parallel import without_gathers
+from bayesagg.reading.batch import Batch, Labels, Part
+from bayesagg.reading.diagnose import unreached
+from bayesagg.reading.hooks import Call, Capture
+from bayesagg.reading.hot import Factors, look, read_group
+from bayesagg.reading.known import Known, load, state
+from bayesagg.reading.losses import named_losses, named_targets, raise_not_finite, reduced
+from bayesagg.reading.observed import Said
+from bayesagg.reading.step import Features, Group, group_heads, labels_of, make_parts
+from bayesagg.reading.verify import Verified, verify
+
+__all__ = ["Reader"]
+
+
+class Reader:
+    """Reads labels off losses, and remembers what it has verified of them.
+
+    Args:
+        tasks: heads, and losses without one, by name.
+        passthrough: further losses without a head.
+
+    Attributes:
+        known: the form of every task's loss.
+    """
+
+    def __init__(
+        self, tasks: Mapping[str, Head | LossTask], passthrough: Iterable[str] = ()
+    ) -> None:
+        self.tasks, self.passthrough = dict(tasks), frozenset(passthrough)
+        self.known: dict[str, Known] = {}
+        self._factors = Factors()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was verified, as plain dictionaries."""
+        return state(self.known)
+
+    def loaded(self, saved: Any) -> Reader:
+        """A reader of the same tasks in the state of a checkpoint; this one is unchanged.
+
+        Raises:
+            CheckpointError: if the state does not fit.
+        """
+        reader = Reader(self.tasks, self.passthrough)
+        reader.known = load(saved, self.tasks)
+        return reader
+
+    def read(
+        self,
+        capture: Capture,
+        losses: Mapping[str, Tensor] | Sequence[Tensor],
+        targets: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+    ) -> Batch:
+        """Check everything that a step is given, and read the labels.
+
+        Args:
+            capture: that saw the forward pass.
+            losses: by task.
+            targets: by task, where they are known.
+
+        Raises:
+            BayesAggError: a specific subclass for each kind of bad input; then nothing has changed.
+        """
+        named = named_losses(losses, self.tasks, self.passthrough)
+        given = named_targets(targets, self.tasks, named)
+        names = [name for name in named if isinstance(self.tasks.get(name), Head)]
+        capture.check(names)
+        scalars = reduced(named)
+        total = next(iter(scalars.values()))
+        for loss in list(scalars.values())[1:]:
+            total = total + loss
+        calls = {name: capture.calls[name] for name in names}
+        outputs = [call.output for some in calls.values() for call in some]
+        with capture.paused(), without_gathers(outputs):
+            saids = self._hear(calls, scalars, total, given)
+            parts = self._parts(saids, named, scalars, total)
+        return Batch(parts or [], total, scalars, names, overflowed=parts is None)
+
+    def _hear(
+        self,
+        calls: Mapping[str, Sequence[Call]],
+        scalars: Mapping[str, Tensor],
+        total: Tensor,
+        targets: Mapping[str, Tensor],
+    ) -> list[Said]:
+        """Derivatives of all losses at the outputs of all heads, in one pass.
+
+        Raises:
+            LossError: for a head whose output no loss depends on.
+        """
+        outputs = [call.output for some in calls.values() for call in some]
+        found: Sequence[Tensor | None] = (
+            torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
+            if outputs
+            else ()
+        )
+        gradients = iter(found)
+        saids = []
+        for name, some in calls.items():
+            pairs = [(call, g) for call in some if (g := next(gradients)) is not None]
+            if not pairs:
+                raise unreached(name)
+            head, loss = self.tasks[name], scalars[name]
+            assert isinstance(head, Head)
+            eps = max(torch.finfo(t.dtype).eps for t in (pairs[0][0].output, loss))
+            reached, derivatives = [call for call, _ in pairs], [g for _, g in pairs]
+            saids.append(Said(name, head, reached, loss, derivatives, targets.get(name), eps))
+        return saids
+
+    def _parts(
+        self,
+        saids: Sequence[Said],
+        named: Mapping[str, Tensor],
+        scalars: Mapping[str, Tensor],
+        total: Tensor,
+    ) -> list[Part] | None:
+        """Parts of all heads; ``None``: gradients overflowed.
+
+        Raises:
+            BayesAggError: as of :meth:`read`.
+        """
+        features = Features()
+        with torch.no_grad():
+            groups = group_heads(saids, self.known)
+            for group in groups:
+                features.of(group.saids[0])
+                read_group(group, self._factors)
+            if not look(groups, features, total):
+                raise_not_finite(named)
+                if _overflowed(saids):
+                    return None
+                _raise_invalid(groups, features)
+        unread = [group for group in groups if group.read is None and not group.own]
+        verified = verify(unread, saids, scalars, total, self.known) if unread else {}
+        with torch.no_grad():
+            parts = [part for group in groups for part in _made(group, verified, features)]
+        self._remember(groups, verified)
+        return parts
+
+    def _remember(self, groups: Sequence[Group], verified: Mapping[str, Verified]) -> None:
+        for group in groups:
+            for said, known, complete in zip(
+                group.saids, group.known, group.complete, strict=group.read is not None
+            ):
+                if known is not None and not complete and not known.masked:
+                    self.known[said.name] = replace(known, masked=True)
+        for name, found in verified.items():
+            if found.known is None:
+                continue
+            before = self.known.get(name)
+            if found.known.own and (before is None or not before.own):
+                _announce(name)
+            self.known[name] = found.known
+
+
+def _announce(name: str) -> None:
+    """Say once that nothing is inferred from a loss: it may be a mistake, as labels of another form."""
+    warnings.warn(
+        f"task {name!r}: its loss is not the likelihood of its head. Nothing is inferred from it: "
+        f"the head keeps its own gradient, and what it sends to its features is weighed by the "
+        f"mean of the loss. (With label smoothing the targets are the smoothed probabilities.)",
+        stacklevel=5,
+    )
+
+
+def _made(group: Group, verified: Mapping[str, Verified], features: Features) -> list[Part]:
+    """Parts of a group that was read, verified or has no labels."""
+    read = group.read
+    if group.own:
+        return make_parts(group, None, features)
+    anew = any(said.name in verified for said in group.saids)
+    if read is not None and all(group.complete) and not anew:
+        return make_parts(group, labels_of(group.observed, read, True), features)
+    labels: list[Labels | None] = []
+    start = 0
+    for i, said in enumerate(group.saids):
+        stop = start + said.head.num_tasks
+        if said.name in verified:
+            labels.append(verified[said.name].labels)
+        else:
+            assert read is not None
+            together = labels_of(group.observed, read, group.complete[i])
+            labels.append(together.columns(start, stop))
+        start = stop
+    return make_parts(group, labels, features)
+
+
+def _overflowed(saids: Sequence[Said]) -> bool:
+    """Whether a gradient is infinite; looks at the device.
+
+    Raises:
+        LossError: for a gradient that is NaN.
+    """
+    overflowed = False
+    for said in saids:
+        for gradient in said.gradients:
+            if bool(gradient.isnan().any()):
+                raise LossError(
+                    f"task {said.name!r}: its loss is finite but its gradient is NaN: probably a "
+                    f"missing label hidden by torch.where. Leave missing labels out of the loss "
+                    f"by a mask, or pass them as NaN through `targets=`."
+                )
+            overflowed |= not bool(gradient.isfinite().all())
+    return overflowed
+
+
+def _raise_invalid(groups: Sequence[Group], features: Features) -> None:
+    """Name what is wrong with features or targets; looks at the device.
+
+    Raises:
+        FeatureError, TargetError: if something is.
+    """
+    features.raise_not_finite()
+    for group in groups:
+        if group.usable is not None and not bool(group.usable):
+            for said in group.saids:
+                group.likelihood.raise_invalid(said)

@@ -1,0 +1,196 @@
+"""One step's heads, grouped by what can be computed at once, and the parts made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bayesagg.errors import FeatureError
+from bayesagg.reading.batch import Labels, Part
+from bayesagg.reading.binary import Binary
+from bayesagg.reading.known import Known
+from bayesagg.reading.likelihood import Likelihood
+from bayesagg.reading.multiclass import Multiclass
+from bayesagg.reading.observed import Found, Observed, Read, Said, join
+from bayesagg.reading.regression import Regression
+
+__all__ = ["LIKELIHOODS", "Features", "Group", "group_heads", "labels_of", "make_parts"]
+
+LIKELIHOODS: dict[str, Likelihood] = {
+    likelihood.kind: likelihood for likelihood in (Regression(), Binary(), Multiclass())
+}
+"""By kind of head; a new one is a file and an entry here."""
+
+
+@dataclass
+class Group:
+    """Heads that are read at once: of one kind, on the same tensors, known in the same way.
+
+    Attributes:
+        saids: of every head.
+        known: what was verified of any of them earlier.
+        own: the losses are known not to be the likelihood, and may be.
+        likelihood: of the heads.
+        observed: the heads side by side.
+        partial: labels may be missing or have weights.
+        usable: whether all targets are valid, a tensor; ``None`` without targets.
+        read: labels by what is known of the losses; ``None``: they have to be verified.
+        complete: by head: every label is present.
+    """
+
+    saids: list[Said]
+    known: list[Known | None]
+    own: bool
+    partial: bool
+    likelihood: Likelihood = field(init=False)
+    observed: Observed = field(init=False)
+    usable: Tensor | None = None
+    read: Read | None = None
+    complete: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.likelihood = LIKELIHOODS[self.saids[0].head.kind]
+        self.observed = join(self.saids)
+        if self.saids[0].target is not None and not self.own:
+            self.join_targets()
+
+    def join_targets(self) -> None:
+        """Lay the targets beside the outputs.
+
+        Raises:
+            TargetError: for a wrong shape.
+        """
+        like = self.observed.output
+        target, present, self.usable = self.likelihood.targets(self.saids, like, self.partial)
+        self.observed = join(self.saids, target, present)
+
+
+def group_heads(saids: Sequence[Said], known: Mapping[str, Known]) -> list[Group]:
+    """Groups in the order of their first heads."""
+    groups: dict[tuple[object, ...], list[Said]] = {}
+    for said in saids:
+        head, form = said.head, known.get(said.name, Known())
+        classes = head.out_features if head.kind == "multiclass" else 0
+        given = said.target is not None
+        dtype = said.calls[0].output.dtype
+        flags = (given, form.own, form.weighted, form.masked)
+        groups.setdefault((head.kind, classes, said.key, dtype, *flags), []).append(said)
+    made = []
+    for group in groups.values():
+        forms = [known.get(said.name) for said in group]
+        first = forms[0]
+        own = first is not None and first.own and group[0].target is not None
+        partial = any(form is None or form.weighted or form.masked for form in forms)
+        made.append(Group(group, forms, own, partial))
+    return made
+
+
+class Features:
+    """Features of every set of tensors that heads read, flattened once."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+
+    def of(self, said: Said) -> Tensor:
+        """``[N, d]``, detached.
+
+        Raises:
+            FeatureError: if there is no datum.
+        """
+        if said.key not in self._rows:
+            rows = said.rows([call.features.detach() for call in said.calls])
+            if len(rows) == 0:
+                raise FeatureError(
+                    f"task {said.name!r}: the batch is empty: skip it, or drop the last batch of "
+                    f"the loader."
+                )
+            self._rows[said.key] = said.name, rows
+        return self._rows[said.key][1]
+
+    def sums(self) -> list[Tensor]:
+        """One number each that is finite if, but for overflow, all features are."""
+        return [rows.sum(dtype=_wide(rows)) for _, rows in self._rows.values()]
+
+    def raise_not_finite(self) -> None:
+        """Name a head that reads non-finite features; looks at the device.
+
+        Raises:
+            FeatureError: if there is one.
+        """
+        for name, rows in self._rows.values():
+            if not bool(rows.isfinite().all()):
+                raise FeatureError(
+                    f"task {name!r}: the representation that its head receives has non-finite "
+                    f"values: lower the learning rate, clip gradients, or check the inputs."
+                )
+
+
+def _wide(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def _data_first(tensor: Tensor) -> Tensor:
+    """``[C, N, K]`` as ``[N, K, C]``."""
+    return tensor.permute(1, 2, 0) if tensor.dim() == 3 else tensor
+
+
+def labels_of(observed: Observed, found: Found | Read, complete: bool) -> Labels:
+    """Labels in the layout that the rest of the library takes."""
+    present = None if complete else found.present
+    return Labels(_data_first(observed.output), _data_first(found.target), found.factor, present)
+
+
+def make_parts(
+    group: Group, labels: Sequence[Labels | None] | Labels | None, features: Features
+) -> list[Part]:
+    """Parts of a group: heads with labels, those that lack some and own gradients apart.
+
+    Args:
+        group: of heads.
+        labels: of every head; or of all of them together, ``None`` if they have none.
+        features: that the heads read.
+    """
+    heads = len(group.saids)
+    if labels is None or isinstance(labels, Labels):
+        return [_part(group, list(range(heads)), labels, features)]
+    kinds: dict[int, list[int]] = {}
+    for index, one in enumerate(labels):
+        partial = one is not None and (one.present is not None or len(one.factor) > 1)
+        kinds.setdefault(2 if one is None else int(partial), []).append(index)
+    parts = []
+    for indices in kinds.values():
+        chosen = [one for i in indices if (one := labels[i]) is not None]
+        parts.append(_part(group, indices, Labels.join(chosen) if chosen else None, features))
+    return parts
+
+
+def _part(group: Group, indices: list[int], labels: Labels | None, features: Features) -> Part:
+    saids = [group.saids[i] for i in indices]
+    gradient, losses = _data_first(group.observed.gradient), group.observed.losses
+    if len(saids) < len(group.saids):
+        columns, start = [], 0
+        for i, said in enumerate(group.saids):
+            stop = start + said.head.num_tasks
+            if i in indices:
+                columns.append(gradient[:, start:stop])
+            start = stop
+        gradient, losses = torch.cat(columns, 1), torch.stack([losses[i] for i in indices])
+    slices, start = {}, 0
+    for said in saids:
+        slices[said.name] = slice(start, start + said.head.num_tasks)
+        start += said.head.num_tasks
+    return Part(
+        group.likelihood.kind,
+        tuple(said.name for said in saids),
+        tuple(said.head for said in saids),
+        saids[0].key,
+        {said.name: said.calls for said in saids},
+        features.of(saids[0]),
+        gradient,
+        labels,
+        losses,
+        slices,
+    )

@@ -1,0 +1,87 @@
+"""What a rule is to the engine: settings and pure functions; all state is in its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bayesagg.heads import Head, LossTask
+from bayesagg.parallel import Exchange
+from bayesagg.reading import Batch
+
+__all__ = ["Key", "Memory", "Plan", "Rule"]
+
+Key = tuple[int, ...]  # identity of what a head reads in a step, see bayesagg.reading.Part
+Tasks = Mapping[str, Head | LossTask]
+
+
+@dataclass
+class Plan:
+    """What a backward pass will do, and what is known once it has run.
+
+    Attributes:
+        gradients: by :attr:`bayesagg.reading.Part.key`, ``[N, d]``: what replaces the sum of the
+            gradients that the heads send to these features. Empty: linear scalarization.
+        weights: by task ``[o]``: what the gradient of each loss is multiplied by, as a share.
+        loss_weights: by loss without a head: its multiplier, a scalar; 1 where it is not named.
+        update: for :meth:`Memory.commit`.
+        heads: weights that heads receive once the pass is over, by task ``[o, D]``, bias last.
+        spared: heads whose own gradients are dropped: the posterior sets their weights.
+    """
+
+    gradients: dict[Key, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    loss_weights: dict[str, Tensor] = field(default_factory=dict)
+    update: Any = None
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    spared: tuple[str, ...] = ()
+
+
+class Memory(Protocol):
+    """The state of a rule; nothing else of an engine learns."""
+
+    def commit(self, update: Any) -> None:
+        """Take in what a step has found; its backward pass has run."""
+
+    def stepped(self) -> dict[str, Tensor]:
+        """The optimizer took a step; weights that heads receive now."""
+
+    def end_epoch(self) -> dict[str, Tensor]:
+        """The end of an epoch, where the rule knows of any; weights that heads receive now."""
+
+    def met(self, optimizer: Optimizer) -> None:
+        """The optimizer that takes the steps is known."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers, lists and dicts."""
+
+    def loaded(self, state: Any, device: torch.device) -> Memory:
+        """A memory in the state of a checkpoint; this one is unchanged.
+
+        Raises:
+            CheckpointError: if the state does not fit.
+        """
+
+
+class Rule(Protocol):
+    """Frozen settings of a way to combine gradients."""
+
+    name: ClassVar[str]
+
+    def start(
+        self, tasks: Tasks, dtype: torch.dtype, seed: int, steps_per_epoch: int | None
+    ) -> Any:
+        """State before the first step; warns of head settings that the rule does not use."""
+
+    def flags(self, memory: Any, batch: Batch) -> list[bool]:
+        """What all ranks must agree on before evidence is summed; of constant length."""
+
+    def plan(
+        self, memory: Any, batch: Batch, flags: list[bool], exchange: Exchange
+    ) -> Plan:
+        """What the backward pass of a batch will do; neither batch nor memory change."""

@@ -1,0 +1,151 @@
+"""From posteriors to the gradient at h: moments of all groups, then Eq. 7 (or 6), in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bayesagg.aggregation import GradientScale, aggregate_full, aggregate_relative
+from bayesagg.moments import LogMoments
+from bayesagg.posterior import Gaussian
+from bayesagg.reading import Labels
+from bayesagg.rules.groups import Group
+
+__all__ = ["combine"]
+
+_CHUNK = 1 << 20  # elements of a [n, K, d] tensor of moments; bounds the extra memory
+
+
+def combine(
+    groups: Sequence[Group],
+    features: Mapping[bool, Tensor],
+    labels: Sequence[Labels],
+    posteriors: Sequence[Gaussian],
+    *,
+    scale: GradientScale,
+    full: bool,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Aggregate the tasks' gradients at the shared representation.
+
+    Args:
+        groups: of ``K`` tasks together.
+        features: ``[N, D]`` by whether the constant of a bias is appended.
+        labels: of each group.
+        posteriors: of each group.
+        scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
+        full: Eq. 6 instead of Eq. 7.
+        generator: of Monte-Carlo samples.
+        dtype: of the moments and of Eq. 7, once the posteriors are known. Eq. 6, which solves
+            with covariances, stays in the dtype of the posteriors.
+
+    Returns:
+        gradient, ``[N, d]``, and the mean weight of every task and dimension over the data with
+        any label, ``[K, d]``, in the order of the groups.
+    """
+    some = next(iter(features.values()))
+    n, d = len(some), groups[0].likelihood.d
+    tasks = sum(group.num_tasks for group in groups)
+    work = some.dtype if full else dtype
+    s = _exponents(groups, some, work)
+    # Cancels where the tasks share an exponent, 0 in particular.
+    unit = _unit(labels) if isinstance(s, Tensor) else 1.0
+    size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
+    gradients, totals, labelled = [], [], []
+    for start in range(0, n, size):
+        stop = min(n, start + size)
+        means, seconds, masks = [], [], []
+        for group, known, posterior in zip(groups, labels, posteriors, strict=True):
+            part, likelihood = known.rows(start, stop), group.likelihood
+            h = features[likelihood.bias][start:stop]
+            given = (h, part.targets, posterior, generator)
+            second: LogMoments | Tensor
+            if full:
+                mean, second = likelihood.covariances(*given)
+            else:
+                second = likelihood.moments(*given, work)
+                mean = second.mean
+            means.append(mean.mul_(part.factor[..., None].to(work)))
+            seconds.append(_scaled(second, part.factor[..., None] / unit))
+            masks.append(part.present)
+        count = stop - start
+        present = _stack(masks, [mean.shape[1] for mean in means], count, some.device)
+        gradient, weights = _aggregate(_cat(means), seconds, s, present, scale)
+        gradients.append(gradient)
+        totals.append(weights.sum(0))
+        labelled.append(count if present is None else present.any(1).sum())
+    total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+    weights = total / torch.as_tensor(sum(labelled)).clamp(min=torch.finfo(work).tiny)
+    return gradients[0] if len(gradients) == 1 else torch.cat(gradients), weights
+
+
+def _scaled(second: LogMoments | Tensor, factor: Tensor) -> LogMoments | Tensor:
+    """Second moments of a loss with a factor."""
+    if isinstance(second, Tensor):
+        return second * factor[..., None].square()
+    offset = (2 * factor.log()).to(second.log_scale.dtype)
+    return second._replace(log_scale=second.log_scale + offset)
+
+
+def _aggregate(
+    mean: Tensor,
+    seconds: Sequence[LogMoments | Tensor],
+    s: Tensor | float,
+    present: Tensor | None,
+    scale: GradientScale,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 7 or 6, whichever the second moments are for."""
+    logs = [second for second in seconds if isinstance(second, LogMoments)]
+    if logs:
+        relative, log_scale = _cat([m.relative for m in logs]), _cat([m.log_scale for m in logs])
+        return aggregate_relative(mean, relative, log_scale, s, present, scale)
+    covariances = [second for second in seconds if isinstance(second, Tensor)]
+    each = s if isinstance(s, Tensor) else mean.new_full((mean.shape[1],), s)
+    return aggregate_full(mean, _cat(covariances), each, present, scale)
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """Tasks of all groups, ``[n, K, …]``, with the tasks outermost in memory."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.transpose(0, 1) for part in parts]).transpose(0, 1)
+
+
+def _exponents(groups: Sequence[Group], like: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """``s`` of all tasks, ``[K]``, or the one that they share."""
+    found = [s for group in groups for s in group.s]
+    if len(set(found)) == 1:
+        return found[0]
+    return torch.tensor(found, dtype=dtype, device=like.device)
+
+
+def _unit(labels: Sequence[Labels]) -> Tensor:
+    """Mean factor of the tasks present, a scalar.
+
+    Tasks are weighted relative to it, so that the scale common to all losses (mean or sum over
+    the batch, a ``GradScaler``) has no say in Eq. 7 where tasks differ in ``s``.
+    """
+    total, count = [], []
+    for known in labels:
+        mean = known.factor.mean(0)
+        seen = torch.ones_like(mean) if known.present is None else known.present.any(0).to(mean)
+        total.append((mean * seen).sum())
+        count.append(seen.sum())
+    return torch.stack(total).sum() / torch.stack(count).sum().clamp(min=1)
+
+
+def _stack(
+    masks: Sequence[Tensor | None], sizes: Sequence[int], rows: int, device: torch.device
+) -> Tensor | None:
+    """Labels present, ``[n, K]``, or ``None`` where all are."""
+    if all(mask is None for mask in masks):
+        return None
+    return _cat(
+        [
+            torch.ones(rows, size, dtype=torch.bool, device=device) if mask is None else mask
+            for mask, size in zip(masks, sizes, strict=True)
+        ]
+    )

@@ -1,0 +1,175 @@
+"""Heads that the paper's rule computes together, with all settings; fixed for a training run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesagg.heads import Head
+from bayesagg.likelihoods import LIKELIHOODS, Evidence, Likelihood
+from bayesagg.posterior import Gaussian, from_natural
+from bayesagg.reading import Labels, Part
+
+__all__ = ["Group", "make_groups"]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """``K`` tasks of one likelihood.
+
+    Attributes:
+        heads: by name.
+        likelihood: of them.
+        slices: tasks of every head.
+        s: exponent of Eq. 7, by task.
+        prior_variance: γ, by task.
+        scale: τ² of the likelihood, by task; ``None``: learned.
+        inferred: heads with ``readout="posterior"``.
+    """
+
+    heads: Mapping[str, Head]
+    likelihood: Likelihood
+    slices: Mapping[str, slice]
+    s: tuple[float, ...]
+    prior_variance: tuple[float, ...]
+    scale: tuple[float | None, ...]
+    inferred: tuple[str, ...]
+
+    @property
+    def num_tasks(self) -> int:
+        """``K``."""
+        return len(self.s)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the scale of some likelihood is learned."""
+        return None in self.scale
+
+    def labels(self, parts: Mapping[str, Part], rows: int, like: Tensor) -> Labels:
+        """Labels of all heads; those that are in no part have none.
+
+        Args:
+            parts: with labels, by head.
+            rows: data.
+            like: dtype and device of the labels.
+        """
+        found = [parts.get(name) for name in self.heads]
+        first = found[0]
+        if first is not None and first.labels is not None and first.names == tuple(self.heads):
+            return first.labels.to(like.dtype)
+        shape = self.likelihood.label_shape
+        joined = []
+        for part, (name, head) in zip(found, self.heads.items(), strict=True):
+            if part is None or part.labels is None:
+                zeros = like.new_zeros(rows, head.num_tasks, *shape)
+                none = zeros.new_zeros(rows, head.num_tasks, dtype=torch.bool)
+                joined.append(Labels(zeros, zeros, like.new_ones(1, head.num_tasks), none))
+            else:
+                own = part.slices[name]
+                joined.append(part.labels.columns(own.start, own.stop).to(like.dtype))
+        return Labels.join(joined)
+
+    def posterior(self, evidence: Evidence, learned: Tensor | None) -> Gaussian:
+        """Evidence under the isotropic prior, as one Gaussian (Eq. 9).
+
+        Args:
+            evidence: for a unit scale of the likelihood.
+            learned: τ² of every task, ``[K]``, of which those that are learned count.
+        """
+        fixed = self.scale[0]
+        if learned is None and fixed is not None and len(set(self.scale)) == 1:
+            precision, shift = evidence.precision / fixed, evidence.shift / fixed
+        else:
+            tau2 = self.scales(evidence.count if learned is None else learned)
+            precision = evidence.precision / tau2[:, None, None]
+            shift = evidence.shift / tau2[:, None]
+        prior: Tensor | float = 1 / self.prior_variance[0]
+        if len(set(self.prior_variance)) > 1:
+            prior = 1 / precision.new_tensor(self.prior_variance)[:, None]
+            precision = precision.expand(self.num_tasks, -1, -1).contiguous()
+        precision.diagonal(dim1=-2, dim2=-1).add_(prior)
+        return from_natural(precision, shift)
+
+    def scales(self, learned: Tensor) -> Tensor:
+        """τ² of every task: that of its head, or else the learned one, ``[K]``."""
+        fixed = learned.new_tensor([torch.nan if scale is None else scale for scale in self.scale])
+        return torch.where(fixed.isnan(), learned, fixed)
+
+    def by_head(self, values: Tensor) -> dict[str, Tensor]:
+        """Values of all tasks, ``[K]``, by head."""
+        return {name: values[own] for name, own in self.slices.items()}
+
+    def means(self, posterior: Gaussian) -> dict[str, Tensor]:
+        """Posterior mean of every head, ``[o, D]``, bias last."""
+        rows = self.likelihood.module_weights(posterior.mean)
+        sizes = [head.out_features for head in self.heads.values()]
+        return dict(zip(self.heads, rows.split(sizes), strict=True))
+
+
+def make_groups(heads: Mapping[str, Head]) -> list[Group]:
+    """Heads that can be computed together, in the order of their first members.
+
+    Warns:
+        UserWarning: of a setting without effect.
+        NumericalWarning: as of :meth:`bayesagg.likelihoods.Likelihood.of`.
+    """
+    found: dict[Any, list[str]] = {}
+    settings = {name: _settings(name, head) for name, head in heads.items()}
+    for name, head in heads.items():
+        sampled = settings[name].get("moments") == "monte_carlo"
+        samples = settings[name]["num_samples"] if sampled else None
+        likelihood = LIKELIHOODS[head.kind].of(name, head, samples)
+        # Tasks of several Gaussians have a precision of their own.
+        alone = name if likelihood.rows > 1 else None
+        found.setdefault((type(likelihood), likelihood, alone), []).append(name)
+    return [
+        _group({name: heads[name] for name in names}, key[1], [settings[name] for name in names])
+        for key, names in found.items()
+    ]
+
+
+def _settings(name: str, head: Head) -> dict[str, Any]:
+    """Settings of a head, those that it leaves out by its likelihood."""
+    given = {key: getattr(head, key) for key in LIKELIHOODS[head.kind].defaults}
+    defaults = LIKELIHOODS[head.kind].defaults
+    found = {key: defaults[key] if value is None else value for key, value in given.items()}
+    if given.get("num_samples") is not None and found["moments"] == "quadrature":
+        warnings.warn(
+            f"task {name!r}: num_samples has no effect with moments='quadrature'; "
+            f"moments='monte_carlo' (Eq. 11) uses it.",
+            stacklevel=6,
+        )
+    return found
+
+
+def _group(
+    heads: Mapping[str, Head], likelihood: Likelihood, settings: Sequence[Mapping[str, Any]]
+) -> Group:
+    each = [
+        own
+        for head, own in zip(heads.values(), settings, strict=True)
+        for own in [own] * head.num_tasks
+    ]
+    slices, start = {}, 0
+    for name, head in heads.items():
+        slices[name] = slice(start, start + head.num_tasks)
+        start += head.num_tasks
+    scales = [own.get("noise_variance", 1.0) for own in each]
+    return Group(
+        heads,
+        likelihood,
+        slices,
+        tuple(float(own["s"]) for own in each),
+        tuple(float(own["prior_variance"]) for own in each),
+        tuple(None if scale == "learned" else float(scale) for scale in scales),
+        tuple(
+            name
+            for name, own in zip(heads, settings, strict=True)
+            if own["readout"] == "posterior" and heads[name].writable
+        ),
+    )

@@ -1,0 +1,308 @@
+"""The default rule: every task's gradient in nats, by posteriors that follow the network.
+
+See docs/theory.md for the derivation. One step, for the heads that read one tensor:
+
+1. ``Λ ← exp(-n/N) Λ + H̃ᵀH̃`` and ``η_k ← exp(-n/N) η_k + H̃ᵀt_k``: evidence that fades by the datum.
+2. ``m_k = (Λ + λ_k)⁻¹ η_k`` with the ridge ``λ_k = τ_k² / γ ȳ_k²`` of the prior ``N(0, γ ȳ_k²)``,
+   in units of the labels (``1 / c γ`` for a classification of curvature bound c): the head once the backward pass is over.
+3. Regressions: gradient of a Student-t likelihood under the posterior without the datum, with a
+   scale τ² that lags. Others: their own gradient in units of the running mean of their loss.
+4. The length of the sum is kept near that of the plain gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bayesagg.heads import Head
+from bayesagg.likelihoods.bounds import BOUNDS
+from bayesagg.memory import FadingMemory, Update, means_of, running_mean
+from bayesagg.parallel import Exchange
+from bayesagg.reading import Batch, Part
+from bayesagg.rules.base import Key, Plan, Tasks
+from bayesagg.rules.stack import arrange, make_stacks
+from bayesagg.rules.streaming import (
+    Exact,
+    Inference,
+    blank_part,
+    exact_gradients,
+    infer,
+    own_gradient,
+)
+
+__all__ = ["LikelihoodRule"]
+
+_INVARIANT, _OTHER = 5.0, 1.0  # how far the aggregate's length may be from the plain gradient's
+
+
+@dataclass(frozen=True)
+class LikelihoodRule:
+    """Settings of the default rule; an ablation is ``dataclasses.replace(rule, …)``.
+
+    Args:
+        memory: N, data after which evidence has faded to 1/e; ``None``: twenty times the number of
+            weights of an output.
+        warmup: steps of linear scalarization first, while evidence gathers.
+        lag: steps that the running means of the scales go back.
+        prior_variance: γ of the prior over the weights of every output, ``N(0, γ I)``, for
+            regressions in units of the mean square of their labels; of a head that sets its own,
+            that.
+        degrees_of_freedom: ν of the Student-t likelihood of regressions.
+        keep_length: keep the length of the aggregate within a factor of the running length of the
+            plain gradient: 5 under an optimizer whose step does not depend on the scale of the
+            gradient (Adam without weight decay in the gradient), else 1. ``False``: as it comes.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    memory: int | None = None
+    warmup: int = 50
+    lag: int = 100
+    prior_variance: float = 0.05
+    degrees_of_freedom: float = 10.0
+    keep_length: bool = True
+
+    name: ClassVar[str] = "likelihood"
+
+    def __post_init__(self) -> None:
+        for setting, least in (("memory", 1), ("warmup", 0), ("lag", 1)):
+            value = getattr(self, setting)
+            if value is None and setting == "memory":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{setting} must be an integer >= {least}, got {value!r}.")
+        for setting in ("prior_variance", "degrees_of_freedom"):
+            value = getattr(self, setting)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{setting} must be a positive number, got {value!r}.")
+
+    def memory_of(self, width: int) -> float:
+        """N for outputs of ``width`` weights."""
+        return float(self.memory or 20 * width)
+
+    @property
+    def decay(self) -> float:
+        """Weight of the past in the running means."""
+        return 1 - 1 / self.lag
+
+    def start(
+        self, tasks: Tasks, dtype: torch.dtype, seed: int, steps_per_epoch: int | None
+    ) -> FadingMemory:
+        """A memory without evidence; warns of settings that this rule does not use."""
+        if steps_per_epoch is not None:
+            warnings.warn(
+                "steps_per_epoch has no effect under the default rule, which knows of no epochs; "
+                "rule='paper' uses it.",
+                stacklevel=4,
+            )
+        for name, head in tasks.items():
+            unused = [
+                setting
+                for setting in ("s", "moments", "num_samples")
+                if getattr(head, setting, None) not in (None, 0)
+            ]
+            if unused:
+                warnings.warn(
+                    f"task {name!r}: {' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} "
+                    f"no effect under the default rule; rule='paper' uses "
+                    f"{'it' if len(unused) == 1 else 'them'}.",
+                    stacklevel=4,
+                )
+        return FadingMemory(tasks, dtype)
+
+    def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:
+        """Of every head: whether it takes part, cannot share Gram matrices, is not inferred."""
+        here = {name: part for part in batch.parts for name in part.names}
+        found = []
+        for name in memory.heads:
+            part = here.get(name)
+            labels = None if part is None else part.labels
+            alone = labels is not None and (labels.present is not None or len(labels.factor) > 1)
+            own = part is not None and (labels is None or not memory.heads[name].writable)
+            found += [part is not None, part is None or alone, own]
+        return found
+
+    @torch.no_grad()
+    def plan(
+        self, memory: FadingMemory, batch: Batch, flags: list[bool], exchange: Exchange
+    ) -> Plan:
+        """Gradients at every head's features, weights, and what the step adds to the memory."""
+        present, alone, owning = ({*_marked(memory, flags, i)} for i in range(3))
+        parts = {name: part for part in batch.parts for name in part.names}
+        like = torch.zeros((), dtype=memory.dtype, device=batch.total.device)
+        here = {
+            name: parts[name] if name in parts else blank_part(name, memory.heads[name], like)
+            for name in memory.heads
+            if name in present and name not in owning
+        }
+        active, idle = arrange(memory.units, memory.heads, here, alone, like)
+        found = infer(self, memory, make_stacks(active, here, memory.dtype), exchange)
+        exact = [exact_gradients(self, part) for part in found]
+        others = self._others(memory, batch, owning, like)
+        values = [self._ratios(memory, one, own) for one, own in zip(found, exact, strict=True)]
+        ratios = {name: ratio for name, (ratio, _) in others.items() if name in memory.heads}
+        for one, value in zip(found, values, strict=True):
+            if one.stack.exact < value.shape[1]:
+                ratios |= one.by_head(value, memory.heads, True)
+        planned, plain = _gradients(batch.parts, here, exact, ratios)
+        squares, lengths, misses = _totals(exact, others, planned, plain, like, exchange)
+        length = _moved(memory.length, lengths, self.decay)
+        units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
+        update = Update(idle + units, self._scales(memory, misses), length)
+        plan = Plan(update=update)
+        warming = memory.steps < self.warmup
+        plan.weights = _shares(memory, parts, found, values, {n: ratios[n] for n in parts if n not in here}, warming)
+        if warming:
+            return plan
+        scale = self._length_scale(memory, length)
+        plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
+        plan.loss_weights = {n: ratio * scale for n, (ratio, _) in others.items() if n not in memory.heads}
+        means = {n: mean for part in found for n, mean in part.module_weights(memory.heads).items()}
+        plan.heads = {n: mean for n, mean in means.items() if memory.heads[n].readout != "gradient"}
+        plan.spared = tuple(plan.heads)
+        return plan
+
+    def _ratios(self, memory: FadingMemory, found: Inference, exact: Exact) -> Tensor:
+        """What the losses of a stack's tasks are multiplied by on average, ``[G, T]``."""
+        r = found.stack.exact
+        if r == found.current.shape[1]:
+            return exact.ratio
+        names = found.stack.units[0].names
+        least = max(BOUNDS[memory.heads[name].kind].least_scale for name in names)
+        inverse = found.current[:, r:].clamp_min(least).reciprocal_()
+        return torch.cat([exact.ratio, inverse], 1) if r else inverse
+
+    def _others(
+        self, memory: FadingMemory, batch: Batch, owning: set[str], like: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of tasks without inference: ratio ``[o]`` or scalar, and value and number of the loss."""
+        found = {}
+        for name, task in memory.tasks.items():
+            if isinstance(task, Head) and name not in owning:
+                continue
+            loss = batch.losses.get(name)
+            value = like if loss is None else loss.detach().to(like.dtype)
+            seen = torch.full_like(like, float(loss is not None))
+            state = memory.others.get(name)
+            scale = value if state is None else means_of(state[:, None], (value[None],))[0][0]
+            ratio = torch.where(scale > 0, scale.reciprocal(), 1.0)
+            outputs = (task.num_tasks,) if isinstance(task, Head) else ()
+            found[name] = (ratio.expand(outputs), torch.stack([value, seen]))
+        return found
+
+    def _scales(self, memory: FadingMemory, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Running means of the losses of tasks without inference, ``[2]`` each."""
+        return {
+            name: running_mean(
+                memory.others.get(name, torch.zeros_like(value))[:, None],
+                ((value[0] / value[1].clamp(min=1))[None],),
+                value[1] > 0,
+                self.decay,
+            )[:, 0]
+            for name, value in values.items()
+        }
+
+    def _length_scale(self, memory: FadingMemory, length: Tensor) -> Tensor:
+        """What the aggregate is multiplied by."""
+        if not self.keep_length:
+            return torch.ones_like(length[0])
+        ours, plain = length.unbind()
+        ratio = (ours / plain).sqrt_()
+        within = _INVARIANT if memory.invariant else _OTHER
+        # No gradient at all: 0 / 0.
+        return (ratio.clamp(1 / within, within) / ratio).nan_to_num_(1.0, 1.0, 1.0)
+
+
+def _marked(memory: FadingMemory, flags: Sequence[bool], which: int) -> Iterator[str]:
+    """Heads with a flag."""
+    return (name for name, flag in zip(memory.heads, flags[which::3], strict=True) if flag)
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _gradients(
+    parts: Sequence[Part],
+    here: Mapping[str, Part],
+    exact: Sequence[Exact],
+    ratios: Mapping[str, Tensor],
+) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
+    """Gradients at the features of every key, as planned and as the losses have them."""
+    planned: dict[Key, Tensor] = {}
+    plain: dict[Key, Tensor] = {}
+
+    def add(sums: dict[Key, Tensor], key: Key, gradient: Tensor) -> None:
+        sums[key] = sums[key] + gradient if key in sums else gradient
+
+    for one in exact:
+        for key, gradient in one.gradient:
+            if key:  # not of a part that only other ranks have
+                add(planned, key, gradient)
+    for part in parts:
+        weights = _cat([head.weights() for head in part.heads])
+        add(plain, part.key, own_gradient(part, weights, None))
+        done = [BOUNDS[part.kind].exact and name in here for name in part.names]
+        if all(done):
+            continue
+        scales = [
+            part.losses.new_zeros(head.num_tasks) if is_done else ratios[name]
+            for name, head, is_done in zip(part.names, part.heads, done, strict=True)
+        ]
+        add(planned, part.key, own_gradient(part, weights, _cat(scales)))
+    return planned, plain
+
+
+def _totals(
+    exact: Sequence[Exact],
+    others: Mapping[str, tuple[Tensor, Tensor]],
+    planned: Mapping[Key, Tensor],
+    plain: Mapping[Key, Tensor],
+    like: Tensor,
+    exchange: Exchange,
+) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+    """Sums over all ranks: squared residuals by stack, squared lengths, values of losses."""
+    lengths = torch.stack([_square(planned, like), _square(plain, like)])
+    parts = [one.sums for one in exact] + [lengths] + [value for _, value in others.values()]
+    sums = exchange.sum(parts)
+    n = len(exact)
+    return sums[:n], sums[n], dict(zip(others, sums[n + 1 :], strict=True))
+
+
+def _square(gradients: Mapping[Key, Tensor], like: Tensor) -> Tensor:
+    squares = [torch.linalg.vector_norm(g, dtype=like.dtype).square() for g in gradients.values()]
+    return torch.stack(squares).sum() if len(squares) > 1 else squares[0] if squares else like
+
+
+def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:
+    """A running sum whose normalisation cancels from ratios."""
+    return value * (1 - decay) if state is None else torch.lerp(value, state, decay)
+
+
+def _shares(
+    memory: FadingMemory,
+    parts: Mapping[str, Part],
+    found: Sequence[Inference],
+    values: Sequence[Tensor],
+    others: Mapping[str, Tensor],
+    uniform: bool,
+) -> dict[str, Tensor]:
+    """Ratios of the tasks of this rank's batch as shares of their sum."""
+    pieces = [*values, *(ratio[None] for ratio in others.values())]
+    if uniform:
+        pieces = [torch.ones_like(piece) for piece in pieces]
+    sums = [piece.sum() for piece in pieces]
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    shares: dict[str, Tensor] = {}
+    for one, piece in zip(found, pieces, strict=False):
+        shares |= one.by_head(piece / total, memory.heads, True)
+    for name, piece in zip(others, pieces[len(values) :], strict=True):
+        shares[name] = piece[0] / total
+    return {name: shares[name] for name in parts if name in shares}

@@ -1,0 +1,289 @@
+"""Units of a step laid side by side: one batched computation for all that have the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesagg.heads import Head
+from bayesagg.likelihoods.bounds import BOUNDS
+from bayesagg.memory import Unit
+from bayesagg.reading import Labels, Part
+
+__all__ = ["Columns", "Stack", "arrange", "columns_of", "make_stacks", "runs"]
+
+
+@dataclass
+class Columns:
+    """Working responses of a unit's outputs over the data of a step.
+
+    Attributes:
+        responses: ``[N, P]``; those of exact likelihoods come first.
+        exact: how many those are, ``R``.
+        weights: of the data in the evidence, relative to their mean over labels; ``[N, G]``, or
+            ``None`` where all are one.
+        factor: of the loss, ``[N, R]`` or ``[1, R]``.
+        misfit: whose mean is the scale of every task, ``[N, T]``; of exact ones only where they
+            have no scale yet.
+    """
+
+    responses: Tensor
+    exact: int
+    weights: Tensor | None
+    factor: Tensor
+    misfit: Tensor
+
+
+@dataclass
+class Stack:
+    """``G`` Gram matrices of one shape, of ``P`` columns each, on ``S`` feature tensors.
+
+    Attributes:
+        units: in their order.
+        parts: a part of every unit, which says what it reads.
+        rows: features, ``[N, d]`` each; one that all read, or one a Gram matrix.
+        bias: whether the constant of a bias is appended.
+        responses: ``[G, N, P]``.
+        exact: ``R``, as in :class:`Columns`.
+        weights: ``[G, N, 1]``, or ``None``.
+        factor: ``[G, N or 1, R]``.
+        misfit: ``[G, N, T]``.
+    """
+
+    units: list[Unit]
+    parts: list[Part]
+    rows: list[Tensor]
+    bias: bool
+    responses: Tensor
+    exact: int
+    weights: Tensor | None
+    factor: Tensor
+    misfit: Tensor
+    _kept: Tensor | None = None
+    _turned: tuple[slice, Tensor, Tensor] | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Gram matrices of every unit."""
+        return [len(unit.gram) for unit in self.units]
+
+    def features(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """``h̃`` of some data, ``[S, n, D]``; kept where they are all."""
+        if self._kept is None or rows != slice(0, self.responses.shape[1]):
+            data, width = rows.stop - rows.start, self.rows[0].shape[1]
+            shape = (len(self.rows), data, width + self.bias)
+            self._kept = torch.ones(shape, dtype=dtype, device=self.responses.device)
+            for one, part in zip(self._kept.unbind(), self.rows, strict=True):
+                (one[:, :width] if self.bias else one).copy_(part[rows] if data < len(part) else part)
+        return self._kept
+
+
+    def kept_vectors(self) -> Tensor | None:
+        """The basis that the units have and keep in this step, ``[G, D, D]``."""
+        bases = [unit.basis for unit in self.units if unit.basis is not None and unit.basis.left > 0]
+        if len(bases) < len(self.units):
+            return None
+        return bases[0].vectors if len(bases) == 1 else torch.cat([b.vectors for b in bases])
+
+    def rotated(self, rows: slice, dtype: torch.dtype, vectors: Tensor) -> Tensor:
+        """``h̃ᵀQ`` of some data, ``[G, n, D]``; kept where they are all, in a basis that is kept."""
+        if self._turned is not None and self._turned[0] == rows and self._turned[1] is vectors:
+            return self._turned[2]
+        h = self.features(rows, dtype).expand(len(vectors), -1, -1)
+        found = torch.bmm(h, vectors)
+        self._turned = (rows, vectors, found)
+        return found
+
+
+def arrange(
+    units: Sequence[Unit],
+    heads: Mapping[str, Head],
+    here: Mapping[str, Part],
+    alone: set[str],
+    like: Tensor,
+) -> tuple[list[Unit], list[Unit]]:
+    """Units of the heads that take part in a step; a unit is split where its heads differ.
+
+    Args:
+        units: that there are.
+        heads: by name.
+        here: the part of every head that is inferred in this step.
+        alone: heads that cannot share Gram matrices in this step, because labels are missing or
+            have weights, or that have none at all on some rank.
+        like: device and dtype of new units.
+
+    Returns:
+        the units that take part, and those that were split from them and do not.
+    """
+    found: list[Unit] = []
+    idle: list[Unit] = []
+    known = {name for unit in units for name in unit.names}
+    for unit in units:
+        present = [name for name in unit.names if name in here]
+        if not present:
+            continue
+        shared = (
+            len(present) == len(unit.names)
+            and len({here[name].key for name in present}) == 1
+            and not alone.intersection(present)
+        )
+        split = [unit] if shared else unit.alone(heads)
+        found += [one for one in split if one.names[0] in here]
+        idle += [one for one in split if one.names[0] not in here]
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, part in here.items():
+        if name not in known:
+            head = heads[name]
+            own = name if name in alone else None
+            groups.setdefault((part.key, head.has_bias, head.in_features, own), []).append(name)
+    for key, names in groups.items():
+        exact_first = sorted(names, key=lambda name: not BOUNDS[heads[name].kind].exact)
+        found.append(Unit.empty(exact_first, heads, key[-1] is not None, like))
+    return found, idle
+
+
+def columns_of(
+    unit: Unit, here: Mapping[str, Part], working: Mapping[int, Tensor], dtype: torch.dtype
+) -> Columns:
+    """The columns of one unit, from the parts that its heads are in.
+
+    Args:
+        unit: its heads are all in this step.
+        here: the part of every head.
+        working: working responses of every part, by its identity.
+        dtype: of the evidence.
+    """
+    responses, misfits, factors = [], [], []
+    weights: Tensor | None = None
+    exact = 0
+    for part, names in runs(unit.names, here):
+        labels = part.labels
+        assert labels is not None
+        whole = names == list(part.names)
+        wide = working[id(part)].shape[1] // labels.factor.shape[1]  # columns a task
+        tasks = None if whole else [i for name in names for i in _span(part.slices[name])]
+        responses.append(_select(working[id(part)], tasks, wide))
+        if not (BOUNDS[part.kind].exact and unit.started):
+            misfits.append(_select(BOUNDS[part.kind].misfit(labels), tasks))
+        if BOUNDS[part.kind].exact:
+            exact += responses[-1].shape[1]
+            factor = _select(labels.factor, tasks)
+            missing = labels.present is not None
+            factors.append(factor * _select(labels.present, tasks) if missing else factor)
+        if unit.weighted:
+            weights = _weights(labels, tasks)
+    together = _cat(responses).to(dtype)
+    return Columns(
+        together,
+        exact,
+        None if weights is None else weights.to(dtype),
+        _cat_rows(factors).to(dtype) if factors else together[:1, :0],
+        _cat(misfits).to(dtype) if misfits else together[:, :0],
+    )
+
+
+def make_stacks(units: Sequence[Unit], here: Mapping[str, Part], dtype: torch.dtype) -> list[Stack]:
+    """Stacks of all units that take part in a step."""
+    parts = {id(part): part for part in here.values()}
+    working = {}
+    for key, part in parts.items():
+        assert part.labels is not None
+        working[key] = BOUNDS[part.kind].working(part.labels)
+    groups: dict[tuple[object, ...], list[tuple[Unit, Part, Columns]]] = {}
+    for unit in units:
+        part = here[unit.names[0]]
+        columns = columns_of(unit, here, working, dtype)
+        signature = (
+            tuple(unit.gram.shape[1:]),
+            tuple(unit.shift.shape[1:]),
+            columns.exact,
+            unit.weighted,
+            unit.wide,
+            unit.started,
+            unit.basis is not None and unit.basis.left > 0,
+            part.features.shape,
+            columns.factor.shape[0],
+        )
+        groups.setdefault(signature, []).append((unit, part, columns))
+    return [_stack(group) for group in groups.values()]
+
+
+def _stack(group: Sequence[tuple[Unit, Part, Columns]]) -> Stack:
+    units = [unit for unit, _, _ in group]
+    parts = [part for _, part, _ in group]
+    all_columns = [columns for _, _, columns in group]
+    if len({part.key for part in parts}) == 1:
+        rows = [parts[0].features]
+    else:
+        rows = [p.features for p, u in zip(parts, units, strict=True) for _ in range(len(u.gram))]
+    wide = units[0].wide
+    first = all_columns[0]
+    return Stack(
+        units,
+        parts,
+        rows,
+        units[0].gram.shape[-1] > parts[0].features.shape[1],
+        _grams([columns.responses for columns in all_columns], wide),
+        min(first.exact, 1) if wide else first.exact,
+        None
+        if first.weights is None
+        else _grams([c.weights for c in all_columns if c.weights is not None], True),
+        _grams([columns.factor for columns in all_columns], wide),
+        _grams([columns.misfit for columns in all_columns], wide),
+    )
+
+
+def _grams(parts: Sequence[Tensor], wide: bool) -> Tensor:
+    """Columns ``[N, P]`` of every unit by Gram matrix: ``[G, N, P]``, or ``[G, N, 1]`` if wide."""
+    if wide:
+        return _cat(list(parts)).mT[..., None]
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+
+
+def runs(names: Sequence[str], here: Mapping[str, Part]) -> list[tuple[Part, list[str]]]:
+    """Neighbours of one part together."""
+    runs: list[tuple[Part, list[str]]] = []
+    for name in names:
+        if runs and runs[-1][0] is here[name]:
+            runs[-1][1].append(name)
+        else:
+            runs.append((here[name], [name]))
+    return runs
+
+
+def _span(columns: slice) -> range:
+    return range(columns.start, columns.stop)
+
+
+def _select(values: Tensor, tasks: list[int] | None, wide: int = 1) -> Tensor:
+    """Columns of some tasks, ``wide`` each; all where ``tasks`` is ``None``."""
+    if tasks is None:
+        return values
+    columns = [wide * i + j for i in tasks for j in range(wide)]
+    first, last = columns[0], columns[-1] + 1
+    if columns == list(range(first, last)):
+        return values[:, first:last]
+    return values[:, columns]
+
+
+def _weights(labels: Labels, tasks: list[int] | None) -> Tensor:
+    """Weight of every datum relative to the mean over the labels of a task, ``[N, G]``."""
+    factor = _select(labels.factor, tasks).expand(len(labels.outputs), -1)
+    if labels.present is None:
+        return factor / factor.mean(0)
+    present = _select(labels.present, tasks)
+    total = (factor * present).sum(0)
+    mean = total / present.sum(0).clamp(min=1)
+    return torch.where(present, factor / torch.where(mean > 0, mean, 1), 0)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _cat_rows(parts: list[Tensor]) -> Tensor:
+    rows = max(len(part) for part in parts)
+    return _cat([part if len(part) == rows else part.expand(rows, -1) for part in parts])

@@ -1,0 +1,408 @@
+"""The arithmetic of the default rule: evidence, posteriors and gradients of stacked units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bayesagg.heads import Head, stacked
+from bayesagg.likelihoods.bounds import BOUNDS, floored
+from bayesagg.memory import Basis, FadingMemory, Unit, means_of, running_mean
+from bayesagg.moments import Spectrum, leave_one_out, student_gradient
+from bayesagg.parallel import Exchange
+from bayesagg.reading import Labels, Part
+from bayesagg.rules.base import Key
+from bayesagg.rules.stack import Stack
+
+if TYPE_CHECKING:
+    from bayesagg.rules.likelihood import LikelihoodRule
+
+__all__ = ["Exact", "Inference", "blank_part", "exact_gradients", "infer", "own_gradient"]
+
+_LARGE = 128  # weights of an output above which a decomposition serves for several steps
+_TURNOVER = 0.25  # until this share of the evidence is new
+_CHUNK = 1 << 22  # elements of an intermediate tensor; bounds the extra memory of dense heads
+
+
+@dataclass
+class Inference:
+    """Posteriors of a stack, the evidence of the step among theirs.
+
+    Attributes:
+        stack: whose heads these are.
+        gram: ``[G, D, D]``, after the step; shift too.
+        shift: ``[G, P, D]``.
+        seen: data of the step, ``[G]``, or their number where no label is missing.
+        misfit: its mean at the outputs, ``[G, T]``, or of the tasks that are not exact.
+        scale: running means before the step, ``[G, 3, T]``.
+        current: the scale of every task in this step, ``[G, T]``.
+        posterior: of all columns.
+        bases: of the units, where they are kept.
+    """
+
+    stack: Stack
+    gram: Tensor
+    shift: Tensor
+    seen: Tensor | float
+    misfit: Tensor
+    scale: Tensor
+    current: Tensor
+    posterior: Spectrum
+    bases: list[Basis | None]
+
+    def units(self, sums: Tensor, decay: float) -> list[Unit]:
+        """Units with the evidence of the step.
+
+        Args:
+            sums: of squared leave-one-out residuals of every exact task and of its squared
+                labels, ``[2, G, R]``.
+            decay: of the running means.
+        """
+        seen, r = self.seen, self.stack.exact
+        values, levels = sums / (_at_least_one(seen) if isinstance(seen, Tensor) else seen)
+        if r < self.current.shape[1]:
+            others = self.misfit[:, self.misfit.shape[1] - self.current.shape[1] + r :]
+            values = torch.cat([values, others], 1)
+            levels = torch.cat([levels, torch.ones_like(others)], 1)
+        known = seen > 0 if isinstance(seen, Tensor) else None
+        scale = running_mean(self.scale, (floored(values, levels), levels), known, decay)
+        sizes = self.stack.sizes
+        state = (_split(t, sizes) for t in (self.gram, self.shift, scale))
+        parts = zip(self.stack.units, *state, self.bases, strict=True)
+        return [
+            replace(
+                unit, started=not unit.weighted, gram=gram, shift=shift, scale=own, basis=basis
+            )
+            for unit, gram, shift, own, basis in parts
+        ]
+
+    def by_head(self, values: Tensor, heads: Mapping[str, Head], tasks: bool) -> dict[str, Tensor]:
+        """Rows ``[G, P, …]`` of all columns, or ``[G, T, …]`` of all tasks, by head."""
+        found: dict[str, Tensor] = {}
+        for unit, part in zip(self.stack.units, _split(values, self.stack.sizes), strict=True):
+            rows = part[:, 0] if unit.wide else part[0]
+            sizes = [heads[n].num_tasks if tasks else heads[n].out_features for n in unit.names]
+            found.update(zip(unit.names, _split(rows, sizes), strict=True))
+        return found
+
+    def module_weights(self, heads: Mapping[str, Head]) -> dict[str, Tensor]:
+        """Posterior mean of every head, ``[o, D]``; the weights it has where no label was seen."""
+        found = self.by_head(self.posterior.mean, heads, False)
+        if self.stack.units[0].weighted:
+            evidence = self.gram.diagonal(dim1=1, dim2=2).sum(1) > 0
+            known = self.by_head(
+                evidence[:, None].expand(self.posterior.mean.shape[:2]), heads, False
+            )
+            for name, mean in found.items():
+                own = stacked(heads[name]).to(mean.dtype)
+                found[name] = torch.where(known[name][:, None], mean, own)
+        return found
+
+
+@dataclass
+class Evidence:
+    """Sums over the data of a step.
+
+    Attributes:
+        gram: ``Σ w h̃h̃ᵀ``, ``[G, D, D]``.
+        shift: ``Σ w t h̃``, ``[G, P, D]``.
+        misfit: ``Σ w misfit``, ``[G, T]``, or of fewer tasks.
+        seen: ``Σ w``, ``[G]``, or the number of data where no label is missing on one rank.
+        squares: ``Σ w (h̃ᵀQ)²``, ``[G, D]``, in a basis that is kept; ``None``: it is not.
+    """
+
+    gram: Tensor
+    shift: Tensor
+    misfit: Tensor
+    seen: Tensor | float
+    squares: Tensor | None
+
+    def over(self) -> Iterator[Tensor]:
+        """What ranks add up, in a fixed order."""
+        parts = (self.gram, self.shift, self.misfit, self.seen, self.squares)
+        return (part for part in parts if isinstance(part, Tensor))
+
+    def replaced(self, sums: Iterator[Tensor]) -> Evidence:
+        """With the sums over ranks in place of this rank's."""
+        parts = (self.gram, self.shift, self.misfit, self.seen, self.squares)
+        return Evidence(*(next(sums) if isinstance(p, Tensor) else p for p in parts))  # type: ignore[arg-type]
+
+
+def infer(
+    rule: LikelihoodRule, memory: FadingMemory, stacks: Sequence[Stack], exchange: Exchange
+) -> list[Inference]:
+    """Posteriors of all stacks from the memory and the evidence of all ranks' batches."""
+    found = [_evidence(stack, memory.dtype, exchange.ranks is not None) for stack in stacks]
+    if exchange.ranks is not None:
+        sums = iter(exchange.sum([part for one in found for part in one.over()]))
+        found = [one.replaced(sums) for one in found]
+    return [_posterior(rule, memory, s, one) for s, one in zip(stacks, found, strict=True)]
+
+
+def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
+    sums: list[Tensor] = []
+    vectors = stack.kept_vectors()
+    for rows in _chunks(stack):
+        h, t = stack.features(rows, dtype), stack.responses[:, rows]
+        weights = None if stack.weights is None else stack.weights[:, rows]
+        weighted = h if weights is None else h * weights
+        h = h.expand(len(weighted), -1, -1)
+        new = [weighted.transpose(1, 2).bmm(h), t.transpose(1, 2).bmm(weighted)]
+        if vectors is not None:
+            rotated = stack.rotated(rows, dtype, vectors)
+            squares = rotated * rotated
+            new.append((squares if weights is None else squares * weights).sum(1))
+        sums = [old + one for old, one in zip(sums, new, strict=True)] if sums else new
+    gram, shift, *rest = sums
+    misfit, seen = stack.misfit, float(stack.responses.shape[1])
+    if stack.weights is not None:
+        misfit = misfit * stack.weights
+    total = misfit.sum(1) if misfit.shape[2] else misfit.new_zeros(len(misfit), 0)
+    if stack.weights is not None:
+        return Evidence(gram, shift, total, stack.weights.sum((1, 2)), rest[0] if rest else None)
+    number = gram.new_full((len(gram),), seen) if counted else seen
+    return Evidence(gram, shift, total, number, rest[0] if rest else None)
+
+
+def _posterior(
+    rule: LikelihoodRule, memory: FadingMemory, stack: Stack, new: Evidence
+) -> Inference:
+    units, seen = stack.units, new.seen
+    before = [_cat([getattr(unit, key) for unit in units]) for key in ("gram", "shift", "scale")]
+    misfit, length = new.misfit, rule.memory_of(new.gram.shape[-1])
+    fade: Tensor | float
+    if isinstance(seen, Tensor):
+        fade = torch.exp(seen / -length)[:, None]
+        gram = torch.addcmul(new.gram, before[0], fade[..., None])
+        shift = torch.addcmul(new.shift, before[1], fade[..., None])
+        misfit = misfit / _at_least_one(seen)
+    else:
+        fade = math.exp(-seen / length)
+        gram = torch.add(new.gram, before[0], alpha=fade)
+        shift = torch.add(new.shift, before[1], alpha=fade)
+        misfit = misfit / seen if misfit.shape[1] else misfit
+    current, ridge = _ridge(rule, memory, stack, before[2], misfit)
+    posterior, bases = _spectrum(stack, gram, shift, ridge, new, fade, length)
+    return Inference(stack, gram, shift, seen, misfit, before[2], current, posterior, bases)
+
+
+def _ridge(
+    rule: LikelihoodRule, memory: FadingMemory, stack: Stack, scale: Tensor, misfit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scales of all tasks, ``[G, T]``, and ridges of all columns, ``[G, P]``.
+
+    The prior variance of a regression is ``γ`` times the level of its labels, so that their unit
+    has no say; the ridge is the noise over it.
+    """
+    r = stack.exact
+    if stack.units[0].started:
+        total, levels, weight = scale.unbind(1)
+        current, relative = total / weight, total / levels
+    else:
+        first = _first_levels(stack, misfit)
+        current, level = means_of(scale, (misfit, first))
+        relative = current / level.clamp_min(torch.finfo(level.dtype).tiny)
+    noise, ridge = _constants(rule, memory, stack, current)
+    if noise is not None:
+        fixed = torch.where(noise > 0, noise, current[:, :r])
+        relative = _cat([relative[:, :r] * (fixed / current[:, :r]), relative[:, r:]], 1)
+        current = _cat([fixed, current[:, r:]], 1)
+    if r == ridge.shape[1]:
+        return current, relative * ridge
+    return current, torch.cat([relative[:, :r] * ridge[:, :r], ridge[:, r:]], 1) if r else ridge
+
+
+def _first_levels(stack: Stack, like: Tensor) -> Tensor:
+    """Mean squares of the labels of this batch, ``[G, T]``; 1 where they have no unit."""
+    squares = stack.responses[:, :, : stack.exact].square()
+    if stack.weights is None:
+        levels = squares.mean(1)
+    else:
+        levels = (squares * stack.weights).sum(1) / _at_least_one(stack.weights.sum((1, 2)))
+    return torch.cat([levels, torch.ones_like(like[:, stack.exact :])], 1)
+
+
+def _spectrum(
+    stack: Stack,
+    gram: Tensor,
+    shift: Tensor,
+    ridge: Tensor,
+    new: Evidence,
+    fade: Tensor | float,
+    length: float,
+) -> tuple[Spectrum, list[Basis | None]]:
+    """Posteriors, and the basis that is kept for the next step, by unit.
+
+    A step replaces the share ``n/N`` of the evidence. Until a quarter of it is new, a decomposition
+    serves on: its diagonal is kept exact, and the means come from conjugate gradients.
+    """
+    if gram.shape[-1] <= _LARGE:
+        return Spectrum.of(gram, shift, ridge), [None] * len(stack.units)
+    vectors = stack.kept_vectors()
+    if vectors is None or new.squares is None:
+        posterior = Spectrum.of(gram, shift, ridge)
+        values = (torch.bmm(gram, posterior.vectors) * posterior.vectors).sum(1)
+        data = float(new.seen.max()) if isinstance(new.seen, Tensor) else new.seen
+        left = int(_TURNOVER * length / max(data, 1.0))
+    else:
+        old = _cat([unit.basis.values for unit in stack.units if unit.basis is not None])
+        values = torch.addcmul(new.squares, old, torch.as_tensor(fade, dtype=old.dtype))
+        start = _cat([unit.basis.mean for unit in stack.units if unit.basis is not None])
+        posterior = Spectrum.near(gram, shift, ridge, vectors, values, start)
+        left = min(unit.basis.left for unit in stack.units if unit.basis is not None) - 1
+    parts = (posterior.vectors, values.clamp(min=0), posterior.mean)
+    pieces = zip(*(_split(part, stack.sizes) for part in parts), strict=True)
+    return posterior, [Basis(*piece, left) for piece in pieces]
+
+
+def _at_least_one(seen: Tensor) -> Tensor:
+    return seen.clamp(min=1.0)[:, None]
+
+
+def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return [values] if len(sizes) == 1 else values.split(sizes)
+
+
+def _constants(
+    rule: LikelihoodRule, memory: FadingMemory, stack: Stack, like: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """Fixed noise variances ``[G, R]`` (0: learned), and ridges ``[G, P]`` per unit of noise.
+
+    Heads and rules are frozen, so these are made once.
+    """
+    shape = (like.shape[0], stack.responses.shape[2])
+    key = (shape, like.device, *(unit.names for unit in stack.units))
+    if key not in memory.constants:
+        heads = [memory.heads[name] for unit in stack.units for name in unit.names]
+        columns = [head for head in heads for _ in range(head.out_features)]
+        ridges = [
+            1 / (BOUNDS[head.kind].curvature * (head.prior_variance or rule.prior_variance))
+            for head in columns
+        ]
+        noises = [getattr(head, "noise_variance", None) for head in columns]
+        fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
+        noise = like.new_tensor(fixed).view(shape)[:, : stack.exact] if any(fixed) else None
+        memory.constants[key] = (noise, like.new_tensor(ridges).view(shape))
+    return memory.constants[key]
+
+
+@dataclass
+class Exact:
+    """What the exact likelihoods (regressions) of a stack say.
+
+    Attributes:
+        gradient: summed over their outputs and, by unit, over its Gram matrices; ``[N, d]`` each.
+        sums: of squared leave-one-out residuals and of squared labels, ``[2, G, R]``.
+        ratio: mean over the labelled data of what the loss is multiplied by, ``[G, R]``.
+    """
+
+    gradient: list[tuple[Key, Tensor]]
+    sums: Tensor
+    ratio: Tensor
+
+
+def exact_gradients(rule: LikelihoodRule, found: Inference) -> Exact:
+    """Leave-one-out Student-t gradients of the regressions of a stack."""
+    stack, r = found.stack, found.stack.exact
+    if r == 0:
+        none = found.current[:, :0]
+        return Exact([], none.expand(2, -1, -1), none)
+    d = stack.rows[0].shape[1]
+    tau2 = (found.current[:, :r] if r < found.current.shape[1] else found.current).clamp_min(
+        torch.finfo(found.current.dtype).tiny
+    )
+    whole = r == stack.responses.shape[2]
+    gradients, sums, labelled = [], [], []
+    for rows in _chunks(stack):
+        targets = stack.responses[:, rows] if whole else stack.responses[:, rows, :r]
+        weights = None if stack.weights is None else stack.weights[:, rows]
+        factor = stack.factor if stack.factor.shape[1] == 1 else stack.factor[:, rows]
+        h = stack.features(rows, found.gram.dtype)
+        rotated = stack.rotated(rows, found.gram.dtype, found.posterior.vectors)
+        left = leave_one_out(h, targets, found.posterior, weights, rotated)
+        gradient, rho = student_gradient(
+            left, found.posterior, d, tau2, factor, rule.degrees_of_freedom, weights
+        )
+        if len(stack.rows) == 1 and len(gradient) > 1:  # all read the same
+            gradient = gradient.sum(0, keepdim=True)
+        gradients.append(gradient)
+        if weights is None:
+            sums.append((_squares(left.residual, targets), rho.sum(1)))
+        else:
+            known, root = (weights > 0).to(rho.dtype), weights.sqrt()
+            labelled.append(known.sum(1))
+            sums.append((_squares(left.residual * root, targets * root), (rho * known).sum(1)))
+    squares, ratio = (
+        part[0] if len(part) == 1 else torch.stack(part).sum(0) for part in zip(*sums, strict=True)
+    )
+    count = torch.stack(labelled).sum(0).clamp(min=1.0) if labelled else float(stack.responses.shape[1])
+    return Exact(_by_key(stack, _cat(gradients, 1)), squares, ratio / count)
+
+
+def _squares(*values: Tensor) -> Tensor:
+    """Sums of squares over the data, ``[2, G, R]``, without tensors of squares."""
+    norms = torch.stack([torch.linalg.vector_norm(value, dim=1) for value in values])
+    return norms * norms
+
+
+def _by_key(stack: Stack, gradient: Tensor) -> list[tuple[Key, Tensor]]:
+    if len(stack.rows) == 1:
+        return [(stack.parts[0].key, gradient[0])]
+    pieces = zip(stack.parts, gradient.split(stack.sizes), strict=True)
+    return [(part.key, g[0] if len(g) == 1 else g.sum(0)) for part, g in pieces]
+
+
+def own_gradient(part: Part, weights: Tensor, ratio: Tensor | None) -> Tensor:
+    """Gradient that a part's losses send to its features, each task's times a ratio, ``[N, d]``.
+
+    Args:
+        part: heads of one kind.
+        weights: of its heads without the bias, ``[P, d]``.
+        ratio: by task, ``[K]``; ``None``: one.
+    """
+    gradient = part.gradient
+    if ratio is not None:
+        ratio = ratio.to(gradient.dtype)
+        gradient = gradient * (ratio if gradient.dim() == 2 else ratio[:, None])
+    return gradient.flatten(1) @ weights.to(gradient.dtype)
+
+
+def blank_part(name: str, head: Head, like: Tensor) -> Part:
+    """No data at all, of a head that only other ranks have in this step."""
+    shape = (0, head.num_tasks)
+    if head.num_tasks != head.out_features:
+        shape += (head.out_features,)  # type: ignore[assignment]
+    none = like.new_zeros(shape)
+    return Part(
+        kind=head.kind,
+        names=(name,),
+        heads=(head,),
+        key=(),
+        calls={},
+        features=like.new_zeros(0, head.in_features),
+        gradient=none,
+        labels=Labels(none, none, like.new_ones(1, head.num_tasks), None),
+        losses=like.new_zeros(1),
+        slices={name: slice(0, head.num_tasks)},
+    )
+
+
+def _chunks(stack: Stack) -> Iterator[slice]:
+    """Data in pieces that bound the intermediate tensors."""
+    groups, data, columns = stack.responses.shape
+    width = stack.rows[0].shape[1] + 1
+    size = max(1, _CHUNK // (groups * (width + columns)))
+    if data <= size:
+        yield slice(0, data)
+        return
+    for start in range(0, data, math.ceil(data / math.ceil(data / size))):
+        yield slice(start, min(data, start + math.ceil(data / math.ceil(data / size))))
+
+
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

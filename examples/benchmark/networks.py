@@ -1,0 +1,178 @@
+"""Networks with a batch of random data: only the cost of a step is measured, never its accuracy.
+
+The paper's (Appendix B): a message-passing network on complete molecular graphs (QM9), a CNN of
+three 160-channel convolutions (CIFAR-MTL), ResNet-34 (ChestX-ray14) and ResNet-18 (UTKFace) with a
+256-dimensional ELU layer. Small ones: an MLP, and a mixture of experts with a gate and a tower for
+every task (MMoE; Ma et al., 2018).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from examples import image_models
+from examples.benchmark.cases import Case, Task
+from examples.message_passing import EDGE_FEATURES, NODE_FEATURES, MessagePassing
+
+INPUTS, EXPERTS, TOWER = 128, 4, 16
+MIN_ATOMS, MAX_ATOMS = 12, 24
+
+
+class MissingDependencyError(RuntimeError):
+    """A network needs a package that is not installed; the message says which."""
+
+
+class MultiHead(nn.Module):
+    """A shared backbone and one linear head per task; returns a mapping name → output."""
+
+    def __init__(self, backbone: nn.Module, dim: int, tasks: tuple[Task, ...]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict({task.name: nn.Linear(dim, task.outputs) for task in tasks})
+
+    def forward(self, x: Any) -> dict[str, Tensor]:
+        """Outputs (B, o) per task for a batch ``x`` of whatever the backbone takes."""
+        h = self.backbone(x)
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+class MixtureOfExperts(nn.Module):
+    """Experts that all tasks share, a gate over them and a tower of two layers for each task."""
+
+    backbone = None  # there is no tensor that all heads read
+
+    def __init__(self, dim: int, tasks: tuple[Task, ...]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(_layers(INPUTS, INPUTS, dim) for _ in range(EXPERTS))
+        names = [task.name for task in tasks]
+        self.gates = nn.ModuleDict({name: nn.Linear(INPUTS, EXPERTS) for name in names})
+        self.towers = nn.ModuleDict({name: _layers(dim, TOWER) for name in names})
+        self.heads = nn.ModuleDict({task.name: nn.Linear(TOWER, task.outputs) for task in tasks})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Outputs (B, o) per task."""
+        experts = torch.stack([expert(x) for expert in self.experts], 1)
+        mixed = {
+            n: torch.bmm(g(x).softmax(1)[:, None], experts)[:, 0] for n, g in self.gates.items()
+        }
+        return {name: head(self.towers[name](mixed[name])) for name, head in self.heads.items()}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model with one batch: the input and the target of every task."""
+
+    model: MultiHead | MixtureOfExperts
+    x: Any
+    targets: dict[str, Tensor]
+    kinds: dict[str, str]
+
+    def losses(self) -> dict[str, Tensor]:
+        """One forward pass: name → loss averaged over the batch."""
+        out = self.model(self.x)
+        return {name: CRITERIA[self.kinds[name]](out[name], self.targets[name]) for name in out}
+
+
+CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "regression": F.mse_loss,
+    "binary": F.binary_cross_entropy_with_logits,
+    "multiclass": F.cross_entropy,
+}
+
+
+def make_workload(case: Case, *, seed: int = 0) -> Workload:
+    """Model and batch of a case (``step_batch`` examples), the same for the same seed.
+
+    Raises:
+        MissingDependencyError: The network needs torchvision or torch_geometric, which is not
+            installed.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone, x = NETWORKS[case.network](case)
+        model: MultiHead | MixtureOfExperts
+        if backbone is None:
+            model = MixtureOfExperts(case.dim, case.tasks)
+        else:
+            model = MultiHead(backbone, case.dim, case.tasks)
+        targets = {task.name: random_target(task, case.step_batch) for task in case.tasks}
+    return Workload(model, x, targets, {task.name: task.kind for task in case.tasks})
+
+
+def random_target(task: Task, batch: int) -> Tensor:
+    """A target of the shape that the task's loss wants: (B, o) floats or (B,) classes."""
+    if task.kind == "regression":
+        return torch.randn(batch, task.outputs)
+    if task.kind == "binary":
+        return (torch.rand(batch, task.outputs) < 0.3).float()
+    return torch.randint(task.outputs, (batch,))
+
+
+def _layers(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _mlp(case: Case) -> tuple[nn.Module, Tensor]:
+    return _layers(INPUTS, INPUTS, case.dim), torch.randn(case.step_batch, INPUTS)
+
+
+def _mmoe(case: Case) -> tuple[None, Tensor]:
+    return None, torch.randn(case.step_batch, INPUTS)
+
+
+def _cnn(case: Case) -> tuple[nn.Module, Tensor]:
+    return image_models.cnn(case.dim), torch.randn(case.step_batch, 3, 32, 32)
+
+
+def _resnet(case: Case) -> tuple[nn.Module, Tensor]:
+    _import("torchvision.models", "torchvision", case.name)
+    pixels = 128 if case.network == "resnet18" else 224
+    network = image_models.resnet(case.network, case.dim)
+    return network, torch.randn(case.step_batch, 3, pixels, pixels)
+
+
+def _mpnn(case: Case) -> tuple[nn.Module, Any]:
+    geometric = _import("torch_geometric.nn", "torch_geometric", case.name)
+    data = _import("torch_geometric.data", "torch_geometric", case.name)
+    graphs = [_molecule(data) for _ in range(case.step_batch)]
+    return MessagePassing(case.dim, geometric), data.Batch.from_data_list(graphs)
+
+
+def _molecule(data: ModuleType) -> Any:
+    """A complete graph of 12 to 24 atoms, 18 on average as in QM9, with random features."""
+    atoms = int(torch.randint(MIN_ATOMS, MAX_ATOMS + 1, ()))
+    edges = (~torch.eye(atoms, dtype=torch.bool)).nonzero().T.contiguous()
+    x, a = torch.randn(atoms, NODE_FEATURES), torch.randn(edges.shape[1], EDGE_FEATURES)
+    return data.Data(x=x, edge_index=edges, edge_attr=a)
+
+
+def _import(module: str, package: str, case: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the network of shape {case!r} needs {package}: run `pip install {package}`, or "
+            "leave the shape out with --shapes, or measure --parts aggregation alone"
+        ) from error
+
+
+NETWORKS: dict[str, Callable[[Case], tuple[nn.Module | None, Any]]] = {
+    "mlp": _mlp,
+    "mmoe": _mmoe,
+    "cnn": _cnn,
+    "resnet18": _resnet,
+    "resnet34": _resnet,
+    "mpnn": _mpnn,
+}

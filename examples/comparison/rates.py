@@ -1,0 +1,147 @@
+"""Methods at several learning rates: at each, at the best of each, and paired tests of all pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from bayesagg.metrics import delta_m
+from examples.comparison.benchmark import Benchmark
+from examples.comparison.catalogue import SINGLE_TASK, Method
+from examples.comparison.pipeline import Outcome
+from examples.comparison.report import difference, markdown, p_value, spread
+from examples.comparison.runs import criteria
+from examples.comparison.statistics import paired_p_value, task_means
+
+_MOST = 8  # methods of which all pairs are tested
+_STYLES = ("o-", "s--", "D-.", "^:", "v-", "P--", "X-.", "*:")
+
+
+def at_rates(methods: Mapping[str, Method], rates: Sequence[float]) -> dict[str, Method]:
+    """Every method once per learning rate: ``ls@0.001``."""
+    return {
+        f"{name}@{rate:g}": replace(
+            method,
+            label=f"{method.label}, lr {rate:g}",
+            training={**method.training, "learning_rate": rate},
+        )
+        for name, method in methods.items()
+        for rate in rates
+    }
+
+
+def by_method(outcome: Outcome) -> dict[str, dict[float, str]]:
+    """Names of what did not fail, by method and learning rate; the rate is 0 where there is one."""
+    found: dict[str, dict[float, str]] = {}
+    for name in outcome.standings:
+        method, _, rate = name.partition("@")
+        found.setdefault(method, {})[float(rate or 0)] = name
+    return found
+
+
+def best_rates(outcome: Outcome, data: Benchmark) -> dict[str, str]:
+    """By method the name of its best learning rate, by Δm on the validation part."""
+    single = task_means(criteria(data, outcome.runs[SINGLE_TASK], "val"))
+
+    def validation(name: str) -> float:
+        runs = criteria(data, outcome.runs[name], "val")
+        return mean(delta_m(run, single, data.higher_is_better) for run in runs)
+
+    return {
+        method: min(names.values(), key=validation) for method, names in by_method(outcome).items()
+    }
+
+
+def errors(outcome: Outcome, name: str, data: Benchmark) -> list[float]:
+    """100 % minus the metric, mean over the classification tasks, of every seed."""
+    which = [k for k, task in enumerate(data.tasks) if task.higher_is_better]
+    runs = criteria(data, outcome.runs[name], "test")
+    return [100 * (1 - mean(run[k] for k in which)) for run in runs]
+
+
+def rate_tables(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> list[str]:
+    """Δm, and the error of classifications, of every method at every learning rate."""
+    found, best = by_method(outcome), best_rates(outcome, data)
+    rates = sorted({rate for names in found.values() for rate in names})
+    if rates in ([], [0]):
+        return []
+    measures = {"Δm [%]": lambda name: outcome.standings[name].delta}
+    if any(data.higher_is_better):
+        measures["error [%]"] = lambda name: errors(outcome, name, data)
+    tables = []
+    for measure, values in measures.items():
+        rows = [
+            [
+                _label(labels, names),
+                *(spread(values(names[rate])) if rate in names else "" for rate in rates),
+                f"{spread(values(best[method]))} ({best[method].partition('@')[2]})",
+            ]
+            for method, names in found.items()
+        ]
+        header = [f"{measure} at", *(f"{rate:g}" for rate in rates), "best by validation"]
+        tables.append(markdown(header, rows))
+    return tables
+
+
+def pair_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> str:
+    """Paired difference of Δm and its t-test for every pair of methods, without correction.
+
+    At every learning rate, and each at its best; empty with more than eight methods.
+    """
+    found = by_method(outcome)
+    if not 2 <= len(found) <= _MOST:
+        return ""
+    groups = {}
+    for rate in sorted({rate for names in found.values() for rate in names}):
+        groups[f"{rate:g}" if rate else ""] = {m: n[rate] for m, n in found.items() if rate in n}
+    if len(groups) > 1:
+        groups["best of each"] = best_rates(outcome, data)
+    rows = [
+        [
+            f"{_label(labels, found[a])} - {_label(labels, found[b])}",
+            rate,
+            difference(outcome, names[a], names[b]),
+            p_value(
+                paired_p_value(outcome.standings[names[a]].delta, outcome.standings[names[b]].delta)
+            ),
+        ]
+        for rate, names in groups.items()
+        for a, b in combinations(names, 2)
+    ]
+    return markdown(["pair", "learning rate", "difference of Δm", "p, paired t-test"], rows)
+
+
+def _label(labels: Mapping[str, str], names: Mapping[float, str]) -> str:
+    return labels[next(iter(names.values()))].partition(", lr ")[0]
+
+
+def plot_rates(path: Path, outcome: Outcome, labels: Mapping[str, str], title: str) -> bool:
+    """Draw Δm against the learning rate, a line per method; returns whether there are several."""
+    found = by_method(outcome)
+    if max((len(names) for names in found.values()), default=0) < 2:
+        return False
+    with matplotlib.rc_context({"font.size": 12}):
+        figure = Figure(figsize=(7.5, 5), layout="constrained")
+        axes = figure.subplots()
+        for (_, names), style in zip(found.items(), _STYLES * len(found), strict=False):
+            rates = sorted(names)
+            deltas = [outcome.standings[names[rate]].delta for rate in rates]
+            errors = [stdev(d) if len(d) > 1 else 0.0 for d in deltas]
+            axes.errorbar(
+                rates, [mean(d) for d in deltas], errors, fmt=style, label=_label(labels, names)
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=20)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("Δm against single-task models [%], lower is better")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", frameon=False)
+        figure.suptitle(title)
+        figure.savefig(path, dpi=150)
+    return True

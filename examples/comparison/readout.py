@@ -1,0 +1,97 @@
+"""Other methods with the library's read-out, to tell apart what heads and what weights do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesagg import LikelihoodRule
+from bayesagg.memory import FadingMemory
+from bayesagg.parallel import Exchange
+from bayesagg.reading import Batch
+from bayesagg.rules import Plan
+from bayesagg.rules.streaming import own_gradient
+from examples.methods import BayesAggregation, LinearScalarization
+from examples.training import Losses, TrainSettings
+
+
+@dataclass(frozen=True)
+class ReadoutRule(LikelihoodRule):
+    """The default rule's memory, prior and posterior means, with gradients weighed by another.
+
+    Args:
+        weights: Called in every step after the warm-up: what each task's own gradient is multiplied
+            by, by head ``[o]``; ``None``: one, which is linear scalarization.
+    """
+
+    weights: Callable[[], Mapping[str, Tensor]] | None = None
+
+    @torch.no_grad()
+    def plan(
+        self, memory: FadingMemory, batch: Batch, flags: list[bool], exchange: Exchange
+    ) -> Plan:
+        """The plan of the default rule for the heads; the tasks' own gradients for the rest."""
+        plan = super().plan(memory, batch, flags, exchange)
+        if not plan.gradients:  # the warm-up
+            return plan
+        found = self.weights() if self.weights else {n: torch.ones_like(w) for n, w in plan.weights.items()}
+        plan.gradients = {}
+        for part in batch.parts:
+            rows = torch.cat([head.weights() for head in part.heads])
+            own = torch.cat([found[name] for name in part.names])
+            gradient = own_gradient(part, rows, own)
+            before = plan.gradients.get(part.key)
+            plan.gradients[part.key] = gradient if before is None else before + gradient
+        total = torch.stack([weight.sum() for weight in found.values()]).sum()
+        plan.weights = {name: weight / total for name, weight in found.items()}
+        return plan
+
+
+class Readout(BayesAggregation):
+    """A method that weighs losses, with heads that are set as BayesAgg sets them.
+
+    Whatever scalar the method makes of the losses, its derivative with respect to a loss is that
+    loss's weight, and parameters of its own (UW's variances) get their gradients.
+
+    Args:
+        model: As of :class:`examples.methods.BayesAggregation`.
+        settings: As there.
+        steps_per_epoch: As there.
+        base: The method.
+        own: Its settings.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainSettings,
+        steps_per_epoch: int,
+        base: type[LinearScalarization],
+        **own: Any,
+    ) -> None:
+        LinearScalarization.__init__(self, model, settings, steps_per_epoch)
+        self._base = base(model, settings, steps_per_epoch, **own)
+        self.optimizer = self._base.optimizer
+        self._left = settings.warmup_steps
+        self._now: dict[str, Tensor] = {}
+        rule = ReadoutRule(warmup=settings.warmup_steps, weights=lambda: self._now)
+        self._wrap({}, rule=rule)
+
+    def backward(self, losses: Losses) -> None:
+        """Fill the gradients: those of the method, without those of the heads."""
+        if self._left > 0:
+            self._left -= 1
+        else:
+            values = torch.stack(list(losses.values())).detach().requires_grad_()
+            self._base.objective(values).backward()
+            assert values.grad is not None
+            self._now = {group.name: part for group, part in self.by_group(values.grad)}
+        super().backward(losses)
+
+    def after_step(self, losses_now: Callable[[], Losses]) -> None:
+        """What the method does."""
+        self._base.after_step(losses_now)

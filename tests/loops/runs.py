@@ -1,0 +1,176 @@
+"""Runs that are compared: networks without batch statistics, batches for ranks, and their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesagg import BayesAgg, BayesAggWrapper
+from tests.helpers import (
+    INPUTS,
+    LOSSES,
+    WIDTH,
+    Net,
+    assert_same,
+    make_batch,
+    make_losses,
+    make_net,
+    wrap,
+)
+
+ROWS = 12
+READOUT = {name: {"readout": "posterior"} for name in ("reg", "bin", "cls")}
+
+
+def trunk() -> nn.Module:
+    """Every datum by itself: statistics of a batch would be those of a part of it."""
+    return nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.Tanh())
+
+
+def plain_net(*args: Any, towers: bool = False, **kwargs: Any) -> Net:
+    """A network on :func:`trunk`; with ``towers``, every head has a hidden layer of its own."""
+    net = make_net(*args, trunk=trunk, **kwargs)
+    if towers:
+        like = net.trunk[0].weight
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            for name, head in net.heads.items():
+                tower = nn.Sequential(nn.Linear(WIDTH, head.in_features), nn.Tanh(), head)
+                net.heads[name] = tower.to(like.device, like.dtype)
+    return net
+
+
+def batch_of(index: int, rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
+    """Some rows of batch number ``index``."""
+    x, labels = make_batch(seed=index, size=ROWS)
+    return x[rows], {name: y[rows] for name, y in labels.items()}
+
+
+def without(labels: Mapping[str, Tensor], name: str, gaps: Tensor) -> dict[str, Tensor]:
+    """Labels of which those of one task are missing in some rows, or single entries."""
+    y = labels[name]
+    gaps = gaps if gaps.dim() == y.dim() else gaps[:, None].expand_as(y)
+    return {**labels, name: y.masked_fill(gaps, -100 if name == "cls" else torch.nan)}
+
+
+def losses_over(out: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Means over the labels that there are; zero where there is none."""
+    losses = {}
+    for name, z in out.items():
+        y = labels[name]
+        known = y != -100 if name == "cls" else ~y.isnan()
+        losses[name] = LOSSES[name](z[known], y[known]) if bool(known.any()) else z.sum() * 0
+    return losses
+
+
+def half(rank: int | None) -> slice:
+    """The rows of one of two ranks; all of them of ``None``."""
+    return slice(None) if rank is None else slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+
+
+def result(net: nn.Module, owner: BayesAgg | BayesAggWrapper) -> dict[str, Any]:
+    """What has to agree; parameters whole, also where they are sharded."""
+    engine = owner if isinstance(owner, BayesAgg) else owner.engine
+    return {
+        "parameters": {
+            name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+            for name, p in net.named_parameters()
+        },
+        "engine": engine.get_extra_state(),
+        "weights": {name: weight.clone() for name, weight in engine.task_weights.items()},
+    }
+
+
+def steps(
+    model: nn.Module,
+    optimizer: BayesAggWrapper,
+    indices: Collection[int],
+    rank: int | None = None,
+) -> None:
+    """Training steps over this rank's half of the batches."""
+    for index in indices:
+        x, labels = batch_of(index, half(rank))
+        losses = make_losses(model(x), labels)
+        optimizer.zero_grad()
+        optimizer.step(losses)
+
+
+def alone(
+    rule: str, base: str = "momentum", count: int = 8, *, towers: bool = False, **kwargs: Any
+) -> dict[str, Any]:
+    """The end of a run of one process with whole batches."""
+    net = plain_net(towers=towers)
+    optimizer = wrap(net, base, rule, **kwargs)
+    steps(net, optimizer, range(count))
+    return result(net, optimizer)
+
+
+def together(
+    rank: int,
+    model_of: Callable[[Net], nn.Module],
+    rule: str,
+    base: str = "momentum",
+    count: int = 8,
+    towers: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The end of this rank's run, with its half of every batch, as ``alone``."""
+    net = plain_net(towers=towers)
+    model = model_of(net)
+    optimizer = wrap(net, base, rule, **(kwargs or {}))
+    steps(model, optimizer, range(count), rank)
+    return result(net, optimizer)
+
+
+def assert_near(one: Any, other: Any, path: str = "", *, tolerance: float = 1e-9) -> None:
+    """Nested states of the same form, tensors alike to rounding, all else exactly."""
+    if isinstance(one, Tensor):
+        torch.testing.assert_close(
+            one, other, rtol=tolerance, atol=tolerance, msg=lambda said: f"{path}: {said}"
+        )
+    elif isinstance(one, Mapping):
+        assert one.keys() == other.keys(), path
+        for key, value in one.items():
+            assert_near(value, other[key], f"{path}/{key}", tolerance=tolerance)
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_near(a, b, f"{path}/{i}", tolerance=tolerance)
+    else:
+        assert one == other, (path, one, other)
+
+
+def assert_equal_ranks(ranks: list[dict[str, Any]]) -> None:
+    """In every bit, but for the weights, which are those of each rank's data, and its losses."""
+    assert_same(ranks[0]["parameters"], ranks[1]["parameters"])
+    assert_same(ranks[0]["engine"], ranks[1]["engine"], ignore=["task_weights", "reader"])
+
+
+def assert_equal_runs(
+    one: dict[str, Any],
+    ranks: list[dict[str, Any]],
+    *,
+    weights: bool = False,
+    ignore: Collection[str] = (),
+) -> None:
+    """Ranks agree in every bit, and with the single process to rounding.
+
+    ``weights``: their mean over ranks is that of the whole batch too, as it is where they are means
+    over data; those of the default rule are shares of each rank's own sum. ``ignore``: entries of
+    the memory.
+    """
+    assert_equal_ranks(ranks)
+    for run in (one, ranks[0]):
+        run["memory"] = {k: v for k, v in run["engine"]["memory"].items() if k not in ignore}
+    for part in ("parameters", "memory"):
+        assert_near(ranks[0][part], one[part], part)
+    if weights:
+        mean = {n: (w + ranks[1]["weights"][n]) / 2 for n, w in ranks[0]["weights"].items()}
+        assert_near(mean, one["weights"], "weights")
+    else:
+        for run in (one, *ranks):
+            total = sum(float(weight.sum()) for weight in run["weights"].values())
+            assert abs(total - 1) < 1e-9

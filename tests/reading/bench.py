@@ -1,0 +1,88 @@
+"""A reader, heads and forward passes for tests of reading."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesagg.heads import BinaryHead, LossTask, MulticlassHead, RegressionHead
+from bayesagg.reading import Batch, Capture, Labels, Reader
+
+KINDS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
+OWN = {"reg": F.mse_loss, "bin": F.binary_cross_entropy_with_logits, "cls": F.cross_entropy}
+
+
+class Bench:
+    """Heads on one network, watched, and their reader.
+
+    ``kinds`` is the kind of every head by name, ``outputs`` the number of its outputs.
+    """
+
+    def __init__(self, kinds, outputs=1, passthrough=(), width=4, dtype=torch.float64, device="cpu"):
+        if not isinstance(outputs, dict):
+            outputs = dict.fromkeys(kinds, outputs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.modules = {
+                name: nn.Linear(width, outputs[name]).to(device, dtype)
+                for name, kind in kinds.items()
+                if kind != "loss"
+            }
+        self.width, self.dtype, self.device = width, dtype, device
+        tasks = {
+            name: LossTask() if kind == "loss" else KINDS[kind](self.modules[name])
+            for name, kind in kinds.items()
+        }
+        heads = {name: head for name, head in tasks.items() if not isinstance(head, LossTask)}
+        self.capture = Capture(heads)
+        self.reader = Reader(tasks, passthrough)
+
+    def features(self, rows=8, seed=0) -> Tensor:
+        """What a trunk might say."""
+        generator = torch.Generator().manual_seed(seed)
+        h = torch.randn(rows, self.width, generator=generator, dtype=torch.float64)
+        return h.to(self.device, self.dtype).requires_grad_()
+
+    def outputs(self, h: Tensor) -> dict[str, Tensor]:
+        """A new forward pass; earlier ones are forgotten."""
+        self.capture.clear()
+        return {name: module(h) for name, module in self.modules.items()}
+
+    def read(self, losses, targets=None) -> Batch:
+        return self.reader.read(self.capture, losses, targets)
+
+
+def labels_by_task(batch: Batch) -> dict[str, Labels | None]:
+    """Labels of every head of a batch."""
+    found = {}
+    for part in batch.parts:
+        for name, columns in part.slices.items():
+            found[name] = (
+                None if part.labels is None else part.labels.columns(columns.start, columns.stop)
+            )
+    return found
+
+
+class Free:
+    """Stands in for a capture: one head called "age" whose outputs are given."""
+
+    def __init__(self, kind, out, outputs=None):
+        self.head = KINDS[kind](nn.Linear(2, out.shape[-1] if outputs is None else outputs))
+        self.out = out
+        self.capture = Capture({"age": self.head})
+        self.reader = Reader({"age": self.head})
+
+    def read(self, loss, targets=None, out=None) -> Batch:
+        out = self.out if out is None else out
+        from bayesagg.reading import Call
+
+        shape = (*out.shape[:-1], 2)
+        self.capture.calls = {"age": [Call(torch.ones(shape).to(out), out, None, (0, out._version))]}
+        given = None if targets is None else {"age": targets}
+        return self.reader.read(self.capture, {"age": loss}, given)
+
+
+def read(kind, out, loss, targets=None) -> Labels | None:
+    """What the library makes of a loss at the output of a head called "age"."""
+    return labels_by_task(Free(kind, out).read(loss, targets))["age"]

@@ -1,0 +1,278 @@
+"""The default rule against its formulas, written out datum by datum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bayesagg import (
+    BayesAgg,
+    BinaryHead,
+    LikelihoodRule,
+    LossTask,
+    MulticlassHead,
+    RegressionHead,
+)
+
+D, N = 4, 9
+RULE = LikelihoodRule(memory=30, warmup=0, lag=5, prior_variance=0.2, keep_length=False)
+KINDS = {"reg": (RegressionHead, 2), "bin": (BinaryHead, 1), "cls": (MulticlassHead, 3)}
+LOSSES = {
+    "reg": F.mse_loss,
+    "bin": F.binary_cross_entropy_with_logits,
+    "cls": F.cross_entropy,
+}
+
+
+def network(kinds, bias=True, seed=0):
+    torch.manual_seed(seed)
+    modules = nn.ModuleDict({k: nn.Linear(D, KINDS[k][1], bias) for k in kinds}).double()
+    return modules, {k: KINDS[k][0](modules[k]) for k in kinds}
+
+
+def batch(step, kinds, n=N):
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(n, D, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = {}
+    for kind in kinds:
+        y = torch.randn(n, KINDS[kind][1], generator=generator, dtype=torch.float64)
+        labels[kind] = {"reg": y, "bin": (y > 0).double(), "cls": y.argmax(1)}[kind]
+    return x, labels
+
+
+class Reference:
+    """One head: evidence, scale and gradient of math.md, a datum at a time."""
+
+    def __init__(self, kind, module, rule):
+        self.kind, self.module, self.rule = kind, module, rule
+        width = D + (module.bias is not None)
+        self.gram = torch.zeros(width, width, dtype=torch.float64)
+        self.shift = torch.zeros(width, module.out_features, dtype=torch.float64)
+        self.sums = torch.zeros(3, module.out_features if kind != "cls" else 1).double()
+
+    def weights(self):
+        w = self.module.weight.detach()
+        return (w if self.module.bias is None else torch.cat([w, self.module.bias[:, None]], 1)).T
+
+    def step(self, x, y):
+        rule, w = self.rule, self.weights()
+        ones = [] if self.module.bias is None else [torch.ones(len(x), 1).double()]
+        h = torch.cat([x.detach(), *ones], 1)
+        fade = math.exp(-len(h) / rule.memory)
+        self.gram = fade * self.gram + h.T @ h
+        z = h @ w
+        if self.kind == "reg":
+            self.shift = fade * self.shift + h.T @ y
+            return self.regression(h, y, z, w)
+        c = 0.25 if self.kind == "bin" else 0.5
+        p = z.sigmoid() if self.kind == "bin" else z.softmax(1)
+        target = y if self.kind == "bin" else F.one_hot(y, 3).double()
+        # In the form of math.md: the bound expanded at the head's weights.
+        self.shift = fade * self.shift + c * h.T @ h @ w - h.T @ (p - target)
+        eye = torch.eye(len(self.gram)).double()
+        mean = torch.linalg.solve(c * self.gram + eye / rule.prior_variance, self.shift)
+        value = LOSSES[self.kind](z, y)[None]
+        scale = self.scale(value).clamp(min=0.01)
+        self.lag(value, torch.ones_like(value))
+        return (p - target) @ w[:D].T / scale / len(h), mean
+
+    def scale(self, first):
+        return torch.where(self.sums[2] > 0, self.sums[0] / self.sums[2], first)
+
+    def level(self, first):
+        return torch.where(self.sums[2] > 0, self.sums[1] / self.sums[2], first)
+
+    def lag(self, value, level):
+        decay = 1 - 1 / self.rule.lag
+        new = torch.stack([value, level, torch.ones_like(value)])
+        self.sums = decay * self.sums + (1 - decay) * new
+
+    def regression(self, h, y, z, w):
+        rule, n, k = self.rule, len(h), y.shape[1]
+        tau2 = self.scale((z - y).square().mean(0))
+        levels = self.level(y.square().mean(0))
+        gradient, squares = torch.zeros(n, D).double(), torch.zeros(k).double()
+        means = []
+        for j in range(k):
+            prior = rule.prior_variance * levels[j]  # in units of the labels
+            a = self.gram + tau2[j] / prior * torch.eye(len(self.gram)).double()
+            means.append(torch.linalg.solve(a, self.shift[:, j]))
+            for i in range(n):  # the posterior without the datum, by a factorization of its own
+                rest = a - torch.outer(h[i], h[i])
+                inverse = torch.linalg.inv(rest)
+                m = inverse @ (self.shift[:, j] - h[i] * y[i, j])
+                e = h[i] @ m - y[i, j]
+                spread = tau2[j] * h[i] @ inverse @ h[i]
+                nu = rule.degrees_of_freedom
+                rho = (nu + 1) / 2 / (nu * tau2[j] + e**2 + spread)
+                expected = 2 * (e * m + tau2[j] * inverse @ h[i])
+                gradient[i] += rho * expected[:D] / (n * k)
+                squares[j] += e**2 / n
+        self.lag(squares, y.square().mean(0))
+        return gradient, torch.stack(means, 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kinds", [["reg"], ["bin"], ["cls"], ["reg", "bin", "cls"]])
+def test_equals_the_formulas_datum_by_datum(kinds, bias):
+    modules, heads = network(kinds, bias)
+    engine = BayesAgg(None, heads, rule=RULE)
+    references = {k: Reference(k, modules[k], RULE) for k in kinds}
+    for step in range(6):
+        x, labels = batch(step, kinds, n=N + step)
+        found = {k: references[k].step(x, labels[k]) for k in kinds}
+        losses = {k: LOSSES[k](modules[k](x), labels[k]) for k in kinds}
+        loss = engine(losses)
+        torch.testing.assert_close(loss, sum(losses.values()))
+        loss.backward()
+        torch.testing.assert_close(x.grad, sum(g for g, _ in found.values()))
+        for k in kinds:
+            torch.testing.assert_close(references[k].weights(), found[k][1])
+            assert all(p.grad is None for p in modules[k].parameters())
+
+
+def test_a_factor_on_the_scalar_scales_every_gradient():
+    results = []
+    for factor in (1.0, 1024.0):
+        modules, heads = network(["reg", "bin"])
+        engine = BayesAgg(None, heads, rule=RULE)
+        x, labels = batch(0, ["reg", "bin"])
+        (factor * engine({k: LOSSES[k](modules[k](x), labels[k]) for k in heads})).backward()
+        results.append(x.grad / factor)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+def test_warm_up_is_linear_scalarization():
+    modules, heads = network(["reg", "cls"])
+    engine = BayesAgg(None, heads, rule=replace(RULE, warmup=1))
+    x, labels = batch(0, ["reg", "cls"])
+    losses = {k: LOSSES[k](modules[k](x), labels[k]) for k in heads}
+    expected = torch.autograd.grad(sum(losses.values()), [x, *modules.parameters()], retain_graph=True)
+    engine.backward(losses)
+    found = [x.grad, *(p.grad for p in modules.parameters())]
+    torch.testing.assert_close(found, list(expected))
+    assert torch.cat(list(engine.task_weights.values())).unique().numel() == 1
+
+
+@pytest.mark.parametrize("own", ["targets", "mask"])
+def test_a_missing_label_is_a_datum_that_is_not_there(own):
+    """Of one task; the others keep the datum."""
+    gaps = torch.zeros(N, dtype=torch.bool)
+    gaps[[1, 4]] = True
+    modules, heads = network(["reg", "bin"])
+    engine = BayesAgg(None, heads, rule=RULE)
+    alone = Reference("bin", modules["bin"], RULE)
+    other = Reference("reg", modules["reg"], RULE)
+    for step in range(4):
+        x, labels = batch(step, ["reg", "bin"])
+        g_bin, mean = alone.step(x[~gaps], labels["bin"][~gaps])
+        g_reg, _ = other.step(x, labels["reg"])
+        out = {k: modules[k](x) for k in heads}
+        per_datum = F.binary_cross_entropy_with_logits(
+            out["bin"], labels["bin"], reduction="none"
+        ) * ~gaps[:, None]
+        losses = {
+            "reg": F.mse_loss(out["reg"], labels["reg"]),
+            "bin": per_datum.sum() / int((~gaps).sum()),
+        }
+        known = labels["bin"].masked_fill(gaps[:, None], torch.nan)
+        targets = {"bin": known} if own == "targets" else None
+        engine(losses, targets).backward()
+        expected = g_reg.clone()
+        expected[~gaps] += g_bin
+        torch.testing.assert_close(x.grad, expected)
+        torch.testing.assert_close(alone.weights(), mean)
+
+
+@pytest.mark.parametrize("kinds", [["reg"], ["reg", "bin", "cls"]])
+def test_a_tower_of_identity_layers_equals_none(kinds):
+    """And with it: heads that read tensors of their own equal heads that share one."""
+    results = []
+    for tower in (False, True):
+        modules, heads = network(kinds)
+        if tower:
+            wrapped = {k: nn.Sequential(nn.Identity(), _Copy(), modules[k]) for k in kinds}
+            heads = {k: KINDS[k][0](wrapped[k]) for k in kinds}
+        else:
+            wrapped = modules
+        engine = BayesAgg(None, heads, rule=replace(RULE, keep_length=True))
+        gradients = []
+        for step in range(5):
+            x, labels = batch(step, kinds)
+            engine({k: LOSSES[k](wrapped[k](x), labels[k]) for k in kinds}).backward()
+            gradients.append(x.grad)
+        results.append([*gradients, *(p.detach() for p in modules.parameters())])
+    if kinds == ["reg"]:
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+        return
+    # The length of the aggregate is that of gradients at the features: of one tensor, or of three.
+    torch.testing.assert_close(results[0][-6:], results[1][-6:], rtol=1e-9, atol=1e-12)
+
+
+class _Copy(nn.Module):
+    def forward(self, x):
+        return x.clone()
+
+
+def test_weights_of_examples_are_weights_of_evidence():
+    """A weight of two is a datum that is there twice, for a prior that has no say.
+
+    Weights are relative to their mean, so that a prior would count more beside them.
+    """
+    rule = replace(RULE, memory=10**9, prior_variance=1e12)
+    weights = torch.ones(N, 1, dtype=torch.float64)
+    weights[:3] = 2.0
+    twice = torch.cat([torch.arange(N), torch.arange(3)])
+    means = []
+    for repeat in (False, True):
+        modules, heads = network(["reg"])
+        engine = BayesAgg(None, heads, rule=rule)
+        x, labels = batch(0, ["reg"])
+        y = labels["reg"]
+        if repeat:
+            x, y = x.detach()[twice].requires_grad_(), y[twice]
+            loss = F.mse_loss(modules["reg"](x), y)
+        else:
+            loss = (weights * (modules["reg"](x) - y).square()).sum() / weights.sum() / 2
+        engine({"reg": loss}, {"reg": y}).backward()
+        means.append(modules["reg"].weight.detach().clone())
+    torch.testing.assert_close(*means, rtol=1e-6, atol=1e-9)
+
+
+def test_losses_without_a_head_are_divided_by_their_scale():
+    modules, heads = network(["reg"])
+    engine = BayesAgg(
+        None, {**heads, "aux": LossTask()}, rule=RULE, passthrough=("other",)
+    )
+    x, labels = batch(0, ["reg"])
+    free, through = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    losses = {
+        "reg": F.mse_loss(modules["reg"](x), labels["reg"]),
+        "aux": 50 * free.square().sum(),
+        "other": 50 * through.square().sum(),
+    }
+    engine(losses).backward()
+    torch.testing.assert_close(through.grad, 100 * torch.ones(2).double())
+    torch.testing.assert_close(free.grad, torch.ones(2).double())  # 100 / the loss of 100
+
+
+def test_settings_that_the_rule_does_not_use_warn_by_name():
+    modules, _ = network(["bin"])
+    with pytest.warns(UserWarning, match="'bin': s and num_samples have no effect"):
+        BayesAgg(None, {"bin": BinaryHead(modules["bin"], s=0.5, num_samples=8)})
+    with pytest.warns(UserWarning, match="steps_per_epoch has no effect"):
+        BayesAgg(None, {"bin": BinaryHead(modules["bin"])}, steps_per_epoch=3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"memory": 0}, {"warmup": -1}, {"lag": 0}, {"lag": 1.5}, {"prior_variance": 0.0}],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        LikelihoodRule(**settings)

@@ -1,0 +1,626 @@
+"""The paper's rule as an object: settings, its memory, and what the recorded runs do not cover."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bayesagg import BayesAgg, BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.errors import CaptureError, CheckpointError, HeadError, NumericalWarning
+from bayesagg.likelihoods.bounded import BoundedMulticlass
+from bayesagg.parallel import Exchange
+from bayesagg.posterior import augment
+from bayesagg.reading import Batch, Labels, Part
+from bayesagg.rules import PaperRule
+from bayesagg.rules.epochs import WARMUP, default_memory
+
+D = 3
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def linear(outputs, seed=0, bias=True):
+    layer = nn.Linear(D, outputs, bias).double()
+    with torch.no_grad():
+        for i, parameter in enumerate(layer.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=100 + 10 * seed + i))
+    return layer
+
+
+def labels_of(head, h, seed=0):
+    """A head's outputs and labels of its kind, for a mean loss."""
+    n = len(h)
+    z = head.linear(h).detach()
+    factor = torch.full((1, head.num_tasks), 1 / n, dtype=torch.float64)
+    if head.kind == "regression":
+        return Labels(z, randn(*z.shape, seed=seed), factor, None)
+    if head.kind == "binary":
+        return Labels(z, (randn(*z.shape, seed=seed) > 0).double(), factor, None)
+    y = F.one_hot(randn(*z.shape, seed=seed).argmax(1), z.shape[1]).double()
+    return Labels(z[:, None], y[:, None], factor, None)
+
+
+def part_of(name, head, h, labels, gradient=None):
+    if gradient is None:
+        gradient = torch.zeros_like(labels.outputs)
+    slices = {name: slice(0, head.num_tasks)}
+    losses = torch.zeros(1, dtype=torch.float64)
+    return Part(head.kind, (name,), (head,), (1,), {}, h, gradient, labels, losses, slices)
+
+
+def batch_of(heads, seed=0, rows=8, **changes):
+    h = randn(rows, D, seed=seed)
+    parts = [
+        part_of(name, head, h, labels_of(head, h, seed + 50 * i))
+        for i, (name, head) in enumerate(heads.items())
+    ]
+    parts = [changes.get(part.names[0], lambda part: part)(part) for part in parts]
+    total = torch.zeros((), dtype=torch.float64)
+    kept = [part for part in parts if part is not None]
+    return Batch(kept, total, {}, [part.names[0] for part in kept])
+
+
+def start(rule, heads, steps_per_epoch=None):
+    return rule.start(heads, torch.float64, 0, steps_per_epoch)
+
+
+def plan_of(rule, memory, batch, exchange=None):
+    flags = rule.flags(memory, batch)
+    return rule.plan(memory, batch, flags, Exchange(None) if exchange is None else exchange)
+
+
+def step(rule, memory, batch):
+    plan = plan_of(rule, memory, batch)
+    memory.commit(plan.update)
+    return plan
+
+
+def same(one, other):
+    """Whether two states are equal, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def mixed():
+    return {
+        "reg": RegressionHead(linear(2), noise_variance="learned"),
+        "bin": BinaryHead(linear(2, 1)),
+        "cls": MulticlassHead(linear(3, 2)),
+    }
+
+
+def without_label(part):
+    present = torch.ones_like(
+        part.labels.outputs[:, :, 0] if part.labels.outputs.dim() == 3 else part.labels.outputs,
+        dtype=torch.bool,
+    )
+    present[0] = False
+    return replace(part, labels=replace(part.labels, present=present))
+
+
+def absent(part):
+    return None
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pretrain_epochs": -1},
+        {"pretrain_epochs": 1.0},
+        {"pretrain_epochs": True},
+        {"gradient_scale": "median"},
+        {"covariance": "none"},
+        {"max_data": 0},
+        {"max_data": 2.5},
+        {"max_data": 8, "covariance": "full"},
+    ],
+)
+def test_settings_out_of_range(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        PaperRule(**settings)
+
+
+def test_it_weighs_out_of_the_box():
+    heads = {"a": RegressionHead(linear(1)), "b": RegressionHead(linear(1, 1))}
+    rule = PaperRule(pretrain_epochs=0)
+    memory = start(rule, heads, 1)
+    assert memory.groups[0].s == (0.8, 0.8)
+    assert memory.groups[0].inferred == ("a", "b")
+    weights = plan_of(rule, memory, batch_of(heads)).weights
+    assert abs(float(weights["a"]) - 0.5) > 0.01
+    classified = start(rule, {"c": BinaryHead(linear(1)), "d": MulticlassHead(linear(3))})
+    assert [group.s for group in classified.groups] == [(0.05,), (0.05,)]
+    assert not any(group.inferred for group in classified.groups)
+
+
+def test_samples_without_effect():
+    with pytest.warns(UserWarning, match="task 'b': num_samples has no effect"):
+        start(PaperRule(), {"b": BinaryHead(linear(1), num_samples=64)})
+
+
+def test_heads_must_read_one_tensor():
+    heads = {"a": RegressionHead(linear(1)), "b": BinaryHead(linear(1, 1))}
+    rule = PaperRule()
+    memory = start(rule, heads)
+    batch = batch_of(heads, b=lambda part: replace(part, key=(2,)))
+    for function in (rule.flags, lambda *given: rule.plan(*given, [False] * 4, Exchange(None))):
+        with pytest.raises(CaptureError, match=r"'a' and 'b'.*one and the same.*default rule"):
+            function(memory, batch)
+    wide = RegressionHead(nn.Linear(D + 1, 1))
+    with pytest.raises(HeadError, match=r"'b' and 'wide'.*3 and 4 dimensions"):
+        start(rule, {**heads, "wide": wide})
+
+
+# --- a step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps_per_epoch", [None, 2])
+def test_a_plan_changes_nothing(steps_per_epoch):
+    heads, rule = mixed(), PaperRule(pretrain_epochs=0)
+    memory = start(rule, heads, steps_per_epoch)
+    for seed in range(4):
+        before, state = copy.deepcopy(memory.state_dict()), memory.states
+        plan_of(rule, memory, batch_of(heads, seed))
+        assert same(memory.state_dict(), before)
+        assert memory.states is state
+        step(rule, memory, batch_of(heads, seed))
+        memory.stepped()
+
+
+def test_examples_count_by_their_weight():
+    """A weight of two is the datum given twice, whatever the scale of the loss."""
+    heads, rule = mixed(), PaperRule(pretrain_epochs=0)
+    h = randn(6, D)
+    twice = torch.cat([h, h[:3]])
+
+    def batch(rows, factors):
+        parts = []
+        for name, head in heads.items():
+            known = labels_of(head, h)
+            index = torch.arange(rows) % 6
+            known = Labels(
+                known.outputs[index], known.targets[index], factors.expand(-1, head.num_tasks), None
+            )
+            parts.append(part_of(name, head, twice[:rows], known))
+        return Batch(parts, torch.zeros((), dtype=torch.float64), {}, list(heads))
+
+    weighted = torch.tensor([2.0, 2, 2, 1, 1, 1], dtype=torch.float64)[:, None] * 0.01
+    one = plan_of(rule, start(rule, heads), batch(6, weighted)).update
+    other = plan_of(
+        rule, start(rule, heads), batch(9, torch.ones(1, 1, dtype=torch.float64))
+    ).update
+    # The weights' mean is one: six data of weights 4/3 and 2/3 beside nine of weight one.
+    for mine, theirs in zip(one.evidence, other.evidence, strict=True):
+        precision = theirs.precision.expand_as(mine.precision)
+        torch.testing.assert_close(mine.precision * 1.5, precision)
+        torch.testing.assert_close(mine.shift * 1.5, theirs.shift)
+    torch.testing.assert_close(one.squares[0][1] * 1.5, other.squares[0][1])
+
+
+def test_losses_that_are_not_the_likelihood_keep_their_gradient():
+    heads, rule = (
+        {"a": RegressionHead(linear(1)), "own": RegressionHead(linear(2, 1))},
+        PaperRule(0),
+    )
+    gradient = randn(8, 2, seed=9)
+
+    def own(part):
+        return replace(part, labels=None, gradient=gradient)
+
+    memory = start(rule, heads, 1)
+    alone = plan_of(rule, memory, batch_of(heads, own=absent))
+    plan = step(rule, memory, batch_of(heads, own=own))
+    expected = alone.gradients[(1,)] + gradient @ heads["own"].weights()
+    torch.testing.assert_close(plan.gradients[(1,)], expected)
+    torch.testing.assert_close(plan.weights["own"], torch.full((2,), 1 / 3).double())
+    torch.testing.assert_close(plan.weights["a"], torch.full((1,), 1 / 3).double())
+    assert plan.spared == ("a",)
+    assert set(memory.stepped()) == {"a"}
+    mean = PaperRule(0, gradient_scale="mean")
+    averaged = plan_of(mean, start(mean, heads, 1), batch_of(heads, own=own))
+    torch.testing.assert_close(averaged.gradients[(1,)] * 3, expected)
+
+
+def test_a_head_is_not_written_once_its_loss_was_another():
+    heads, rule = {"a": RegressionHead(linear(1)), "b": RegressionHead(linear(1, 1))}, PaperRule(0)
+    memory = start(rule, heads, 2)
+    step(rule, memory, batch_of(heads))
+    memory.stepped()
+    step(rule, memory, batch_of(heads, b=lambda part: replace(part, labels=None)))
+    assert set(memory.stepped()) == {"a"}
+    assert plan_of(rule, memory, batch_of(heads)).spared == ("a",)
+
+
+def test_frozen_heads_are_read_and_not_written():
+    frozen = linear(1, 1).requires_grad_(False)
+    heads, rule = {"a": RegressionHead(linear(1)), "b": RegressionHead(frozen)}, PaperRule(0)
+    memory = start(rule, heads, 1)
+    assert step(rule, memory, batch_of(heads)).spared == ("a",)
+    assert set(memory.stepped()) == {"a"}
+
+
+def test_a_batch_without_any_head():
+    heads, rule = mixed(), PaperRule(0)
+    memory = start(rule, heads, 1)
+    plan = step(rule, memory, Batch([], torch.zeros((), dtype=torch.float64), {}, []))
+    assert plan.gradients == {}
+    assert memory.stepped() == {}  # no evidence
+
+
+class TwoAlike(Exchange):
+    """Two ranks with the same data; each call is noted."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.ranks, self.shapes = object(), []
+
+    def sum(self, parts):
+        self.shapes.append([tuple(part.shape) for part in parts])
+        return [2 * part for part in parts]
+
+
+@pytest.mark.parametrize("change", [{}, {"reg": without_label}, {"cls": absent}], ids=str)
+def test_ranks_add_their_evidence_up(change):
+    heads, rule = mixed(), PaperRule(0)
+    exchange = TwoAlike()
+    batch = batch_of(heads, **change)
+    found = plan_of(rule, start(rule, heads, 1), batch, exchange)
+
+    def doubled(part):
+        labels = part.labels
+        present = None if labels.present is None else labels.present.repeat(2, 1)
+        factor = labels.factor
+        both = Labels(
+            labels.outputs.repeat(2, *[1] * (labels.outputs.dim() - 1)),
+            labels.targets.repeat(2, *[1] * (labels.outputs.dim() - 1)),
+            factor,
+            present,
+        )
+        return replace(part, features=part.features.repeat(2, 1), labels=both)
+
+    whole = Batch([doubled(part) for part in batch.parts], batch.total, {}, batch.tasks)
+    expected = plan_of(rule, start(rule, heads, 1), whole)
+    torch.testing.assert_close(found.gradients[(1,)], expected.gradients[(1,)][:8])
+    for mine, theirs in zip(found.update.evidence, expected.update.evidence, strict=True):
+        for name in ("precision", "shift", "count"):
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name))
+    torch.testing.assert_close(found.update.squares[0], expected.update.squares[0])
+    assert len(exchange.shapes) == 2  # evidence, and squared residuals once the posterior is known
+
+
+def test_ranks_send_the_same_shapes_whatever_their_labels():
+    heads, rule = mixed(), PaperRule(0)
+    shapes = []
+    whole, partial = batch_of(heads), batch_of(heads, reg=without_label, bin=absent)
+    memory = start(rule, heads, 1)
+    pairs = zip(rule.flags(memory, whole), rule.flags(memory, partial), strict=True)
+    flags = [one or other for one, other in pairs]
+    nothing = Batch([], whole.total, {}, [])
+    for batch in (whole, partial, nothing):
+        exchange = TwoAlike()
+        rule.plan(memory, batch, flags, exchange)
+        shapes.append(exchange.shapes)
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+# --- epochs --------------------------------------------------------------------------------------
+
+
+def test_steps_count_where_a_backward_pass_led_to_them():
+    heads, rule = mixed(), PaperRule()
+    memory = start(rule, heads, 2)
+    memory.stepped()
+    assert memory.steps == 0
+    step(rule, memory, batch_of(heads))
+    step(rule, memory, batch_of(heads, 1))  # accumulated
+    memory.stepped()
+    memory.stepped()
+    assert (memory.steps, memory.draws, memory.epoch) == (1, 2, 0)
+    step(rule, memory, batch_of(heads, 2))
+    assert set(memory.stepped()) == {"reg"}
+    assert (memory.steps, memory.draws, memory.epoch) == (0, 3, 1)
+
+
+def test_the_epochs_evidence_is_the_sum_of_its_batches():
+    heads, rule = mixed(), PaperRule()
+    memory = start(rule, heads, 2)
+    plans = []
+    for seed in range(2):
+        plans.append(step(rule, memory, batch_of(heads, seed)))
+        memory.stepped()
+    for i, state in enumerate(memory.states):
+        total = plans[0].update.evidence[i] + plans[1].update.evidence[i]
+        torch.testing.assert_close(state.full.precision, total.precision)
+        torch.testing.assert_close(state.full.shift, total.shift)
+        assert state.running is None
+
+
+def test_an_epoch_without_a_backward_pass_counts_for_nothing():
+    memory = start(PaperRule(), mixed())
+    assert memory.end_epoch() == {}
+    assert memory.epoch == 0
+
+
+def test_long_pretraining_collects_in_its_last_epoch():
+    heads, rule = mixed(), PaperRule(pretrain_epochs=3)
+    memory = start(rule, heads, 1)
+    evidence = []
+    for seed in range(4):
+        plan = step(rule, memory, batch_of(heads, seed))
+        evidence.append(len(plan.update.evidence))
+        assert (plan.gradients == {}) == (seed < 3)
+        memory.stepped()
+    assert evidence == [0, 0, 3, 3]
+
+
+def test_learned_noise_moves_with_every_backward_pass():
+    heads, rule = mixed(), PaperRule()
+    memory = start(rule, heads, 10)
+    expected = torch.zeros(2, dtype=torch.float64)
+    for seed in range(3):
+        batch = batch_of(heads, seed)
+        labels = batch.parts[0].labels
+        step(rule, memory, batch)
+        expected = 0.9 * expected + 0.1 * (labels.outputs - labels.targets).square().mean(0)
+    total, weight = memory.states[0].scale
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(weight, torch.full_like(weight, 1 - 0.9**3))
+
+
+# --- without epochs ------------------------------------------------------------------------------
+
+
+def test_three_arguments_infer_after_the_warm_up():
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"trunk": nn.Sequential(nn.Linear(4, D), nn.Tanh()), "a": nn.Linear(D, 2)}
+    )
+    model["b"] = nn.Linear(D, 1)
+    heads = {"a": RegressionHead(model["a"]), "b": BinaryHead(model["b"])}
+    optimizer = BayesAggWrapper(
+        torch.optim.SGD(model.parameters(), lr=0.01), model["trunk"], heads, rule="paper"
+    )
+    memory = optimizer.engine._memory
+    for i in range(WARMUP + 2):
+        h = model["trunk"](torch.randn(16, 4))
+        losses = {
+            "a": F.mse_loss(model["a"](h), torch.randn(16, 2)),
+            "b": F.binary_cross_entropy_with_logits(model["b"](h), torch.ones(16, 1)),
+        }
+        optimizer.zero_grad()
+        optimizer.step(losses)
+        uniform = torch.full((2,), 1 / 3)
+        alike = torch.allclose(optimizer.task_weights["a"].float(), uniform)
+        assert alike == (i < WARMUP)
+        faded = memory.states[0].faded
+        precision = faded.precision[0] + torch.eye(D + 1)
+        mean = torch.linalg.solve(precision, faded.shift.mT).mT.float()
+        written = torch.cat([model["a"].weight, model["a"].bias[:, None]], 1).detach()
+        assert torch.allclose(written, mean, atol=1e-5) == (i >= WARMUP)
+
+
+def test_evidence_fades_by_the_datum():
+    heads, rule = {"a": RegressionHead(linear(2))}, PaperRule()
+    memory = start(rule, heads)
+    first = step(rule, memory, batch_of(heads, 0, rows=6)).update.evidence[0]
+    second = step(rule, memory, batch_of(heads, 1, rows=10)).update.evidence[0]
+    fading = torch.exp(-torch.tensor(10.0).double() / default_memory(D + 1, torch.tensor(10.0)))
+    faded = memory.states[0].faded
+    torch.testing.assert_close(faded.precision, fading * first.precision + second.precision)
+    torch.testing.assert_close(faded.shift, fading * first.shift + second.shift)
+    torch.testing.assert_close(memory.states[0].running.shift, first.shift + second.shift)
+
+
+def test_evidence_of_an_absent_task_does_not_fade():
+    heads, rule = {"a": RegressionHead(linear(1)), "b": RegressionHead(linear(1, 1))}, PaperRule()
+    memory = start(rule, heads)
+    step(rule, memory, batch_of(heads))
+    before = memory.states[0].faded
+    for seed in range(3):
+        step(rule, memory, batch_of(heads, seed, b=absent))
+    after = memory.states[0].faded
+    torch.testing.assert_close(after.shift[1], before.shift[1])
+    torch.testing.assert_close(after.precision[1], before.precision[0])
+    assert after.count[0] > after.count[1] == before.count[1]
+
+
+def test_the_first_end_of_an_epoch_makes_it_epochs():
+    heads, rule = mixed(), PaperRule()
+    memory = start(rule, heads)
+    plans = [step(rule, memory, batch_of(heads, seed)) for seed in range(2)]
+    assert memory.fades and memory.pretraining
+    assert set(memory.end_epoch()) == {"reg"}
+    assert not memory.fades and not memory.pretraining
+    total = plans[0].update.evidence[0] + plans[1].update.evidence[0]
+    torch.testing.assert_close(memory.states[0].full.precision, total.precision)
+    plan = step(rule, memory, batch_of(heads, 2))
+    assert plan.heads == {} and memory.states[0].faded is None
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def trained(steps_per_epoch=2):
+    heads, rule = mixed(), PaperRule()
+    memory = start(rule, heads, steps_per_epoch)
+    for seed in range(3):
+        step(rule, memory, batch_of(heads, seed))
+        memory.stepped()
+    own = batch_of(heads, 3, bin=lambda part: replace(part, labels=None))
+    step(rule, memory, own)
+    return rule, heads, memory
+
+
+@pytest.mark.parametrize("steps_per_epoch", [None, 2])
+def test_a_loaded_memory_goes_on_as_the_saved_one(steps_per_epoch):
+    rule, heads, memory = trained(steps_per_epoch)
+    fresh = start(rule, heads, steps_per_epoch)
+    loaded = fresh.loaded(memory.state_dict(), torch.device("cpu"))
+    assert fresh.draws == 0
+    for seed in (4, 5):
+        one, other = (step(rule, m, batch_of(heads, seed)) for m in (memory, loaded))
+        torch.testing.assert_close(one.gradients, other.gradients, rtol=0, atol=0)
+        torch.testing.assert_close(memory.stepped(), loaded.stepped(), rtol=0, atol=0)
+    assert same(memory.state_dict(), loaded.state_dict())
+
+
+def leaves(state, path=()):
+    children = state.items() if isinstance(state, dict) else enumerate(state)
+    for key, value in children:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from leaves(value, (*path, key))
+
+
+def damaged(value):
+    """What a leaf must not be."""
+    yield "damage"
+    if isinstance(value, torch.Tensor):
+        yield value[:-1]
+        yield value.long()
+        yield torch.full_like(value, torch.nan)
+    if isinstance(value, int):
+        yield -1
+        yield 1.5
+
+
+def test_every_damaged_leaf_is_refused():
+    rule, heads, memory = trained()
+    state = memory.state_dict()
+    fresh = start(rule, heads, 2)
+    count = 0
+    for path in leaves(state):
+        *parents, last = path
+        value = state
+        for key in path:
+            value = value[key]
+        for wrong in damaged(value):
+            copied = copy.deepcopy(state)
+            place = copied
+            for key in parents:
+                place = place[key]
+            place[last] = wrong
+            with pytest.raises(CheckpointError):
+                fresh.loaded(copied, torch.device("cpu"))
+            count += 1
+        if isinstance(last, str):
+            del place[last]
+            with pytest.raises(CheckpointError):
+                fresh.loaded(copied, torch.device("cpu"))
+    assert count > 50
+    assert same(fresh.state_dict(), start(rule, heads, 2).state_dict())
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [], {}])
+def test_no_state_at_all(wrong):
+    with pytest.raises(CheckpointError):
+        start(PaperRule(), mixed()).loaded(wrong, torch.device("cpu"))
+
+
+def test_a_state_of_other_settings_is_refused():
+    rule, _, memory = trained()
+    other = {**mixed(), "bin": BinaryHead(linear(2, 1), moments="monte_carlo", num_samples=8)}
+    fixed = {**mixed(), "reg": RegressionHead(linear(2))}
+    with pytest.raises(CheckpointError, match="noise variance"):
+        start(rule, fixed, 2).loaded(memory.state_dict(), torch.device("cpu"))
+    assert start(rule, other, 2).loaded(memory.state_dict(), torch.device("cpu")).draws == 4
+
+
+# --- many classes --------------------------------------------------------------------------------
+
+
+def test_many_classes_say_that_their_curvature_is_bounded():
+    with pytest.warns(NumericalWarning, match="task 'c': the curvature .* 30 classes of 4 weights"):
+        memory = start(
+            PaperRule(), {"c": MulticlassHead(linear(30)), "d": MulticlassHead(linear(3))}
+        )
+    assert [type(group.likelihood).__name__ for group in memory.groups] == [
+        "BoundedMulticlass",
+        "Multiclass",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(PaperRule(), {"c": MulticlassHead(linear(20))})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_network_of_many_classes_trains(bias):
+    torch.manual_seed(0)
+    trunk, layer = nn.Linear(4, D), nn.Linear(D, 25, bias)
+    head = MulticlassHead(layer, readout="posterior", s=0.5)
+    with pytest.warns(NumericalWarning):
+        heads = {"c": head, "r": RegressionHead(nn.Linear(D, 1))}
+        engine = BayesAgg(trunk, heads, rule=PaperRule(pretrain_epochs=0), steps_per_epoch=2)
+    before = layer.weight.detach().clone()
+    for _ in range(2):
+        h = trunk(torch.randn(40, 4))
+        y = torch.randint(25, (40,))
+        engine.backward(
+            {"c": F.cross_entropy(layer(h), y), "r": heads["r"].linear(h).square().mean()}
+        )
+        engine.stepped()
+    assert torch.isfinite(trunk.weight.grad).all()
+    assert not torch.allclose(layer.weight, before)
+
+
+def test_bounded_moments_are_those_of_samples():
+    head = MulticlassHead(linear(5))
+    likelihood = BoundedMulticlass(D, True, 5)
+    heads = {"c": head}
+    group = replace(start(PaperRule(), heads).groups[0], likelihood=likelihood)
+    h = randn(6, D)
+    labels, features = labels_of(head, h), augment(h, True)
+    posterior = group.posterior(likelihood.evidence(features, labels, None), None)
+    generator = torch.Generator().manual_seed(0)
+    mean, covariance = likelihood.covariances(features, labels.targets, posterior, generator)
+    logs = likelihood.moments(features, labels.targets, posterior, generator, torch.float64)
+    torch.testing.assert_close(logs.mean, mean)
+    variance = logs.relative * logs.log_scale.exp()
+    torch.testing.assert_close(variance, covariance.diagonal(dim1=-2, dim2=-1))
+    many = replace(likelihood, samples=4096)
+    exact = many.covariances(features, labels.targets, posterior, generator)
+    w = posterior.sample(200_000, generator)  # [J, C, D]
+    error = torch.softmax(torch.einsum("jcd,nd->njc", w, features), 2) - labels.targets
+    g = torch.einsum("njc,jcd->njd", error, w[..., :D])
+    for found in ((mean, covariance), exact):
+        torch.testing.assert_close(found[0][:, 0], g.mean(1), rtol=0.02, atol=0.02)
+        sampled = torch.stack([x.mT.cov() for x in g])
+        torch.testing.assert_close(found[1][:, 0], sampled, rtol=0.1, atol=0.02)
+
+
+def test_the_bound_is_above_the_curvature_and_touches_the_likelihood():
+    head = MulticlassHead(linear(4))
+    h = randn(50, D)
+    labels, features = labels_of(head, h), augment(h, True)
+    bound = BoundedMulticlass(D, True, 4).evidence(features, labels, None)
+    p = labels.outputs[:, 0].softmax(1)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    exact = torch.einsum("nab,ni,nj->aibj", curvature, features, features).reshape(16, 16)
+    whole = torch.block_diag(*[bound.precision[0]] * 4)
+    assert torch.linalg.eigvalsh(whole - exact).min() > -1e-9
+    weights = torch.cat([head.linear.weight, head.linear.bias[:, None]], 1).detach()
+    gradient = weights @ bound.precision[0] - bound.shift
+    torch.testing.assert_close(gradient, (p - labels.targets[:, 0]).mT @ features)
+    half = replace(labels, factor=torch.tensor([[2.0]] * 25 + [[0.0]] * 25).double())
+    weighted = BoundedMulticlass(D, True, 4).evidence(features, labels, half.factor)
+    first = BoundedMulticlass(D, True, 4).evidence(
+        features[:25], Labels(labels.outputs[:25], labels.targets[:25], labels.factor, None), None
+    )
+    torch.testing.assert_close(weighted.precision, 2 * first.precision)
+    torch.testing.assert_close(weighted.shift, 2 * first.shift)

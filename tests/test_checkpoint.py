@@ -1,0 +1,288 @@
+"""Damaged checkpoints: every leaf, damaged in every way, is refused with nothing changed.
+
+The damage is generated from the states themselves, so that a leaf that is added is tested too.
+What is saved and loaded well is tested in ``test_optimizer_protocol.py`` and ``loops``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bayesagg import LossTask
+from bayesagg.checkpoint import PosteriorState
+from bayesagg.errors import CheckpointError
+from tests.helpers import (
+    EPOCH,
+    OPTIMIZERS,
+    SAMPLED,
+    difference,
+    make_batch,
+    make_heads,
+    make_losses,
+    make_net,
+    snapshot,
+    train,
+    wrap,
+)
+
+WIDE = 130  # outputs of more weights keep a basis of their evidence for some steps
+# Entries that no run makes negative, by name.
+NOT_NEGATIVE = {
+    *("scale", "length", "values", "left", "steps", "batches", "epoch", "draws", "count", "seen"),
+    *("task_weights", "lr", "exp_avg_sq", "max_exp_avg_sq", "step", "weight_decay", "eps"),
+}
+# What a good state may look like too: units are of heads that were seen, scales of losses that
+# were, and a basis is made where there is none.
+GOOD = (("units", "shorter"), ("others", "removed"), ("basis", "none"))
+NUMBERS = int | float
+
+
+def build(case, rule, base, seed=0):
+    """Network, wrapper, and a function that takes a training step."""
+    if case == "wide":
+        outputs = {"reg": 2, "bin": 2}
+        net = make_net(
+            seed=seed,
+            outputs=outputs,
+            width=WIDE,
+            trunk=lambda: nn.Sequential(nn.Linear(5, WIDE), nn.Tanh()),
+        )
+    else:
+        net = make_net(seed=seed)
+    heads = make_heads(net, rule, **SAMPLED)
+    if case == "other_losses":
+        heads["aux"] = LossTask()
+    optimizer = wrap(net, base, rule, heads=heads)
+
+    def step(index):
+        outputs = {n: m.out_features for n, m in net.heads.items()}
+        x, labels = make_batch(seed=index, outputs=outputs)
+        targets = None
+        losses = make_losses(net(x), labels)
+        if case == "missing":
+            gaps = torch.arange(len(x)) % 3 == 0
+            out = net(x)
+            losses = make_losses(
+                {n: z[~gaps] for n, z in out.items()}, {n: y[~gaps] for n, y in labels.items()}
+            )
+            targets = {n: labels[n].masked_fill(gaps[:, None], torch.nan) for n in ("reg", "bin")}
+            targets["cls"] = labels["cls"].masked_fill(gaps, -100)
+        if case == "other_losses":
+            losses["aux"] = F.softplus(net.trunk(x)).mean()
+        optimizer.zero_grad()
+        optimizer.step(losses, targets=targets)
+
+    return net, optimizer, step
+
+
+@functools.cache
+def trained(case, rule, base):
+    """A run, one step into an epoch."""
+    net, optimizer, step = build(case, rule, base)
+    for index in range(EPOCH + 1):
+        step(index)
+    return net, optimizer, step
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def nodes(value, path=()):
+    """Paths of all containers and leaves, with their values."""
+    if path:
+        yield path, value
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from nodes(part, (*path, key))
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from nodes(part, (*path, index))
+
+
+def damages(path, value, of_base):
+    """Names of damages and what they make of a value; the value itself is not touched."""
+    names = {key for key in path if isinstance(key, str)}
+    if value is not None:
+        yield "none", None
+    yield "text", "damaged"
+    yield "another container", {} if isinstance(value, list | tuple) else [value]
+    if isinstance(value, dict) and not of_base:
+        yield "an extra key", {**value, "extra": 1}
+        yield "an extra number", {**value, 99: torch.ones(2)}
+    if isinstance(value, list | tuple) and value:
+        yield "shorter", value[:-1]
+        yield "longer", [*value, value[-1]]
+    if isinstance(value, bool):
+        yield "a number", 1
+        yield "a tensor", torch.tensor([value, value])
+    elif isinstance(value, NUMBERS):
+        yield "NaN", float("nan")
+        yield "infinite", float("inf")
+        yield "a boolean", True
+        yield "a tensor of two", torch.ones(2)
+        if names & NOT_NEGATIVE and value >= 0:
+            yield "negative", -1 - value
+    elif isinstance(value, torch.Tensor):
+        yield "a dimension more", value[None].repeat_interleave(2, 0)
+        if value.dim():
+            yield "an entry more", torch.cat([value, value[:1]])
+            yield "flattened", torch.cat([value.flatten(), value.flatten()[:1]])
+        yield "a number", 1.0
+        yield "complex", value.to(torch.complex128)
+        if value.is_floating_point():
+            for name, wrong in (("NaN", torch.nan), ("infinite", -torch.inf)):
+                yield name, value.clone().index_fill_(*_first(value), wrong)
+            if not of_base:
+                yield "integers", value.long()
+            if "gram" in names or (names & NOT_NEGATIVE and bool((value >= 0).all())):
+                yield "negative", -1 - value
+
+
+def _first(value):
+    """Dimension and index of the first entry, for ``index_fill_``."""
+    return 0, torch.tensor([0], device=value.device)
+
+
+def replaced(state, path, value):
+    """A state with another value at one place; all that is not on the way is shared."""
+    if not path:
+        return value
+    made = dict(state) if isinstance(state, dict) else list(state)
+    made[path[0]] = replaced(state[path[0]], path[1:], value)
+    return tuple(made) if isinstance(state, tuple) else made
+
+
+def removed(state, path):
+    """A state without the key at a place."""
+    if len(path) == 1:
+        return {key: part for key, part in state.items() if key != path[0]}
+    made = dict(state) if isinstance(state, dict) else list(state)
+    made[path[0]] = removed(state[path[0]], path[1:])
+    return tuple(made) if isinstance(state, tuple) else made
+
+
+def damaged(state):
+    """Every damage of a wrapper's state, with its name."""
+    for path, value in nodes(state):
+        of_base = path[0] != "bayesagg"
+        where = "/".join(map(str, path))
+        for name, wrong in damages(path, value, of_base):
+            if (path[-1], name) in GOOD:
+                continue
+            yield f"{where}: {name}", replaced(state, path, wrong)
+        parent = functools.reduce(lambda part, key: part[key], path[:-1], state)
+        # Parameters that never had a gradient have no state: their lack is no damage.
+        optional = path[:-1] in ((), ("state",)) or (path[-2], "removed") in GOOD
+        if isinstance(parent, dict) and not optional:
+            yield f"{where}: removed", removed(state, path)
+
+
+# --- tests ---------------------------------------------------------------------------------------
+
+
+def load_wrapper(optimizer, state):
+    optimizer.load_state_dict(state)
+
+
+def load_engine(optimizer, state):
+    optimizer.engine.load_state_dict({"_extra_state": state["bayesagg"]})
+
+
+def assert_refuses(pristine, state, load=load_wrapper):
+    """Every damage raises ``CheckpointError`` and changes nothing; lists those that do not."""
+    (net, optimizer), found = copy.deepcopy(pristine), []
+    before = snapshot(net, optimizer)
+    for name, wrong in damaged(state):
+        try:
+            load(optimizer, wrong)
+        except CheckpointError:
+            outcome = None
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+        else:
+            outcome = "loaded"
+        change = difference(before, snapshot(net, optimizer))
+        if change is not None and outcome != "loaded":
+            outcome = f"{outcome}, and changed {change}"
+        if outcome is not None:
+            found.append(f"{name}: {outcome}")
+        if outcome == "loaded" or change is not None:
+            net, optimizer = copy.deepcopy(pristine)
+            before = snapshot(net, optimizer)
+    assert not found, f"{len(found)} damages:\n" + "\n".join(found)
+
+
+CASES = [("mixture", base) for base in ("adam", "adamw", "momentum")]
+CASES += [(case, "adam") for case in ("missing", "wide", "other_losses")]
+
+
+@pytest.mark.parametrize(("case", "base"), CASES)
+@pytest.mark.parametrize("into", ["itself", "fresh"])
+def test_every_damage_of_a_wrapper_is_refused(into, case, base, rule):
+    """Into the run it was saved from, and into one that has not begun."""
+    state = trained(case, rule, base)[1].state_dict()
+    net, optimizer, step = build(case, rule, base, seed=into == "fresh")
+    if into == "itself":
+        optimizer.load_state_dict(copy.deepcopy(state))
+    assert_refuses((net, optimizer), state)
+    optimizer.load_state_dict(state)  # which is good
+    step(9)
+
+
+def test_every_damage_of_an_engine_is_refused(rule):
+    """As it is loaded with a training module."""
+    net, optimizer, _ = trained("mixture", rule, "adam")
+    state = {"bayesagg": optimizer.engine.get_extra_state()}
+    assert_refuses((net, optimizer), state, load_engine)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"state": b"damaged"}, {"state": None}, None], ids=str)
+def test_damage_of_a_distributed_checkpoint_is_refused(wrong, rule):
+    net, optimizer, _ = trained("mixture", rule, "adam")
+    before = snapshot(net, optimizer)
+    with pytest.raises(CheckpointError):
+        PosteriorState(optimizer).load_state_dict(wrong)
+    assert difference(before, snapshot(net, optimizer)) is None
+
+
+@pytest.mark.parametrize("wrong", [None, [], "text", 3], ids=str)
+def test_what_is_no_state_is_refused(wrong, rule):
+    net, optimizer, _ = trained("mixture", rule, "adam")
+    before, state = snapshot(net, optimizer), optimizer.state_dict()
+    for missing in state:
+        with pytest.raises(CheckpointError):
+            optimizer.load_state_dict({k: v for k, v in state.items() if k != missing})
+    with pytest.raises(CheckpointError):
+        optimizer.load_state_dict(wrong)
+    assert difference(before, snapshot(net, optimizer)) is None
+
+
+def test_a_state_of_the_other_rule_is_refused(rule):
+    other = {"paper": "likelihood", "likelihood": "paper"}[rule]
+    net = make_net()
+    optimizer = wrap(net, "adam", rule)
+    state = trained("mixture", other, "adam")[1].state_dict()
+    before = snapshot(net, optimizer)
+    with pytest.raises(CheckpointError, match=f"rule '{other}'.*'{rule}'"):
+        optimizer.load_state_dict(state)
+    assert difference(before, snapshot(net, optimizer)) is None
+
+
+def test_a_state_of_another_optimizer_is_refused(rule):
+    net = make_net()
+    optimizer = wrap(net, "adam", rule)
+    state = trained("mixture", rule, "adam")[1].state_dict()
+    for other in ("momentum", "adamw"):
+        state |= OPTIMIZERS[other](make_net().parameters()).state_dict()
+        before = snapshot(net, optimizer)
+        if other == "momentum":
+            with pytest.raises(CheckpointError, match="Adam"):
+                optimizer.load_state_dict(state)
+            assert difference(before, snapshot(net, optimizer)) is None
+    train(net, optimizer, 1)
