@@ -65,7 +65,6 @@ def tensor_leaf(
         f"{what} is of type {value.dtype}",
     )
     check(bool(torch.isfinite(value).all()), f"{what} is not finite")
-    check(
-        minimum is None or bool((value >= minimum).all()), f"{what} has an entry below {minimum}"
-    )
-    return value.detach().to(like.device, like.dtype, copy=True)
+    check(minimum is None or bool((value >= minimum).all()), f"{what} has an entry below {minimum}")
+    copy: Tensor = value.detach().to(like.device, like.dtype, copy=True)
+    return copy

@@ -118,7 +118,7 @@ def _check_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         isinstance(groups, list) and len(groups) == len(own["param_groups"]),
         f"{what} has other parameter groups",
     )
-    sizes = {}
+    sizes: dict[Any, Any] = {}
     for mine, group, real in zip(own["param_groups"], groups, optimizer.param_groups, strict=True):
         check(
             isinstance(group, dict) and mine.keys() <= group.keys(),
@@ -145,9 +145,7 @@ def _check_like(value: Any, mine: Any, what: str) -> None:
         good = isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
         check(good and math.isfinite(float(value)), f"{what} is {value!r}")
     elif isinstance(mine, tuple | list):
-        check(
-            isinstance(value, tuple | list) and len(value) == len(mine), f"{what} is {value!r}"
-        )
+        check(isinstance(value, tuple | list) and len(value) == len(mine), f"{what} is {value!r}")
         for one, other in zip(value, mine, strict=True):
             _check_like(one, other, what)
 

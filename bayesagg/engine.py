@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from bayesagg.scalar import Step, scalar_of
 __all__ = ["BayesAgg", "Losses"]
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor]
-_RULES = {"likelihood": LikelihoodRule, "paper": PaperRule}
+_RULES: dict[str, Callable[[], Rule]] = {"likelihood": LikelihoodRule, "paper": PaperRule}
 
 
 class BayesAgg(nn.Module):
@@ -166,7 +166,7 @@ class BayesAgg(nn.Module):
             BayesAggError: as of :meth:`forward`.
         """
         loss: Tensor = self(losses, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def end_epoch(self) -> None:
@@ -252,7 +252,8 @@ def _rule(rule: str | Rule) -> Rule:
         return _RULES[rule]()
     if isinstance(rule, type) or not hasattr(rule, "plan"):
         raise ValueError(f"rule must be a name or a rule object, got {rule!r}.")
-    return rule
+    found: Rule = rule
+    return found
 
 
 def _checked_steps(steps: int | None) -> int | None:

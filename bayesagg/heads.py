@@ -14,7 +14,15 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bayesagg.errors import HeadError
 
-__all__ = ["BinaryHead", "Head", "LossTask", "MulticlassHead", "RegressionHead", "named_heads", "stacked"]
+__all__ = [
+    "BinaryHead",
+    "Head",
+    "LossTask",
+    "MulticlassHead",
+    "RegressionHead",
+    "named_heads",
+    "stacked",
+]
 
 Moments = Literal["quadrature", "monte_carlo"]
 Readout = Literal["posterior", "gradient"]
@@ -187,7 +195,9 @@ def stacked(head: Head) -> Tensor:
     """Weights of a head with the bias last, ``[o, D]``; as :meth:`Head.weights` otherwise."""
     if not head.has_bias:
         return head.weights()
-    return torch.cat([head.weights(), _whole(head.linear.bias)[:, None]], 1)
+    bias = head.linear.bias
+    assert bias is not None
+    return torch.cat([head.weights(), _whole(bias)[:, None]], 1)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -67,7 +67,9 @@ class Unit:
     basis: Basis | None = None
 
     @staticmethod
-    def empty(names: Sequence[str], heads: Mapping[str, Head], weighted: bool, like: Tensor) -> Unit:
+    def empty(
+        names: Sequence[str], heads: Mapping[str, Head], weighted: bool, like: Tensor
+    ) -> Unit:
         """Before any evidence; ``like`` has the device and the dtype."""
         first = heads[names[0]]
         width = first.in_features + first.has_bias
@@ -223,7 +225,9 @@ class FadingMemory:
         Raises:
             CheckpointError: if any part of the state does not fit these tasks.
         """
-        check_keys(state, ("units", "others", "length", "steps", "invariant"), "the default rule's memory")
+        check_keys(
+            state, ("units", "others", "length", "steps", "invariant"), "the default rule's memory"
+        )
         memory = FadingMemory(self.tasks, self.dtype)
         memory.steps = scalar_leaf(state["steps"], int, "the number of steps", minimum=0)
         check(isinstance(state["invariant"], bool), "the mark of the optimizer is not a boolean")
@@ -285,7 +289,14 @@ def _unit(state: Any, heads: Mapping[str, Head], like: Tensor) -> Unit:
     if bool((found["gram"].diagonal(dim1=-2, dim2=-1) < 0).any()):
         raise CheckpointError(f"{what}: the evidence in the checkpoint is not a Gram matrix.")
     basis = None if state["basis"] is None else _basis(state["basis"], blank, like, what)
-    return replace(blank, started=state["started"], basis=basis, **found)
+    return replace(
+        blank,
+        started=state["started"],
+        basis=basis,
+        gram=found["gram"],
+        shift=found["shift"],
+        scale=found["scale"],
+    )
 
 
 def _basis(state: Any, unit: Unit, like: Tensor, what: str) -> Basis:
@@ -297,4 +308,5 @@ def _basis(state: Any, unit: Unit, like: Tensor, what: str) -> Basis:
         for key, shape in zip(_BASIS, shapes, strict=True)
     ]
     check(bool((tensors[1] >= 0).all()), f"{what}: values of the basis are negative")
-    return Basis(*tensors, scalar_leaf(state["left"], int, f"{what}: steps of the basis", 0))
+    left = scalar_leaf(state["left"], int, f"{what}: steps of the basis", 0)
+    return Basis(tensors[0], tensors[1], tensors[2], left)

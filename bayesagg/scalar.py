@@ -37,7 +37,7 @@ class Step:
         """The backward pass has reached the scalar."""
         for slot, gradient in self._planned:
             slot.planned, slot.gradient, slot.factor = True, gradient, factor
-        engine = Variable._execution_engine  # type: ignore[attr-defined]
+        engine = Variable._execution_engine
         # Behind the callbacks of DDP and FSDP2, which are queued while the pass runs.
         engine.queue_callback(lambda: engine.queue_callback(self.finish))
 
@@ -62,12 +62,14 @@ class _Scalar(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Any, ...]:
         ctx.step.begin(factor.detach())
-        gradients: list[Tensor] = []
-        for weight, (shape, dtype, device) in zip(ctx.weights, ctx.like, strict=False):
-            gradients.append((factor if weight is None else factor * weight).to(dtype))
-        for shape, dtype, device in ctx.like[len(ctx.weights) :]:
+        losses = len(ctx.weights)
+        gradients = [
+            (factor if weight is None else factor * weight).to(dtype)
+            for weight, (_, dtype, _) in zip(ctx.weights, ctx.like[:losses], strict=True)
+        ]
+        for shape, dtype, device in ctx.like[losses:]:
             gradients.append(torch.zeros(shape, dtype=dtype, device=device))
         return None, None, None, *gradients
 
@@ -81,7 +83,7 @@ def scalar_of(step: Step, batch: Batch, waiting: Sequence[Tensor]) -> Tensor:
         waiting: tensors that take part with a gradient of zero.
     """
     weights = [step.plan.loss_weights.get(name) for name in batch.losses]
-    scalar: Tensor = _Scalar.apply(  # type: ignore[no-untyped-call]
+    scalar: Tensor = _Scalar.apply(
         step, batch.total.detach(), weights, *batch.losses.values(), *waiting
     )
     return scalar
@@ -100,9 +102,11 @@ def _by_slot(plan: Plan, batch: Batch) -> list[tuple[Slot, Tensor | None]]:
             if part.key not in carried:
                 carried.add(part.key)
                 sizes = [c.features.numel() // head.in_features for c in calls]
-                rows = plan.gradients[part.key].split(sizes) if len(calls) > 1 else [
-                    plan.gradients[part.key]
-                ]
+                rows = (
+                    plan.gradients[part.key].split(sizes)
+                    if len(calls) > 1
+                    else [plan.gradients[part.key]]
+                )
             for call, gradient in zip(calls, rows, strict=True):
                 if call.slot is None:
                     continue

@@ -19,7 +19,7 @@ from bayesagg import (
     PaperRule,
     RegressionHead,
 )
-from bayesagg.errors import LossError
+from bayesagg.errors import LossError, TargetError
 
 RULES = {
     "likelihood": lambda: LikelihoodRule(warmup=0, keep_length=False),
@@ -93,7 +93,7 @@ def test_without_targets_such_a_loss_is_refused(rule, name):
     x, head = leaf(40, 3), linear(3, 1)
     y = 3 * leaf(40, 1, seed=1).detach()
     engine = engine_of({"y": RegressionHead(head)}, rule)
-    with pytest.raises(LossError, match="'y'.*targets"):
+    with pytest.raises(LossError, match=r"'y'.*targets"):
         engine({"y": ROBUST[name](head(x), y)})
     assert x.grad is None
 
@@ -205,7 +205,6 @@ NOT_PARALLEL = {
         z, F.one_hot(y, 3).double()
     ),
     "squared error": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).double()),
-    "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2),
     "focal": lambda z, y: (
         (1 - z.softmax(1).gather(1, y[:, None])[:, 0]) ** 2
         * F.cross_entropy(z, y, reduction="none")
@@ -226,6 +225,20 @@ def test_losses_on_classes_that_are_no_cross_entropy_keep_their_gradient(rule, n
     cosine = F.cosine_similarity(x.grad.flatten(), expected[0].flatten(), dim=0)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-9, atol=0)
     torch.testing.assert_close(head.weight.grad, expected[1])
+
+
+@both
+def test_class_indices_beside_label_smoothing_are_refused(rule):
+    """They are not the labels that the loss compares with; the smoothed ones are taken."""
+    x, head = leaf(30, 4), linear(4, 3)
+    y = leaf(30, 3, seed=1).detach().argmax(1)
+    engine = engine_of({"y": MulticlassHead(head)}, rule)
+    with pytest.raises(TargetError, match=r"'y'.*smoothed"):
+        engine({"y": F.cross_entropy(head(x), y, label_smoothing=0.2)}, {"y": y})
+    engine._capture.clear()
+    smoothed = 0.8 * F.one_hot(y, 3).double() + 0.2 / 3
+    engine({"y": F.cross_entropy(head(x), y, label_smoothing=0.2)}, {"y": smoothed}).backward()
+    assert x.grad is not None
 
 
 def test_task_weights_are_over_the_labels_that_there_are():

@@ -37,11 +37,16 @@ class Bound(Protocol):
     """
 
     @property
-    def curvature(self) -> float: ...
+    def curvature(self) -> float:
+        """``c``."""
+
     @property
-    def exact(self) -> bool: ...
+    def exact(self) -> bool:
+        """Whether the likelihood is Gaussian."""
+
     @property
-    def least_scale(self) -> float: ...
+    def least_scale(self) -> float:
+        """In the units of the misfit."""
 
     def working(self, labels: Labels) -> Tensor:
         """Working responses of every output (class), ``[N, P]``."""

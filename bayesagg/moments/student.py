@@ -53,7 +53,6 @@ class Spectrum:
         scaled = torch.bmm(shift, vectors).mul_(inverse)
         return Spectrum(vectors, inverse, torch.bmm(scaled, vectors.transpose(1, 2)))
 
-
     @staticmethod
     def near(
         gram: Tensor, shift: Tensor, ridge: Tensor, vectors: Tensor, values: Tensor, start: Tensor

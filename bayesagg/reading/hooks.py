@@ -75,7 +75,7 @@ class _Tap(torch.autograd.Function):
         return features.view_as(features)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         slot: Slot = ctx.slot
         if not slot.planned:
             slot.used = True
@@ -124,7 +124,9 @@ class _Hook:
     def report(self, module: nn.Module, *args: Any) -> Any:
         """Tell the capture, if it still exists."""
         capture = self._capture()
-        return None if capture is None else getattr(capture, self._method)(self._name, module, *args)
+        return (
+            None if capture is None else getattr(capture, self._method)(self._name, module, *args)
+        )
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return (_inert_hook, ())
@@ -187,9 +189,7 @@ class Capture:
             _drop_inert(module)
             before, after = _Hook(self, "_before", name), _Hook(self, "_after", name)
             # First of all: FSDP2 hands an alias of the features to hooks that come later.
-            handles.append(
-                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-            )
+            handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
         self._finalizer = weakref.finalize(self, _remove, handles)
 
@@ -228,7 +228,7 @@ class Capture:
             return None
         slot = Slot()
         self._pending[name] = _Pending(features, slot)
-        tapped = _Tap.apply(features, slot)  # type: ignore[no-untyped-call]
+        tapped = _Tap.apply(features, slot)
         return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:

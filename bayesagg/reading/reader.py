@@ -167,7 +167,7 @@ class Reader:
 
 
 def _announce(name: str) -> None:
-    """Say once that nothing is inferred from a loss: it may be a mistake, as labels of another form."""
+    """Say once that nothing is inferred from a loss: it may be a mistake."""
     warnings.warn(
         f"task {name!r}: its loss is not the likelihood of its head. Nothing is inferred from it: "
         f"the head keeps its own gradient, and what it sends to its features is weighed by the "

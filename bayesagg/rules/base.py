@@ -81,7 +81,5 @@ class Rule(Protocol):
     def flags(self, memory: Any, batch: Batch) -> list[bool]:
         """What all ranks must agree on before evidence is summed; of constant length."""
 
-    def plan(
-        self, memory: Any, batch: Batch, flags: list[bool], exchange: Exchange
-    ) -> Plan:
+    def plan(self, memory: Any, batch: Batch, flags: list[bool], exchange: Exchange) -> Plan:
         """What the backward pass of a batch will do; neither batch nor memory change."""

@@ -4,7 +4,8 @@ See docs/theory.md for the derivation. One step, for the heads that read one ten
 
 1. ``Λ ← exp(-n/N) Λ + H̃ᵀH̃`` and ``η_k ← exp(-n/N) η_k + H̃ᵀt_k``: evidence that fades by the datum.
 2. ``m_k = (Λ + λ_k)⁻¹ η_k`` with the ridge ``λ_k = τ_k² / γ ȳ_k²`` of the prior ``N(0, γ ȳ_k²)``,
-   in units of the labels (``1 / c γ`` for a classification of curvature bound c): the head once the backward pass is over.
+   in units of the labels (``1 / c γ`` for a classification of curvature bound c): the head once
+   the backward pass is over.
 3. Regressions: gradient of a Student-t likelihood under the posterior without the datum, with a
    scale τ² that lags. Others: their own gradient in units of the running mean of their loss.
 4. The length of the sum is kept near that of the plain gradient.
@@ -109,10 +110,10 @@ class LikelihoodRule:
                 if getattr(head, setting, None) not in (None, 0)
             ]
             if unused:
+                verb = "has" if len(unused) == 1 else "have"
                 warnings.warn(
-                    f"task {name!r}: {' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} "
-                    f"no effect under the default rule; rule='paper' uses "
-                    f"{'it' if len(unused) == 1 else 'them'}.",
+                    f"task {name!r}: {' and '.join(unused)} {verb} no effect under the default "
+                    f"rule; rule='paper' uses such settings.",
                     stacklevel=4,
                 )
         return FadingMemory(tasks, dtype)
@@ -158,12 +159,16 @@ class LikelihoodRule:
         update = Update(idle + units, self._scales(memory, misses), length)
         plan = Plan(update=update)
         warming = memory.steps < self.warmup
-        plan.weights = _shares(memory, parts, found, values, {n: ratios[n] for n in parts if n not in here}, warming)
+        plan.weights = _shares(
+            memory, parts, found, values, {n: ratios[n] for n in parts if n not in here}, warming
+        )
         if warming:
             return plan
         scale = self._length_scale(memory, length)
         plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
-        plan.loss_weights = {n: ratio * scale for n, (ratio, _) in others.items() if n not in memory.heads}
+        plan.loss_weights = {
+            n: ratio * scale for n, (ratio, _) in others.items() if n not in memory.heads
+        }
         means = {n: mean for part in found for n, mean in part.module_weights(memory.heads).items()}
         plan.heads = {n: mean for n, mean in means.items() if memory.heads[n].readout != "gradient"}
         plan.spared = tuple(plan.heads)

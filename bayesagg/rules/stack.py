@@ -77,13 +77,16 @@ class Stack:
             shape = (len(self.rows), data, width + self.bias)
             self._kept = torch.ones(shape, dtype=dtype, device=self.responses.device)
             for one, part in zip(self._kept.unbind(), self.rows, strict=True):
-                (one[:, :width] if self.bias else one).copy_(part[rows] if data < len(part) else part)
+                (one[:, :width] if self.bias else one).copy_(
+                    part[rows] if data < len(part) else part
+                )
         return self._kept
-
 
     def kept_vectors(self) -> Tensor | None:
         """The basis that the units have and keep in this step, ``[G, D, D]``."""
-        bases = [unit.basis for unit in self.units if unit.basis is not None and unit.basis.left > 0]
+        bases = [
+            unit.basis for unit in self.units if unit.basis is not None and unit.basis.left > 0
+        ]
         if len(bases) < len(self.units):
             return None
         return bases[0].vectors if len(bases) == 1 else torch.cat([b.vectors for b in bases])
@@ -171,8 +174,9 @@ def columns_of(
         if BOUNDS[part.kind].exact:
             exact += responses[-1].shape[1]
             factor = _select(labels.factor, tasks)
-            missing = labels.present is not None
-            factors.append(factor * _select(labels.present, tasks) if missing else factor)
+            if labels.present is not None:
+                factor = factor * _select(labels.present, tasks)
+            factors.append(factor)
         if unit.weighted:
             weights = _weights(labels, tasks)
     together = _cat(responses).to(dtype)

@@ -75,9 +75,7 @@ class Inference:
         state = (_split(t, sizes) for t in (self.gram, self.shift, scale))
         parts = zip(self.stack.units, *state, self.bases, strict=True)
         return [
-            replace(
-                unit, started=not unit.weighted, gram=gram, shift=shift, scale=own, basis=basis
-            )
+            replace(unit, started=not unit.weighted, gram=gram, shift=shift, scale=own, basis=basis)
             for unit, gram, shift, own, basis in parts
         ]
 
@@ -257,7 +255,7 @@ def _spectrum(
         left = min(unit.basis.left for unit in stack.units if unit.basis is not None) - 1
     parts = (posterior.vectors, values.clamp(min=0), posterior.mean)
     pieces = zip(*(_split(part, stack.sizes) for part in parts), strict=True)
-    return posterior, [Basis(*piece, left) for piece in pieces]
+    return posterior, [Basis(q, diagonal, mean, left) for q, diagonal, mean in pieces]
 
 
 def _at_least_one(seen: Tensor) -> Tensor:
@@ -340,7 +338,9 @@ def exact_gradients(rule: LikelihoodRule, found: Inference) -> Exact:
     squares, ratio = (
         part[0] if len(part) == 1 else torch.stack(part).sum(0) for part in zip(*sums, strict=True)
     )
-    count = torch.stack(labelled).sum(0).clamp(min=1.0) if labelled else float(stack.responses.shape[1])
+    count = (
+        torch.stack(labelled).sum(0).clamp(min=1.0) if labelled else float(stack.responses.shape[1])
+    )
     return Exact(_by_key(stack, _cat(gradients, 1)), squares, ratio / count)
 
 

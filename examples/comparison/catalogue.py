@@ -121,7 +121,7 @@ def paper(label: str, preset: str) -> Method:
     for settings in heads.values():
         if settings.pop("num_samples", None):
             settings["moments"] = "quadrature"
-    settings = {"rule": chosen.wrapper["rule"], "heads": heads, "epochs": chosen.training["epochs"]}
+    settings = {"rule": chosen.rule, "heads": heads, "epochs": chosen.training["epochs"]}
     space = {f"heads.{kind}.s": grid for kind, grid in chosen.s_grid.items()}
     return Method(label, PaperAggregation, settings, space)
 

@@ -1,4 +1,4 @@
-"""Methods at several learning rates: at each, at the best of each, and paired tests of all pairs."""
+"""Methods at several learning rates, and paired t-tests of all pairs of methods."""
 
 from __future__ import annotations
 

@@ -38,7 +38,11 @@ class ReadoutRule(LikelihoodRule):
         plan = super().plan(memory, batch, flags, exchange)
         if not plan.gradients:  # the warm-up
             return plan
-        found = self.weights() if self.weights else {n: torch.ones_like(w) for n, w in plan.weights.items()}
+        found = (
+            self.weights()
+            if self.weights
+            else {n: torch.ones_like(w) for n, w in plan.weights.items()}
+        )
         plan.gradients = {}
         for part in batch.parts:
             rows = torch.cat([head.weights() for head in part.heads])

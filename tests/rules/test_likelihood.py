@@ -152,7 +152,9 @@ def test_warm_up_is_linear_scalarization():
     engine = BayesAgg(None, heads, rule=replace(RULE, warmup=1))
     x, labels = batch(0, ["reg", "cls"])
     losses = {k: LOSSES[k](modules[k](x), labels[k]) for k in heads}
-    expected = torch.autograd.grad(sum(losses.values()), [x, *modules.parameters()], retain_graph=True)
+    expected = torch.autograd.grad(
+        sum(losses.values()), [x, *modules.parameters()], retain_graph=True
+    )
     engine.backward(losses)
     found = [x.grad, *(p.grad for p in modules.parameters())]
     torch.testing.assert_close(found, list(expected))
@@ -173,9 +175,10 @@ def test_a_missing_label_is_a_datum_that_is_not_there(own):
         g_bin, mean = alone.step(x[~gaps], labels["bin"][~gaps])
         g_reg, _ = other.step(x, labels["reg"])
         out = {k: modules[k](x) for k in heads}
-        per_datum = F.binary_cross_entropy_with_logits(
-            out["bin"], labels["bin"], reduction="none"
-        ) * ~gaps[:, None]
+        per_datum = (
+            F.binary_cross_entropy_with_logits(out["bin"], labels["bin"], reduction="none")
+            * ~gaps[:, None]
+        )
         losses = {
             "reg": F.mse_loss(out["reg"], labels["reg"]),
             "bin": per_datum.sum() / int((~gaps).sum()),
@@ -246,9 +249,7 @@ def test_weights_of_examples_are_weights_of_evidence():
 
 def test_losses_without_a_head_are_divided_by_their_scale():
     modules, heads = network(["reg"])
-    engine = BayesAgg(
-        None, {**heads, "aux": LossTask()}, rule=RULE, passthrough=("other",)
-    )
+    engine = BayesAgg(None, {**heads, "aux": LossTask()}, rule=RULE, passthrough=("other",))
     x, labels = batch(0, ["reg"])
     free, through = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     losses = {
