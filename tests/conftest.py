@@ -23,9 +23,8 @@ DTYPE = getattr(torch, os.environ.get("BAYESAGG_TEST_DTYPE", "float64"), None)
 def pytest_configure(config):
     if not (isinstance(DTYPE, torch.dtype) and DTYPE.is_floating_point):
         raise pytest.UsageError("BAYESAGG_TEST_DTYPE is not the name of a floating torch dtype")
-    # Leave the cores to the workers: with a thread pool each, they wait for one another.
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+    # Small tensors: with a pool of threads in every process, they wait for one another.
+    torch.set_num_threads(1)
 
 
 # Session-wide, so that hypothesis accepts them: it refuses fixtures made anew per test function.

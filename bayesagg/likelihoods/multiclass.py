@@ -29,7 +29,7 @@ __all__ = ["Multiclass"]
 
 _NODES = 256  # of the cubature: more exact than Eq. 11 with J = 1024, and cheaper
 # Beyond, a step of 128 data takes more than about half a second on two cores.
-_MAX_CLASSES, _MAX_PARAMETERS = 20, 2560
+_MAX_CLASSES, _MAX_PARAMETERS = 16, 2560
 
 
 class Multiclass(Likelihood):
@@ -49,10 +49,10 @@ class Multiclass(Likelihood):
             return exact
         warnings.warn(
             f"task {name!r}: the curvature of Eq. 8-10 for {exact.classes} classes of "
-            f"{exact.width} weights is a matrix of {exact.parameters} rows, which takes seconds a "
-            f"step. Its bound of Böhning, one matrix of {exact.width} rows for all classes, is "
-            f"used instead; rule='likelihood' always does. Fewer than {_MAX_CLASSES + 1} classes "
-            f"and at most {_MAX_PARAMETERS} rows are computed as in the paper.",
+            f"{exact.width} weights is a matrix of {exact.parameters} rows, with which a step "
+            f"takes half a second or far more. Böhning's bound of it, one matrix of {exact.width} "
+            f"rows for all classes, is used instead. Up to {_MAX_CLASSES} classes and "
+            f"{_MAX_PARAMETERS} rows are computed as in the paper.",
             NumericalWarning,
             stacklevel=6,
         )

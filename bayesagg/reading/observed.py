@@ -108,16 +108,20 @@ class Observed:
             return holds
         return self.per_head((~holds).to(self.output.dtype)) == 0
 
-    def agrees(self, value: Tensor, allowed: float, noise: Tensor | None = None) -> Tensor:
-        """Whether losses, ``[H]``, have the values that labels give them; never if not finite.
+    def agrees(
+        self, value: Tensor, allowed: float, noise: Tensor | None = None, times: float = 1
+    ) -> Tensor:
+        """Whether losses have the values that labels give them, ``[H]``; never if not finite.
 
         Args:
-            value: by column, ``[K]``.
+            value: by column, ``[K]``, not negative.
             allowed: relative error.
             noise: absolute error by column, ``[K]``.
+            times: what values are multiples of.
         """
-        off = (self.per_head(value) - self.losses).abs()
-        off = torch.sub(off, self.losses.abs(), alpha=allowed)
+        value = self.per_head(value)
+        off = torch.sub(value, self.losses, alpha=times).abs()
+        off = torch.sub(off, value, alpha=allowed)
         return off <= 0 if noise is None else off <= self.per_head(noise)
 
 
@@ -170,7 +174,7 @@ def join(
     """Several heads of one kind (and number of classes) side by side.
 
     Args:
-        saids: their outputs are of one dtype.
+        saids: their outputs are of one dtype. Nothing here needs a graph: call it without.
         target: of all of them, in the layout of :class:`Observed`.
         present: ``[N, K]``.
     """
@@ -195,12 +199,13 @@ def join(
     for i in range(len(first.probes)):
         v = beside([s.rows(s.probes[i][0]) for s in saids])
         probes.append((v, beside([s.rows(s.probes[i][1]) for s in saids])))
+    losses = torch.cat([s.loss.view(1) for s in saids])
     return Observed(
         tuple(saids),
         first.head.kind,
         outputs,
         beside([s.rows(s.gradients) for s in saids]),
-        torch.cat([s.loss.view(1) for s in saids]).to(work),
+        losses if losses.dtype == work else losses.to(work),
         owners,
         max(s.eps for s in saids),
         target,

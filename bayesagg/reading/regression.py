@@ -88,7 +88,7 @@ class Regression:
         z, g = observed.output, observed.gradient
         r = g / factor
         y = torch.add(z, r, alpha=-0.5)
-        agrees = observed.agrees((g * r).sum(0) / 4, value_tolerance(observed.eps))
+        agrees = observed.agrees((g * r).sum(0), value_tolerance(observed.eps), times=4)
         # Without a derivative there is no label, or no residual: second derivatives tell.
         return Read(y, factor, None, (agrees, g.all(0)))
 

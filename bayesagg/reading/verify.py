@@ -60,9 +60,9 @@ def verify(
             _probe(said.loss, [said])
     results: dict[str, Verified] = {}
     failing: list[Group] = []
-    for group in groups:
-        for part in _by_probes(group):
-            with torch.no_grad():
+    with torch.no_grad():
+        for group in groups:
+            for part in _by_probes(group):
                 failing += _judge(part, known, results)
     if failing:
         for name in diagnose(failing, saids, losses):

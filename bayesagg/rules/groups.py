@@ -119,8 +119,9 @@ def make_groups(heads: Mapping[str, Head]) -> list[Group]:
         NumericalWarning: as of :meth:`bayesagg.likelihoods.Likelihood.of`.
     """
     found: dict[Any, list[str]] = {}
-    settings = {name: _settings(name, head) for name, head in heads.items()}
+    settings: dict[str, dict[str, Any]] = {}
     for name, head in heads.items():
+        settings[name] = _settings(name, head)
         sampled = settings[name].get("moments") == "monte_carlo"
         samples = settings[name]["num_samples"] if sampled else None
         likelihood = LIKELIHOODS[head.kind].of(name, head, samples)

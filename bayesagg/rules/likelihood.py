@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bayesagg.errors import HeadError
 from bayesagg.heads import Head
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.memory import FadingMemory, Update, means_of, running_mean
@@ -96,7 +97,11 @@ class LikelihoodRule:
     def start(
         self, tasks: Tasks, dtype: torch.dtype, seed: int, steps_per_epoch: int | None
     ) -> FadingMemory:
-        """A memory without evidence; warns of settings that this rule does not use."""
+        """A memory without evidence; warns of settings that this rule does not use.
+
+        Raises:
+            HeadError: for the settings of a preset of the paper's rule.
+        """
         if steps_per_epoch is not None:
             warnings.warn(
                 "steps_per_epoch has no effect under the default rule, which knows of no epochs; "
@@ -104,18 +109,8 @@ class LikelihoodRule:
                 stacklevel=4,
             )
         for name, head in tasks.items():
-            unused = [
-                setting
-                for setting in ("s", "moments", "num_samples")
-                if getattr(head, setting, None) not in (None, 0)
-            ]
-            if unused:
-                verb = "has" if len(unused) == 1 else "have"
-                warnings.warn(
-                    f"task {name!r}: {' and '.join(unused)} {verb} no effect under the default "
-                    f"rule; rule='paper' uses such settings.",
-                    stacklevel=4,
-                )
+            if isinstance(head, Head):
+                _warn_of_unused(name, head)
         return FadingMemory(tasks, dtype)
 
     def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:
@@ -223,6 +218,31 @@ class LikelihoodRule:
         within = _INVARIANT if memory.invariant else _OTHER
         # No gradient at all: 0 / 0.
         return (ratio.clamp(1 / within, within) / ratio).nan_to_num_(1.0, 1.0, 1.0)
+
+
+def _warn_of_unused(name: str, head: Head) -> None:
+    """Say which settings of a head this rule does not use.
+
+    Raises:
+        HeadError: for the settings of a preset of the paper's rule, all of them.
+    """
+    from bayesagg.presets import published  # which imports the rules
+
+    benchmark = published(head)
+    if benchmark is not None:
+        raise HeadError(
+            f"task {name!r} has the head settings of presets.PAPER[{benchmark!r}], which belong to "
+            f"its rule: pass `**preset.wrapper` to the wrapper, or leave the head settings out."
+        )
+    settings = ("s", "moments", "num_samples")
+    unused = [key for key in settings if getattr(head, key, None) not in (None, 0)]
+    if unused:
+        verb = "has" if len(unused) == 1 else "have"
+        warnings.warn(
+            f"task {name!r}: {' and '.join(unused)} {verb} no effect under the default rule; "
+            f"rule='paper' uses such settings.",
+            stacklevel=6,
+        )
 
 
 def _marked(memory: FadingMemory, flags: Sequence[bool], which: int) -> Iterator[str]:

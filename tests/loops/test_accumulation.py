@@ -132,6 +132,37 @@ def test_the_evidence_of_micro_batches_is_that_of_the_batch(rule):
     assert_near(*found, tolerance=1e-6)
 
 
+def learnable(index, size=48):
+    """Labels that follow from the inputs but for noise, so that heads settle."""
+    x, _ = make_batch(seed=index, size=size)
+    weights = make_batch(seed=3, size=7)[0].T
+    z = torch.tanh(x) @ weights + 0.3 * make_batch(seed=1000 + index, size=size, inputs=7)[0]
+    return x, {"reg": z[:, :2], "bin": (z[:, 2:4] > 0).to(x), "cls": z[:, 4:].argmax(1)}
+
+
+def test_micro_batches_are_near_the_batch(rule):
+    """Once there is evidence: four parts, in direction and length."""
+    net = plain_net()
+    kwargs = {"memory": 600} if rule == "likelihood" else {"steps_per_epoch": 10}
+    optimizer = wrap(net, "adam", rule, **kwargs)
+    for index in range(30):
+        x, labels = learnable(index)
+        optimizer.zero_grad()
+        optimizer.step(make_losses(net(x), labels))
+    found = []
+    x, labels = learnable(99)
+    for parts in (1, 4):
+        other, theirs = copy.deepcopy((net, optimizer))
+        theirs.zero_grad()
+        for rows in torch.arange(len(x)).chunk(parts):
+            losses = make_losses(other(x[rows]), {name: y[rows] for name, y in labels.items()})
+            (theirs.loss(losses) / parts).backward()
+        found.append(torch.cat([p.grad.flatten() for p in other.trunk.parameters()]))
+    whole, four = found
+    assert torch.cosine_similarity(whole, four, 0) > 0.99
+    assert four.norm() / whole.norm() == pytest.approx(1, abs=0.1)
+
+
 def rows_of(rank, part):
     """This rank's half of a micro-batch."""
     middle = (part.start + part.stop) // 2

@@ -12,7 +12,6 @@ from tests.helpers import (
     EPOCH,
     OPTIMIZERS,
     SAMPLED,
-    assert_same,
     difference,
     make_engine,
     make_losses,
@@ -272,20 +271,67 @@ def counted(rank, rule, kwargs, missing):
     return sent, said
 
 
+# Votes: refusals, the rank that refused, overflows, and what a rule asks of each of three heads.
+VOTES = {"likelihood": 3 + 3 * 3, "paper": 3 + 3 * 2}
+# By hand, with 4 + 1 weights an output. The default rule: one Gram matrix, seven columns, the
+# losses of three classifications and the number of data; then squared residuals and labels of two
+# regressions, and two lengths. The paper's: halves of matrices, vectors and counts by kind.
+SUMS = {
+    "likelihood": [25 + 7 * 5 + 3 + 1, 2 * 2 + 2],
+    "paper": [(15 + 2 * (5 + 1)) + (2 * 15 + 2 * (5 + 1)) + (55 + 10 + 1)],
+}
+# Of labels that are missing: five matrices, columns as before, losses and counts of all outputs; a
+# matrix for the second regression.
+GAPS = {"likelihood": [5 * 25 + 7 * 5 + 5 + 5, 2 * 2 + 2], "paper": [SUMS["paper"][0] + 15]}
+
+
+def said_of(rule, sums, size=8):
+    """All-reduces of a step: numbers, and bytes of each."""
+    return [(VOTES[rule], 4), *((n, size) for n in sums)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_exchange_is_of_the_stated_size(dtype, rule, ranks):
+    """After the first step, in which scales are those of the batch."""
+    expected = said_of(rule, SUMS[rule], dtype.itemsize)
+    for sent, said in ranks.run(counted, rule, {"dtype": dtype}, False):
+        assert sent[1:] == [expected] * 5
+        assert said[1:] == [sum(n * size for n, size in expected)] * 5
+
+
+def test_learned_noise_of_the_paper_s_rule_takes_a_small_exchange_more(ranks):
+    """The default rule always has it: sums of squares of residuals and of labels."""
+    first = SUMS["paper"][0] + 4
+    settings = {"settings": {"reg": {"noise_variance": "learned"}}}
+    for sent, _ in ranks.run(counted, "paper", settings, False):
+        assert sent == [said_of("paper", [first])] * 3 + [said_of("paper", [first, 4])] * 3
+
+
+def test_missing_labels_take_a_matrix_for_every_task(rule, ranks):
+    """On both ranks, whichever has them; the default rule keeps heads apart from then on."""
+    for sent, said in ranks.run(counted, rule, {}, True):
+        assert sent[3] == said_of(rule, SUMS[rule])
+        assert sent[4] == said_of(rule, GAPS[rule])
+        assert sent[5] == said_of(rule, GAPS[rule] if rule == "likelihood" else SUMS[rule])
+        assert said[4] == sum(n * size for n, size in sent[4])
+
+
 # --- which ranks ---------------------------------------------------------------------------------
 
 
 def on_their_own(rank, rule):
     """A model of its own on every rank; the number of steps differs too."""
-    net = plain_net(seed=rank)
-    optimizer = wrap(net, "momentum", rule)
-    train(net, optimizer, 4 + rank)
-    return snapshot(net, optimizer)
+    found = []
+    for group in ("auto", None):
+        net = plain_net(seed=rank)
+        optimizer = wrap(net, "momentum", rule, process_group=group)
+        train(net, optimizer, 4 + rank)
+        found.append(snapshot(net, optimizer))
+    return difference(*found)
 
 
 def test_ranks_with_models_of_their_own_are_left_alone(rule, ranks):
-    for rank, found in enumerate(ranks.run(on_their_own, rule)):
-        assert_same(on_their_own(rank, rule), found)
+    assert ranks.run(on_their_own, rule) == [None, None]
 
 
 def by_hand(rank, rule):

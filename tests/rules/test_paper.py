@@ -556,7 +556,7 @@ def test_many_classes_say_that_their_curvature_is_bounded():
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        start(PaperRule(), {"c": MulticlassHead(linear(20))})
+        start(PaperRule(), {"c": MulticlassHead(linear(16))})
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,0 +1,285 @@
+"""Losses drawn at random: labels that are read reproduce the loss as a function of the outputs.
+
+A loss is composed of a transform of the outputs, a pool over them, a criterion, weights, a
+reduction and extra terms, and read with and without targets. What is accepted as the likelihood
+must have the gradient that its labels give it, not at the outputs alone but around them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bayesagg.errors import LossError, TargetError
+from tests.reading.bench import Free, labels_by_task
+
+DRAWS, CHUNK = 2400, 200
+
+
+def keep(z):
+    return z
+
+
+TRANSFORMS = {
+    "none": keep,
+    "scale": lambda z: 1.7 * z,
+    "offset": lambda z: z + 0.6,
+    "tanh": torch.tanh,
+    "square": torch.square,
+    "softplus": F.softplus,
+    "temperature": lambda z: z / 2.5,
+    "sigmoid": torch.sigmoid,
+}
+POOLS = {
+    "none": lambda z, y: (z, y),
+    "rows": lambda z, y: (z.mean(0, keepdim=True), y[:1]),
+    "pairs": lambda z, y: (z.unflatten(0, (-1, 2)).mean(1), y[::2]),
+    "sum of pairs": lambda z, y: (z.unflatten(0, (-1, 2)).sum(1), y[::2]),
+    "outputs": lambda z, y: (z.mean(1, keepdim=True), y[:, :1]) if y.dim() > 1 else (z, y),
+    "neighbours": lambda z, y: (z + 0.3 * z.roll(1, 0), y),
+}
+
+
+def quantile(z, y):
+    return torch.maximum(0.9 * (y - z), 0.1 * (z - y))
+
+
+def focal(z, y):
+    p = torch.sigmoid(z)
+    bce = F.binary_cross_entropy_with_logits(z, y, reduction="none")
+    return bce * (y * (1 - p) + (1 - y) * p) ** 2
+
+
+def focal_classes(z, y):
+    logs = torch.log_softmax(z, 1).gather(1, y[:, None])[:, 0]
+    return -((1 - logs.exp()) ** 2) * logs
+
+
+def one_hot(z, y):
+    return F.one_hot(y, z.shape[1]).to(z.dtype)
+
+
+def elementwise(loss, **kwargs):
+    return lambda z, y: loss(z, y, reduction="none", **kwargs)
+
+
+CRITERIA: dict[str, dict[str, Any]] = {
+    "reg": {
+        "plain": elementwise(F.mse_loss),
+        "huber": elementwise(F.huber_loss, delta=0.7),
+        "wide huber": elementwise(F.huber_loss, delta=50.0),
+        "smooth l1": elementwise(F.smooth_l1_loss),
+        "l1": elementwise(F.l1_loss),
+        "quantile": quantile,
+        "log-cosh": lambda z, y: (z - y).cosh().log(),
+        "power": lambda z, y: (z - y).abs() ** 3,
+    },
+    "bin": {
+        "plain": elementwise(F.binary_cross_entropy_with_logits),
+        "smooth": lambda z, y: F.binary_cross_entropy_with_logits(
+            z, 0.9 * y + 0.05, reduction="none"
+        ),
+        "pos_weight": lambda z, y: F.binary_cross_entropy_with_logits(
+            z, y, pos_weight=z.new_tensor(3.0), reduction="none"
+        ),
+        "focal": focal,
+        "squares": lambda z, y: (z - y).square(),
+        "brier": lambda z, y: (z.sigmoid() - y).square(),
+        "hinge": lambda z, y: (1 - z * (2 * y - 1)).relu(),
+        "flip": lambda z, y: F.binary_cross_entropy(0.9 * z.sigmoid() + 0.05, y, reduction="none"),
+    },
+    "cls": {
+        "plain": elementwise(F.cross_entropy),
+        "smooth": elementwise(F.cross_entropy, label_smoothing=0.1),
+        "focal": focal_classes,
+        "adjusted": lambda z, y: F.cross_entropy(
+            z + torch.linspace(-1, 1, z.shape[1]).to(z), y, reduction="none"
+        ),
+        "one-vs-rest": lambda z, y: F.binary_cross_entropy_with_logits(
+            z, one_hot(z, y), reduction="none"
+        ).sum(1),
+        "squares": lambda z, y: (z - one_hot(z, y)).square().sum(1),
+        "brier": lambda z, y: (z.softmax(1) - one_hot(z, y)).square().sum(1),
+    },
+}
+WEIGHTS = ("none", "constant", "rows", "classes", "zeros")
+EXTRAS = {
+    "none": lambda z, h: 0.0,
+    "penalty on z": lambda z, h: 0.2 * z.square().mean(),
+    "linear in z": lambda z, h: 0.1 * z.mean(),
+    "penalty on h": lambda z, h: 0.3 * h.square().mean(),
+    "entropy": lambda z, h: 0.1 * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+}
+
+
+@dataclass
+class Draw:
+    """One loss at one batch."""
+
+    kind: str
+    z: torch.Tensor
+    y: torch.Tensor
+    h: torch.Tensor
+    transform: str
+    pool: str
+    criterion: str
+    weight: str
+    extra: str
+    reduction: str
+    second: str | None
+    weights: torch.Tensor
+
+    def loss(self, z):
+        """As a function of the outputs."""
+        value = self.term(self.criterion, z)
+        if self.second is not None:
+            value = 0.6 * value + 0.4 * self.term(self.second, z)
+        return value + EXTRAS[self.extra](z, self.h)
+
+    def term(self, criterion, z):
+        pooled, y = POOLS[self.pool](TRANSFORMS[self.transform](z), self.y)
+        each = CRITERIA[self.kind][criterion](pooled, y)
+        if self.weight == "constant":
+            each = 2.5 * each
+        elif self.weight in ("rows", "zeros"):
+            w = self.weights[: len(each)]
+            if self.weight == "zeros":
+                w = w * (w > 0.8)
+            each = each * (w if each.dim() == 1 else w[:, None])
+        elif self.weight == "classes":
+            high = y > 0 if self.kind != "cls" else y == 0
+            each = each * torch.where(high, 2.0, 0.7)
+        return each.mean() if self.reduction == "mean" else each.sum()
+
+    @property
+    def plain(self):
+        """The likelihood, of constant weight."""
+        own = self.criterion in ("plain", "wide huber") and self.second in (None, self.criterion)
+        soft = self.kind == "bin" and self.criterion == "smooth" and self.second is None
+        return (
+            (own or soft)
+            and (self.transform, self.pool, self.extra) == ("none", "none", "none")
+            and self.weight in ("none", "constant")
+        )
+
+    @property
+    def weighted(self):
+        """The likelihood of the targets, with weights and terms that do not reach the outputs."""
+        return (
+            self.criterion in ("plain", "wide huber")
+            and self.second is None
+            and (self.transform, self.pool) == ("none", "none")
+            and self.extra in ("none", "penalty on h")
+            and self.weight != "zeros"
+        )
+
+
+def draw(seed):
+    """Half of all choices are the plain ones, or few losses would be accepted."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def choose(options, plain=0.6):
+        options = list(options)
+        return options[0] if rng.random() < plain else rng.choice(options)
+
+    kind = rng.choice(["reg", "bin", "cls"])
+    rows, outputs = rng.choice([2, 4, 6, 12]), rng.choice([1, 2, 3]) + (kind == "cls")
+    scale = rng.choice([0.1, 1.0, 3.0])
+    z = scale * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
+    y = scale * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
+    if kind == "bin":
+        y = (y > 0).double()
+    elif kind == "cls":
+        y = torch.randint(outputs, (rows,), generator=generator)
+    return Draw(
+        kind,
+        z.requires_grad_(),
+        y,
+        torch.randn(rows, 2, generator=generator, dtype=torch.float64).requires_grad_(),
+        choose(TRANSFORMS, 0.7),
+        choose(POOLS, 0.7),
+        choose(CRITERIA[kind], 0.6),
+        choose(WEIGHTS, 0.5),
+        choose(EXTRAS, 0.7),
+        rng.choice(["mean", "sum"]),
+        rng.choice(list(CRITERIA[kind])) if rng.random() < 0.15 else None,
+        0.3 + torch.rand(rows, generator=generator, dtype=torch.float64),
+    )
+
+
+def gradient(case, z):
+    z = z.detach().requires_grad_()
+    return torch.autograd.grad(case.loss(z), z)[0]
+
+
+def told(case, labels, z):
+    """The gradient that the labels give, at other outputs."""
+    if case.kind == "cls":
+        residual = (z.softmax(1) - labels.targets[:, 0]) * labels.factor
+        present = labels.present
+    else:
+        p = 2 * z if case.kind == "reg" else z.sigmoid()
+        y = 2 * labels.targets if case.kind == "reg" else labels.targets
+        residual, present = (p - y) * labels.factor, labels.present
+    return residual if present is None else residual * present
+
+
+def error(case, labels):
+    """Largest relative error of the gradient, and of its changes, around the outputs."""
+    z = case.z.detach()
+    true, ours = gradient(case, z), told(case, labels, z)
+    size = true.abs().max()
+    worst = float((ours - true).abs().max() / size) if size > 0 else 0.0
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        step = torch.randn(z.shape, generator=generator, dtype=z.dtype)
+        step = step * 1e-3 * (0.1 + z.abs().max())
+        ahead, behind = gradient(case, z + step) - true, true - gradient(case, z - step)
+        if (ahead - behind).abs().max() > 0.05 * ahead.abs().max():
+            continue  # a kink
+        change = told(case, labels, z + step) - told(case, labels, z - step)
+        scale = ahead.abs().max()
+        # Second derivatives that are nothing beside the first change nothing.
+        scale = torch.maximum(scale, 1e-3 * size * step.abs().max())
+        worst = max(worst, float((change / 2 - (ahead + behind) / 2).abs().max() / scale))
+    return worst
+
+
+def read(case, given):
+    bench = Free(case.kind, case.z)
+    return bench.read(case.loss(case.z), case.y if given else None)
+
+
+@pytest.mark.filterwarnings("ignore:task 'age'")
+@pytest.mark.parametrize("start", range(0, DRAWS, CHUNK))
+def test_what_is_read_is_the_loss(start):
+    counts = {"accepted": 0, "own": 0, "refused": 0}
+    for seed in range(start, start + CHUNK):
+        case = draw(seed)
+        given = seed % 2 == 1
+        try:
+            batch = read(case, given)
+        except (LossError, TargetError) as refusal:
+            assert "'age'" in str(refusal)
+            assert not case.plain or (given and case.criterion == "smooth"), (seed, case)
+            assert not given or isinstance(refusal, TargetError), (seed, case)
+            assert not (given and case.weighted), (seed, case)
+            counts["refused"] += 1
+            continue
+        labels = labels_by_task(batch)["age"]
+        (part,) = batch.parts
+        torch.testing.assert_close(part.gradient.view_as(case.z), gradient(case, case.z))
+        if labels is None:
+            assert given and not case.plain and not case.weighted, (seed, case)
+            counts["own"] += 1
+            continue
+        counts["accepted"] += 1
+        assert error(case, labels) < 0.02, (seed, given, error(case, labels), case)
+        if case.plain and case.kind != "cls" and case.criterion != "smooth":
+            torch.testing.assert_close(labels.targets, case.y, rtol=1e-6, atol=1e-6)
+    assert counts["accepted"] > 0.1 * CHUNK and counts["own"] > 0.1 * CHUNK, counts
