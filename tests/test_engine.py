@@ -179,12 +179,12 @@ def test_absent_tasks_take_no_part(absent, steps, rule, device, dtype, batch):
         net.zero_grad()
         losses = make_losses(net(x), labels)
         optimizer.step({name: losses[name] for name in kept})
-        found.append((gradients(net), dict(optimizer.task_weights)))
+        found.append([gradients(net), dict(optimizer.task_weights)])
     assert difference(*found) is None
+    posterior = ["reg"] if rule == "paper" else list(OUTPUTS)  # sets these heads
+    without = absent + posterior * (steps == 4)
     for name, gradient in found[0][0].items():
-        assert (gradient is None) == (
-            name.split(".")[1] in absent or (name.startswith("heads.reg") and steps == 4)
-        )
+        assert (gradient is None) == (name.split(".")[1] in without)
     weights = found[0][1]
     if steps == 4:
         assert all(not weights[name].any() for name in absent)
@@ -196,7 +196,7 @@ def test_tasks_that_are_always_absent_might_as_well_not_be_there(absent, rule, d
     """The engine is one without them, and their heads stay as they are."""
     kept = [name for name in OUTPUTS if name not in absent]
     nets = [make_net(device, dtype) for _ in range(2)]
-    heads = [make_heads(net, rule, **SAMPLED) for net in nets]
+    heads = [make_heads(net, rule) for net in nets]
     heads[1] = {name: heads[1][name] for name in kept}
     optimizers = [
         wrap(net, "momentum", rule, heads=own) for net, own in zip(nets, heads, strict=True)
@@ -227,7 +227,7 @@ def test_a_task_keeps_its_evidence_while_it_has_no_labels(rule, device, dtype, b
         before = net.heads["reg"].weight.detach().clone()
         for _ in range(pause):
             optimizer.step({"bin": make_losses(net(x), labels)["bin"]})
-        torch.testing.assert_close(net.heads["reg"].weight.detach(), before, rtol=0, atol=0)
+        torch.testing.assert_close(net.heads["reg"].weight.detach(), before)
         optimizer.step({"reg": make_losses(net(x), labels)["reg"]})
         assert not torch.equal(net.heads["reg"].weight, before)
         results.append(net.heads["reg"].weight.detach())
@@ -926,9 +926,9 @@ def test_hundreds_of_steps_keep_no_more_than_a_few(rule, device, dtype):
     net = plain_net(device, dtype)
     optimizer = wrap(net, rule=rule, settings=SAMPLED)
     counts, sizes = [], []
-    for index in range(300):
+    for index in range(260):
         train_step(net, optimizer, index)
-        if index % 100 == 55:
+        if index % (33 * EPOCH) == 55:
             counts.append(live_tensors())
             sizes.append(sum(t.numel() for t in tensors_of(optimizer.state_dict())))
     assert counts[1:] == counts[:1] * 2

@@ -35,7 +35,6 @@ from bayesagg.rules.streaming import (
     blank_part,
     exact_gradients,
     infer,
-    own_gradient,
 )
 
 __all__ = ["LikelihoodRule"]
@@ -250,8 +249,8 @@ def _marked(memory: FadingMemory, flags: Sequence[bool], which: int) -> Iterator
     return (name for name, flag in zip(memory.heads, flags[which::3], strict=True) if flag)
 
 
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _gradients(
@@ -264,25 +263,37 @@ def _gradients(
     planned: dict[Key, Tensor] = {}
     plain: dict[Key, Tensor] = {}
 
-    def add(sums: dict[Key, Tensor], key: Key, gradient: Tensor) -> None:
-        sums[key] = sums[key] + gradient if key in sums else gradient
+    def add(key: Key, gradient: Tensor) -> None:
+        planned[key] = planned[key] + gradient if key in planned else gradient
 
     for one in exact:
         for key, gradient in one.gradient:
             if key:  # not of a part that only other ranks have
-                add(planned, key, gradient)
+                add(key, gradient)
+    readers: dict[Key, list[Part]] = {}
     for part in parts:
-        weights = _cat([head.weights() for head in part.heads])
-        add(plain, part.key, own_gradient(part, weights, None))
-        done = [BOUNDS[part.kind].exact and name in here for name in part.names]
-        if all(done):
-            continue
-        scales = [
-            part.losses.new_zeros(head.num_tasks) if is_done else ratios[name]
-            for name, head, is_done in zip(part.names, part.heads, done, strict=True)
-        ]
-        add(planned, part.key, own_gradient(part, weights, _cat(scales)))
+        readers.setdefault(part.key, []).append(part)
+    for key, some in readers.items():
+        gradient = _cat([part.gradient.flatten(1) for part in some], 1)
+        weights = _cat([head.weights() for part in some for head in part.heads])
+        weights = weights.to(gradient.dtype)
+        plain[key] = gradient @ weights
+        scales = [_scale(part, name, here, ratios) for part in some for name in part.names]
+        if any(scale is not None for scale in scales):
+            sizes = [head.out_features for part in some for head in part.heads]
+            columns = [
+                gradient.new_zeros(size) if scale is None else scale.expand(size)
+                for scale, size in zip(scales, sizes, strict=True)
+            ]
+            add(key, (gradient * _cat(columns).to(gradient.dtype)) @ weights)
     return planned, plain
+
+
+def _scale(
+    part: Part, name: str, here: Mapping[str, Part], ratios: Mapping[str, Tensor]
+) -> Tensor | None:
+    """What a head's own gradient is multiplied by; ``None``: it is replaced altogether."""
+    return None if BOUNDS[part.kind].exact and name in here else ratios[name]
 
 
 def _totals(

@@ -22,7 +22,7 @@ from bayesagg.rules.stack import Stack
 if TYPE_CHECKING:
     from bayesagg.rules.likelihood import LikelihoodRule
 
-__all__ = ["Exact", "Inference", "blank_part", "exact_gradients", "infer", "own_gradient"]
+__all__ = ["Exact", "Inference", "blank_part", "exact_gradients", "infer"]
 
 _LARGE = 128  # weights of an output above which a decomposition serves for several steps
 _TURNOVER = 0.25  # until this share of the evidence is new
@@ -355,21 +355,6 @@ def _by_key(stack: Stack, gradient: Tensor) -> list[tuple[Key, Tensor]]:
         return [(stack.parts[0].key, gradient[0])]
     pieces = zip(stack.parts, gradient.split(stack.sizes), strict=True)
     return [(part.key, g[0] if len(g) == 1 else g.sum(0)) for part, g in pieces]
-
-
-def own_gradient(part: Part, weights: Tensor, ratio: Tensor | None) -> Tensor:
-    """Gradient that a part's losses send to its features, each task's times a ratio, ``[N, d]``.
-
-    Args:
-        part: heads of one kind.
-        weights: of its heads without the bias, ``[P, d]``.
-        ratio: by task, ``[K]``; ``None``: one.
-    """
-    gradient = part.gradient
-    if ratio is not None:
-        ratio = ratio.to(gradient.dtype)
-        gradient = gradient * (ratio if gradient.dim() == 2 else ratio[:, None])
-    return gradient.flatten(1) @ weights.to(gradient.dtype)
 
 
 def blank_part(name: str, head: Head, like: Tensor) -> Part:

@@ -66,9 +66,9 @@ def chosen(case: Case, names: list[str] | None = None) -> Mapping[str, Method]:
 
 def benchmark(case: Case) -> Benchmark:
     """The network and the random batch of a case, as a comparison wants them."""
-    workload = make_workload(case)
-    columns = [y.float().reshape(case.step_batch, -1) for y in workload.targets.values()]
-    batch = _Batch(workload.x, torch.cat(columns, 1), case.step_batch)
+    x, targets = make_workload(case).batches[0]
+    columns = [y.float().reshape(case.step_batch, -1) for y in targets.values()]
+    batch = _Batch(x, torch.cat(columns, 1), case.step_batch)
     tasks = [
         Task(head.name, "multiclass", "accuracy", classes=head.outputs)
         if head.kind == "multiclass"

@@ -9,8 +9,10 @@ every task (MMoE; Ma et al., 2018).
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,9 @@ from torch.nn import functional as F
 from examples import image_models
 from examples.benchmark.cases import Case, Task
 from examples.message_passing import EDGE_FEATURES, NODE_FEATURES, MessagePassing
+
+Network = tuple[nn.Module | None, Callable[[], Any]]
+"""A backbone, and what draws a batch of its input."""
 
 INPUTS, EXPERTS, TOWER = 128, 4, 16
 MIN_ATOMS, MAX_ATOMS = 12, 24
@@ -67,19 +72,22 @@ class MixtureOfExperts(nn.Module):
         return {name: head(self.towers[name](mixed[name])) for name, head in self.heads.items()}
 
 
+Batch = tuple[Any, dict[str, Tensor]]
+"""The input, and the target of every task."""
+
+
 @dataclass(frozen=True)
 class Workload:
-    """A model with one batch: the input and the target of every task."""
+    """A model and data: so many batches that its heads cannot fit all of them exactly."""
 
     model: MultiHead | MixtureOfExperts
-    x: Any
-    targets: dict[str, Tensor]
+    batches: list[Batch]
     kinds: dict[str, str]
 
-    def losses(self) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         """One forward pass: name → loss averaged over the batch."""
-        out = self.model(self.x)
-        return {name: CRITERIA[self.kinds[name]](out[name], self.targets[name]) for name in out}
+        out = self.model(batch[0])
+        return {name: CRITERIA[self.kinds[name]](out[name], batch[1][name]) for name in out}
 
 
 CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -90,7 +98,7 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def make_workload(case: Case, *, seed: int = 0) -> Workload:
-    """Model and batch of a case (``step_batch`` examples), the same for the same seed.
+    """Model and batches of a case (``step_batch`` examples each), the same for the same seed.
 
     Raises:
         MissingDependencyError: The network needs torchvision or torch_geometric, which is not
@@ -98,14 +106,17 @@ def make_workload(case: Case, *, seed: int = 0) -> Workload:
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        backbone, x = NETWORKS[case.network](case)
+        backbone, make_input = NETWORKS[case.network](case)
         model: MultiHead | MixtureOfExperts
         if backbone is None:
             model = MixtureOfExperts(case.dim, case.tasks)
         else:
             model = MultiHead(backbone, case.dim, case.tasks)
-        targets = {task.name: random_target(task, case.step_batch) for task in case.tasks}
-    return Workload(model, x, targets, {task.name: task.kind for task in case.tasks})
+        batches = [
+            (make_input(), {task.name: random_target(task, case.step_batch) for task in case.tasks})
+            for _ in range(min(16, math.ceil(1024 / case.step_batch)))
+        ]
+    return Workload(model, batches, {task.name: task.kind for task in case.tasks})
 
 
 def random_target(task: Task, batch: int) -> Tensor:
@@ -124,30 +135,33 @@ def _layers(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _mlp(case: Case) -> tuple[nn.Module, Tensor]:
-    return _layers(INPUTS, INPUTS, case.dim), torch.randn(case.step_batch, INPUTS)
+def _mlp(case: Case) -> Network:
+    return _layers(INPUTS, INPUTS, case.dim), partial(torch.randn, case.step_batch, INPUTS)
 
 
-def _mmoe(case: Case) -> tuple[None, Tensor]:
-    return None, torch.randn(case.step_batch, INPUTS)
+def _mmoe(case: Case) -> Network:
+    return None, partial(torch.randn, case.step_batch, INPUTS)
 
 
-def _cnn(case: Case) -> tuple[nn.Module, Tensor]:
-    return image_models.cnn(case.dim), torch.randn(case.step_batch, 3, 32, 32)
+def _cnn(case: Case) -> Network:
+    return image_models.cnn(case.dim), partial(torch.randn, case.step_batch, 3, 32, 32)
 
 
-def _resnet(case: Case) -> tuple[nn.Module, Tensor]:
+def _resnet(case: Case) -> Network:
     _import("torchvision.models", "torchvision", case.name)
     pixels = 128 if case.network == "resnet18" else 224
-    network = image_models.resnet(case.network, case.dim)
-    return network, torch.randn(case.step_batch, 3, pixels, pixels)
+    images = partial(torch.randn, case.step_batch, 3, pixels, pixels)
+    return image_models.resnet(case.network, case.dim), images
 
 
-def _mpnn(case: Case) -> tuple[nn.Module, Any]:
+def _mpnn(case: Case) -> Network:
     geometric = _import("torch_geometric.nn", "torch_geometric", case.name)
     data = _import("torch_geometric.data", "torch_geometric", case.name)
-    graphs = [_molecule(data) for _ in range(case.step_batch)]
-    return MessagePassing(case.dim, geometric), data.Batch.from_data_list(graphs)
+
+    def graphs() -> Any:
+        return data.Batch.from_data_list([_molecule(data) for _ in range(case.step_batch)])
+
+    return MessagePassing(case.dim, geometric), graphs
 
 
 def _molecule(data: ModuleType) -> Any:
@@ -168,7 +182,7 @@ def _import(module: str, package: str, case: str) -> ModuleType:
         ) from error
 
 
-NETWORKS: dict[str, Callable[[Case], tuple[nn.Module | None, Any]]] = {
+NETWORKS: dict[str, Callable[[Case], Network]] = {
     "mlp": _mlp,
     "mmoe": _mmoe,
     "cnn": _cnn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,29 +55,24 @@ class Step:
 def make_step(case: Case, arm: Arm) -> Step:
     """A step in steady state: past linear scalarization, with all buffers made."""
     workload = make_workload(case)
-    adam = torch.optim.Adam(workload.model.parameters(), lr=1e-3)
-    if arm.rule is None:
-        step = Step(workload, adam, lambda: _plain(workload, adam))
-    else:
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(workload.model.parameters(), lr=1e-3)
+    if arm.rule is not None:
         modules = workload.model.heads
         heads = {task.name: HEADS[task.kind](modules[task.name]) for task in case.tasks}
-        backbone = workload.model.backbone
-        wrapper = BayesAggWrapper(adam, backbone, heads, rule=RULES[arm.rule])
-        targets = workload.targets if arm.targets else None
-        step = Step(workload, wrapper, lambda: _ours(workload, wrapper, targets))
+        backbone, rule = workload.model.backbone, RULES[arm.rule]
+        optimizer = BayesAggWrapper(optimizer, backbone, heads, rule=rule)
+    batches = itertools.cycle(workload.batches)
+
+    def run() -> None:
+        batch = next(batches)
+        losses = workload.losses(batch)
+        optimizer.zero_grad()
+        if isinstance(optimizer, BayesAggWrapper):
+            optimizer.step(losses, targets=batch[1] if arm.targets else None)
+        else:
+            sum(losses.values()).backward()
+            optimizer.step()
+
     for _ in range(25 if case.small else 4):
-        step.run()
-    return step
-
-
-def _plain(workload: Workload, optimizer: torch.optim.Optimizer) -> None:
-    losses = workload.losses()
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    optimizer.step()
-
-
-def _ours(workload: Workload, optimizer: BayesAggWrapper, targets: object) -> None:
-    losses = workload.losses()
-    optimizer.zero_grad()
-    optimizer.step(losses, targets=targets)
+        run()
+    return Step(workload, optimizer, run)

@@ -14,7 +14,6 @@ from bayesagg.memory import FadingMemory
 from bayesagg.parallel import Exchange
 from bayesagg.reading import Batch
 from bayesagg.rules import Plan
-from bayesagg.rules.streaming import own_gradient
 from examples.methods import BayesAggregation, LinearScalarization
 from examples.training import Losses, TrainSettings
 
@@ -47,7 +46,9 @@ class ReadoutRule(LikelihoodRule):
         for part in batch.parts:
             rows = torch.cat([head.weights() for head in part.heads])
             own = torch.cat([found[name] for name in part.names])
-            gradient = own_gradient(part, rows, own)
+            own = own if part.gradient.dim() == 2 else own[:, None]  # classes share a weight
+            gradient = part.gradient * own.to(part.gradient.dtype)
+            gradient = gradient.flatten(1) @ rows.to(gradient.dtype)
             before = plan.gradients.get(part.key)
             plan.gradients[part.key] = gradient if before is None else before + gradient
         total = torch.stack([weight.sum() for weight in found.values()]).sum()

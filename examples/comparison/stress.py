@@ -9,14 +9,12 @@ their variance, classifications by their cross-entropy.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +32,21 @@ from examples.jobs import Tick, run_jobs
 from examples.training import TrainSettings, train
 
 INPUTS, WIDTHS, TEST = 20, (64, 64, 32), 2000
-_NOISE = (0.1, 0.3, 0.5, 1.0)  # of the regressions, in standard deviations of the signal
+_NOISE = torch.tensor([0.1, 0.3, 0.5, 1.0])  # of the regressions, relative to the signal
 _SETTINGS = TrainSettings(epochs=40, batch_size=64, learning_rate=3e-3)
+_FACTOR = 1000.0
+
+METHODS = methods("utkface") | more_methods("utkface")
+for _name in [name for name in METHODS if name.startswith("ensemble")]:
+    del METHODS[_name]
+
+
+class Data(NamedTuple):
+    """Tasks, a noisy training part, and a test part of regressions without noise."""
+
+    tasks: tuple[Task, ...]
+    train: Split
+    test: Split
 
 
 class Rescaled(Split):
@@ -49,108 +60,69 @@ class Rescaled(Split):
         """Inputs and targets of the given rows."""
         x, y = super().batch(rows)
         self._left[0] -= 1
-        return x, torch.cat([y[:, :1] * 1000, y[:, 1:]], 1) if self._left[0] < 0 else y
-
-
-@dataclass(frozen=True)
-class Data:
-    """Tasks, a training part, and test data with what they are measured by.
-
-    Attributes:
-        tasks: All regressions, or a regression and a binary task.
-        train: With noise.
-        test: Regressions without noise.
-        unit: What test errors of regressions are divided by, before they are squared.
-    """
-
-    tasks: tuple[Task, ...]
-    train: Split
-    test: Split
-    unit: Tensor
-
-
-def signals(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Random smooth functions of unit variance that share hidden units, ``[N, count]``."""
-    hidden = torch.tanh(x @ torch.randn(INPUTS, 32, generator=generator) / INPUTS**0.5 * 1.5)
-    y = hidden @ torch.randn(32, count, generator=generator)
-    return (y - y.mean(0)) / y.std(0)
+        return x, torch.cat([y[:, :1] * _FACTOR, y[:, 1:]], 1) if self._left[0] < 0 else y
 
 
 def regressions(
     seed: int, count: int = 4, size: int = 1000, noise: Callable[..., Tensor] | None = None
 ) -> Data:
-    """Regressions with noise of its own kind, Gaussian of four sizes by default."""
+    """Random smooth functions of unit variance that share hidden units, with noise."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size + TEST, INPUTS, generator=generator)
-    clean = signals(x, count, generator)
-    spread = torch.tensor([_NOISE[k % len(_NOISE)] for k in range(count)])
+    hidden = torch.tanh(x @ torch.randn(INPUTS, 32, generator=generator) / INPUTS**0.5 * 1.5)
+    clean = hidden @ torch.randn(32, count, generator=generator)
+    clean = (clean - clean.mean(0)) / clean.std(0)
     drawn = torch.randn(size, count, generator=generator)
-    y = clean[:size] + spread * (drawn if noise is None else noise(drawn, generator))
+    drawn = drawn if noise is None else noise(drawn, generator)
+    y = clean[:size] + _NOISE.repeat(-(-count // 4))[:count] * drawn
     tasks = tuple(Task(f"task {k}", "regression", "mae") for k in range(count))
-    test = Split(x[size:], clean[size:])
-    return Data(tasks, Split(x[:size], y), test, torch.ones(count))
+    return Data(tasks, Split(x[:size], y), Split(x[size:], clean[size:]))
 
 
-def heavy_tails(seed: int) -> Data:
-    """Noise of Student's t with 1.5 degrees of freedom: without a variance."""
-
-    def noise(drawn: Tensor, generator: torch.Generator) -> Tensor:
-        chi = torch.randn(*drawn.shape, 3, generator=generator).square().sum(-1) / 3
-        return (drawn / chi).clamp(-1000, 1000)
-
-    return regressions(seed, noise=noise)
+def heavy_tails(drawn: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise with the tails of Student's t of 1.5 degrees of freedom: without a variance."""
+    chi = torch.randn(*drawn.shape, 3, generator=generator).square().sum(-1) / 3
+    return (drawn / chi).clamp(-1000, 1000)
 
 
 def pure_noise(seed: int) -> Data:
     """The labels of the last task have nothing to do with its inputs."""
     data = regressions(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    y = data.train.y.clone()
-    y[:, -1] = torch.randn(len(y), generator=generator)
-    clean = torch.cat([data.test.y[:, :-1], torch.zeros(TEST, 1)], 1)
-    return replace(data, train=Split(data.train.x, y), test=Split(data.test.x, clean))
+    data.train.y[:, -1] = torch.randn(
+        len(data.train), generator=torch.Generator().manual_seed(seed + 1)
+    )
+    data.test.y[:, -1] = 0
+    return data
 
 
 def rescaled(seed: int) -> Data:
     """In mid-training the labels of one task are a thousand times as large from one step on."""
     data = regressions(seed)
     steps = _SETTINGS.steps_per_epoch(data) * _SETTINGS.epochs
-    unit = torch.tensor([1000.0, 1, 1, 1])
-    train = Rescaled(data.train.x, data.train.y, steps // 2)
-    return replace(data, train=train, test=Split(data.test.x, data.test.y * unit), unit=unit)
+    return data._replace(train=Rescaled(data.train.x, data.train.y, steps // 2))
 
 
 def rare(seed: int) -> Data:
     """A binary task with a positive in a hundred, beside a regression."""
     data = regressions(seed, count=2, size=4000)
     cut = torch.cat([data.train.y[:, 1], data.test.y[:, 1]]).quantile(0.99)
-    train, test = (
-        Split(part.x, torch.stack([part.y[:, 0], (part.y[:, 1] > cut).float()], 1))
-        for part in (data.train, data.test)
-    )
-    tasks = (data.tasks[0], Task("rare", "binary", "auroc"))
-    return Data(tasks, train, test, data.unit)
+    for part in (data.train, data.test):
+        part.y[:, 1] = (part.y[:, 1] > cut).float()
+    return data._replace(tasks=(data.tasks[0], Task("rare", "binary", "auroc")))
 
 
-TRIALS: dict[str, tuple[Callable[[int], Data], dict[str, object]]] = {
-    "nothing unusual": (regressions, {}),
-    "heavy tails": (heavy_tails, {}),
+TRIALS: dict[str, tuple[Callable[[int], Data], dict[str, Any]]] = {
+    "plain": (regressions, {}),
+    "heavy-tails": (lambda seed: regressions(seed, noise=heavy_tails), {}),
     "noise-free": (lambda seed: regressions(seed, noise=lambda drawn, _: 0 * drawn), {}),
-    "labels x 1000": (rescaled, {}),
-    "pure noise": (pure_noise, {}),
-    "50 tasks": (lambda seed: regressions(seed, count=50), {}),
-    "Adam, lr 0.03": (regressions, {"learning_rate": 0.03}),
-    "SGD, lr 0.1": (regressions, {"learning_rate": 0.1, "optimizer": "sgd"}),
-    "rare class": (rare, {"epochs": 10}),
-    "100 data": (lambda seed: regressions(seed, size=100), {"epochs": 100}),
+    "rescaled": (rescaled, {}),
+    "pure-noise": (pure_noise, {}),
+    "50-tasks": (lambda seed: regressions(seed, count=50), {}),
+    "adam-0.03": (regressions, {"learning_rate": 0.03}),
+    "sgd-0.1": (regressions, {"learning_rate": 0.1, "optimizer": "sgd"}),
+    "rare-class": (rare, {"epochs": 10}),
+    "100-data": (lambda seed: regressions(seed, size=100), {"epochs": 100}),
 }
-METHODS = {
-    name: method
-    for found in (methods("utkface"), more_methods("utkface"))
-    for name, method in found.items()
-    if not name.startswith("ensemble")
-}
-_data = lru_cache(maxsize=1)(lambda trial, seed: TRIALS[trial][0](seed))
 
 
 @dataclass(frozen=True)
@@ -164,52 +136,48 @@ class Job:
 
 def run_job(job: Job, tick: Tick) -> list[float]:
     """Test loss of every task, infinite where training failed."""
-    data = _data(job.trial, job.seed)
-    if isinstance(data.train, Rescaled):
-        data = TRIALS[job.trial][0](job.seed)  # it counts its batches
-    settings = replace(_SETTINGS, seed=job.seed, **TRIALS[job.trial][1])
+    make, own = TRIALS[job.trial]
+    data, method = make(job.seed), METHODS[job.method]
+    settings = replace(_SETTINGS, seed=job.seed, **own)
     torch.manual_seed(job.seed)
     model = mlp(INPUTS, WIDTHS, data.tasks)
-    method = METHODS[job.method]
-    steps = settings.steps_per_epoch(data)
-    update = method.update(model, settings, steps, **method.settings)
+    update = method.update(model, settings, settings.steps_per_epoch(data), **method.settings)
     try:
         train(model, update, data, criterion(data.tasks), settings)
-        found = losses(data, model(data.test.x))
+        with torch.no_grad():
+            found = losses(data, model(data.test.x))
     except (ArithmeticError, BayesAggError, torch.linalg.LinAlgError):
         found = [float("inf")] * len(data.tasks)
     tick()
     return found
 
 
-@torch.no_grad()
 def losses(data: Data, outputs: dict[str, Tensor]) -> list[float]:
     """Test loss of every task."""
     found = []
     for k, (task, z) in enumerate(zip(data.tasks, by_task(data.tasks, outputs), strict=True)):
-        y = data.test.y[:, k]
-        error = (
-            F.mse_loss(z, y) / data.unit[k] ** 2
-            if task.kind == "regression"
-            else F.binary_cross_entropy_with_logits(z, y)
-        )
+        if task.kind == "binary":
+            error = F.binary_cross_entropy_with_logits(z, data.test.y[:, k])
+        else:
+            unit = _FACTOR if k == 0 and isinstance(data.train, Rescaled) else 1.0
+            error = F.mse_loss(z / unit, data.test.y[:, k])
         found.append(error.item() if error.isfinite() else float("inf"))
     return found
 
 
 def row(
-    trial: str, name: str, ours: Sequence[list[float]], plain: Sequence[list[float]]
+    trial: str, method: str, ours: Sequence[list[float]], plain: Sequence[list[float]]
 ) -> list[str]:
-    """A line of the table: ratio of the mean loss, mean over seeds, and the worst task's."""
+    """A line of the table from the losses of every seed."""
     ratios = [mean(a) / mean(b) for a, b in zip(ours, plain, strict=True)]
-    failed = sum(ratio == float("inf") for ratio in ratios)
-    if failed:
-        return [trial, METHODS[name].label, f"{failed} of {len(ratios)} diverged", "", ""]
+    first = [trial, METHODS[method].label]
+    if failed := sum(ratio == float("inf") for ratio in ratios):
+        return [*first, f"{failed} of {len(ratios)} diverged", "", ""]
     tasks = zip(zip(*ours, strict=True), zip(*plain, strict=True), strict=True)
     worst = max(mean(x / y for x, y in zip(a, b, strict=True)) for a, b in tasks)
     deviation = f" ± {stdev(ratios):.3f}" if len(ratios) > 1 else ""
-    best = f"{mean(map(mean, plain)):.4f}"
-    return [trial, METHODS[name].label, f"{mean(ratios):.3f}{deviation}", f"{worst:.3f}", best]
+    loss = f"{mean(map(mean, plain)):.4f}"
+    return [*first, f"{mean(ratios):.3f}{deviation}", f"{worst:.3f}", loss]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -219,65 +187,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--trials",
-        nargs="+",
-        choices=TRIALS,
-        default=list(TRIALS),
-        metavar="NAME",
-        help=f"of: {', '.join(TRIALS)} (default: all)",
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        default=["bayesagg"],
-        metavar="NAME",
-        help=f"beside ls, of: {', '.join(METHODS)} (default: bayesagg)",
-    )
+
+    def add(name: str, known: dict[str, Any], default: list[str]) -> None:
+        text = f"of: {', '.join(known)}"
+        parser.add_argument(
+            name, nargs="+", choices=known, default=default, metavar="NAME", help=text
+        )
+
+    add("--trials", TRIALS, list(TRIALS))
+    add("--methods", METHODS, ["bayesagg"])
     parser.add_argument("--seeds", type=whole(1), default=10, metavar="N", help="(default: 10)")
-    parser.add_argument(
-        "--jobs",
-        type=whole(1),
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="processes (default: cores, at most 4)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output/stress.json"),
-        metavar="FILE",
-        help="losses of all runs (default: output/stress.json)",
-    )
+    cores = min(4, os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=whole(1), default=cores, metavar="N", help="processes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    names = dict.fromkeys(["ls", *options.methods])
-    jobs = [
-        Job(t, name, seed)
-        for t in options.trials
-        for seed in range(options.seeds)
-        for name in names
-    ]
+    names, seeds = dict.fromkeys(["ls", *options.methods]), range(options.seeds)
+    jobs = [Job(trial, name, s) for trial in options.trials for name in names for s in seeds]
     with tqdm(total=len(jobs), unit="run") as bar:
-        found = dict(
-            zip(
-                jobs, run_jobs(run_job, jobs, workers=options.jobs, on_tick=bar.update), strict=True
-            )
-        )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    content = [[job.trial, job.method, job.seed, losses] for job, losses in found.items()]
-    options.output.write_text(json.dumps(content), encoding="utf-8")
-    seeds = range(options.seeds)
+        results = run_jobs(run_job, jobs, workers=options.jobs, on_tick=bar.update)
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for job, result in zip(jobs, results, strict=True):
+        found.setdefault((job.trial, job.method), []).append(result)
     rows = [
-        row(
-            t,
-            name,
-            [found[Job(t, name, s)] for s in seeds],
-            [found[Job(t, "ls", s)] for s in seeds],
-        )
-        for t in options.trials
-        for name in names
+        row(trial, name, ours, found[trial, "ls"])
+        for (trial, name), ours in found.items()
         if name != "ls"
     ]
     print(markdown(["trial", "method", "test loss / LS", "worst task", "test loss of LS"], rows))

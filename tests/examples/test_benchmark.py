@@ -58,7 +58,7 @@ def test_what_is_measured_is_not_linear_scalarization(name, rule):
     gradients = []
     for backward in (lambda losses: sum(losses.values()).backward(), step.optimizer.backward):
         step.optimizer.zero_grad()
-        backward(step.workload.losses())
+        backward(step.workload.losses(step.workload.batches[0]))
         own = {id(p) for p in step.workload.model.heads.parameters()}
         shared = [p.grad for p in step.workload.model.parameters() if id(p) not in own]
         gradients.append(torch.cat([gradient.flatten() for gradient in shared]))
@@ -77,8 +77,9 @@ def test_memory_counts_allocations_exactly():
 
 
 def test_workloads_are_reproducible():
-    first, second = (networks.make_workload(_tiny("mixture")) for _ in range(2))
-    for a, b in zip(first.losses().values(), second.losses().values(), strict=True):
+    both = [networks.make_workload(_tiny("mixture")) for _ in range(2)]
+    first, second = (workload.losses(workload.batches[-1]) for workload in both)
+    for a, b in zip(first.values(), second.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -86,10 +87,11 @@ def test_workloads_are_reproducible():
 def test_every_network_gives_one_loss_a_task(name):
     case = replace(CASES[name], step_batch=2)
     workload = networks.make_workload(case)
-    losses = workload.losses()
+    x, _ = batch = workload.batches[0]
+    losses = workload.losses(batch)
     assert list(losses) == [task.name for task in case.tasks]
     if workload.model.backbone is not None:
-        assert workload.model.backbone(workload.x).shape == (2, case.dim)
+        assert workload.model.backbone(x).shape == (2, case.dim)
 
 
 def test_the_methods_part_trains_the_case_s_own_network():
@@ -98,7 +100,8 @@ def test_the_methods_part_trains_the_case_s_own_network():
     assert [task.kind for task in data.tasks] == ["regression"] * 2 + ["binary", "multiclass"]
     x, y = data.train.batch(torch.arange(6))
     losses = criterion(data.tasks)(data.model()(x), y)
-    expected = networks.make_workload(case).losses()
+    workload = networks.make_workload(case)
+    expected = workload.losses(workload.batches[0])
     torch.testing.assert_close(list(losses.values()), list(expected.values()))
 
 

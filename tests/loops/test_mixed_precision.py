@@ -159,8 +159,10 @@ def skip_a_step(device, rule, parts, overflow):
     for part in range(parts - 1):
         twin.micro(50 + part)
     after = snapshot(loop.net, loop.engine)
-    assert_same({"p": {k: v for k, v in before.items() if k.startswith("trunk")}},
-                {"p": {k: v for k, v in after["parameters"].items() if k.startswith("trunk")}})
+    assert_same(
+        {"p": {k: v for k, v in before.items() if k.startswith("trunk")}},
+        {"p": {k: v for k, v in after["parameters"].items() if k.startswith("trunk")}},
+    )
     if overflow == "trunk":
         # The losses were as good as ever: the evidence of the last micro-batch counts too.
         twin.micro(50 + parts - 1)

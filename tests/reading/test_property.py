@@ -8,7 +8,7 @@ must have the gradient that its labels give it, not at the outputs alone but aro
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -119,12 +119,13 @@ EXTRAS = {
 
 @dataclass
 class Draw:
-    """One loss at one batch."""
+    """One loss at one batch; ``batch`` draws another of the same size."""
 
     kind: str
     z: torch.Tensor
     y: torch.Tensor
     h: torch.Tensor
+    weights: torch.Tensor
     transform: str
     pool: str
     criterion: str
@@ -132,7 +133,6 @@ class Draw:
     extra: str
     reduction: str
     second: str | None
-    weights: torch.Tensor
 
     def loss(self, z):
         """As a function of the outputs."""
@@ -180,36 +180,41 @@ class Draw:
 
 
 def draw(seed):
-    """Half of all choices are the plain ones, or few losses would be accepted."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    """Mostly plain choices, or few losses would be accepted."""
+    rng = random.Random(seed)
 
     def choose(options, plain=0.6):
         options = list(options)
         return options[0] if rng.random() < plain else rng.choice(options)
 
     kind = rng.choice(["reg", "bin", "cls"])
-    rows, outputs = rng.choice([2, 4, 6, 12]), rng.choice([1, 2, 3]) + (kind == "cls")
-    scale = rng.choice([0.1, 1.0, 3.0])
+    rows, outputs = rng.choice([1, 2, 4, 6, 12]), rng.choice([1, 2, 3]) + (kind == "cls")
+    pools = [pool for pool in POOLS if rows > 1 or "pairs" not in pool]
+    return Draw(
+        kind,
+        *batch(kind, rows, outputs, rng.choice([0.1, 1.0, 3.0]), seed),
+        choose(TRANSFORMS, 0.7),
+        choose(pools, 0.7),
+        choose(CRITERIA[kind], 0.6),
+        choose(WEIGHTS, 0.5),
+        choose(EXTRAS, 0.7),
+        rng.choice(["mean", "sum"]),
+        rng.choice(list(CRITERIA[kind])) if rng.random() < 0.15 else None,
+    )
+
+
+def batch(kind, rows, outputs, scale, seed):
+    """Outputs, labels, features and weights of the data."""
+    generator = torch.Generator().manual_seed(seed)
     z = scale * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
     y = scale * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
     if kind == "bin":
         y = (y > 0).double()
     elif kind == "cls":
         y = torch.randint(outputs, (rows,), generator=generator)
-    return Draw(
-        kind,
-        z.requires_grad_(),
-        y,
-        torch.randn(rows, 2, generator=generator, dtype=torch.float64).requires_grad_(),
-        choose(TRANSFORMS, 0.7),
-        choose(POOLS, 0.7),
-        choose(CRITERIA[kind], 0.6),
-        choose(WEIGHTS, 0.5),
-        choose(EXTRAS, 0.7),
-        rng.choice(["mean", "sum"]),
-        rng.choice(list(CRITERIA[kind])) if rng.random() < 0.15 else None,
-        0.3 + torch.rand(rows, generator=generator, dtype=torch.float64),
-    )
+    h = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    weights = 0.3 + torch.rand(rows, generator=generator, dtype=torch.float64)
+    return z.requires_grad_(), y, h.requires_grad_(), weights
 
 
 def gradient(case, z):
@@ -250,36 +255,41 @@ def error(case, labels):
     return worst
 
 
-def read(case, given):
-    bench = Free(case.kind, case.z)
-    return bench.read(case.loss(case.z), case.y if given else None)
+def judge(bench, case, given, seed):
+    """Read one batch, check what comes of it, and say which."""
+    try:
+        batch = bench.read(case.loss(case.z), case.y if given else None, case.z)
+    except (LossError, TargetError) as refusal:
+        assert "'age'" in str(refusal)
+        assert not case.plain or (given and case.criterion == "smooth"), (seed, case)
+        assert not given or isinstance(refusal, TargetError), (seed, case)
+        assert not (given and case.weighted), (seed, case)
+        return "refused"
+    labels = labels_by_task(batch)["age"]
+    (part,) = batch.parts
+    torch.testing.assert_close(part.gradient.view_as(case.z), gradient(case, case.z))
+    if labels is None:
+        assert given and not case.plain and not case.weighted, (seed, case)
+        return "own"
+    assert error(case, labels) < 0.02, (seed, given, error(case, labels), case)
+    if case.plain and case.kind != "cls" and case.criterion != "smooth":
+        torch.testing.assert_close(labels.targets, case.y, rtol=1e-6, atol=1e-6)
+    return "accepted"
 
 
 @pytest.mark.filterwarnings("ignore:task 'age'")
 @pytest.mark.parametrize("start", range(0, DRAWS, CHUNK))
 def test_what_is_read_is_the_loss(start):
-    counts = {"accepted": 0, "own": 0, "refused": 0}
+    """At first sight, and in the steps after it, which trust what was verified."""
+    counts = dict.fromkeys(["accepted", "own", "refused", "later"], 0)
     for seed in range(start, start + CHUNK):
-        case = draw(seed)
-        given = seed % 2 == 1
-        try:
-            batch = read(case, given)
-        except (LossError, TargetError) as refusal:
-            assert "'age'" in str(refusal)
-            assert not case.plain or (given and case.criterion == "smooth"), (seed, case)
-            assert not given or isinstance(refusal, TargetError), (seed, case)
-            assert not (given and case.weighted), (seed, case)
-            counts["refused"] += 1
-            continue
-        labels = labels_by_task(batch)["age"]
-        (part,) = batch.parts
-        torch.testing.assert_close(part.gradient.view_as(case.z), gradient(case, case.z))
-        if labels is None:
-            assert given and not case.plain and not case.weighted, (seed, case)
-            counts["own"] += 1
-            continue
-        counts["accepted"] += 1
-        assert error(case, labels) < 0.02, (seed, given, error(case, labels), case)
-        if case.plain and case.kind != "cls" and case.criterion != "smooth":
-            torch.testing.assert_close(labels.targets, case.y, rtol=1e-6, atol=1e-6)
-    assert counts["accepted"] > 0.1 * CHUNK and counts["own"] > 0.1 * CHUNK, counts
+        case, given = draw(seed), seed % 2 == 1
+        bench = Free(case.kind, case.z)
+        found = judge(bench, case, given, seed)
+        counts[found] += 1
+        if found != "refused":
+            rows, outputs = case.z.shape
+            later = replace(case)
+            later.z, later.y, later.h, later.weights = batch(case.kind, rows, outputs, 2.0, -seed)
+            counts["later"] += judge(bench, later, given, seed) == "accepted"
+    assert min(counts["accepted"], counts["own"], counts["later"]) > 0.1 * CHUNK, counts

@@ -1,0 +1,297 @@
+"""Bad losses, targets and features: each its own error, which says what to do; nothing changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bayesagg.errors import FeatureError, LossError, TargetError, UnknownTaskError
+from tests.reading.bench import OWN, Bench, labels_by_task
+
+KINDS = {"reg": "reg", "bin": "bin", "cls": "cls"}
+OUTPUTS = {"reg": 2, "bin": 2, "cls": 3}
+
+
+def one_hot(y, z):
+    return F.one_hot(y, z.shape[1]).to(z.dtype)
+
+
+def ramp(z):
+    return torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype)
+
+
+@pytest.fixture
+def bench(device, dtype):
+    return Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+
+
+def make(bench, rows=6, seed=0):
+    """Outputs of a new forward pass, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    out = bench.outputs(bench.features(rows, seed))
+    labels = {
+        "reg": torch.randn(rows, 2, generator=generator).to(out["reg"]),
+        "bin": torch.randint(2, (rows, 2), generator=generator).to(out["bin"]),
+        "cls": torch.randint(3, (rows,), generator=generator).to(out["cls"].device),
+    }
+    return out, labels
+
+
+def own(out, labels):
+    return {name: OWN[name](out[name], labels[name]) for name in out}
+
+
+def refused(bench, losses, error, *says, targets=None):
+    """The error and its message; before and after other steps, and no trace is left."""
+    before = bench.reader.state_dict()
+    with pytest.raises(error) as caught:
+        bench.read(losses, targets)
+    assert type(caught.value) is error
+    for part in says:
+        assert part in str(caught.value), str(caught.value)
+    assert bench.reader.state_dict() == before
+
+
+def both(bench, check):
+    """At first sight, and once the losses are known."""
+    check()
+    out, labels = make(bench, seed=1)
+    bench.read(own(out, labels))
+    check()
+    out, labels = make(bench, seed=2)
+    assert None not in labels_by_task(bench.read(own(out, labels))).values()
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_is_not_finite(bench, value):
+    def check():
+        losses = own(*make(bench))
+        refused(bench, {**losses, "bin": losses["bin"] * value}, LossError, "'bin'", "not finite")
+        wrong = F.mse_loss(*(pair["reg"] for pair in make(bench)), reduction="none")
+        wrong = wrong + torch.zeros_like(wrong).index_fill(0, torch.tensor([1]), value)
+        refused(bench, {"reg": wrong}, LossError, "'reg'", "not finite", "targets=")
+
+    both(bench, check)
+
+
+def test_a_missing_label_is_hidden_by_where(bench):
+    def check():
+        out, labels = make(bench)
+        y = labels["reg"].clone()
+        y[0] = torch.nan
+        squares = (out["reg"] - y).square()
+        wrong = torch.where(y.isnan(), torch.zeros_like(squares), squares).mean()
+        assert wrong.isfinite()
+        losses = {**own(out, labels), "reg": wrong}
+        refused(bench, losses, LossError, "'reg'", "NaN", "targets=", "mask")
+
+    both(bench, check)
+
+
+def test_a_loss_cannot_be_differentiated(bench):
+    losses = own(*make(bench))
+    refused(bench, {**losses, "cls": losses["cls"].detach()}, LossError, "'cls'", "detached")
+
+
+def test_a_loss_is_that_of_another_forward_pass_or_task(bench):
+    def check():
+        old, new = own(*make(bench)), own(*make(bench, seed=3))
+        refused(bench, {**new, "reg": old["reg"]}, LossError, "'reg'", "last forward pass")
+        refused(bench, {"reg": new["reg"], "bin": new["cls"]}, LossError, "'bin'", "right head")
+        swapped = {"reg": new["bin"], "bin": new["reg"]}
+        refused(bench, swapped, LossError, "right head")
+
+    both(bench, check)
+
+
+def test_losses_are_no_collection(bench):
+    losses = own(*make(bench))
+    for wrong in ({}, [], [losses["reg"]], sum(losses.values()), iter(losses.values())):
+        refused(bench, wrong, LossError, "losses")
+    refused(bench, {**losses, "reg": 1.0}, LossError, "'reg'", "tensors")
+
+
+def test_an_unknown_task_has_two_remedies(bench):
+    losses = own(*make(bench))
+    says = ("'aux'", "'reg', 'bin', 'cls'", "passthrough=('aux',)", "LossTask()")
+    refused(bench, {**losses, "aux": losses["reg"]}, UnknownTaskError, *says)
+
+
+OTHERS = {
+    "reg": {
+        "absolute": F.l1_loss,
+        "huber": lambda z, y: F.huber_loss(z, y, delta=0.3),
+        "cosh": lambda z, y: (z - y).cosh().log().mean(),
+        "weighted": lambda z, y: (ramp(z)[:, None] * (z - y).square()).mean(),
+        "roots": lambda z, y: F.mse_loss(z, y, reduction="none").sum(1).sqrt().mean(),
+        "penalty": lambda z, y: F.mse_loss(z, y) + 0.1 * z.square().mean(),
+        "constant": lambda z, y: F.mse_loss(z, y) + 1,
+        "pooled": lambda z, y: F.mse_loss(z.mean(0), y[0]),
+        "pooled outputs": lambda z, y: F.mse_loss(z.sum(1), y[:, 0]),
+        "broadcast": lambda z, y: (z[:, :1] - y[:, 0]).square().mean(),
+        "activation": lambda z, y: F.mse_loss(z.tanh(), y),
+        "binary": lambda z, y: F.binary_cross_entropy_with_logits(z, y.sigmoid()),
+    },
+    "bin": {
+        "brier": lambda z, y: F.mse_loss(z.sigmoid(), y),
+        "hinge": lambda z, y: (1 - z * (2 * y - 1)).relu().mean(),
+        "weighted": lambda z, y: F.binary_cross_entropy_with_logits(z, y, ramp(z)[:, None]),
+        "classes": lambda z, y: F.binary_cross_entropy_with_logits(
+            z, y, pos_weight=torch.full_like(z[0], 3.0)
+        ),
+        "focal": lambda z, y: ((z.sigmoid() - y).square() * F.softplus(z - 2 * y * z)).mean(),
+        "pooled": lambda z, y: F.binary_cross_entropy_with_logits(z.mean(0), y[0]),
+        "softmax": lambda z, y: F.cross_entropy(z, y[:, 0].long()),
+        "squared": F.mse_loss,
+    },
+    "cls": {
+        "weighted": lambda z, y: (ramp(z) * F.cross_entropy(z, y, reduction="none")).mean(),
+        "classes": lambda z, y: F.cross_entropy(z, y, weight=ramp(z[0])),
+        "one-vs-rest": lambda z, y: F.binary_cross_entropy_with_logits(z, one_hot(y, z)),
+        "raw": F.nll_loss,
+        "brier": lambda z, y: F.mse_loss(z.softmax(1), one_hot(y, z)),
+        "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2),
+        "temperature": lambda z, y: F.cross_entropy(z / 2, y),
+        "pooled": lambda z, y: F.cross_entropy(z.mean(0, keepdim=True), y[:1]),
+    },
+}
+CASES = [(kind, name) for kind, losses in OTHERS.items() for name in losses]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_another_loss_needs_targets(bench, kind, name):
+    def check():
+        out, labels = make(bench)
+        losses = {**own(out, labels), kind: OTHERS[kind][name](out[kind], labels[kind])}
+        refused(bench, losses, LossError, f"task '{kind}'", "pass `targets=`", "LossTask()")
+
+    both(bench, check)
+
+
+@pytest.mark.parametrize(("kind", "name"), [case for case in CASES if "pooled" not in case[1]])
+def test_another_loss_of_one_datum_needs_targets(bench, kind, name):
+    if name in ("weighted", "classes", "softmax", "broadcast", "roots"):
+        pytest.skip("of one datum it is the likelihood with another factor, or has no sense")
+    out, labels = make(bench, rows=1, seed=2)
+    losses = {kind: 3 * OTHERS[kind][name](out[kind], labels[kind])}
+    refused(bench, losses, LossError, f"task '{kind}'", "pass `targets=`")
+
+
+# --- targets -------------------------------------------------------------------------------------
+
+
+def test_targets_do_not_belong(bench):
+    out, labels = make(bench)
+    losses = own(out, labels)
+    refused(bench, losses, UnknownTaskError, "'age'", "`targets`", targets={"age": labels["reg"]})
+    one = {"reg": losses["reg"]}
+    refused(bench, one, UnknownTaskError, "'bin'", "no loss", targets={"bin": labels["bin"]})
+    for wrong in ([labels["reg"]], labels["reg"]):
+        refused(bench, losses, TargetError, "targets", "mapping", targets=wrong)
+    listed = {"reg": labels["reg"].tolist()}
+    refused(bench, losses, TargetError, "'reg'", "tensors", targets=listed)
+
+
+def entry(value):
+    def change(y, z):
+        y.view(-1)[0] = value
+        return y
+
+    return change
+
+
+def probabilities(value):
+    return lambda y, z: entry(value)(one_hot(y, z), z)
+
+
+WRONG_TARGETS = {
+    "reg": {
+        "inf": (entry(torch.inf), "NaN for a missing label"),
+        "fewer outputs": (lambda y, z: y[:, :1], "one target per output"),
+        "fewer data": (lambda y, z: y[:-1], "one target per output"),
+        "more data": (lambda y, z: torch.cat([y, y]), "one target per output"),
+        "transposed": (lambda y, z: y.mT, "one target per output"),
+        "flat": (lambda y, z: y[:, 0], "one target per output"),
+        "mirrored": (lambda y, z: 2 * z - y, "points away"),
+        "others": (lambda y, z: y.flip(0) + 0.1, "points away"),
+    },
+    "bin": {
+        "inf": (entry(torch.inf), "NaN for a missing label"),
+        "two": (entry(2.0), "[0, 1]"),
+        "negative": (entry(-1.0), "[0, 1]"),
+        "inverted": (lambda y, z: 1 - y, "points away"),
+        "soft": (lambda y, z: 0.8 * y + 0.1, "points away"),
+    },
+    "cls": {
+        "three": (entry(3), "outside 0 to 2"),
+        "negative": (entry(-1), "outside 0 to 2"),
+        "fewer data": (lambda y, z: y[:-1], "class index per datum"),
+        "one-hot integers": (lambda y, z: F.one_hot(y, 3), "class index per datum"),
+        "floating": (lambda y, z: y.to(z.dtype), "integer dtype"),
+        "fewer classes": (lambda y, z: one_hot(y, z)[:, :2], "integer dtype"),
+        "too large": (probabilities(2.0), "sum to one"),
+        "below zero": (probabilities(-0.5), "sum to one"),
+        "inf": (probabilities(torch.inf), "sum to one"),
+        "rotated": (lambda y, z: (y + 1) % 3, "points away"),
+        "soft": (lambda y, z: 0.9 * one_hot(y, z) + 0.1 / 3, "points away"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, some in WRONG_TARGETS.items() for name in some]
+)
+def test_targets_are_not_the_labels_of_the_loss(bench, kind, name):
+    change, says = WRONG_TARGETS[kind][name]
+
+    def check():
+        out, labels = make(bench)
+        targets = {**labels, kind: change(labels[kind].clone(), out[kind].detach())}
+        refused(bench, own(out, labels), TargetError, f"'{kind}'", says, targets=targets)
+
+    both(bench, check)
+
+
+@pytest.mark.parametrize("kind", ["bin", "cls"])
+def test_label_smoothing_has_smoothed_targets(bench, kind):
+    def losses(out, labels):
+        if kind == "cls":
+            return F.cross_entropy(out["cls"], labels["cls"], label_smoothing=0.2)
+        return OWN["bin"](out["bin"], 0.8 * labels["bin"] + 0.1)
+
+    out, labels = make(bench)
+    refused(
+        bench, {kind: losses(out, labels)}, TargetError, "smoothed", targets={kind: labels[kind]}
+    )
+    out, labels = make(bench)
+    y = one_hot(labels["cls"], out["cls"]) if kind == "cls" else labels["bin"]
+    targets = {kind: 0.8 * y + 0.2 / (3 if kind == "cls" else 2)}
+    assert labels_by_task(bench.read({kind: losses(out, labels)}, targets))[kind] is not None
+
+
+# --- features ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_are_not_finite(bench, value):
+    """In a datum that no loss looks at, so that all losses are finite."""
+
+    def check():
+        h = bench.features(6).detach()
+        h[-1] = value
+        out = {name: z[:-1] for name, z in bench.outputs(h.requires_grad_()).items()}
+        labels = {name: y[:-1] for name, y in make(Bench(KINDS, OUTPUTS))[1].items()}
+        labels = {n: y.to(out[n]) if n != "cls" else y for n, y in labels.items()}
+        refused(bench, own(out, labels), FeatureError, "non-finite", "check the inputs")
+
+    both(bench, check)
+
+
+def test_an_empty_batch(bench):
+    out, labels = make(bench, rows=0)
+    losses = {name: OWN[name](out[name], labels[name], reduction="sum") for name in ("reg", "bin")}
+    refused(bench, losses, FeatureError, "empty")
