@@ -36,8 +36,9 @@ def step_is_invariant(optimizer: Optimizer) -> bool:
         try:
             copy = type(optimizer)([parameter], **settings)
             for step in range(5):
-                shape = torch.linspace(0.5, 1.0 + 0.1 * step, 4, dtype=torch.float64)
-                parameter.grad = (scale * _GRADIENT * shape).view(2, 2)
+                # Of either sign: a weight decay of the gradient's sign would not show.
+                shape = torch.linspace(-1.0, 1.0 + 0.3 * step, 4, dtype=torch.float64)
+                parameter.grad = (scale * _GRADIENT * shape * (-1) ** step).view(2, 2)
                 copy.step()
         except Exception:  # of whatever library: it cannot be asked
             return False

@@ -1,222 +1,188 @@
-"""Multi-task learning on QM9 in minutes: ``python -m examples.demo``.
+"""Eleven properties of a molecule by one network: ``python -m examples.demo``.
 
-Trains single-task models, linear scalarization (LS), scale-invariant scalarization (SI) and
-BayesAgg, each BayesAgg also with s = 0, on 11 properties of real molecules; prints and plots how
-they compare. The network is an MLP on geometric descriptors, a cheap proxy for the message-passing
-network of the paper: its figures are not those of the paper's QM9 benchmark.
+Trains side by side on real molecules of QM9: a network per task, linear scalarization (LS),
+scale-invariant scalarization (SI), SI with heads that are set as BayesAgg sets them, and BayesAgg.
+The figure is drawn while they train. The networks are MLPs on geometric descriptors, a cheap proxy
+for the graph network of the paper: these are not the figures of its benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import platform
-import sys
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
+import matplotlib
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 from tqdm import tqdm
 
-import bayesagg
-from examples.arguments import Parser, make_folder, whole
-from examples.data import DataUnavailableError, MultiTaskData
-from examples.data.qm9 import TOTAL_MOLECULES, load_qm9
-from examples.jobs import Tick, run_jobs
-from examples.methods import METHODS, LinearScalarization
-from examples.models import mlp, single_task
-from examples.plotting import plot_comparison
-from examples.reporting import (
-    SINGLE_TASK,
-    Row,
-    Run,
-    spread,
-    summarise,
-    summary_table,
-    task_table,
-    write_csv,
-    write_json,
-)
-from examples.training import (
-    TrainSettings,
-    mean_absolute_errors,
-    mean_squared_errors,
-    refit_absolute_errors,
-    train,
-)
+from bayesagg import BayesAggWrapper, LikelihoodRule, RegressionHead
+from bayesagg.metrics import delta_m
+from examples.data import split_indices
+from examples.data.qm9 import TARGETS, load_arrays
+from examples.readout import ReadoutRule
 
-MIN_MOLECULES = 100
-LABELS = {SINGLE_TASK: "single-task", **{name: method.label for name, method in METHODS.items()}}
+BATCH = 120
+STYLES = {"LS": "C7:", "SI": "C1--", "SI, same heads": "C2-.", "BayesAgg": "C0-"}
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training: a method of :data:`METHODS` or the single-task models, with one seed."""
+class Net(nn.Module):
+    """An MLP with one linear head for all tasks."""
 
-    method: str
-    molecules: int
-    settings: TrainSettings
+    def __init__(self, inputs: int, tasks: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (256, 256, 64):
+            layers += [nn.Linear(inputs, width), nn.ELU()]
+            inputs = width
+        self.backbone, self.head = nn.Sequential(*layers), nn.Linear(inputs, tasks)
 
-
-_load = lru_cache(maxsize=1)(load_qm9)  # once per process, whatever the number of its jobs
-
-
-def run_job(job: Job, tick: Tick) -> Run:
-    """Train and evaluate at the last epoch; no part but the training part is read before."""
-    data = _load(job.molecules)
-    build, tasks = partial(mlp, data.train.x.shape[1]), len(data.tasks)
-    single = job.method == SINGLE_TASK
-    torch.manual_seed(job.settings.seed)
-    model = single_task(build, tasks) if single else build(tasks)
-    # The sum of losses that share no parameter trains each single-task network on its own loss.
-    method = LinearScalarization if single else METHODS[job.method].build
-    update = method(model, job.settings, job.settings.steps_per_epoch(data))
-    criterion = mean_squared_errors(data.tasks)
-    history = train(model, update, data, criterion, job.settings, tick)
-    return Run(
-        method=job.method,
-        seed=job.settings.seed,
-        settings={} if single else METHODS[job.method].settings,
-        test=mean_absolute_errors(model, data, data.test),
-        val=mean_absolute_errors(model, data, data.val),
-        refit=refit_absolute_errors(model, data, data.test),
-        seconds=history.seconds,
-        seconds_per_step=history.seconds_per_step,
-        weights=history.weights,
-    )
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs ``(B, tasks)``."""
+        return self.head(self.backbone(x))
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; a bad argument ends the program with one line and status 2."""
-    parser = Parser(
-        prog="python -m examples.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = partial(parser.add_argument, metavar="N")
-    add("--seeds", type=whole(1), default=1, help="trainings of each method (default: 1)")
-    add("--epochs", type=whole(1), default=30, help="epochs of each training (default: 30)")
-    add(
-        "--molecules",
-        type=whole(MIN_MOLECULES, TOTAL_MOLECULES),
-        default=30_000,
-        help=f"molecules, chosen at random, {MIN_MOLECULES} to {TOTAL_MOLECULES} (default: 30000)",
-    )
-    add(
-        "--workers",
-        type=whole(1),
-        default=min(4, os.cpu_count() or 1),
-        help="trainings at a time, each in its own process (default: the cores, at most 4)",
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        default=list(METHODS),
-        metavar="NAME",
-        help=f"methods besides the single-task models, of: {', '.join(METHODS)} (default: all)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output/demo"),
-        metavar="FOLDER",
-        help="where figure, CSV and JSON are written (default: output/demo)",
-    )
-    options = parser.parse_args(arguments)
-    make_folder(options.output, parser)
-    return options
+class SeparateNets(nn.Module):
+    """A network per task; the sum of their losses trains each on its own."""
+
+    def __init__(self, inputs: int, tasks: int) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(Net(inputs, 1) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs ``(B, tasks)``."""
+        return torch.cat([network(x) for network in self.networks], 1)
 
 
-def _describe(options: argparse.Namespace, settings: TrainSettings) -> dict[str, Any]:
-    """Every setting that all runs share, for the record."""
-    shared = asdict(settings)
-    # The seed is of each run; the others are described in words below.
-    for name in ("seed", "schedule", "selection", "patience"):
-        del shared[name]
-    return {
-        "data": "QM9, geometric descriptors",
-        "molecules": options.molecules,
-        "split": "80/10/10, seed 0",
-        "network": "MLP 256-256-64, ELU, one linear head of 11 outputs",
-        "optimizer": "Adam",
-        "schedule": "cosine to 0",
-        "gradient_clipping": "none",
-        "evaluated": "last epoch",
-        **shared,
-        "seeds": options.seeds,
-        "workers": options.workers,
-        "python": platform.python_version(),
-        "bayesagg": bayesagg.__version__,
-        **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "qm9pack")},
-    }
+class Arm:
+    """A network and how a method trains it; all start with the same steps of LS."""
 
-
-def run_all(options: argparse.Namespace, settings: TrainSettings) -> list[Run]:
-    """Train every method with every seed, under one progress bar."""
-    jobs = [
-        Job(method, options.molecules, replace(settings, seed=seed))
-        for method in (SINGLE_TASK, *dict.fromkeys(options.methods))
-        for seed in range(options.seeds)
-    ]
-    with tqdm(total=len(jobs) * settings.epochs, desc="training", unit="epoch") as bar:
-        return run_jobs(run_job, jobs, workers=min(options.workers, len(jobs)), on_tick=bar.update)
-
-
-def print_report(rows: Sequence[Row], data: MultiTaskData, settings: TrainSettings) -> None:
-    """Print both tables, what s = 0 changes, and how to read them."""
-    print(f"\n{task_table(rows, LABELS, data.tasks, data.units)}\n")
-    print(f"{summary_table(rows, LABELS)}\n")
-    print(
-        f"Test part, last epoch for all. Every method starts with {settings.pretrain_epochs} epoch "
-        "of LS; clipping: none.\nΔm: mean relative difference to the single-task errors, lower is "
-        "better. Refit heads: every\nmethod's heads, and the single-task models', replaced by "
-        "least squares on its final features."
-    )
-    found = {row.method: row for row in rows}
-    for row in rows:
-        full = METHODS[row.method].ablation_of if row.method in METHODS else None
-        if full in found:
-            print(
-                f"Effect of s = 0 on {LABELS[full]}: Δm {spread(found[full].delta)} % "
-                f"-> {spread(row.delta)} % without task weights."
+    def __init__(self, name: str, shape: tuple[int, int], args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.name, self.seconds, self.curve = name, 0.0, []
+        self.net = Net(*shape) if name in STYLES else SeparateNets(*shape)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
+        if name == "BayesAgg":
+            self.optimizer = BayesAggWrapper(
+                self.optimizer,
+                shared_rep_hook=self.net.backbone,
+                heads={"tasks": RegressionHead(self.net.head)},
             )
-    if settings.epochs <= settings.pretrain_epochs:
-        print("Note: with so few epochs no method has left LS; differences mean nothing.")
+        elif name == "SI, same heads":
+            rule = ReadoutRule(weights=lambda: {"tasks": 1 / self.losses.detach()})
+            heads = {"tasks": RegressionHead(self.net.head)}
+            self.optimizer = BayesAggWrapper(self.optimizer, self.net.backbone, heads, rule=rule)
+        steps = args.epochs * math.ceil(0.8 * args.molecules / BATCH)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """A step on a batch."""
+        start = time.perf_counter()
+        self.losses = (self.net(x) - y).square().mean(0)
+        self.optimizer.zero_grad()
+        if isinstance(self.optimizer, BayesAggWrapper):
+            self.optimizer.step({"tasks": self.losses.sum()})
+        else:
+            logs = self.name == "SI" and self.schedule.last_epoch >= LikelihoodRule.warmup
+            (self.losses.log() if logs else self.losses).sum().backward()
+            self.optimizer.step()
+        self.schedule.step()
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def errors(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean absolute error of every task, in standard deviations."""
+        return (self.net(x) - y).abs().mean(0)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
-    options = parse_arguments(arguments)
-    settings = TrainSettings(epochs=options.epochs)
-    print(f"QM9: {options.molecules} molecules, {options.epochs} epochs, {options.seeds} seed(s)")
-    try:
-        data = _load(options.molecules)
-    except DataUnavailableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    start = time.perf_counter()
-    runs = run_all(options, settings)
-    seconds = time.perf_counter() - start
-    rows = summarise(runs)
-    print_report(rows, data, settings)
-    print(f"All training together took {seconds:.0f} s with {options.workers} worker(s).")
-    described = _describe(options, settings)
-    files = [options.output / name for name in ("demo.png", "results.csv", "results.json")]
-    title = f"QM9 proxy: {options.molecules:,} molecules, MLP, {options.epochs} epochs"
-    # With s = 0 all shares are equal: nothing to see.
-    ablations = [name for name, method in METHODS.items() if method.ablation_of]
-    plot_comparison(files[0], rows, LABELS, data.tasks, without_panel=ablations, title=title)
-    write_csv(files[1], runs, described, data.tasks, data.units)
-    write_json(files[2], runs, rows, described, data.tasks, data.units)
-    print("Written:", *files, sep="\n  ")
-    return 0
+def read(molecules: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Standardised inputs and targets of the three parts, and the units of the targets."""
+    x, y = (torch.from_numpy(array).double() for array in load_arrays(molecules))
+    parts = split_indices(molecules, val_fraction=0.1, test_fraction=0.1, seed=0)
+    spread, unit = x[parts[0]].std(0), y[parts[0]].std(0)
+    x = ((x - x[parts[0]].mean(0)) / torch.where(spread > 0, spread, 1.0)).clamp(-6, 6).float()
+    y = ((y - y[parts[0]].mean(0)) / unit).float()
+    return [(x[rows], y[rows]) for rows in parts], unit
+
+
+def draw(path: Path, arms: list[Arm], errors: dict[str, Tensor]) -> None:
+    """Δm on the validation part by epoch, and every task, against a network per task."""
+    with matplotlib.rc_context({"font.size": 12}):
+        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
+        for arm in arms[1:]:
+            epochs, style = range(1, len(arm.curve) + 1), STYLES[arm.name]
+            left.plot(epochs, arm.curve, style, marker=".", lw=2, label=arm.name)
+            ratio = 100 * (errors[arm.name] / errors[arms[0].name] - 1)
+            right.plot(ratio, [target.name for target in TARGETS], style[:2] + "o")
+        left.set(title="Δm by epoch", xlabel="epoch", ylabel="error against a network per task [%]")
+        right.set(title="every property", xlabel="error against a network per task [%]")
+        left.set_yscale("symlog", linthresh=10)
+        right.set_xscale("symlog", linthresh=10)
+        left.axhline(0, color="black", lw=1)
+        right.axvline(0, color="black", lw=1)
+        right.invert_yaxis()
+        left.legend(frameon=False)
+        figure.savefig(path, dpi=130)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, draw and print."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    for name, kind, default in (
+        ("molecules", int, 10_000),
+        ("epochs", int, 20),
+        ("lr", float, 4e-3),
+        ("seed", int, 0),
+        ("output", Path, Path("output/demo")),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"({default})")
+    args = parser.parse_args(arguments)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (train, val, test), unit = read(args.molecules)
+    shape = (train[0].shape[1], len(unit))
+    arms = [Arm(name, shape, args) for name in ("single-task", *STYLES)]
+    batches = torch.Generator().manual_seed(args.seed)
+    figure, drawn = args.output / "demo.png", 0.0
+    with tqdm(total=args.epochs * math.ceil(len(train[0]) / BATCH), unit="step") as bar:
+        for epoch in range(args.epochs):
+            for rows in torch.randperm(len(train[0]), generator=batches).split(BATCH):
+                for arm in arms:
+                    arm.step(train[0][rows], train[1][rows])
+                bar.update()
+            errors = {arm.name: arm.errors(*val) for arm in arms}
+            for arm in arms[1:]:
+                arm.curve.append(delta_m(errors[arm.name], errors["single-task"]))
+            bar.set_postfix({arm.name: f"{arm.curve[-1]:.1f}" for arm in arms[1:]})
+            if time.perf_counter() - drawn > 5 or epoch + 1 == args.epochs:
+                draw(figure, arms, errors)
+                drawn = time.perf_counter()
+    errors = {arm.name: arm.errors(*test) * unit for arm in arms}
+    names = [f"{target.name} [{target.unit}]" for target in TARGETS]
+    print(f"\n{'test error':16}" + "".join(f"{arm.name:>16}" for arm in arms))
+    for k, name in enumerate(names):
+        print(f"{name:16}" + "".join(f"{errors[arm.name][k]:16.4g}" for arm in arms))
+    deltas = [delta_m(errors[arm.name], errors["single-task"]) for arm in arms]
+    print(f"{'Δm [%]':16}" + "".join(f"{delta:16.1f}" for delta in deltas))
+    milliseconds = [1e3 * arm.seconds / bar.total for arm in arms]
+    print(f"{'ms per step':16}" + "".join(f"{value:16.1f}" for value in milliseconds))
+    table = np.stack([value.numpy() for value in errors.values()], 1)
+    header = f"test MAE,{','.join(arm.name.replace(',', '') for arm in arms)}"
+    with (args.output / "results.csv").open("w", encoding="utf-8") as file:
+        print(
+            header,
+            *(f"{n},{','.join(map(str, r))}" for n, r in zip(names, table, strict=True)),
+            sep="\n",
+            file=file,
+        )
+    print(
+        f"Δm: mean relative difference to the single-task errors; lower is better.\nWritten: {figure}"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

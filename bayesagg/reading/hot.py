@@ -51,8 +51,11 @@ def read_group(group: Group, factors: Factors) -> None:
         group: whose ``read`` is set.
         factors: of losses.
     """
-    if group.own or any(known is None or known.own for known in group.known):
+    if group.own:
         return
+    for said, known in zip(group.saids, group.known, strict=True):
+        if known is None or known.own or said.form not in known.forms:
+            return
     first, given = group.known[0], group.usable is not None
     assert first is not None
     if given and group.partial:

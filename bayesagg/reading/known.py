@@ -11,6 +11,7 @@ from bayesagg.heads import Head, LossTask
 
 __all__ = ["Known", "load", "state"]
 
+_FORMS = 16  # of one loss; more are verified in every step
 _REDUCTIONS = ("rows", "labels", "sum")  # the factor is a number over one of these counts
 
 
@@ -25,6 +26,7 @@ class Known:
         factor: of every column, ``[K]``, when it was verified; empty if there was none to see.
         rows: data in that step.
         labels: labels that were present in that step, per column on average.
+        forms: of the loss, that were verified.
         reductions: over which counts the factor may be: several, if the steps so far do not tell.
     """
 
@@ -34,6 +36,7 @@ class Known:
     factor: tuple[float, ...] = ()
     rows: int = 0
     labels: float = 0.0
+    forms: tuple[int, ...] = ()
     reductions: tuple[str, ...] = _REDUCTIONS
 
     def ratio(self, rows: int) -> float | None:
@@ -55,8 +58,9 @@ class Known:
         if before is None:
             return self
         masked = self.masked or before.masked
+        forms = tuple(dict.fromkeys((*before.forms, *self.forms)))[-_FORMS:]
         if not before.factor or not self.factor or self.weighted or before.weighted:
-            return replace(self, masked=masked)
+            return replace(self, masked=masked, forms=forms)
         left = [
             reduction
             for reduction in before.reductions
@@ -66,7 +70,8 @@ class Known:
                 for new, old in zip(self.factor, before.factor, strict=True)
             )
         ]
-        return replace(self, masked=masked, reductions=tuple(left) or _REDUCTIONS)
+        reductions = tuple(left) or _REDUCTIONS
+        return replace(self, masked=masked, forms=forms, reductions=reductions)
 
 
 def _count(reduction: str, rows: float, labels: float) -> float:
@@ -113,9 +118,15 @@ def load(saved: Any, tasks: Mapping[str, Head | LossTask]) -> dict[str, Known]:
             and all(r in _REDUCTIONS for r in reductions),
             f"{what} (reductions) is {reductions!r}",
         )
+        forms = one["forms"]
+        check(
+            isinstance(forms, list) and all(type(form) is int for form in forms),
+            f"{what} (forms) is {forms!r}",
+        )
         for key, kind in (("rows", int), ("labels", float)):
             value = one[key]
             check(type(value) is kind and 0 <= value < float("inf"), f"{what} ({key}) is {value!r}")
         check(not factor or (one["rows"] > 0 and one["labels"] > 0), f"{what} has no data")
-        found[name] = Known(**{**one, "factor": tuple(factor), "reductions": tuple(reductions)})
+        lists = {"factor": factor, "reductions": reductions, "forms": forms}
+        found[name] = Known(**{**one, **{key: tuple(value) for key, value in lists.items()}})
     return found

@@ -37,6 +37,7 @@ class Said:
         gradients: of all losses at the outputs of the calls.
         target: what the user passed, ``None``: labels are read off the loss.
         eps: rounding of the outputs or of the loss, whichever is larger.
+        form: of the loss, see :func:`bayesagg.reading.form.form_of`.
         probes: ``v`` and ``H v`` at the outputs of the calls, ``H`` second derivatives.
     """
 
@@ -47,6 +48,7 @@ class Said:
     gradients: list[Tensor]
     target: Tensor | None
     eps: float
+    form: int
     probes: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
 
     @property

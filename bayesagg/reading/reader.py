@@ -15,6 +15,7 @@ from bayesagg.heads import Head, LossTask
 from bayesagg.parallel import without_gathers
 from bayesagg.reading.batch import Batch, Labels, Part
 from bayesagg.reading.diagnose import unreached
+from bayesagg.reading.form import form_of
 from bayesagg.reading.hooks import Call, Capture
 from bayesagg.reading.hot import Factors, look, read_group
 from bayesagg.reading.known import Known, load, state
@@ -107,7 +108,7 @@ class Reader:
             if outputs
             else ()
         )
-        gradients = iter(found)
+        gradients, nodes = iter(found), {output.grad_fn for output in outputs}
         saids = []
         for name, some in calls.items():
             pairs = [(call, g) for call in some if (g := next(gradients)) is not None]
@@ -117,7 +118,9 @@ class Reader:
             assert isinstance(head, Head)
             eps = max(torch.finfo(t.dtype).eps for t in (pairs[0][0].output, loss))
             reached, derivatives = [call for call, _ in pairs], [g for _, g in pairs]
-            saids.append(Said(name, head, reached, loss, derivatives, targets.get(name), eps))
+            form = form_of(loss, {call.output.grad_fn for call in reached}, nodes)
+            target = targets.get(name)
+            saids.append(Said(name, head, reached, loss, derivatives, target, eps, form))
         return saids
 
     def _parts(

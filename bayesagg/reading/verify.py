@@ -134,6 +134,7 @@ def _take(
         factor=tuple(factor[0].tolist()) if seen else (),
         rows=rows,
         labels=count / tasks,
+        forms=(said.form,),
     )
     return Verified(labels, new.after(before, 4 * tolerance(said.eps)))
 

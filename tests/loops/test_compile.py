@@ -1,4 +1,4 @@
-"""``torch.compile`` around trunk, heads and losses, and of the mathematics itself."""
+"""``torch.compile`` around trunk, heads, towers and losses, and of the mathematics itself."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from bayesagg.aggregation import aggregate_diagonal
 from bayesagg.errors import CaptureError, LossError
-from bayesagg.moments import regression_moments
+from bayesagg.moments import Spectrum, leave_one_out, regression_moments, student_gradient
 from bayesagg.posterior import Gaussian
 from tests.helpers import QUICK, make_batch, make_losses, make_net, snapshot, train, wrap
-from tests.loops.test_distributed import trunk
+from tests.loops.runs import plain_net
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's, about parts of torch itself
 
@@ -51,10 +51,14 @@ def whole_method(net, **kwargs):
     net.compile(**kwargs)
 
 
-BEFORE = {
-    "all_functions": all_functions,
-    "trunk_function": trunk_function,
-}  # it wraps what it is given
+def last_layers(net, **kwargs):
+    """Of towers: what stands before the head is in no graph."""
+    for tower in net.heads.values():
+        tower[-1] = torch.compile(tower[-1], **kwargs)
+
+
+# What wraps comes before the wrapper, which has to watch it; what changes a module may come later.
+BEFORE = {"all_functions": all_functions, "trunk_function": trunk_function}
 AFTER = {"all_methods": all_methods, "trunk_method": trunk_method, "whole_method": whole_method}
 
 
@@ -62,13 +66,15 @@ def parameters(net):
     return [p.detach().clone() for p in net.parameters()]
 
 
-def compare(compile_net, early, device, dtype, steps=7, **kwargs):
-    plain = make_net(device, dtype)
-    train(plain, wrap(plain, "momentum", settings=QUICK), steps)
-    net = make_net(device, dtype)
+def compare(rule, compile_net, early, device, dtype, steps=7, towers=False, **kwargs):
+    def make():
+        return plain_net(device, dtype, towers=True) if towers else make_net(device, dtype)
+
+    plain, net = make(), make()
+    train(plain, wrap(plain, "momentum", rule, settings=QUICK), steps)
     if early:
         compile_net(net, **kwargs)
-    optimizer = wrap(net, "momentum", settings=QUICK)
+    optimizer = wrap(net, "momentum", rule, settings=QUICK)
     if not early:
         compile_net(net, **kwargs)
     train(net, optimizer, steps)
@@ -80,58 +86,69 @@ def compare(compile_net, early, device, dtype, steps=7, **kwargs):
     [(kind, "eager") for kind in [*BEFORE, *AFTER]]
     + [("all_functions", "aot_eager"), ("whole_method", "aot_eager")],
 )
-def test_compiled_parts_train_alike(kind, backend, device, dtype):
-    """Over pre-training and the epochs after it, with heads that the posterior writes."""
-    compare({**BEFORE, **AFTER}[kind], kind in BEFORE, device, dtype, backend=backend)
+def test_compiled_parts_train_alike(kind, backend, rule, device, dtype):
+    """In linear scalarization and after it, with heads that the posterior writes."""
+    compare(rule, {**BEFORE, **AFTER}[kind], kind in BEFORE, device, dtype, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("compile_net", "early"),
+    [(all_functions, True), (last_layers, True), (all_methods, False), (whole_method, False)],
+    ids=["towers", "last_layers", "methods", "whole"],
+)
+def test_compiled_towers_train_alike(compile_net, early, backend, device, dtype):
+    """Under the default rule: that of the paper has no towers. A graph breaks before the head."""
+    compare("likelihood", compile_net, early, device, dtype, towers=True, backend=backend)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the default backend needs a C++ compiler")
-def test_the_default_backend(device):
+def test_the_default_backend(rule, device):
     """Inductor, for the trunk, in one graph: hooks are outside of it."""
-    net = make_net(device, torch.float32, trunk=trunk)
-    trunk_function(net, fullgraph=True)
-    plain = make_net(device, torch.float32, trunk=trunk)
-    for one in (net, plain):
-        train(one, wrap(one, "sgd", settings=QUICK), 5)
-    torch.testing.assert_close(parameters(net), parameters(plain))
+    nets = [plain_net(device, torch.float32) for _ in range(2)]
+    trunk_function(nets[0], fullgraph=True)
+    for net in nets:
+        train(net, wrap(net, "sgd", rule, settings=QUICK), 5)
+    torch.testing.assert_close(*map(parameters, nets))
 
 
-def test_parts_compile_without_a_break(device, dtype):
-    compare(all_functions, True, device, dtype, backend="eager", fullgraph=True)
+def test_parts_compile_without_a_break(rule, device, dtype):
+    compare(rule, all_functions, True, device, dtype, backend="eager", fullgraph=True)
 
 
-def test_a_whole_model_without_breaks_is_refused(device, dtype):
+@pytest.mark.parametrize("towers", [False, True], ids=["heads", "towers"])
+def test_a_graph_without_breaks_around_a_head_is_refused(towers, rule, device, dtype):
     """The hooks would have no tensors to see; the message says what to compile."""
-    net = make_net(device, dtype)
-    optimizer = wrap(net, settings=QUICK)
+    net = plain_net(device, dtype, towers=towers and rule == "likelihood")
+    optimizer = wrap(net, "adam", rule, settings=QUICK)
     model = torch.compile(net, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="Compile the shared network and each"):
         model(make_batch(device, dtype)[0])
     train(net, optimizer, 4)
 
 
-def test_a_model_that_ran_before_it_was_wrapped_is_refused(device, dtype):
+def test_a_model_that_ran_before_it_was_wrapped_is_refused(rule, device, dtype):
     """Its graph was made without the hooks."""
     net = make_net(device, dtype)
     model = torch.compile(net, backend="eager")
     x, labels = make_batch(device, dtype)
     model(x)
-    optimizer = wrap(net, settings=QUICK)
+    optimizer = wrap(net, "adam", rule, settings=QUICK)
     before = snapshot(net, optimizer)["parameters"]
-    with pytest.raises(CaptureError, match="compile the shared network and the heads apart"):
+    with pytest.raises(CaptureError, match="before it was wrapped does not report: wrap first"):
         optimizer.step(make_losses(model(x), labels))
     after = snapshot(net, optimizer)["parameters"]
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_compiled_loss_is_read_by_its_targets(device, dtype):
+def test_a_compiled_loss_is_read_by_its_targets(rule, device, dtype):
     """It cannot be differentiated twice: the error says so, and ``targets=`` does not need it."""
     results = []
     for compiled in (False, True):
         net = make_net(device, dtype, outputs={"reg": 2})
-        optimizer = wrap(net, "sgd", pretrain_epochs=0)
+        optimizer = wrap(net, "sgd", rule)
         loss = torch.compile(F.mse_loss, backend="aot_eager") if compiled else F.mse_loss
-        for index in range(4):
+        for index in range(5):
             x, labels = make_batch(device, dtype, seed=index, outputs={"reg": 2})
             optimizer.zero_grad()
             losses = {"reg": loss(net(x)["reg"], labels["reg"])}
@@ -172,3 +189,21 @@ def test_regression_moments_are_one_graph(full, device, dtype):
     features = torch.randn(6, 5, device=device, dtype=dtype)
     targets = torch.randn(6, 3, device=device, dtype=dtype)
     one_graph(lambda h, y: regression_moments(h, y, posterior, 4, full), features, targets)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_the_default_rule_is_one_graph(weighted, device, dtype):
+    """From the evidence on."""
+    features = torch.randn(1, 6, 5, device=device, dtype=dtype)
+    targets = torch.randn(2 if weighted else 1, 6, 3, device=device, dtype=dtype)
+    weights = torch.rand(2, 6, 1, device=device, dtype=dtype) if weighted else None
+
+    def gradient(h, y):
+        shared = h if weights is None else h * weights
+        gram, shift = shared.mT @ h, y.mT @ shared
+        posterior = Spectrum.of(gram, shift, y.square().mean(1))
+        left = leave_one_out(h, y, posterior, weights)
+        noise, factor = y.square().mean(1), torch.ones_like(y[:, :1])
+        return student_gradient(left, posterior, 4, noise, factor, 10.0, weights)
+
+    one_graph(gradient, features, targets)

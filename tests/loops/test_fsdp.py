@@ -6,25 +6,20 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from bayesagg.errors import BayesAggError, CaptureError
-from tests.helpers import (
-    OPTIMIZERS,
-    PaperBayesAgg,
-    assert_same,
-    make_heads,
-    make_losses,
-    make_net,
-    wrap,
-)
-from tests.loops.test_distributed import (
-    EPOCH,
-    SETTINGS,
+from bayesagg.errors import BayesAggError
+from tests.helpers import EPOCH, OPTIMIZERS, difference, make_engine, make_losses, wrap
+from tests.loops.runs import (
+    READOUT,
+    alone,
+    assert_equal_ranks,
     assert_equal_runs,
     batch_of,
     half,
-    run,
-    trunk,
+    plain_net,
+    result,
+    steps,
 )
+from tests.loops.test_distributed import CASES
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(
@@ -40,165 +35,129 @@ PARTS = {
 }
 
 
-def sharded(parts="whole", **kwargs):
-    net = make_net(trunk=trunk)
+def sharded(parts, towers=False, **kwargs):
+    net = plain_net(towers=towers)
     mesh = init_device_mesh("cpu", (2,))
     for part in PARTS[parts](net):
         fsdp.fully_shard(part, mesh=mesh, **kwargs)
     return fsdp.fully_shard(net, mesh=mesh, **kwargs)
 
 
-def gathered(net, engine):
-    """What has to agree, whole."""
-    return {
-        "parameters": {name: p.full_tensor().detach() for name, p in net.named_parameters()},
-        "engine": engine.get_extra_state(),
-        "weights": dict(engine.task_weights),
-    }
+def together(rank, rule, parts, base="momentum", how=None, towers=False, kwargs=None):
+    net = sharded(parts, towers, **(how or {}))
+    optimizer = wrap(net, base, rule, **(kwargs or {}))
+    steps(net, optimizer, range(8), rank)
+    return result(net, optimizer)
 
 
-def together(rank, settings, parts, base="momentum", kwargs=None):
-    net = sharded(parts, **(kwargs or {}))
-    optimizer = wrap(net, base, settings=settings)
-    for index in range(8):
-        x, labels = batch_of(index, half(rank))
-        losses = make_losses(net(x), labels)
-        optimizer.zero_grad()
-        optimizer.step(losses)
-    return gathered(net, optimizer.engine)
+@pytest.mark.parametrize(("rule", "case"), CASES)
+def test_two_sharded_halves_are_the_whole(rule, case, ranks):
+    """With all settings, through linear scalarization and two epochs after it."""
+    kwargs, towers = {k: v for k, v in case.items() if k != "towers"}, "towers" in case
+    both = ranks.run(together, rule, "trunk", "momentum", None, towers, kwargs)
+    assert_equal_runs(alone(rule, towers=towers, **kwargs), both, weights=rule == "paper")
 
 
-def alone(settings, base="momentum"):
-    net = make_net(trunk=trunk)
-    return run(net, net, wrap(net, base, settings=settings), 8)
-
-
-@pytest.mark.parametrize(
-    ("settings", "parts"),
-    [("posterior_readout", parts) for parts in sorted(PARTS)]
-    + [(settings, "trunk") for settings in sorted(SETTINGS) if settings != "posterior_readout"],
-)
-def test_two_sharded_halves_are_the_whole(settings, parts, ranks):
-    """Over pre-training and two epochs after it, with heads that the posterior writes."""
-    assert_equal_runs(alone(SETTINGS[settings]), ranks.run(together, SETTINGS[settings], parts))
+@pytest.mark.parametrize("parts", sorted(PARTS))
+@pytest.mark.parametrize("towers", [False, True], ids=["heads", "towers"])
+def test_whatever_is_sharded_by_itself(towers, parts, rule, ranks):
+    """With heads that the posterior writes, sharded beside the whole or by themselves."""
+    if towers and rule == "paper":
+        pytest.skip("the paper's rule needs one shared representation")
+    kwargs = {"settings": READOUT}
+    if parts == "heads":
+        kwargs["shared_rep_hook"] = None
+    both = ranks.run(together, rule, parts, "momentum", None, towers, kwargs)
+    one = alone(rule, towers=towers, settings=READOUT)
+    assert_equal_runs(one, both, weights=rule == "paper")
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-def test_adam_and_resharding(reshard, ranks):
-    both = ranks.run(together, {}, "trunk", "adam", {"reshard_after_forward": reshard})
-    assert_equal_runs(alone({}, "adam"), both)
+def test_adam_and_resharding(reshard, rule, ranks):
+    both = ranks.run(together, rule, "trunk", "adam", {"reshard_after_forward": reshard})
+    assert_equal_runs(alone(rule, "adam"), both, weights=rule == "paper")
 
 
-def by_hand(rank, parts):
-    """The engine alone; epochs end while an evaluation has the weights gathered."""
-    net = sharded(parts)
-    engine = PaperBayesAgg(net.trunk, make_heads(net))
+def by_hand(rank, rule, parts):
+    """The engine alone; an evaluation has the weights gathered whenever heads may be written."""
+    net = plain_net() if rank is None else sharded(parts)
+    engine = make_engine(net, rule, steps_per_epoch=None)
     optimizer = OPTIMIZERS["momentum"](net.parameters())
     seen = []
     for index in range(8):
         x, labels = batch_of(index, half(rank))
         optimizer.zero_grad()
-        engine.backward(make_losses(net(x), labels))
+        losses = make_losses(net(x), labels)
+        engine(losses).backward()
         optimizer.step()
+        with torch.no_grad():
+            net(x)
         if index % EPOCH == EPOCH - 1:
-            with torch.no_grad():
-                net(x)
             engine.end_epoch()
             with torch.no_grad():
-                seen.append(net(x)["reg"].detach().clone())
-    net.reshard()
-    return gathered(net, engine), seen
+                seen.append(net(x)["reg"].clone())
+    if rank is not None:
+        net.reshard()
+    return result(net, engine), seen
 
 
 @pytest.mark.parametrize("parts", ["whole", "heads"])
-def test_heads_are_written_while_they_are_gathered(parts, ranks):
+def test_heads_are_written_while_they_are_gathered(parts, rule, ranks):
     """An evaluation leaves gathered copies in place of the parameters that are to be written."""
-    net = make_net(trunk=trunk)
-    engine = PaperBayesAgg(net.trunk, make_heads(net))
-    optimizer = OPTIMIZERS["momentum"](net.parameters())
-    outputs = []
-    for index in range(8):
-        x, labels = batch_of(index)
-        optimizer.zero_grad()
-        engine.backward(make_losses(net(x), labels))
-        optimizer.step()
-        if index % EPOCH == EPOCH - 1:
-            engine.end_epoch()
-            outputs.append(net(x)["reg"].detach())
-    one = {
-        "parameters": {name: p.detach() for name, p in net.named_parameters()},
-        "engine": engine.get_extra_state(),
-        "weights": dict(engine.task_weights),
-    }
-    both = ranks.run(by_hand, parts)
-    assert_equal_runs(one, [found for found, _ in both])
+    one, outputs = by_hand(None, rule, parts)
+    both = ranks.run(by_hand, rule, parts)
+    assert_equal_runs(one, [found for found, _ in both], weights=rule == "paper")
     for rank, (_, seen) in enumerate(both):
         torch.testing.assert_close(seen, [out[half(rank)] for out in outputs])
 
 
-def without_the_hook(rank, parts):
-    net = sharded(parts)
-    optimizer = wrap(net, "sgd", shared_rep_hook=None, pretrain_epochs=0)
-    x, labels = batch_of(0, half(rank))
-    try:
-        optimizer.step(make_losses(net(x), labels))
-    except CaptureError as error:
-        return str(error)
-    return None
-
-
-def test_heads_sharded_one_by_one_need_the_shared_module(ranks):
-    assert ranks.run(without_the_hook, "trunk") == [None, None]
-    for message in ranks.run(without_the_hook, "heads"):
-        assert "shared_rep_hook" in message
-
-
-def on_two_dimensions(rank):
-    net = make_net(trunk=trunk)
+def on_two_dimensions(rank, rule):
+    net = plain_net()
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
     fsdp.fully_shard(net, mesh=mesh)
     try:
-        wrap(net)
+        wrap(net, rule=rule)
     except BayesAggError as error:
         message = str(error)
-    optimizer = wrap(net, process_group=torch.distributed.group.WORLD)
-    for index in range(8):
-        x, labels = batch_of(index, half(rank))
-        optimizer.zero_grad()
-        optimizer.step(make_losses(net(x), labels))
-    return message, gathered(net, optimizer.engine)
+    optimizer = wrap(net, "adam", rule, process_group=torch.distributed.group.WORLD)
+    steps(net, optimizer, range(8), rank)
+    return message, result(net, optimizer)
 
 
-def test_a_mesh_of_two_dimensions_needs_a_group(ranks):
+def test_a_mesh_of_two_dimensions_needs_a_group(rule, ranks):
     """It does not say which ranks see data of their own."""
-    both = ranks.run(on_two_dimensions)
+    both = ranks.run(on_two_dimensions, rule)
     assert all("process_group" in message for message, _ in both)
-    one = make_net(trunk=trunk)
-    assert_equal_runs(run(one, one, wrap(one), 8), [found for _, found in both])
+    found = [found for _, found in both]
+    assert_equal_runs(alone(rule, "adam"), found, weights=rule == "paper")
 
 
-def refusing(rank):
-    net = sharded("trunk")
-    optimizer = wrap(net, "sgd", pretrain_epochs=0)
-    names = []
-    for index in range(4):
+def refusing(rank, rule, parts):
+    """A bad batch on rank 1 in step 4, a task that is absent on rank 0 in step 5."""
+    net = sharded(parts)
+    optimizer = wrap(net, "sgd", rule, settings=READOUT)
+    names, changed = [], None
+    for index in range(7):
         x, labels = batch_of(index, half(rank))
         losses = make_losses(net(x), labels)
-        if index == 1 and rank == 1:
+        if index == 4 and rank == 1:
             losses["cls"] = losses["cls"] * torch.inf
-        if index == 2 and rank == 0:  # absent: every rank still reduces its gradient
+        if index == 5 and rank == 0:  # every rank still reduces its gradient
             del losses["bin"]
         optimizer.zero_grad()
+        before = optimizer.engine.get_extra_state()
         try:
             optimizer.step(losses)
         except BayesAggError as error:
             names.append(type(error).__name__)
-    return names, gathered(net, optimizer.engine)
+            changed = difference(before, optimizer.engine.get_extra_state())
+    return names, changed, result(net, optimizer)
 
 
-def test_errors_and_absent_tasks_leave_no_rank_waiting(ranks):
+@pytest.mark.parametrize("parts", ["trunk", "heads"])
+def test_errors_and_absent_tasks_leave_no_rank_waiting(parts, rule, ranks):
     """Weights are gathered by all ranks or none."""
-    (zero, first), (one, second) = ranks.run(refusing)
+    (zero, left, first), (one, right, second) = ranks.run(refusing, rule, parts)
     assert (zero, one) == (["RankError"], ["LossError"])
-    assert_same(first["parameters"], second["parameters"])
-    assert_same(first["engine"], second["engine"], ignore=["task_weights"])
+    assert left is right is None
+    assert_equal_ranks([first, second])
