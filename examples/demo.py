@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from bayesagg import BayesAggWrapper, LikelihoodRule, RegressionHead
 from bayesagg.metrics import delta_m
-from examples.data import split_indices
+from examples.data import DataUnavailableError, split_indices
 from examples.data.qm9 import TARGETS, load_arrays
 from examples.readout import ReadoutRule
 
@@ -30,20 +31,14 @@ BATCH = 120
 STYLES = {"LS": "C7:", "SI": "C1--", "SI, same heads": "C2-.", "BayesAgg": "C0-"}
 
 
-class Net(nn.Module):
-    """An MLP with one linear head for all tasks."""
-
-    def __init__(self, inputs: int, tasks: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for width in (256, 256, 64):
-            layers += [nn.Linear(inputs, width), nn.ELU()]
-            inputs = width
-        self.backbone, self.head = nn.Sequential(*layers), nn.Linear(inputs, tasks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs ``(B, tasks)``."""
-        return self.head(self.backbone(x))
+def make_net(inputs: int, tasks: int) -> nn.Sequential:
+    """An MLP, ``backbone``, with one linear ``head`` for all tasks."""
+    layers: list[nn.Module] = []
+    for width in (256, 256, 64):
+        layers += [nn.Linear(inputs, width), nn.ELU()]
+        inputs = width
+    parts = {"backbone": nn.Sequential(*layers), "head": nn.Linear(inputs, tasks)}
+    return nn.Sequential(OrderedDict(parts))
 
 
 class SeparateNets(nn.Module):
@@ -51,10 +46,9 @@ class SeparateNets(nn.Module):
 
     def __init__(self, inputs: int, tasks: int) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(Net(inputs, 1) for _ in range(tasks))
+        self.networks = nn.ModuleList(make_net(inputs, 1) for _ in range(tasks))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs ``(B, tasks)``."""
         return torch.cat([network(x) for network in self.networks], 1)
 
 
@@ -64,18 +58,16 @@ class Arm:
     def __init__(self, name: str, shape: tuple[int, int], args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.name, self.seconds, self.curve = name, 0.0, []
-        self.net = Net(*shape) if name in STYLES else SeparateNets(*shape)
+        self.net = (make_net if name in STYLES else SeparateNets)(*shape)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
-        if name == "BayesAgg":
+        if name in ("SI, same heads", "BayesAgg"):
+            own = {"rule": ReadoutRule(weights=lambda: {"tasks": 1 / self.losses.detach()})}
             self.optimizer = BayesAggWrapper(
                 self.optimizer,
                 shared_rep_hook=self.net.backbone,
                 heads={"tasks": RegressionHead(self.net.head)},
+                **({} if name == "BayesAgg" else own),
             )
-        elif name == "SI, same heads":
-            rule = ReadoutRule(weights=lambda: {"tasks": 1 / self.losses.detach()})
-            heads = {"tasks": RegressionHead(self.net.head)}
-            self.optimizer = BayesAggWrapper(self.optimizer, self.net.backbone, heads, rule=rule)
         steps = args.epochs * math.ceil(0.8 * args.molecules / BATCH)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
@@ -123,6 +115,8 @@ def draw(path: Path, arms: list[Arm], errors: dict[str, Tensor]) -> None:
         right.set(title="every property", xlabel="error against a network per task [%]")
         left.set_yscale("symlog", linthresh=10)
         right.set_xscale("symlog", linthresh=10)
+        left.yaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_major_formatter("{x:g}")
         left.axhline(0, color="black", lw=1)
         right.axvline(0, color="black", lw=1)
         right.invert_yaxis()
@@ -143,7 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"({default})")
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
-    (train, val, test), unit = read(args.molecules)
+    try:
+        (train, val, test), unit = read(args.molecules)
+    except (DataUnavailableError, ValueError) as error:
+        sys.exit(f"error: {error}")
     shape = (train[0].shape[1], len(unit))
     arms = [Arm(name, shape, args) for name in ("single-task", *STYLES)]
     batches = torch.Generator().manual_seed(args.seed)
@@ -162,26 +159,16 @@ def main(arguments: list[str] | None = None) -> None:
                 draw(figure, arms, errors)
                 drawn = time.perf_counter()
     errors = {arm.name: arm.errors(*test) * unit for arm in arms}
-    names = [f"{target.name} [{target.unit}]" for target in TARGETS]
-    print(f"\n{'test error':16}" + "".join(f"{arm.name:>16}" for arm in arms))
-    for k, name in enumerate(names):
-        print(f"{name:16}" + "".join(f"{errors[arm.name][k]:16.4g}" for arm in arms))
+    rows = [("test error", [arm.name for arm in arms])]
+    for k, target in enumerate(TARGETS):
+        values = [f"{errors[arm.name][k]:.4g}" for arm in arms]
+        rows.append((f"{target.name} [{target.unit}]", values))
     deltas = [delta_m(errors[arm.name], errors["single-task"]) for arm in arms]
-    print(f"{'Δm [%]':16}" + "".join(f"{delta:16.1f}" for delta in deltas))
-    milliseconds = [1e3 * arm.seconds / bar.total for arm in arms]
-    print(f"{'ms per step':16}" + "".join(f"{value:16.1f}" for value in milliseconds))
-    table = np.stack([value.numpy() for value in errors.values()], 1)
-    header = f"test MAE,{','.join(arm.name.replace(',', '') for arm in arms)}"
-    with (args.output / "results.csv").open("w", encoding="utf-8") as file:
-        print(
-            header,
-            *(f"{n},{','.join(map(str, r))}" for n, r in zip(names, table, strict=True)),
-            sep="\n",
-            file=file,
-        )
-    print(
-        f"Δm: mean relative difference to the single-task errors; lower is better.\nWritten: {figure}"
-    )
+    rows.append(("Δm [%]", [f"{delta:.1f}" for delta in deltas]))
+    rows.append(("ms per step", [f"{1e3 * arm.seconds / bar.total:.1f}" for arm in arms]))
+    for name, cells in rows:
+        print(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
+    print(f"Δm: mean relative difference to the single-task errors, lower is better: {figure}")
 
 
 if __name__ == "__main__":

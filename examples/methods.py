@@ -66,10 +66,15 @@ class LinearScalarization:
     weighted = False  # whether task_weights() has something to say
 
     def __init__(self, model: Any, settings: TrainSettings, steps_per_epoch: int) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.steps_per_epoch = model, settings, steps_per_epoch
         self.optimizer = make_optimizer(model, settings)
         self.warmup_steps = settings.warmup_steps
         self.weights: Tensor | None = None
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks, K."""
+        return sum(group.tasks for group in self.model.groups)
 
     def step(self, losses: Losses) -> None:
         """Compute gradients, clip them and step."""
@@ -119,9 +124,7 @@ class BayesAggregation(LinearScalarization):
     one than the rule by default, the rule gets it, so that all methods have the same.
 
     Args:
-        model: As of :class:`LinearScalarization`, with a ``backbone`` and ``groups`` of heads.
-        settings: As there.
-        steps_per_epoch: As there.
+        shared: As of :class:`LinearScalarization`; the model has a ``backbone`` and ``groups``.
         rule: With other settings than the default, for ablations.
         heads: Settings of the heads of each kind.
         memory: Of the rule, in multiples of the number of weights of an output.
@@ -132,19 +135,17 @@ class BayesAggregation(LinearScalarization):
 
     def __init__(
         self,
-        model: Any,
-        settings: TrainSettings,
-        steps_per_epoch: int,
+        *shared: Any,
         rule: LikelihoodRule | None = None,
         heads: HeadSettings = _NONE,
         memory: int | None = None,
     ) -> None:
-        super().__init__(model, settings, steps_per_epoch)
+        super().__init__(*shared)
         rule = rule or LikelihoodRule()
         if rule.warmup == LikelihoodRule.warmup:
-            rule = replace(rule, warmup=settings.warmup_steps)
+            rule = replace(rule, warmup=self.settings.warmup_steps)
         if memory is not None:
-            linear = model.groups[0].module
+            linear = self.model.groups[0].module
             rule = replace(rule, memory=memory * (linear.in_features + 1))
         self._wrap(heads, **({} if rule == LikelihoodRule() else {"rule": rule}))
 
@@ -182,26 +183,16 @@ class PaperAggregation(BayesAggregation):
     """The paper's rule, with its own epochs of linear scalarization first.
 
     Args:
-        model: As of :class:`BayesAggregation`.
-        settings: As there.
-        steps_per_epoch: As there.
+        shared: As of :class:`BayesAggregation`; heads too.
         rule: Settings of the rule.
-        heads: As there.
         epochs: Of the training that the rule's ``pretrain_epochs`` belong to; a shorter training
             has the same share of them, but one at least.
     """
 
     def __init__(
-        self,
-        model: Any,
-        settings: TrainSettings,
-        steps_per_epoch: int,
-        rule: PaperRule,
-        heads: HeadSettings = _NONE,
-        epochs: int | None = None,
+        self, *shared: Any, rule: PaperRule, heads: HeadSettings = _NONE, epochs: int
     ) -> None:
-        LinearScalarization.__init__(self, model, settings, steps_per_epoch)
-        if epochs is not None:
-            share = rule.pretrain_epochs / epochs
-            rule = replace(rule, pretrain_epochs=max(1, round(share * settings.epochs)))
-        self._wrap(heads, rule=rule, steps_per_epoch=steps_per_epoch)
+        LinearScalarization.__init__(self, *shared)
+        share = rule.pretrain_epochs / epochs
+        rule = replace(rule, pretrain_epochs=max(1, round(share * self.settings.epochs)))
+        self._wrap(heads, rule=rule, steps_per_epoch=self.steps_per_epoch)

@@ -1,8 +1,8 @@
-"""Networks of the examples: a shared backbone with heads, and single-task networks at once."""
+"""Parts of the networks: descriptions of heads, and layers of many networks at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,72 +21,6 @@ class HeadGroup(NamedTuple):
     kind: Kind
     module: nn.Linear
     tasks: int
-
-
-class MultiTaskNet(nn.Module):
-    """A shared backbone and a linear head with one output per task.
-
-    One head of K outputs computes what K heads of one output would, in fewer operations.
-
-    Args:
-        backbone: Maps inputs to the shared representation, shape ``(B, width)``.
-        width: Dimensions of the shared representation.
-        tasks: Number of tasks, K.
-    """
-
-    def __init__(self, backbone: nn.Module, width: int, tasks: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(width, tasks)
-
-    @property
-    def groups(self) -> tuple[HeadGroup, ...]:
-        """The one head, of regression tasks."""
-        return (HeadGroup("tasks", "regression", self.head, self.head.out_features),)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Shared representation, shape ``(1, B, width)``: one network, B data."""
-        h: Tensor = self.backbone(x)
-        return h.unsqueeze(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs, shape ``(B, K)``."""
-        outputs: Tensor = self.head(self.backbone(x))
-        return outputs
-
-
-class SingleTaskNets(nn.Module):
-    """K independent networks, one per task, evaluated together by batched products.
-
-    Their parameters are stacked along a first dimension. Each network's loss reaches only its own
-    slices and Adam works element by element, so one optimizer on the sum of the losses trains them
-    exactly as K optimizers would. What mixes parameters, such as clipping by the global norm, would
-    break this.
-
-    Args:
-        networks: K networks of one task each, of the same shape, with a backbone of
-            linear layers and element-wise activations; their current weights are copied.
-
-    Raises:
-        TypeError: If a backbone has a layer with parameters that is not linear.
-    """
-
-    def __init__(self, networks: Sequence[MultiTaskNet]) -> None:
-        super().__init__()
-        self.tasks = len(networks)
-        backbones = [network.backbone.children() for network in networks]
-        self.layers = nn.Sequential(*map(stack, zip(*backbones, strict=True)))
-        self.head = stack([network.head for network in networks])
-
-    def features(self, x: Tensor) -> Tensor:
-        """Representations, shape ``(K, B, width)``."""
-        h: Tensor = self.layers(x.expand(self.tasks, *x.shape))
-        return h
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs, shape ``(B, K)``."""
-        outputs: Tensor = self.head(self.features(x)).squeeze(-1).T
-        return outputs
 
 
 class StackedLinear(nn.Module):
@@ -114,17 +48,3 @@ def stack(layers: Sequence[nn.Module]) -> nn.Module:
             f"not from {type(layers[0]).__name__}"
         )
     return layers[0]
-
-
-def mlp(inputs: int, tasks: int) -> MultiTaskNet:
-    """Build the network of the demo: an MLP of 256, 256 and 64 ELU units and a linear head."""
-    layers: list[nn.Module] = []
-    for width in (256, 256, 64):
-        layers += [nn.Linear(inputs, width), nn.ELU()]
-        inputs = width
-    return MultiTaskNet(nn.Sequential(*layers), inputs, tasks)
-
-
-def single_task(build: Callable[[int], MultiTaskNet], tasks: int) -> SingleTaskNets:
-    """Stack one network per task, each with its own random weights."""
-    return SingleTaskNets([build(1) for _ in range(tasks)])

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayesagg import LikelihoodRule
-from bayesagg.memory import FadingMemory
-from bayesagg.parallel import Exchange
-from bayesagg.reading import Batch
 from bayesagg.rules import Plan
-from bayesagg.rules.streaming import own_gradient
 
 
 @dataclass(frozen=True)
@@ -28,25 +25,18 @@ class ReadoutRule(LikelihoodRule):
     weights: Callable[[], Mapping[str, Tensor]] | None = None
 
     @torch.no_grad()
-    def plan(
-        self, memory: FadingMemory, batch: Batch, flags: list[bool], exchange: Exchange
-    ) -> Plan:
+    def plan(self, memory: Any, batch: Any, *others: Any) -> Plan:
         """The plan of the default rule for the heads; the tasks' own gradients for the rest."""
-        plan = super().plan(memory, batch, flags, exchange)
+        plan = super().plan(memory, batch, *others)
         if not plan.gradients:  # the warm-up
             return plan
-        found = (
-            self.weights()
-            if self.weights
-            else {n: torch.ones_like(w) for n, w in plan.weights.items()}
-        )
+        ones = {name: torch.ones_like(weight) for name, weight in plan.weights.items()}
+        found = self.weights() if self.weights else ones
         plan.gradients = {}
         for part in batch.parts:
-            rows = torch.cat([head.weights() for head in part.heads])
-            own = torch.cat([found[name] for name in part.names])
-            own = own if part.gradient.dim() == 2 else own[:, None]  # classes share a weight
-            gradient = part.gradient * own.to(part.gradient.dtype)
-            gradient = gradient.flatten(1) @ rows.to(gradient.dtype)
+            own = torch.cat([found[name] for name in part.names]).to(part.gradient)
+            at_outputs = part.gradient * (own if part.gradient.dim() == 2 else own[:, None])
+            gradient = at_outputs.flatten(1) @ torch.cat([head.weights() for head in part.heads])
             before = plan.gradients.get(part.key)
             plan.gradients[part.key] = gradient if before is None else before + gradient
         total = torch.stack([weight.sum() for weight in found.values()]).sum()

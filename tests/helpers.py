@@ -165,7 +165,9 @@ def arguments_of(
         kwargs["heads"] = make_heads(net, rule, **(settings or {}))
     if isinstance(rule, PaperRule):
         kwargs.setdefault("steps_per_epoch", EPOCH)
-    return {"shared_rep_hook": net.trunk, "rule": rule, **kwargs}
+    if "shared_rep_hook" not in kwargs:
+        kwargs["shared_rep_hook"] = net.trunk
+    return {"rule": rule, **kwargs}
 
 
 def make_engine(net: nn.Module, rule: str | Rule = "paper", **kwargs: Any) -> BayesAgg:

@@ -315,16 +315,18 @@ def concentrate(engine: Any, precision: float = 1e12) -> None:
     As if an enormous data set had confirmed the current weights of every head.
     """
     state = engine.get_extra_state()
-    for block, saved in zip(engine._blocks, state["blocks"], strict=True):
-        weights = torch.cat([head_weights(head) for head in block.heads]).double()
-        if block.kind == "multiclass":
-            classes = weights.unflatten(0, (block.num_tasks, -1))
+    for group in state["memory"]["groups"]:
+        heads = [engine.heads[name] for name in group["tasks"]]
+        weights = torch.cat([head_weights(head) for head in heads]).double()
+        tasks = sum(head.num_tasks for head in heads)
+        if heads[0].kind == "multiclass":
+            classes = weights.unflatten(0, (tasks, -1))
             weights = (contrast_basis(classes.shape[1], weights) @ classes).flatten(1)
         eye = torch.eye(weights.shape[1]).to(weights).repeat(len(weights), 1, 1)
-        saved["full"] = {
+        group["full"] = {
             "precision": precision * eye,
             "shift": precision * weights,
             "count": torch.ones(len(weights)).to(weights),
         }
-    state["epoch"] = engine.pretrain_epochs
+    state["memory"]["epoch"] = engine.rule.pretrain_epochs
     engine.set_extra_state(state)

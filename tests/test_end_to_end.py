@@ -1,5 +1,7 @@
 """The gradient that arrives at h, against Eq. 2-11 computed naively from the same data.
 
+Of the paper's rule; ``rules/test_likelihood.py`` does the same for the default one.
+
 The representation is a free parameter, so what an encoder would receive can be read off its
 gradient. One epoch of pre-training makes the full-data posterior; the next step is compared.
 """
@@ -14,9 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BayesAgg, BinaryHead, MulticlassHead, PaperRule, RegressionHead
 from tests import reference
-from tests.helpers import PaperBayesAgg
 
 DATA, SHARED = 12, 3
 EPOCH = [slice(0, 5), slice(5, 9), slice(9, 12)]
@@ -38,7 +39,7 @@ EXACT = {"reg": 1e-9, "bin": 1e-4, "cls": 2e-3}
 @pytest.fixture(autouse=True)
 def _fine_cubature(monkeypatch):
     """The engine spends fewer nodes on a step than the comparisons below can stand."""
-    monkeypatch.setattr("bayesagg.likelihoods.multiclass._TRAINING_NODES", 1 << 13)
+    monkeypatch.setattr("bayesagg.likelihoods.multiclass._NODES", 1 << 13)
 
 
 class Study:
@@ -55,7 +56,7 @@ class Study:
         heads = {name: HEADS[name](self.model.heads[name], **self.settings[name]) for name in names}
         self.scale = engine.get("gradient_scale", "sum")
         self.full = engine.get("covariance", "diagonal") == "full"
-        self.engine = PaperBayesAgg(self.model.shared, heads, **engine)
+        self.engine = BayesAgg(self.model.shared, heads, rule=PaperRule(**engine))
         labels = {
             "reg": rng.standard_normal((DATA, 2)),
             "bin": rng.integers(0, 2, (DATA, 2)).astype(float),
@@ -473,7 +474,8 @@ def test_pretraining_is_linear_scalarization_to_the_last_bit(
     study.model = Network(names, device, dtype)
     twin = copy.deepcopy(study.model)
     heads = {n: HEADS[n](study.model.heads[n]) for n in names}
-    engine = PaperBayesAgg(study.model.shared, heads, pretrain_epochs=pretrain_epochs)
+    rule = PaperRule(pretrain_epochs=pretrain_epochs)
+    engine = BayesAgg(study.model.shared, heads, rule=rule)
     x = torch.randn(DATA, 4, dtype=torch.float64).to(device, dtype)
     study.present = {n: p.clone() for n, p in study.present.items()}
 
@@ -502,7 +504,11 @@ def test_pretraining_is_linear_scalarization_to_the_last_bit(
             weights = torch.cat(list(engine.task_weights.values()))
             torch.testing.assert_close(weights, torch.full_like(weights, uniform))
         engine.end_epoch()
-    assert not engine.pretraining
+    expected = {n: p.grad.clone() for n, p in study.model.shared.named_parameters()}
+    study.model.zero_grad()
+    engine.backward(losses(models["engine"], EPOCH[-1]))
+    for name, p in models["engine"].shared.named_parameters():
+        assert not torch.allclose(p.grad, expected[name])
 
 
 def test_only_the_shared_network_sees_the_aggregate(device, dtype):
@@ -510,7 +516,8 @@ def test_only_the_shared_network_sees_the_aggregate(device, dtype):
     names = ("bin", "cls")
     study = Study(names, device, dtype)
     network = Network(names, device, dtype)
-    engine = PaperBayesAgg(network.shared, {n: HEADS[n](network.heads[n], s=0.5) for n in names})
+    heads = {n: HEADS[n](network.heads[n], s=0.5) for n in names}
+    engine = BayesAgg(network.shared, heads, rule="paper")
     x = torch.randn(DATA, 4, dtype=torch.float64).to(device, dtype)
     free = study.model
     study.model = network
@@ -530,7 +537,8 @@ def test_only_the_shared_network_sees_the_aggregate(device, dtype):
         free.shared.h.copy_(network.shared(x))
     free.heads.load_state_dict(network.heads.state_dict())
     study.model = free
-    study.engine = PaperBayesAgg(free.shared, {n: HEADS[n](free.heads[n], s=0.5) for n in names})
+    heads = {n: HEADS[n](free.heads[n], s=0.5) for n in names}
+    study.engine = BayesAgg(free.shared, heads, rule="paper")
     aggregate = study.pretrain().arriving(STEP)
     h = network.shared(x[STEP])
     expected = torch.autograd.grad(h, list(network.shared.parameters()), h.new_tensor(aggregate))

@@ -151,7 +151,7 @@ def test_the_full_protocol_runs(name, monkeypatch, tmp_path):
     for key, preset in presets.PAPER.items():
         less = {
             "training": {**preset.training, "epochs": 5},
-            "wrapper": {**preset.wrapper, "pretrain_epochs": 2},
+            "rule": replace(preset.rule, pretrain_epochs=2),
         }
         for kind in ("binary", "multiclass"):
             if settings := getattr(preset, kind):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-__all__ = ["form_of"]
+__all__ = ["form_of", "nodes_of"]
 
 _MANY = 64  # nodes: a loss that reaches into the network by other paths has thousands
+
+
+def nodes_of(outputs: Iterable[Tensor]) -> set[Node]:
+    """The nodes of tensors that have one."""
+    return {output.grad_fn for output in outputs if output.grad_fn is not None}
 
 
 def form_of(loss: Tensor, own: Container[Node], others: Container[Node]) -> int:

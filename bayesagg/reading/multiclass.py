@@ -83,7 +83,7 @@ class Multiclass:
         Raises:
             TargetError: for one.
         """
-        classes = said.head.out_features
+        classes = said.layout.outputs
         like = said.rows([call.output for call in said.calls])[:, None].permute(2, 0, 1)
         if bool(self.targets([said], like, True).valid):
             return
@@ -98,20 +98,21 @@ class Multiclass:
         )
 
     def read(self, observed: Observed, factor: Tensor | None) -> Read:
-        """The class where ``g = f (p - y)`` is negative."""
+        """``y = p - g / f``, which must be one class."""
         if factor is None:
             return self._read_any(observed)
         z, g, eps = observed.output, observed.gradient, observed.eps
         tol = tolerance(eps)
         log_p = z.log_softmax(0)
-        label = _label(z, g)
+        soft = log_p.exp().addcdiv_(g, factor, value=-1)
+        # Of a saturated datum, which has no derivative, the largest probability.
+        label = soft.max(0, keepdim=True).indices  # faster than argmax
         y = torch.zeros_like(z).scatter_(0, label, 1.0)
         nll = -log_p.gather(0, label)[0]
-        off = self.size(torch.addcmul(g, log_p.exp_() - y, factor, value=-1))
-        # A saturated datum on the right side has no gradient; others without one have no label.
-        shown = torch.logical_or(g.amax(0) > 0, nll <= eps)
+        fits = (soft.sub_(y).abs_().amax(0) <= tol).all(0)
+        shown = torch.logical_or(g.amax(0) > 0, nll <= eps).all(0)  # else there is no label
         agrees = observed.agrees((nll * factor).sum(0), tol, self._noise(z, factor, eps))
-        return Read(y, factor, None, ((off <= tol * factor).all(0), shown.all(0), agrees))
+        return Read(y, factor, None, (fits, shown, agrees))
 
     def _read_any(self, observed: Observed) -> Read:
         """Of any factor, which follows from the other classes, and with labels missing."""
@@ -169,7 +170,7 @@ class Multiclass:
 def _label(z: Tensor, g: Tensor) -> Tensor:
     """The class whose derivative is negative, ``[1, N, K]``; of a saturated datum the largest."""
     least, label = g.min(0)
-    return torch.where(least < 0, label, z.argmax(0))[None]
+    return torch.where(least < 0, label, z.max(0).indices)[None]
 
 
 def _checked_shape(said: Said, like: Tensor) -> Tensor:

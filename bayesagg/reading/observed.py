@@ -12,7 +12,17 @@ from torch import Tensor
 from bayesagg.heads import Head
 from bayesagg.reading.hooks import Call, flatten
 
-__all__ = ["Found", "Observed", "Read", "Said", "join", "rows_of", "tolerance", "value_tolerance"]
+__all__ = [
+    "Found",
+    "Layout",
+    "Observed",
+    "Read",
+    "Said",
+    "join",
+    "rows_of",
+    "tolerance",
+    "value_tolerance",
+]
 
 
 def tolerance(eps: float) -> float:
@@ -25,6 +35,32 @@ def value_tolerance(eps: float) -> float:
     return max(1e-5, min(1e3 * eps, tolerance(eps)))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a head's outputs are: its description computes these anew each time it is asked.
+
+    Attributes:
+        kind: of the head.
+        outputs: of its module.
+        tasks: in the sense of the paper.
+        classes: of a multi-class head, else 0.
+        channels_first: outputs are dimension 1, not the last.
+    """
+
+    kind: str
+    outputs: int
+    tasks: int
+    classes: int
+    channels_first: bool
+
+    @staticmethod
+    def of(head: Head) -> Layout:
+        """Of one head."""
+        outputs = head.out_features
+        classes = outputs if head.kind == "multiclass" else 0
+        return Layout(head.kind, outputs, head.num_tasks, classes, head.channels_first)
+
+
 @dataclass
 class Said:
     """One head in one step.
@@ -32,6 +68,7 @@ class Said:
     Attributes:
         name: of the head.
         head: its description.
+        layout: of its outputs.
         calls: those whose output some loss depends on, in their order.
         loss: of the task, a scalar with its graph.
         gradients: of all losses at the outputs of the calls.
@@ -43,6 +80,7 @@ class Said:
 
     name: str
     head: Head
+    layout: Layout
     calls: list[Call]
     loss: Tensor
     gradients: list[Tensor]
@@ -51,14 +89,14 @@ class Said:
     form: int
     probes: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def key(self) -> tuple[int, ...]:
         """Identity of what the head reads."""
         return tuple(id(call.features) for call in self.calls)
 
     def rows(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors like the outputs of the calls as ``[N, o]``."""
-        return rows_of(tensors, self.head.channels_first)
+        return rows_of(tensors, self.layout.channels_first)
 
 
 def rows_of(tensors: Sequence[Tensor], channels_first: bool) -> Tensor:
@@ -75,8 +113,6 @@ class Observed:
     operations along a short last dimension take many times as long.
 
     Attributes:
-        saids: of every head.
-        kind: of the heads.
         output: detached.
         gradient: of all losses at the output.
         losses: value of every head's loss, ``[H]``.
@@ -87,8 +123,6 @@ class Observed:
         probes: ``v`` and ``H v``; none: no second derivatives were taken.
     """
 
-    saids: tuple[Said, ...]
-    kind: str
     output: Tensor
     gradient: Tensor
     losses: Tensor
@@ -170,29 +204,25 @@ def _owners(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(index, device=device)
 
 
-def join(
-    saids: Sequence[Said], target: Tensor | None = None, present: Tensor | None = None
-) -> Observed:
+def join(saids: Sequence[Said]) -> Observed:
     """Several heads of one kind (and number of classes) side by side.
 
     Args:
         saids: their outputs are of one dtype. Nothing here needs a graph: call it without.
-        target: of all of them, in the layout of :class:`Observed`.
-        present: ``[N, K]``.
     """
     first = saids[0]
-    classes = first.head.out_features if first.head.kind == "multiclass" else None
+    classes = first.layout.classes
     work = torch.promote_types(first.calls[0].output.dtype, torch.float32)
 
     def beside(parts: Sequence[Tensor]) -> Tensor:
         wide = parts[0].detach() if len(parts) == 1 else torch.cat(list(parts), 1)
         if wide.dtype != work:
             wide = wide.to(work)
-        if classes is not None:
+        if classes:
             wide = wide.view(len(wide), -1, classes).permute(2, 0, 1).contiguous()
         return wide
 
-    sizes = [said.head.num_tasks for said in saids]
+    sizes = [said.layout.tasks for said in saids]
     outputs = beside([s.rows([call.output for call in s.calls]) for s in saids])
     owners = None
     if sum(sizes) > len(sizes):
@@ -203,14 +233,10 @@ def join(
         probes.append((v, beside([s.rows(s.probes[i][1]) for s in saids])))
     losses = torch.cat([s.loss.view(1) for s in saids])
     return Observed(
-        tuple(saids),
-        first.head.kind,
         outputs,
         beside([s.rows(s.gradients) for s in saids]),
         losses if losses.dtype == work else losses.to(work),
         owners,
         max(s.eps for s in saids),
-        target,
-        present,
-        tuple(probes),
+        probes=tuple(probes),
     )

@@ -15,12 +15,12 @@ from bayesagg.heads import Head, LossTask
 from bayesagg.parallel import without_gathers
 from bayesagg.reading.batch import Batch, Labels, Part
 from bayesagg.reading.diagnose import unreached
-from bayesagg.reading.form import form_of
+from bayesagg.reading.form import form_of, nodes_of
 from bayesagg.reading.hooks import Call, Capture
 from bayesagg.reading.hot import Factors, look, read_group
 from bayesagg.reading.known import Known, load, state
 from bayesagg.reading.losses import named_losses, named_targets, raise_not_finite, reduced
-from bayesagg.reading.observed import Said
+from bayesagg.reading.observed import Layout, Said
 from bayesagg.reading.step import Features, Group, group_heads, labels_of, make_parts
 from bayesagg.reading.verify import Verified, verify
 
@@ -44,6 +44,9 @@ class Reader:
         self.tasks, self.passthrough = dict(tasks), frozenset(passthrough)
         self.known: dict[str, Known] = {}
         self._factors = Factors()
+        self._layouts = {
+            name: Layout.of(head) for name, head in self.tasks.items() if isinstance(head, Head)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What was verified, as plain dictionaries."""
@@ -108,7 +111,7 @@ class Reader:
             if outputs
             else ()
         )
-        gradients, nodes = iter(found), {output.grad_fn for output in outputs}
+        gradients, nodes = iter(found), nodes_of(outputs)
         saids = []
         for name, some in calls.items():
             pairs = [(call, g) for call in some if (g := next(gradients)) is not None]
@@ -118,9 +121,11 @@ class Reader:
             assert isinstance(head, Head)
             eps = max(torch.finfo(t.dtype).eps for t in (pairs[0][0].output, loss))
             reached, derivatives = [call for call, _ in pairs], [g for _, g in pairs]
-            form = form_of(loss, {call.output.grad_fn for call in reached}, nodes)
+            form = form_of(loss, nodes_of([call.output for call in reached]), nodes)
             target = targets.get(name)
-            saids.append(Said(name, head, reached, loss, derivatives, target, eps, form))
+            saids.append(
+                Said(name, head, self._layouts[name], reached, loss, derivatives, target, eps, form)
+            )
         return saids
 
     def _parts(
@@ -190,7 +195,7 @@ def _made(group: Group, verified: Mapping[str, Verified], features: Features) ->
     labels: list[Labels | None] = []
     start = 0
     for i, said in enumerate(group.saids):
-        stop = start + said.head.num_tasks
+        stop = start + said.layout.tasks
         if said.name in verified:
             labels.append(verified[said.name].labels)
         else:

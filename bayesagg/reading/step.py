@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Group:
     complete: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.likelihood = LIKELIHOODS[self.saids[0].head.kind]
+        self.likelihood = LIKELIHOODS[self.saids[0].layout.kind]
         self.observed = join(self.saids)
         if self.saids[0].target is not None and not self.own:
             self.join_targets()
@@ -65,19 +65,17 @@ class Group:
         """
         like = self.observed.output
         target, present, self.usable = self.likelihood.targets(self.saids, like, self.partial)
-        self.observed = join(self.saids, target, present)
+        self.observed = replace(self.observed, target=target, present=present)
 
 
 def group_heads(saids: Sequence[Said], known: Mapping[str, Known]) -> list[Group]:
     """Groups in the order of their first heads."""
     groups: dict[tuple[object, ...], list[Said]] = {}
     for said in saids:
-        head, form = said.head, known.get(said.name, Known())
-        classes = head.out_features if head.kind == "multiclass" else 0
-        given = said.target is not None
-        dtype = said.calls[0].output.dtype
-        flags = (given, form.own, form.weighted, form.masked)
-        groups.setdefault((head.kind, classes, said.key, dtype, *flags), []).append(said)
+        layout, form = said.layout, known.get(said.name, Known())
+        flags = (said.target is not None, form.own, form.weighted, form.masked)
+        what = (layout.kind, layout.classes, said.calls[0].output.dtype, said.key)
+        groups.setdefault((*what, *flags), []).append(said)
     made = []
     for group in groups.values():
         forms = [known.get(said.name) for said in group]
@@ -173,15 +171,15 @@ def _part(group: Group, indices: list[int], labels: Labels | None, features: Fea
     if len(saids) < len(group.saids):
         columns, start = [], 0
         for i, said in enumerate(group.saids):
-            stop = start + said.head.num_tasks
+            stop = start + said.layout.tasks
             if i in indices:
                 columns.append(gradient[:, start:stop])
             start = stop
         gradient, losses = torch.cat(columns, 1), torch.stack([losses[i] for i in indices])
     slices, start = {}, 0
     for said in saids:
-        slices[said.name] = slice(start, start + said.head.num_tasks)
-        start += said.head.num_tasks
+        slices[said.name] = slice(start, start + said.layout.tasks)
+        start += said.layout.tasks
     return Part(
         group.likelihood.kind,
         tuple(said.name for said in saids),

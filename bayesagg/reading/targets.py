@@ -38,7 +38,7 @@ def flat_target(said: Said) -> Tensor:
         return target
     if target.dim() < output.dim():
         return target.reshape(-1)
-    return flatten(target, said.head.channels_first)
+    return flatten(target, said.layout.channels_first)
 
 
 def beside_outputs(saids: list[Said], like: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def beside_outputs(saids: list[Said], like: Tensor) -> Tensor:
     """
     flat = []
     for said in saids:
-        y, shape = flat_target(said), (len(like), said.head.out_features)
+        y, shape = flat_target(said), (len(like), said.layout.outputs)
         if y.dim() == 1 and shape[1] == 1:
             y = y[:, None]
         if tuple(y.shape) != shape:

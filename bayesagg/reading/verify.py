@@ -94,7 +94,7 @@ def _judge(group: Group, known: Mapping[str, Known], results: dict[str, Verified
     labels = labels_of(observed, found, False)
     start, failing = 0, []
     for i, said in enumerate(group.saids):
-        stop = start + said.head.num_tasks
+        stop = start + said.layout.tasks
         if valid[i]:
             results[said.name] = _take(group, found, i, labels.columns(start, stop), known)
         else:
@@ -146,7 +146,8 @@ def _probe(loss: Tensor, saids: Sequence[Said]) -> bool:
     pooled) cannot pass for a diagonal.
 
     Returns:
-        whether the loss can be differentiated twice.
+        whether the loss can be differentiated twice; heads of which this is not to be said stay
+        without probes.
     """
     outputs = [call.output for said in saids for call in said.calls]
     numbers = sum(output.numel() for output in outputs)
@@ -164,10 +165,12 @@ def _probe(loss: Tensor, saids: Sequence[Said]) -> bool:
             raise
         return False
     for v, curved in probes:
-        pairs = iter(zip(v, curved, strict=True))
+        triples = iter(zip(gradients, v, curved, strict=True))
         for said in saids:
-            some = [next(pairs) for _ in said.calls]
-            said.probes.append(([a for a, _ in some], [b for _, b in some]))
+            some = [next(triples) for _ in said.calls]
+            # One that depends on nothing has lost its graph, as in a function of the user's.
+            if any(g is not None and g.requires_grad for g, _, _ in some):
+                said.probes.append(([a for _, a, _ in some], [b for _, _, b in some]))
     return True
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from examples.comparison.tasks import Outputs
 from examples.methods import LinearScalarization
 from examples.models import HeadGroup, Kind
-from examples.training import Criterion, Losses, TrainSettings
+from examples.training import Criterion, Losses
 
 
 def per_member(criterion: Criterion) -> Criterion:
@@ -114,13 +114,11 @@ class EnsembleNetworks(nn.Module):
 class Ensemble(LinearScalarization):
     """The base: what an update of an ensemble has besides.
 
-    All its epochs are linear scalarization, so there is no warm-up to tell apart.
+    All its steps are linear scalarization, so there is no warm-up to tell apart.
     """
 
-    def __init__(
-        self, model: Any, settings: TrainSettings, steps_per_epoch: int, members: int
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch)
+    def __init__(self, *shared: Any, members: int) -> None:
+        super().__init__(*shared)
         self.members, self.warmup_steps = members, 0
 
     @staticmethod
@@ -135,19 +133,11 @@ class HeadEnsemble(Ensemble):
     The backbone gets the gradient averaged over the members, each head that of its own loss, as if
     it were alone: the share of an average would be lost in Adam's ε and in the weight decay. The
     clipping, which is before that, sees the gradient of the average.
-
-    Args:
-        model: What :meth:`network` gives.
-        settings: As of :class:`examples.methods.LinearScalarization`.
-        steps_per_epoch: As there.
-        members: Heads of each task.
     """
 
-    def __init__(
-        self, model: Any, settings: TrainSettings, steps_per_epoch: int, members: int = 1024
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch, members)
-        self._heads = [m for m in model.modules() if isinstance(m, EnsembleHead)]
+    def __init__(self, *shared: Any, members: int = 1024) -> None:
+        super().__init__(*shared, members=members)
+        self._heads = [m for m in self.model.modules() if isinstance(m, EnsembleHead)]
         self.optimizer.register_step_pre_hook(lambda *_: self._undo_the_average())
 
     @staticmethod
@@ -172,19 +162,7 @@ class HeadEnsemble(Ensemble):
 
 
 class NetworkEnsemble(Ensemble):
-    """Many networks, each trained as it would be alone.
-
-    Args:
-        model: What :meth:`network` gives.
-        settings: As of :class:`examples.methods.LinearScalarization`.
-        steps_per_epoch: As there.
-        members: Networks.
-    """
-
-    def __init__(
-        self, model: Any, settings: TrainSettings, steps_per_epoch: int, members: int = 10
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch, members)
+    """Many networks, each trained as it would be alone."""
 
     @staticmethod
     def network(make: Callable[[], nn.Module], members: int = 10) -> nn.Module:

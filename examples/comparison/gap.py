@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.methods import LinearScalarization
-from examples.training import Losses, TrainSettings
+from examples.training import Losses
 
 _BATCH, _CAPACITY = 128, 10_000
 _DISCOUNT, _TARGET_RATE = 0.99, 0.005
@@ -117,25 +117,18 @@ class ImprovableGapBalancing(LinearScalarization):
     in which the agent starts to learn.
 
     Args:
-        model: As of :class:`examples.methods.LinearScalarization`.
-        settings: As there.
-        steps_per_epoch: As there.
         rate: Learning rate of the agent.
     """
 
     weighted = True
 
-    def __init__(
-        self, model: Any, settings: TrainSettings, steps_per_epoch: int, rate: float = 3e-4
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch)
-        self.tasks = sum(group.tasks for group in model.groups)
-        self.agent = Agent(self.tasks, rate, settings.seed)
-        self._generator = torch.Generator().manual_seed(settings.seed)
-        self._epoch_steps, self._count = steps_per_epoch, 0
-        quarter = settings.epochs * steps_per_epoch // 4
-        self._random_steps = min(_RANDOM_EPOCHS * steps_per_epoch, quarter)
-        self._collect_steps = min(_COLLECT_EPOCHS * steps_per_epoch, quarter)
+    def __init__(self, *shared: Any, rate: float = 3e-4) -> None:
+        super().__init__(*shared)
+        self.agent = Agent(self.tasks, rate, self.settings.seed)
+        self._generator, self._count = torch.Generator().manual_seed(self.settings.seed), 0
+        quarter = self.settings.epochs * self.steps_per_epoch // 4
+        self._random_steps = min(_RANDOM_EPOCHS * self.steps_per_epoch, quarter)
+        self._collect_steps = min(_COLLECT_EPOCHS * self.steps_per_epoch, quarter)
         self._first: list[Tensor] = []  # losses of the first epoch
         self.base: Tensor | None = None
         self._last: tuple[Tensor, Tensor] | None = None  # losses and weights of the last step
@@ -145,7 +138,7 @@ class ImprovableGapBalancing(LinearScalarization):
         now = torch.stack(list(losses.values())).detach()
         if self.base is None:
             self._first.append(now)
-            if len(self._first) == self._epoch_steps:
+            if len(self._first) == self.steps_per_epoch:
                 self.base = torch.stack(self._first).mean(0)
         elif self._last is not None:
             before, weights = self._last

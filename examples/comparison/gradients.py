@@ -23,7 +23,7 @@ from torchjd.aggregation import (
 )
 
 from examples.methods import LinearScalarization
-from examples.training import Losses, TrainSettings
+from examples.training import Losses
 
 Floats = npt.NDArray[np.float64]
 
@@ -32,9 +32,6 @@ class GradientWeighting(LinearScalarization):
     """The base: per-task gradients, weights from their Gram matrix, the weighted sum.
 
     Args:
-        model: As of :class:`examples.methods.LinearScalarization`, with a ``backbone``.
-        settings: As there.
-        steps_per_epoch: As there.
         representation: Compute the weights from the gradients at the shared representation (the
             methods with the suffix -UB) and not from those of the shared parameters.
     """
@@ -42,14 +39,9 @@ class GradientWeighting(LinearScalarization):
     weighted = True
     batched: ClassVar[bool] = True  # gradients of all tasks by one vectorised pass
 
-    def __init__(
-        self,
-        model: Any,
-        settings: TrainSettings,
-        steps_per_epoch: int,
-        representation: bool = False,
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch)
+    def __init__(self, *shared: Any, representation: bool = False) -> None:
+        super().__init__(*shared)
+        model = self.model
         self._representation = representation
         self._h: Tensor | None = None
         model.backbone.register_forward_hook(self._keep)
@@ -109,22 +101,11 @@ class MGDA(GradientWeighting):
     """MGDA (Désidéri, 2012; Sener and Koltun, 2018): the point of smallest norm in the hull.
 
     Args:
-        model: As of :class:`GradientWeighting`.
-        settings: As there.
-        steps_per_epoch: As there.
-        representation: As there.
         normalize: Divide each task's gradient by its norm first.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        settings: TrainSettings,
-        steps_per_epoch: int,
-        representation: bool = False,
-        normalize: bool = False,
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch, representation)
+    def __init__(self, *shared: Any, representation: bool = False, normalize: bool = False) -> None:
+        super().__init__(*shared, representation=representation)
         self._normalize = normalize
 
     def combine(self, gramian: Tensor) -> Tensor:
@@ -150,16 +131,11 @@ class CAGrad(GradientWeighting):
     """CAGrad (Liu et al., 2021): within a ball around the mean, the best for the worst-off task.
 
     Args:
-        model: As of :class:`GradientWeighting`.
-        settings: As there.
-        steps_per_epoch: As there.
         c: Radius of the ball as a share of the norm of the mean gradient.
     """
 
-    def __init__(
-        self, model: Any, settings: TrainSettings, steps_per_epoch: int, c: float = 0.4
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch)
+    def __init__(self, *shared: Any, c: float = 0.4) -> None:
+        super().__init__(*shared)
         self._ball = CAGradWeighting(c=c)
 
     def combine(self, gramian: Tensor) -> Tensor:
@@ -181,16 +157,11 @@ class FairGrad(GradientWeighting):
     """FairGrad (Ban and Ji, 2024): G Gᵀ w = w^(-1/α); with α = 1 Nash-MTL (Navon et al., 2022).
 
     Args:
-        model: As of :class:`GradientWeighting`.
-        settings: As there.
-        steps_per_epoch: As there.
         alpha: Kind of fairness.
     """
 
-    def __init__(
-        self, model: Any, settings: TrainSettings, steps_per_epoch: int, alpha: float = 2.0
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch)
+    def __init__(self, *shared: Any, alpha: float = 2.0) -> None:
+        super().__init__(*shared)
         self._alpha = alpha
 
     def combine(self, gramian: Tensor) -> Tensor:

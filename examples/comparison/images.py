@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from examples import image_models
-from examples.comparison import separate
+from examples.comparison import networks
 from examples.comparison.benchmark import Benchmark
-from examples.comparison.networks import TaskNet
-from examples.comparison.separate import SeparateNets
+from examples.comparison.networks import SeparateNets, TaskNet
 from examples.comparison.tasks import Outputs, Task
 from examples.data import folder, images
 from examples.training import Part
 
 Backbone = Callable[[], nn.Module]
-SOURCES = (folder, images, image_models, separate)
+SOURCES = (folder, images, image_models, networks)
 
 
 class RecomputedNets(SeparateNets):

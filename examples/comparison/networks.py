@@ -1,9 +1,11 @@
-"""MLPs for tasks of several kinds: one with shared layers, and one network per task at once."""
+"""Networks for tasks of several kinds: with shared layers, and one per task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from examples.comparison.tasks import Outputs, Task, grouped
@@ -62,7 +64,9 @@ def mlp(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> TaskNet:
 class IndependentNets(nn.Module):
     """A network per task, evaluated together by batched products; gives what a TaskNet gives.
 
-    As :class:`examples.models.SingleTaskNets`, for tasks of several kinds.
+    Their parameters are stacked along a first dimension. Each network's loss reaches only its own
+    slices and Adam works element by element, so one optimizer on the sum of the losses trains them
+    exactly as K optimizers would.
 
     Args:
         networks: A network of one task each, in the order of the tasks; weights are copied.
@@ -122,3 +126,40 @@ class IndependentNets(nn.Module):
 def single_task(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> IndependentNets:
     """Stack one MLP per task, each with its own random weights."""
     return IndependentNets([mlp(inputs, widths, [task]) for task in tasks], tasks)
+
+
+class SeparateNets(nn.Module):
+    """Networks that share no parameter; gives what one network for all tasks gives.
+
+    For networks that :class:`IndependentNets` cannot stack.
+
+    Args:
+        networks: A network of one task each, in the order of the tasks.
+        tasks: Tasks, sorted by kind.
+    """
+
+    def __init__(self, networks: Sequence[TaskNet], tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self._heads = [(name, which) for name, _, which in grouped(tasks)]
+
+    def forward(self, x: Any) -> Outputs:
+        """Outputs by head, each ``(B, outputs)``."""
+        outputs = [self.output(network, x) for network in self.networks]
+        return {name: torch.cat(outputs[which], 1) for name, which in self._heads}
+
+    def output(self, network: nn.Module, x: Any) -> Tensor:
+        """Output of one network, ``(B, outputs)``."""
+        values: list[Tensor] = list(network(x).values())
+        return values[0]
+
+    def network_gradients(self) -> list[list[Tensor]]:
+        """Gradients of each network."""
+        return [
+            [p.grad for p in network.parameters() if p.grad is not None]
+            for network in self.networks
+        ]
+
+    def network_tensors(self) -> list[list[Tensor]]:
+        """Parameters and buffers of each network."""
+        return [list(network.state_dict().values()) for network in self.networks]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from examples.methods import BayesAggregation, LinearScalarization
 from examples.readout import ReadoutRule
-from examples.training import Losses, TrainSettings
+from examples.training import Losses
 
 
 class Readout(BayesAggregation):
@@ -20,27 +20,17 @@ class Readout(BayesAggregation):
     loss's weight, and parameters of its own (UW's variances) get their gradients.
 
     Args:
-        model: As of :class:`examples.methods.BayesAggregation`.
-        settings: As there.
-        steps_per_epoch: As there.
+        shared: As of :class:`examples.methods.BayesAggregation`.
         base: The method.
         own: Its settings.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        settings: TrainSettings,
-        steps_per_epoch: int,
-        base: type[LinearScalarization],
-        **own: Any,
-    ) -> None:
-        LinearScalarization.__init__(self, model, settings, steps_per_epoch)
-        self._base = base(model, settings, steps_per_epoch, **own)
-        self.optimizer = self._base.optimizer
-        self._left = settings.warmup_steps
+    def __init__(self, *shared: Any, base: type[LinearScalarization], **own: Any) -> None:
+        LinearScalarization.__init__(self, *shared)
+        self._base = base(*shared, **own)
+        self.optimizer, self._left = self._base.optimizer, self.warmup_steps
         self._now: dict[str, Tensor] = {}
-        rule = ReadoutRule(warmup=settings.warmup_steps, weights=lambda: self._now)
+        rule = ReadoutRule(warmup=self.warmup_steps, weights=lambda: self._now)
         self._wrap({}, rule=rule)
 
     def backward(self, losses: Losses) -> None:

@@ -10,34 +10,23 @@ from torch import Tensor
 from torchjd.aggregation import RandomWeighting
 
 from examples.methods import LinearScalarization
-from examples.training import Losses, TrainSettings
+from examples.training import Losses
 
 
 class UncertaintyWeighting(LinearScalarization):
     """UW (Kendall et al., 2018): the sum of exp(-s_k) L_k + s_k, with learned log-variances s.
 
     Args:
-        model: As of :class:`examples.methods.LinearScalarization`.
-        settings: As there.
-        steps_per_epoch: As there.
         rate: Learning rate of the log-variances, as a multiple of that of the model.
     """
 
     weighted = True
 
-    def __init__(
-        self, model: Any, settings: TrainSettings, steps_per_epoch: int, rate: float = 1.0
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch)
-        tasks = sum(group.tasks for group in model.groups)
-        self.log_variances = torch.nn.Parameter(torch.zeros(tasks))
-        self.optimizer.add_param_group(
-            {
-                "params": [self.log_variances],
-                "lr": rate * settings.learning_rate,
-                "weight_decay": 0.0,
-            }
-        )
+    def __init__(self, *shared: Any, rate: float = 1.0) -> None:
+        super().__init__(*shared)
+        self.log_variances = torch.nn.Parameter(torch.zeros(self.tasks))
+        own = {"lr": rate * self.settings.learning_rate, "weight_decay": 0.0}
+        self.optimizer.add_param_group({"params": [self.log_variances], **own})
 
     def objective(self, values: Tensor) -> Tensor:
         """Sum of the weighted losses and the log-variances."""
@@ -51,8 +40,8 @@ class RandomLossWeighting(LinearScalarization):
 
     weighted = True
 
-    def __init__(self, model: Any, settings: TrainSettings, steps_per_epoch: int) -> None:
-        super().__init__(model, settings, steps_per_epoch)
+    def __init__(self, *shared: Any) -> None:
+        super().__init__(*shared)
         self._draw = RandomWeighting()
 
     def objective(self, values: Tensor) -> Tensor:
@@ -65,19 +54,14 @@ class DynamicWeightAverage(LinearScalarization):
     """DWA (Liu et al., 2019): weights follow the ratio of the mean losses of the last two epochs.
 
     Args:
-        model: As of :class:`examples.methods.LinearScalarization`.
-        settings: As there.
-        steps_per_epoch: As there.
         temperature: T; the larger, the closer to equal weights.
     """
 
     weighted = True
 
-    def __init__(
-        self, model: Any, settings: TrainSettings, steps_per_epoch: int, temperature: float = 2.0
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch)
-        self._temperature, self._steps_per_epoch = temperature, steps_per_epoch
+    def __init__(self, *shared: Any, temperature: float = 2.0) -> None:
+        super().__init__(*shared)
+        self._temperature = temperature
         self._epochs: list[Tensor] = []  # mean losses of the last two epochs
         self._current: list[Tensor] = []
 
@@ -85,7 +69,7 @@ class DynamicWeightAverage(LinearScalarization):
         """Step, and note the losses, those of the first epochs too."""
         super().step(losses)
         self._current.append(torch.stack(list(losses.values())).detach())
-        if len(self._current) == self._steps_per_epoch:
+        if len(self._current) == self.steps_per_epoch:
             self._epochs = [*self._epochs[-1:], torch.stack(self._current).mean(0)]
             self._current = []
 
@@ -105,25 +89,15 @@ class FAMO(LinearScalarization):
     batch fell in the step; the losses of the model have weights ∝ z_k / L_k that sum to K.
 
     Args:
-        model: As of :class:`examples.methods.LinearScalarization`.
-        settings: As there.
-        steps_per_epoch: As there.
         rate: Learning rate of the logits.
         decay: Weight decay of the logits, γ.
     """
 
     weighted = True
 
-    def __init__(
-        self,
-        model: Any,
-        settings: TrainSettings,
-        steps_per_epoch: int,
-        rate: float = 0.025,
-        decay: float = 1e-3,
-    ) -> None:
-        super().__init__(model, settings, steps_per_epoch)
-        self.logits = torch.nn.Parameter(torch.zeros(sum(group.tasks for group in model.groups)))
+    def __init__(self, *shared: Any, rate: float = 0.025, decay: float = 1e-3) -> None:
+        super().__init__(*shared)
+        self.logits = torch.nn.Parameter(torch.zeros(self.tasks))
         self._logits_optimizer = torch.optim.Adam([self.logits], lr=rate, weight_decay=decay)
         self._before: Tensor | None = None
 

@@ -35,29 +35,6 @@ class Split:
         return self.x[rows], self.y[rows]
 
 
-@dataclass(frozen=True)
-class MultiTaskData:
-    """A data set of K tasks over the same inputs.
-
-    Attributes:
-        tasks: Name of each task, length K.
-        units: Unit of each task, length K.
-        train: Training part; its targets, as those of the others, are in units of ``target_scale``.
-        val: Validation part.
-        test: Test part.
-        target_scale: Standard deviation of each target on the training part, shape ``(K,)``, in
-            ``units``: an absolute error of a standardised target times this is in the units of the
-            data set.
-    """
-
-    tasks: tuple[str, ...]
-    units: tuple[str, ...]
-    train: Split
-    val: Split
-    test: Split
-    target_scale: Tensor
-
-
 def split_indices(
     count: int, *, val_fraction: float, test_fraction: float, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:

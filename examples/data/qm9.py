@@ -23,9 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
-from examples.data import DataUnavailableError, MultiTaskData, Split, split_indices
+from examples.data import DataUnavailableError
 from examples.data.descriptors import (
     ATOMIC_NUMBERS,
     MAX_ATOMS,
@@ -58,8 +57,6 @@ TARGETS = (
     Target("cv", "Heatcapacity_Cv_cal_mol_K", "cal/mol/K"),
 )
 TOTAL_MOLECULES = 130_831
-
-_CLIP = 6.0  # standard deviations: rare pairs of elements (F-F) would give inputs of 100
 
 
 def read_frame(*more: str) -> pd.DataFrame:
@@ -208,40 +205,3 @@ def _write_cache(path: Path, features: Floats, targets: Floats) -> None:
             "set BAYESAGG_CACHE to a folder that can be written",
             stacklevel=3,
         )
-
-
-def load_qm9(molecules: int = 30_000, *, seed: int = 0) -> MultiTaskData:
-    """QM9 as 11 standardised regression tasks on descriptors of the molecules.
-
-    Args:
-        molecules: How many molecules, chosen at random; split 80/10/10.
-        seed: Seed of the choice and of the split.
-
-    Returns:
-        Inputs of shape ``(n, 274)``, standardised on the training part and clipped to ±6 standard
-        deviations; targets of shape ``(n, 11)``, standardised on the training part. Both float32.
-
-    Raises:
-        DataUnavailableError: If ``qm9pack`` is not installed.
-        ValueError: If there are not that many molecules, or so few that a part is empty.
-    """
-    train, val, test = split_indices(molecules, val_fraction=0.1, test_fraction=0.1, seed=seed)
-    features, targets = (torch.from_numpy(array) for array in load_arrays(molecules, seed=seed))
-    x, _ = _standardise(features.double(), train)
-    y, scale = _standardise(targets, train)
-    x, y = x.clamp(-_CLIP, _CLIP).float(), y.float()
-    return MultiTaskData(
-        tasks=tuple(target.name for target in TARGETS),
-        units=tuple(target.unit for target in TARGETS),
-        train=Split(x[train], y[train]),
-        val=Split(x[val], y[val]),
-        test=Split(x[test], y[test]),
-        target_scale=scale.float(),
-    )
-
-
-def _standardise(values: torch.Tensor, train: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centre and scale columns by the rows ``train``; columns constant there are only centred."""
-    mean, scale = values[train].mean(0), values[train].std(0)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (values - mean) / scale, scale

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from torchmetrics.functional.classification import binary_auroc
+from sklearn.metrics import roc_auc_score
 
 from bayesagg.metrics import delta_m
 from examples import compare
@@ -25,7 +25,7 @@ from examples.comparison.tasks import Task, criterion, grouped, joint_accuracy, 
 from examples.methods import LinearScalarization
 from examples.training import TrainSettings
 
-SMALL = ["nhefs", "--epochs", "2", "--train-size", "120", "--jobs", "1"]
+SMALL = ["nhefs", "--epochs", "2", "--train-size", "120", "--jobs", "1", "--warmup-steps", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,8 @@ def test_it_resumes_after_the_last_whole_run(finished, tmp_path, monkeypatch):
         ["--clip-norm", "1"],
         ["--train-size", "130"],
         ["--learning-rate", "0.003"],
-        ["--warmup-epochs", "0"],
+        ["--warmup-steps", "0"],
+        ["--optimizer", "sgd"],
     ],
 )
 def test_other_settings_never_share_a_run(changed, monkeypatch):
@@ -240,6 +241,8 @@ def test_a_method_that_diverges_is_reported_and_left_out(tmp_path, monkeypatch, 
         (["nhefs", "--clip-norm", "-1"], "-1.0 is not a positive number"),
         (["nhefs", "--arm", "a", "{"], "argument --arm: a:"),
         (["nhefs", "--arm", "a", '{"weights": {}}'], "unknown part 'weights'"),
+        (["nhefs", "--arm", "a", '{"rule": {"lag": 0}}'], "lag must be an integer"),
+        (["nhefs", "--trials", "2", "--learning-rate", "1e-3", "2e-3"], "not several"),
         (["nhefs", "--arm", "ls", "{}"], "'ls' is the name of a method"),
         (["nhefs", "--output", "{file}"], "is a file"),
     ],
@@ -274,6 +277,61 @@ def test_costs_are_of_every_method_and_relative_to_ls(tmp_path, monkeypatch):
     shared = 4 * sum(p.numel() for p in model.backbone.parameters())
     assert costs["imtl-g"]["peak_bytes"] > costs["ls"]["peak_bytes"] + 3 * shared
     assert "| IMTL-G |" in (tmp_path / "results.md").read_text().split("peak of a step")[1]
+
+
+# --- learning rates ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def at_rates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rates")
+    arguments = [*SMALL, "--methods", "ls", "bayesagg", "--learning-rate", "1e-3", "4e-3"]
+    assert compare.main([*arguments, "--seeds", "3", "--output", str(folder)]) == 0
+    return folder
+
+
+def test_every_method_is_trained_at_every_rate_and_single_tasks_at_their_own(at_rates):
+    found = content(at_rates)["runs"]
+    assert set(found) == {"stl", "ls@0.001", "ls@0.004", "bayesagg@0.001", "bayesagg@0.004"}
+    for name, group in found.items():
+        expected = float(name.partition("@")[2] or SOURCES["nhefs"].settings.learning_rate)
+        assert {run["identity"]["training"]["learning_rate"] for run in group} == {expected}
+    assert (at_rates / "results-rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_rate_is_that_of_the_validation_part(at_rates):
+    page, found = (at_rates / "results.md").read_text(), content(at_rates)
+    data = runs.load(runs.Data("nhefs", None, 120))
+    names = ("mae", "accuracy", "auroc", "accuracy")
+
+    def metrics(name, part):
+        values = [[run[part][k][m] for k, m in enumerate(names)] for run in found["runs"][name]]
+        return torch.tensor(values)
+
+    def validation(name):
+        single = metrics("stl", "val").mean(0)
+        deltas = [delta_m(run, single, data.higher_is_better) for run in metrics(name, "val")]
+        return statistics.mean(deltas)
+
+    for method, label in (("ls", "LS"), ("bayesagg", "BayesAgg")):
+        best = min((f"{method}@{rate}" for rate in (0.001, 0.004)), key=validation)
+        line = next(line for line in page.splitlines() if line.startswith(f"| {label} |"))
+        delta = statistics.mean(found["summary"][best]["delta"])
+        assert f"{delta:.2f} ± " in line and f"({best.partition('@')[2]})" in line
+        error = 100 * (1 - metrics(best, "test")[:, 1:].mean())
+        assert f"| {label} |" in page.split("error [%] at")[1]
+        assert f"{error:.2f} ± " in page.split("error [%] at")[1]
+
+
+def test_pairs_are_tested_without_correction(at_rates):
+    page, summary = (at_rates / "results.md").read_text(), content(at_rates)["summary"]
+    pairs = [line.split(" | ") for line in page.splitlines() if line.startswith("| LS - BayesAgg")]
+    assert [cells[1] for cells in pairs] == ["0.001", "0.004", "best of each"]
+    for cells in pairs[:2]:
+        a, b = (summary[f"{name}@{cells[1]}"]["delta"] for name in ("ls", "bayesagg"))
+        p = stats.ttest_rel(a, b).pvalue
+        assert float(cells[3].strip(" |").removeprefix("< ")) == pytest.approx(p, abs=1e-3)
+        assert cells[2].startswith(f"{statistics.mean(a) - statistics.mean(b):+.2f}")
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -324,7 +382,7 @@ def test_measures_against_their_definitions():
     r, b, c = measure(tasks, outputs, y, torch.tensor([5.0, 1.0, 1.0]))
     assert r["mae"] == pytest.approx(5 * (z - y[:, 0]).abs().mean().item(), rel=1e-5)
     p = (2 * z).sigmoid()
-    assert b["auroc"] == pytest.approx(binary_auroc(p, y[:, 1].long()).item())
+    assert b["auroc"] == pytest.approx(roc_auc_score(y[:, 1], p))
     assert b["brier"] == pytest.approx(((p - y[:, 1]) ** 2).mean().item(), rel=1e-5)
     error = 0.0
     for low in torch.arange(15) / 15:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 
 import pytest
 import torch
 
-from examples.dense import depth_error, losses_of, main, make_arm, mean_iou
+from examples.dense import METHODS, depth_error, losses_of, main, mean_iou, train
 from examples.scenes import CLASSES, IGNORED, SIZE, make_scenes
 
 
@@ -32,22 +33,20 @@ def test_measures_leave_out_what_has_no_label():
     assert depth_error(torch.tensor([0.75, 9.0]), depth) == 0.25
 
 
-@pytest.mark.parametrize("method", ["ls", "bayesagg"])
-def test_a_step_lowers_the_losses_of_its_batch(method):
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_losses(method):
     scenes = make_scenes(2, seed=0)
-    arm = make_arm(method, 4, 5, 32, 0)
-    before = losses_of(arm.net(scenes.images), scenes)
-    for _ in range(15):
-        arm.step(scenes)
-    after = losses_of(arm.net(scenes.images), scenes)
-    assert all(after[name] < before[name] for name in before)
+    args = Namespace(seed=0, width=4, epochs=1, batch=2)
+    before = losses_of(train(method, scenes, args)[0].train()(scenes.images), scenes)
+    args.epochs = 80  # past the warm-up
+    after = losses_of(train(method, scenes, args)[0].train()(scenes.images), scenes)
+    assert all(after[name] < 0.9 * before[name] for name in before)
 
 
 def test_a_run_in_the_small(tmp_path, capsys):
     """All parts, and a figure."""
-    sizes = "--scenes 4 --test-scenes 2 --epochs 2 --batch 2 --width 4 --max-data 16 --rounds 2"
+    sizes = "--scenes 4 --test-scenes 2 --epochs 2 --batch 2 --width 4"
     main([*sizes.split(), "--out", str(tmp_path / "figures" / "dense.png")])
     said = capsys.readouterr().out
-    assert len(re.findall(r"mIoU 0\.\d{3}  depth error \d\.\d{4}", said)) == 2
-    assert re.search(r"BayesAgg / LS: \d+\.\d\d ", said)
+    assert len(re.findall(r"mIoU 0\.\d{3}  depth error \d\.\d{4}  \d+ ms a step", said)) == 2
     assert (tmp_path / "figures" / "dense.png").stat().st_size > 10_000

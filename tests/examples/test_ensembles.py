@@ -28,7 +28,7 @@ TASKS = (
     Task("b0", "binary", "auroc"),
     Task("c0", "multiclass", "accuracy", classes=3),
 )
-SETTINGS = TrainSettings(learning_rate=0.01, weight_decay=0.1, clip_norm=0.5, pretrain_epochs=1)
+SETTINGS = TrainSettings(learning_rate=0.01, weight_decay=0.1, clip_norm=0.5, warmup_steps=3)
 LOSSES = criterion(TASKS)
 
 
@@ -79,7 +79,7 @@ def test_the_backbone_gets_the_mean_of_the_members_gradients_and_each_head_its_o
     model = HeadEnsemble.network(make, members)
     assert not torch.allclose(*model.heads["c0"].weight.detach().split(3)[:2])
     each = [gradients(member(model, m), data) for m in range(members)]
-    update = HeadEnsemble(model, TrainSettings(learning_rate=1e-9), 3, members)
+    update = HeadEnsemble(model, TrainSettings(learning_rate=1e-9), 3, members=members)
     train(update, per_member(LOSSES), data, steps=1)
     for name, parameter in model.named_parameters():
         own = [g[name] for g in each]
@@ -96,7 +96,7 @@ def test_equal_heads_train_as_linear_scalarization_of_one():
             head.weight.copy_(head.weight[: len(head.weight) // members].repeat(members, 1))
             head.bias.copy_(head.bias[: len(head.bias) // members].repeat(members))
     settings = TrainSettings(learning_rate=0.01, weight_decay=0.1)
-    train(HeadEnsemble(model, settings, 3, members), per_member(LOSSES), data)
+    train(HeadEnsemble(model, settings, 3, members=members), per_member(LOSSES), data)
     train(LinearScalarization(alone, settings, 3), LOSSES, data)
     for m in range(members):
         trained = member(model, m)
@@ -114,7 +114,7 @@ def make_like(model):
 def test_one_head_is_linear_scalarization_with_its_clipping():
     data, alone = batch(), make()
     model = HeadEnsemble.network(lambda: make_like(alone), 1)
-    train(HeadEnsemble(model, SETTINGS, 3, 1), per_member(LOSSES), data)
+    train(HeadEnsemble(model, SETTINGS, 3, members=1), per_member(LOSSES), data)
     train(LinearScalarization(alone, SETTINGS, 3), LOSSES, data)
     torch.testing.assert_close(flat(model.parameters()), flat(alone.parameters()))
 
@@ -134,7 +134,7 @@ def test_every_network_trains_as_if_it_were_alone():
     data, members = batch(), 3
     model = NetworkEnsemble.network(make, members)
     alone = [make_like(network) for network in model.networks]
-    train(NetworkEnsemble(model, SETTINGS, 3, members), per_member(LOSSES), data)
+    train(NetworkEnsemble(model, SETTINGS, 3, members=members), per_member(LOSSES), data)
     for network, other in zip(model.networks, alone, strict=True):
         before = flat(other.parameters())
         train(LinearScalarization(other, SETTINGS, 3), LOSSES, data)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bayesagg.presets import PAPER
 from examples.comparison.benchmark import predict
 from examples.comparison.benchmarks import SOURCES, chestxray14, cifar_mtl, utkface
 from examples.comparison.images import separate_nets
@@ -87,7 +88,8 @@ PUBLISHED = {
 def test_settings_of_the_paper_are_those_published(name):
     assert SOURCES[name].preset == name.replace("-", "_")
     ours = SOURCES[name].paper
-    found = ours.epochs, ours.pretrain_epochs, ours.batch_size
+    pretraining = PAPER[SOURCES[name].preset].rule.pretrain_epochs
+    found = ours.epochs, pretraining, ours.batch_size
     assert (*found, ours.learning_rate, ours.weight_decay) == PUBLISHED[name]
     assert (ours.schedule, ours.selection) == ("steps", "best")
 

@@ -178,7 +178,7 @@ def test_without_weights_it_says_so(data, monkeypatch):
 
 
 def run(name, folder, *arguments):
-    size = ["--seeds", "1", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "12"]
+    size = ["--seeds", "1", "--epochs", "2", "--warmup-steps", "0", "--batch-size", "12"]
     what = ["--methods", "ls", "bayesagg-paper", "--jobs", "1", "--output", str(folder)]
     status = compare.main([name, *size, *what, *arguments])
     path = folder / "results.json"

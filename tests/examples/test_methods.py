@@ -1,13 +1,18 @@
 """Each compared method by what defines it, so that a baseline that is silently wrong is caught."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from torch import nn
 from torchjd.aggregation import FairGradWeighting
 
+from bayesagg import LikelihoodRule
 from bayesagg.presets import PAPER
+from examples import methods as updates
+from examples.comparison.ablations import InSampleRule, PriorInNoiseRule
 from examples.comparison.benchmark import table_benchmark
-from examples.comparison.catalogue import methods
+from examples.comparison.catalogue import ablations, methods, more_methods
 from examples.comparison.gap import Agent, ImprovableGapBalancing
 from examples.comparison.gradients import (
     IMTLG,
@@ -20,7 +25,7 @@ from examples.comparison.gradients import (
     fair_weights,
 )
 from examples.comparison.networks import IndependentNets, TaskNet, mlp, single_task
-from examples.comparison.tasks import Task, criterion
+from examples.comparison.tasks import Task, by_task, criterion
 from examples.comparison.weighting import (
     FAMO,
     DynamicWeightAverage,
@@ -28,6 +33,7 @@ from examples.comparison.weighting import (
     UncertaintyWeighting,
 )
 from examples.methods import BayesAggregation, LinearScalarization, ScaleInvariant
+from examples.models import stack
 from examples.training import TrainSettings, train
 
 TASKS = (
@@ -36,8 +42,9 @@ TASKS = (
     Task("b0", "binary", "auroc"),
     Task("c0", "multiclass", "accuracy", classes=3),
 )
-AT_ONCE = TrainSettings(pretrain_epochs=0)  # no warm-up
+AT_ONCE = TrainSettings(warmup_steps=0)  # no warm-up
 CATALOGUE = methods("utkface")
+ALL = CATALOGUE | {n: m for n, m in more_methods("utkface").items() if "ensemble" not in n}
 GRADIENT = [n for n, m in CATALOGUE.items() if issubclass(m.update, GradientWeighting)]
 
 
@@ -92,11 +99,20 @@ def data():
 # --- what all share ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
-def test_the_first_epoch_is_that_of_linear_scalarization(name, data):
-    settings = TrainSettings(epochs=1, batch_size=20, clip_norm=0.5, weight_decay=0.1)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "without-warmup"])
+def test_the_first_steps_are_those_of_linear_scalarization(name, optimizer, data):
+    """Of the paper's rule the first epoch, which has as many here."""
+    settings = TrainSettings(
+        epochs=1,
+        warmup_steps=4,
+        batch_size=20,
+        clip_norm=0.5,
+        weight_decay=0.1,
+        optimizer=optimizer,
+    )
     backbones = []
-    for method in (CATALOGUE["ls"], CATALOGUE[name]):
+    for method in (ALL["ls"], ALL[name]):
         torch.manual_seed(0)
         model = data.model()
         update = method.update(model, settings, 4, **method.settings)
@@ -105,10 +121,12 @@ def test_the_first_epoch_is_that_of_linear_scalarization(name, data):
     torch.testing.assert_close(*backbones)
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", ALL)
 def test_it_trains_in_its_own_way_within_the_clipping(name, data):
-    settings = TrainSettings(epochs=3, batch_size=20, clip_norm=0.01, learning_rate=0.01)
-    method = CATALOGUE[name]
+    settings = TrainSettings(
+        epochs=3, warmup_steps=4, batch_size=20, clip_norm=0.01, learning_rate=0.01
+    )
+    method = ALL[name]
     torch.manual_seed(0)
     model = data.model()
     update = method.update(model, settings, 4, **method.settings)
@@ -122,7 +140,7 @@ def test_it_trains_in_its_own_way_within_the_clipping(name, data):
     assert torch.cat(gradients).norm() <= 0.01 * (1 + 1e-4)
     if update.task_weights() is not None:
         assert len(history.weights[-1]) == len(TASKS)
-        alike = {"pcgrad"}
+        alike = {"pcgrad", "ls-readout", "bayesagg-paper-s0"}
         assert name in alike or torch.tensor(history.weights[-1]).std() > 1e-6
 
 
@@ -130,7 +148,7 @@ def test_networks_of_single_tasks_are_clipped_one_by_one():
     torch.manual_seed(0)
     model = single_task(5, (6, 4), TASKS)
     x, y = torch.randn(20, 5), targets(20)
-    settings = TrainSettings(clip_norm=0.01, pretrain_epochs=0)
+    settings = TrainSettings(clip_norm=0.01, warmup_steps=0)
     update = LinearScalarization(model, settings, 3)
     update.step(criterion(TASKS)(model(x), y))
     norms = [torch.cat([g.flatten() for g in own]).norm() for own in model.network_gradients()]
@@ -146,6 +164,27 @@ def test_single_task_networks_give_what_each_gives_alone():
     torch.testing.assert_close(together["regression"], torch.cat(alone[:2], 1))
     torch.testing.assert_close(together["binary"], alone[2])
     torch.testing.assert_close(together["c0"], alone[3])
+
+
+def test_stacked_single_task_networks_train_as_if_alone(data):
+    settings = TrainSettings(epochs=3, batch_size=20, warmup_steps=0)
+    networks = [mlp(5, (6, 4), [task]) for task in TASKS]
+    together = IndependentNets(networks, TASKS)
+    train(together, LinearScalarization(together, settings, 4), data, criterion(TASKS), settings)
+    found = by_task(TASKS, together(data.test.x))
+    for k, (alone, task) in enumerate(zip(networks, TASKS, strict=True)):
+        before = next(iter(alone(data.test.x).values())).detach()
+        own = criterion([task])
+        update = LinearScalarization(alone, settings, 4)
+        train(alone, update, data, lambda z, y, k=k, own=own: own(z, y[:, k : k + 1]), settings)
+        after = next(iter(alone(data.test.x).values()))
+        assert (after - before).abs().max() > 0.01
+        torch.testing.assert_close(found[k], after.view_as(found[k]), rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_cannot_be_stacked_are_refused():
+    with pytest.raises(TypeError, match="LayerNorm"):
+        stack([nn.LayerNorm(3) for _ in range(2)])
 
 
 # --- weights of the losses -----------------------------------------------------------------------
@@ -461,14 +500,137 @@ def test_a_gradient_of_zero_gives_equal_weights():
 def test_the_papers_arm_has_its_preset(preset):
     method = methods(preset)["bayesagg-paper"]
     described = method.described()
-    assert described["wrapper"]["gradient_scale"] == "mean"
+    assert described["rule"]["gradient_scale"] == "mean"
     for kind, grid in PAPER[preset].s_grid.items():
-        assert described[kind]["s"] == getattr(PAPER[preset], kind)["s"]
+        assert described["heads"][kind]["s"] == getattr(PAPER[preset], kind)["s"]
         assert method.space[f"heads.{kind}.s"] == grid
-        assert method.with_settings({f"heads.{kind}.s": 0.7}).described()[kind]["s"] == 0.7
+        changed = method.with_settings({f"heads.{kind}.s": 0.7}).described()
+        assert changed["heads"][kind]["s"] == 0.7
         assert method.described() == described  # unchanged by it
     # Nothing that another process would describe otherwise: an object's address, a private field.
     assert "0x" not in str(described) and " _" not in str(described).replace("'", " ")
+
+
+@pytest.mark.parametrize(("epochs", "pretraining"), [(100, 10), (40, 4), (3, 1)])
+def test_the_papers_arm_has_its_share_of_pretraining(epochs, pretraining):
+    method = CATALOGUE["bayesagg-paper"]
+    settings = TrainSettings(epochs=epochs)
+    engine = method.update(mlp(5, (6, 4), TASKS), settings, 7, **method.settings).optimizer.engine
+    assert engine.rule.pretrain_epochs == pretraining and engine.steps_per_epoch == 7
+
+
+def test_the_default_is_three_arguments_and_another_warmup_is_that_of_all():
+    method = CATALOGUE["bayesagg"]
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = updates.BayesAggWrapper
+        patch.setattr(
+            updates, "BayesAggWrapper", lambda *a, **k: given.append((len(a), k)) or real(*a, **k)
+        )
+        for settings in (TrainSettings(), TrainSettings(warmup_steps=7)):
+            method.update(mlp(5, (6, 4), TASKS), settings, 3, **method.settings)
+    assert given == [(3, {}), (3, {"rule": replace(LikelihoodRule(), warmup=7)})]
+
+
+def test_ablations_differ_from_the_default_in_one_thing():
+    default, found = LikelihoodRule(), {}
+    for name, method in ablations().items():
+        model = mlp(5, (6, 4), TASKS)
+        engine = method.update(model, TrainSettings(), 3, **method.settings).optimizer.engine
+        changed = {
+            field.name
+            for field in fields(default)
+            if getattr(engine.rule, field.name) != getattr(default, field.name)
+        }
+        heads = [(h.readout, getattr(h, "noise_variance", None)) for h in engine.heads.values()]
+        found[name] = changed | {type(engine.rule)} - {LikelihoodRule}
+        assert found[name] or any(h != (None, None) for h in heads), name
+        assert len(found[name]) <= 1 or name == "without-prior-in-labels"
+    memory = {"memory-5": 25, "memory-20": 100, "memory-40": 200}  # heads have 5 weights
+    for name, expected in memory.items():
+        method = ablations()[name]
+        update = method.update(mlp(5, (6, 4), TASKS), TrainSettings(), 3, **method.settings)
+        assert update.optimizer.engine.rule.memory == expected
+
+
+def train_both(rules, steps=30):
+    """Heads of regressions, and the gradient of the backbone, after some steps under each rule."""
+    x, y = torch.randn(40, 5), torch.randn(40, 2)
+    found = []
+    for rule in rules:
+        torch.manual_seed(0)
+        update, _ = build(BayesAggregation, regressions(2), rule=rule)
+        for _ in range(steps):
+            update.step(criterion(regressions(2))(update.model(x), y))
+        found.append(nn.utils.parameters_to_vector(update.model.parameters()))
+    return found
+
+
+def test_predictions_that_have_seen_the_datum_give_other_gradients():
+    rule, other = LikelihoodRule(warmup=0), InSampleRule(warmup=0)
+    first, second, third = train_both((rule, other, rule))
+    assert first.equal(third), "the replacement outlives the ablation"
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_a_prior_in_units_of_the_noise_is_a_fixed_ridge():
+    x, y = torch.randn(40, 5), torch.randn(40, 2)
+    update, _ = build(BayesAggregation, regressions(2), rule=PriorInNoiseRule(warmup=0, memory=1))
+    h = torch.cat([update.model.backbone(x), torch.ones(40, 1)], 1).detach().double()
+    update.step(criterion(regressions(2))(update.model(x), y))
+    head = update.model.heads["regression"]
+    gram = h.T @ h + 20 * torch.eye(5, dtype=torch.float64)  # 1 / 0.05
+    expected = torch.linalg.solve(gram, h.T @ y.double()).T
+    found = torch.cat([head.weight, head.bias[:, None]], 1).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+# --- other methods with the library's read-out ---------------------------------------------------
+
+READOUTS = ("ls-readout", "si-readout", "uw-readout")
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_the_trunk_gets_the_methods_own_gradient_and_heads_the_librarys(name):
+    base = CATALOGUE[name.removesuffix("-readout")].update
+    update, losses = build(ALL[name].update, **ALL[name].settings)
+    plain, _ = build(base)
+    for _ in range(3):
+        plain.model.load_state_dict(update.model.state_dict())
+        if name == "uw-readout":
+            plain.log_variances.data.copy_(update._base.log_variances.data)
+            plain.log_variances.grad = None
+        plain.model.zero_grad()
+        now = losses()
+        values = torch.stack(list(now.values()))
+        shared = list(update.model.backbone.parameters())
+        detached = values.detach().requires_grad_()
+        plain.objective(detached).backward()
+        expected = torch.autograd.grad((detached.grad * values).sum(), shared, retain_graph=True)
+        update.step(now)
+        for parameter, gradient in zip(shared, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+        assert all(p.grad is None for p in update.model.heads.parameters())
+        torch.testing.assert_close(
+            update.task_weights(), detached.grad / detached.grad.sum(), rtol=1e-4, atol=1e-6
+        )
+    if name == "uw-readout":
+        assert (update._base.log_variances != 0).all()
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_the_read_out_is_that_of_the_default(name):
+    """With a trunk that does not move, every method has the heads of the default."""
+    heads = []
+    for method in (ALL["bayesagg"], ALL[name]):
+        torch.manual_seed(0)
+        update, losses = build(method.update, **method.settings)
+        for parameter in update.model.backbone.parameters():
+            parameter.requires_grad_(False)
+        for _ in range(4):
+            update.step(losses())
+        heads.append(nn.utils.parameters_to_vector(update.model.heads.parameters()))
+    torch.testing.assert_close(*heads)
 
 
 def test_bayesagg_has_one_head_of_a_kind_and_a_weight_per_task():

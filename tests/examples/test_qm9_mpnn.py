@@ -331,7 +331,7 @@ def test_single_task_networks_share_nothing_and_give_what_each_gives(geometric):
 def test_every_kind_of_method_steps_on_graphs(name, geometric):
     data = SOURCES["qm9-mpnn-bonds"].load(MOLECULES, None)
     model, method = data.model(), methods("qm9")[name]
-    update = method.update(model, TrainSettings(pretrain_epochs=1), 1, **method.settings)
+    update = method.update(model, TrainSettings(warmup_steps=1), 1, **method.settings)
     x, y = data.train.batch(torch.arange(8))
     before = [p.clone() for p in model.parameters()]
     for _ in range(2):  # the second is past the epoch of linear scalarization

@@ -13,9 +13,9 @@ from examples.comparison import pipeline
 from examples.comparison.benchmark import Source, table_benchmark, validation_scores
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import methods
-from examples.comparison.networks import mlp, single_task
-from examples.comparison.separate import SeparateNets
+from examples.comparison.networks import SeparateNets, mlp, single_task
 from examples.comparison.tasks import Task, criterion
+from examples.jobs import run_jobs
 from examples.methods import LinearScalarization
 from examples.training import DivergedError, TrainSettings, train
 
@@ -24,7 +24,7 @@ TASKS = (
     Task("r1", "regression", "mae"),
     Task("b0", "binary", "accuracy"),
 )
-SETTINGS = TrainSettings(epochs=10, batch_size=20, learning_rate=0.1)
+SETTINGS = TrainSettings(epochs=10, warmup_steps=3, batch_size=20, learning_rate=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,10 @@ def test_scores_that_are_no_numbers_are_never_the_best(data):
         run(data, settings, lambda _: [math.nan])
 
 
-@pytest.mark.parametrize("wrong", [{"schedule": "linear"}, {"selection": "first"}, {"patience": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"schedule": "linear"}, {"selection": "first"}, {"patience": 0}, {"optimizer": "lbfgs"}],
+)
 def test_settings_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(SETTINGS, **wrong)
@@ -230,10 +233,32 @@ def test_scores_are_logarithms_of_the_validation_metrics(data):
     assert validation_scores(model, perfect)[2] == pytest.approx(-math.log(1e-12))
 
 
+# --- jobs ----------------------------------------------------------------------------------------
+
+
+def _square(job, tick):
+    tick()
+    if job < 0:
+        raise ValueError("negative")
+    return job * job, torch.get_num_threads()
+
+
+def test_jobs_in_processes_keep_their_order_and_report():
+    ticks = []
+    results = run_jobs(_square, [3, 1, 2], workers=2, on_tick=lambda: ticks.append(1))
+    assert results == [(9, 1), (1, 1), (4, 1)]
+    assert len(ticks) == 3
+
+
+def test_an_error_in_a_job_reaches_the_caller():
+    with pytest.raises(ValueError, match="negative"):
+        run_jobs(_square, [-1], workers=1, on_tick=lambda: None)
+
+
 # --- the command's protocols ---------------------------------------------------------------------
 
 PAPER = TrainSettings(
-    epochs=2, pretrain_epochs=0, batch_size=64, schedule="steps", selection="best", patience=1
+    epochs=2, warmup_steps=0, batch_size=64, schedule="steps", selection="best", patience=1
 )
 
 
@@ -248,14 +273,14 @@ def parse(tmp_path, *arguments):
 
 def test_the_protocol_chooses_settings_and_size(tmp_path, with_paper):
     small = parse(tmp_path, "nhefs").training
-    assert small == SOURCES["nhefs"].settings and small.pretrain_epochs == 1
+    assert small == SOURCES["nhefs"].settings and small.warmup_steps == 50
     assert parse(tmp_path, "nhefs", "--protocol", "paper").training == PAPER
     changed = parse(tmp_path, "nhefs", "--protocol", "paper", "--epochs", "7").training
     assert changed == replace(PAPER, epochs=7)
     plan = parse(tmp_path, "qm9-mpnn", "--protocol", "paper")
     assert plan.data.size == 130_831
     assert plan.training.schedule == "plateau" and plan.training.selection == "best"
-    assert (plan.training.epochs, plan.training.pretrain_epochs) == (300, 50)
+    assert (plan.training.epochs, plan.training.warmup_steps) == (300, 50)
     assert (plan.training.batch_size, plan.training.learning_rate) == (120, 1e-3)
     fewer = parse(tmp_path, "qm9-mpnn", "--protocol", "paper", "--molecules", "500")
     assert fewer.data.size == 500

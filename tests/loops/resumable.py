@@ -1,4 +1,4 @@
-"""A training run for :mod:`tests.loops.test_resume`: ``python -m tests.loops.resumable FOLDER``.
+"""A training run for ``test_resume``: ``python -m tests.loops.resumable RULE FOLDER``.
 
 It saves a checkpoint every other step, goes on from the last one that it finds, and writes its end
 to ``end.pt``. With ``--halt-at STEP`` it says so at that step and waits to be killed; with
@@ -37,11 +37,12 @@ class Noisy(nn.Module):
 class Run:
     """Everything that a resumed run needs."""
 
-    def __init__(self):
+    def __init__(self, rule):
         torch.manual_seed(0)
         self.net = make_net(trunk=Noisy)
         settings = {**SAMPLED, "reg": {"noise_variance": "learned"}}
-        self.optimizer = wrap(self.net, settings=settings, steps_per_epoch=STEPS, max_data=5)
+        kwargs = {"steps_per_epoch": STEPS, "max_data": 5} if rule == "paper" else {}
+        self.optimizer = wrap(self.net, "adam", rule, settings=settings, **kwargs)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 7, gamma=0.5)
         self.step = 0
 
@@ -104,12 +105,13 @@ def halt():
 
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("rule")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--halt-at", type=int)
     parser.add_argument("--halt-while-saving", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run = Run()
+    run = Run(args.rule)
     last = args.folder / "last.pt"
     if last.exists():
         run.load(torch.load(last, weights_only=True))

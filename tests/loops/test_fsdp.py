@@ -132,17 +132,17 @@ def test_a_mesh_of_two_dimensions_needs_a_group(rule, ranks):
     assert_equal_runs(alone(rule, "adam"), found, weights=rule == "paper")
 
 
-def refusing(rank, rule, parts):
-    """A bad batch on rank 1 in step 4, a task that is absent on rank 0 in step 5."""
+def refusing(rank, rule, parts, bad, absent):
+    """A bad batch on rank 1 in one step, a task that is absent on rank 0 in another one."""
     net = sharded(parts)
     optimizer = wrap(net, "sgd", rule, settings=READOUT)
     names, changed = [], None
     for index in range(7):
         x, labels = batch_of(index, half(rank))
         losses = make_losses(net(x), labels)
-        if index == 4 and rank == 1:
+        if index == bad and rank == 1:
             losses["cls"] = losses["cls"] * torch.inf
-        if index == 5 and rank == 0:  # every rank still reduces its gradient
+        if index == absent and rank == 0:  # every rank still reduces its gradient
             del losses["bin"]
         optimizer.zero_grad()
         before = optimizer.engine.get_extra_state()
@@ -154,10 +154,16 @@ def refusing(rank, rule, parts):
     return names, changed, result(net, optimizer)
 
 
+@pytest.mark.parametrize(
+    ("bad", "absent"),
+    [(4, None), (None, 1), (None, 5), (4, 5)],
+    ids=["error", "absent_at_first", "absent", "absent_after_an_error"],
+)
 @pytest.mark.parametrize("parts", ["trunk", "heads"])
-def test_errors_and_absent_tasks_leave_no_rank_waiting(parts, rule, ranks):
+def test_errors_and_absent_tasks_leave_no_rank_waiting(parts, bad, absent, rule, ranks):
     """Weights are gathered by all ranks or none."""
-    (zero, left, first), (one, right, second) = ranks.run(refusing, rule, parts)
-    assert (zero, one) == (["RankError"], ["LossError"])
+    (zero, left, first), (one, right, second) = ranks.run(refusing, rule, parts, bad, absent)
+    errors = (["RankError"], ["LossError"]) if bad else ([], [])
+    assert (zero, one) == errors
     assert left is right is None
     assert_equal_ranks([first, second])

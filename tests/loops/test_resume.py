@@ -27,25 +27,25 @@ from tests.loops.resumable import Run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(folder, *args):
+def start(rule, folder, *args):
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.loops.resumable", str(folder), *args],
+        [sys.executable, "-m", "tests.loops.resumable", rule, str(folder), *args],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
     )
 
 
-def end(folder, *args):
-    with start(folder, *args) as process:
+def end(rule, folder, *args):
+    with start(rule, folder, *args) as process:
         said = process.stdout.read()
     assert process.returncode == 0
     return said, torch.load(folder / "end.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    return end(tmp_path_factory.mktemp("whole"))[1]
+def uninterrupted(rule, tmp_path_factory):
+    return end(rule, tmp_path_factory.mktemp("whole"))[1]
 
 
 @pytest.mark.parametrize(
@@ -53,30 +53,30 @@ def uninterrupted(tmp_path_factory):
     [(["--halt-at", "13"], 12), (["--halt-while-saving"], 10)],
     ids=["in_an_epoch", "while_saving"],
 )
-def test_a_killed_run_ends_in_the_same_bits(args, resumed_at, uninterrupted, tmp_path):
+def test_a_killed_run_ends_in_the_same_bits(args, resumed_at, uninterrupted, rule, tmp_path):
     """SIGKILL: nothing is said and nothing is flushed. Step 13 is the third of its epoch."""
-    with start(tmp_path, *args) as process:
+    with start(rule, tmp_path, *args) as process:
         try:
             assert process.stdout.readline() == "halted\n"
         finally:
             process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "end.pt").exists()
-    said, found = end(tmp_path)
+    said, found = end(rule, tmp_path)
     assert said == f"resumed at {resumed_at}\n"
     assert_same(uninterrupted, found)
 
 
-def test_the_end_depends_on_all_that_is_saved(tmp_path):
+def test_the_end_depends_on_all_that_is_saved(rule, tmp_path):
     """With one part of the checkpoint left as it is in a new run, the end is another."""
-    whole = Run()
+    whole = Run(rule)
     whole.train(tmp_path)
     (tmp_path / "last.pt").unlink()
-    first = Run()
+    first = Run(rule)
     first.train(tmp_path, stop=12)
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     for left_out in (None, *saved):
-        second = Run()
+        second = Run(rule)
         new = second.state()
         second.load(copy.deepcopy({k: new[k] if k == left_out else v for k, v in saved.items()}))
         second.train(tmp_path)
@@ -93,14 +93,16 @@ def test_the_end_depends_on_all_that_is_saved(tmp_path):
     ],
     ids=["fewer", "other_classes", "other_order"],
 )
-def test_a_checkpoint_of_other_heads_changes_nothing(outputs, says, tmp_path, device, dtype):
+def test_a_checkpoint_of_other_heads_changes_nothing(
+    outputs, says, rule, tmp_path, device, dtype
+):
     """From a file, into a wrapper in training: an error that names both, and no change."""
     net = make_net(device, dtype)
-    optimizer = wrap(net, settings=SAMPLED)
+    optimizer = wrap(net, "adam", rule, settings=SAMPLED)
     train(net, optimizer, 4)
     torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
     other = make_net(device, dtype, outputs=outputs)
-    theirs = wrap(other, settings=SAMPLED)
+    theirs = wrap(other, "adam", rule, settings=SAMPLED)
     train(other, theirs, 4, outputs=outputs)
     before = snapshot(other, theirs)
     with pytest.raises(CheckpointError, match=says):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesagg.heads import BinaryHead, LossTask, MulticlassHead, RegressionHead
-from bayesagg.reading import Batch, Capture, Labels, Reader
+from bayesagg.reading import Batch, Call, Capture, Labels, Reader
 
 KINDS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
 OWN = {"reg": F.mse_loss, "bin": F.binary_cross_entropy_with_logits, "cls": F.cross_entropy}
@@ -19,7 +19,9 @@ class Bench:
     ``kinds`` is the kind of every head by name, ``outputs`` the number of its outputs.
     """
 
-    def __init__(self, kinds, outputs=1, passthrough=(), width=4, dtype=torch.float64, device="cpu"):
+    def __init__(
+        self, kinds, outputs=1, passthrough=(), width=4, dtype=torch.float64, device="cpu"
+    ):
         if not isinstance(outputs, dict):
             outputs = dict.fromkeys(kinds, outputs)
         with torch.random.fork_rng(devices=[]):
@@ -75,10 +77,9 @@ class Free:
 
     def read(self, loss, targets=None, out=None) -> Batch:
         out = self.out if out is None else out
-        from bayesagg.reading import Call
-
         shape = (*out.shape[:-1], 2)
-        self.capture.calls = {"age": [Call(torch.ones(shape).to(out), out, None, (0, out._version))]}
+        call = Call(torch.ones(shape).to(out), out, None, (0, out._version))
+        self.capture.calls = {"age": [call]}
         given = None if targets is None else {"age": targets}
         return self.reader.read(self.capture, {"age": loss}, given)
 

@@ -9,16 +9,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bayesagg.errors import LossError
-from tests.reading.bench import KINDS, OWN, Free, labels_by_task, read
+from tests.reading.bench import KINDS, OWN, read
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Rounding of a label that comes back from a gradient, relative to the numbers involved.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-def recover(kind, out, loss):
-    """Labels of a loss, first verified, then read again: both must be alike."""
-    return read(kind, out, loss)
 
 
 def data(kind, n, outputs=3, dtype=torch.float64, device="cpu", seed=0, scale=1.0):
@@ -71,7 +66,7 @@ def factor_of(labels, n):
 def test_labels_and_factor_come_back(device, kind, dtype, reduction, constant, n):
     out, y = data(kind, n, 3, dtype, device, seed=n)
     loss = constant * OWN[kind](out, y, reduction=reduction)
-    labels = recover(kind, out, loss)
+    labels = read(kind, out, loss)
     check(kind, labels, out, y)
     terms = n if kind == "cls" else y.numel()
     expected = constant / (1 if reduction == "sum" else terms)
@@ -85,7 +80,7 @@ def test_labels_and_factor_come_back(device, kind, dtype, reduction, constant, n
 def test_outputs_may_have_different_constant_weights(device, kind, outputs):
     out, y = data(kind, 6, outputs, device=device)
     weights = torch.logspace(-2, 2, outputs, dtype=out.dtype, device=device)
-    labels = recover(kind, out, (OWN[kind](out, y, reduction="none") * weights).sum(1).mean())
+    labels = read(kind, out, (OWN[kind](out, y, reduction="none") * weights).sum(1).mean())
     check(kind, labels, out, y)
     torch.testing.assert_close(factor_of(labels, 6), weights.cpu() / 6)
 
@@ -96,7 +91,7 @@ def test_every_position_is_a_datum(device, kind):
     stacked = out.detach().view(3, 4, 3).requires_grad_()
     y = y.view(3, 4) if kind == "cls" else y.view(3, 4, 3)
     loss = F.cross_entropy(stacked.flatten(0, 1), y.flatten()) if kind == "cls" else None
-    labels = recover(kind, stacked, OWN[kind](stacked, y) if loss is None else loss)
+    labels = read(kind, stacked, OWN[kind](stacked, y) if loss is None else loss)
     check(kind, labels, out, y.flatten() if kind == "cls" else y.flatten(0, 1))
 
 
@@ -106,7 +101,7 @@ def test_masked_losses_give_missing_labels(device, kind, dtype):
     out, y = data(kind, 20, 3, dtype, device)
     mask = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(device) < 0.6
     loss = OWN[kind](out[mask], y[mask])
-    labels = recover(kind, out, loss)
+    labels = read(kind, out, loss)
     check(kind, labels, out, y, mask)
     expected = torch.full_like(factor_of(labels, 20), 1 / int(mask.sum()))
     relative = 1e-5 if dtype != torch.bfloat16 else 5e-2
@@ -118,7 +113,7 @@ def test_ignored_classes_are_missing(device, reduction):
     out, y = data("cls", 20, 4, device=device)
     mask = torch.arange(20, device=device) % 3 != 0
     ignored = torch.where(mask, y, torch.full_like(y, -100))
-    labels = recover("cls", out, F.cross_entropy(out, ignored, reduction=reduction))
+    labels = read("cls", out, F.cross_entropy(out, ignored, reduction=reduction))
     check("cls", labels, out, y, mask)
 
 
@@ -128,7 +123,7 @@ def test_rows_multiplied_by_zero_are_missing(device, kind):
     mask = torch.arange(9, device=device) % 2 == 0
     loss = OWN[kind](out, y, reduction="none")
     here = mask if kind == "cls" else mask[:, None].expand(9, 2)
-    labels = recover(kind, out, (loss * here).sum() / here.sum())
+    labels = read(kind, out, (loss * here).sum() / here.sum())
     check(kind, labels, out, y, here)
 
 
@@ -147,7 +142,7 @@ def test_soft_binary_labels(device, seed, n, dtype, scale, reduction):
     assume(bool((out.detach().abs() < (4 if dtype == torch.bfloat16 else 12)).all()))
     y = torch.rand(n, 2, generator=generator).to(device, dtype)
     loss = F.binary_cross_entropy_with_logits(out, y, reduction=reduction)
-    labels = recover("bin", out, loss)
+    labels = read("bin", out, loss)
     check("bin", labels, out, y, soft=True)
     assert ((labels.targets >= 0) & (labels.targets <= 1)).all()
 
@@ -173,7 +168,7 @@ def test_saturated_logits(device, kind, n, logit, pattern, dtype):
         shown = torch.where(right, y, (y + 1) % 3)
         out, y = logit * F.one_hot(shown, 3), y.to(device)
     out = out.to(device, dtype).requires_grad_()
-    labels = recover(kind, out, OWN[kind](out, y))
+    labels = read(kind, out, OWN[kind](out, y))
     check(kind, labels, out, y)
     if not right.all():
         expected = torch.full_like(factor_of(labels, n), 1 / (n if kind == "cls" else 2 * n))
@@ -188,7 +183,7 @@ def test_undecided_data_beside_saturated_ones(device, kind, logit, dtype):
     out, y = data(kind, 8, 3, dtype, device)
     with torch.no_grad():
         out[::2] *= logit
-    labels = recover(kind, out, OWN[kind](out, y))
+    labels = read(kind, out, OWN[kind](out, y))
     check(kind, labels, out, y)
 
 
@@ -198,7 +193,7 @@ def test_one_rounded_curvature_does_not_spoil_the_exact_ones(device, size):
     negative = torch.linspace(-26.0, -size - 1, 43)
     out = torch.cat([negative, torch.tensor([size])])[:, None].to(device).requires_grad_()
     y = (out > 0).float()
-    check("bin", recover("bin", out, OWN["bin"](out, y)), out, y)
+    check("bin", read("bin", out, OWN["bin"](out, y)), out, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -215,14 +210,14 @@ def test_squared_errors_at_any_scale(device, dtype, seed, n, log_level, log_resi
     residual = torch.randn(n, 2, generator=generator, dtype=torch.float64)
     out = (y * (1 + 10**log_residual * residual)).to(device, dtype).requires_grad_()
     y = y.to(device, dtype)
-    check("reg", recover("reg", out, F.mse_loss(out, y)), out, y)
+    check("reg", read("reg", out, F.mse_loss(out, y)), out, y)
 
 
 def test_perfect_predictions_are_labels_too(device):
     for kind in ("reg", "bin"):
         out, _ = data(kind, 5, 2, device=device)
         y = out.detach().clone() if kind == "reg" else torch.sigmoid(out.detach())
-        check(kind, recover(kind, out, OWN[kind](out, y)), out, y, soft=True)
+        check(kind, read(kind, out, OWN[kind](out, y)), out, y, soft=True)
 
 
 # --- other losses --------------------------------------------------------------------------------
@@ -289,7 +284,7 @@ def test_another_loss_is_refused(device, name, dtype):
     kind, loss = OTHER[name]
     out, y = data(kind, 8, 3, dtype, device)
     with pytest.raises(LossError, match=r"(?s)'age'.*`targets=`"):
-        recover(kind, out, loss(out, y))
+        read(kind, out, loss(out, y))
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
@@ -305,13 +300,13 @@ def test_another_loss_of_one_datum_is_refused(device, name, outputs):
     outputs += kind == "cls"
     out, y = data(kind, 1, outputs, device=device, seed=2)
     with pytest.raises(LossError, match=r"(?s)'age'.*`targets=`"):
-        recover(kind, out, 3 * loss(out, y))
+        read(kind, out, 3 * loss(out, y))
 
 
 def silent_error(kind, loss, out, y):
     """Largest error of labels that were accepted, 0 where the loss was refused."""
     try:
-        labels = recover(kind, out, loss)
+        labels = read(kind, out, loss)
     except LossError:
         return 0.0
     missing = None if labels.present is None else ~labels.present
@@ -387,5 +382,3 @@ def test_zero_heads_do_not_hide_another_loss(device, name, n):
     y = (torch.arange(n, device=device)[:, None] % 2).to(out.dtype)
     y = 2 * y - 1 if kind == "reg" else y
     assert silent_error(kind, loss(out, y), out, y) <= 2e-2
-
-

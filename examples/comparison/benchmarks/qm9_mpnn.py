@@ -11,10 +11,8 @@ from functools import partial
 from torch import Tensor
 
 from examples import message_passing
-from examples.comparison import separate
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
-from examples.comparison.networks import TaskNet
-from examples.comparison.separate import SeparateNets
+from examples.comparison.networks import SeparateNets, TaskNet
 from examples.comparison.tasks import Task
 from examples.data import graphs, molecules, smiles, split_indices
 from examples.data.graphs import Edges, GraphPart
@@ -97,6 +95,6 @@ SOURCE = Source(
     paper_size=TOTAL_MOLECULES,
     size_name="molecules",
     size_range=(100, TOTAL_MOLECULES),
-    code=(message_passing, separate, graphs, molecules, smiles),
+    code=(message_passing, graphs, molecules, smiles),
 )
 BONDS = replace(SOURCE, title="QM9, bonds only", load=load_bonds, paper=None, paper_size=None)

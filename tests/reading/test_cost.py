@@ -1,0 +1,137 @@
+"""What a step in which nothing is new costs: one look at the device, one pass of autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from tests.reading.bench import OWN, Bench
+from tests.reading.test_reader import labels_for, losses_for
+
+KINDS = {"a": "reg", "b": "bin", "c": "cls", "d": "reg", "aux": "loss"}
+OUTPUTS = {"a": 2, "b": 1, "c": 4, "d": 1}
+LOOKS = ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "nonzero", "cpu")
+
+
+class Looks(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what makes the host wait for the device, and operations that do not run on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.scalars = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        self.scalars += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Names of the calls by which Python looks into a tensor."""
+    seen = []
+
+    def count(name):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, **kwargs):
+            seen.append(name)
+            return original(self, *args, **kwargs)
+
+        return counted
+
+    for name in LOOKS:
+        monkeypatch.setattr(torch.Tensor, name, count(name))
+    return seen
+
+
+def steps(bench, kinds, given, change=None):
+    """Three steps that verify, and what the fourth is given."""
+    for seed in range(4):
+        h = bench.features(8, seed)
+        out = bench.outputs(h)
+        labels = labels_for(kinds, out, seed)
+        losses = losses_for(kinds, out, labels)
+        if "aux" in kinds:
+            losses["aux"] = h.square().mean()
+        if change is not None:
+            losses, labels = change(losses, out, labels)
+        targets = labels if given else None
+        if seed < 3:
+            bench.read(losses, targets)
+    return losses, targets
+
+
+def weighted(losses, out, labels):
+    w = torch.linspace(1, 2, 8).to(out["a"])[:, None]
+    return {**losses, "a": (w * (out["a"] - labels["a"]).square()).mean()}, labels
+
+
+def missing(losses, out, labels):
+    labels = dict(labels)
+    for name in ("b", "c", "d"):
+        labels[name] = labels[name].clone()
+        labels[name][::2] = -100 if name == "c" else torch.nan
+    return {
+        **losses,
+        "b": OWN["bin"](out["b"][1::2], labels["b"][1::2]),
+        "c": F.cross_entropy(out["c"], labels["c"]),
+        "d": F.mse_loss(out["d"][1::2], labels["d"][1::2]),
+    }, labels
+
+
+def other(losses, out, labels):
+    return {**losses, "a": F.l1_loss(out["a"], labels["a"])}, labels
+
+
+@pytest.mark.filterwarnings("ignore:task")
+@pytest.mark.parametrize(
+    ("given", "change"),
+    [(False, None), (True, None), (True, weighted), (True, missing), (True, other)],
+)
+def test_a_known_step_looks_once(device, dtype, given, change, looks, monkeypatch):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    losses, targets = steps(bench, KINDS, given, change)
+    passes = []
+    original = torch.autograd.grad
+
+    def grad(*args, **kwargs):
+        passes.append(kwargs.get("create_graph", False))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    looks.clear()
+    with Looks() as inside:
+        bench.read(losses, targets)
+    assert looks == ["tolist"] and inside.scalars == 0
+    assert passes == [False]
+
+
+def operations(kinds, outputs, given, dtype):
+    bench = Bench(kinds, outputs, dtype=dtype)
+    losses, targets = steps(bench, kinds, given)
+    outputs = [call.output for calls in bench.capture.calls.values() for call in calls]
+
+    def count(run):
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            run()
+        return sum(event.name.startswith("aten::") for event in seen.events())
+
+    total = sum(losses.values())
+    differentiating = count(lambda: torch.autograd.grad(total, outputs, retain_graph=True))
+    return count(lambda: bench.read(losses, targets)), differentiating
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_operations_of_a_step(given):
+    """All of reading, and beside it what autograd needs to differentiate the losses."""
+    tasks = {f"task{i}": "bin" for i in range(20)}
+    every, autograd = operations(tasks, 1, given, torch.float32)
+    assert every - autograd <= 140, (every, autograd)
+    tasks = {f"task{i}": "reg" for i in range(4)}
+    every, autograd = operations(tasks, 1, given, torch.float32)
+    assert every <= 110, (every, autograd)
+    mixed, autograd = operations({n: KINDS[n] for n in OUTPUTS}, OUTPUTS, given, torch.float32)
+    assert mixed - autograd <= 280, (mixed, autograd)

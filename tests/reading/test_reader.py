@@ -1,0 +1,442 @@
+"""The batch that a reader makes: parts, keys, calls, masks, factors, and what it remembers."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bayesagg.errors import CaptureError, CheckpointError, LossError
+from bayesagg.heads import BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.reading import Capture, Reader
+from tests.reading.bench import OWN, Bench, labels_by_task
+
+OUTPUTS = {"a": 2, "b": 1, "c": 4, "d": 1}
+KINDS = {"a": "reg", "b": "bin", "c": "cls", "d": "reg"}
+
+
+def labels_for(kinds, out, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = {}
+    for name, z in out.items():
+        if kinds[name] == "cls":
+            labels[name] = torch.randint(z.shape[-1], z.shape[:-1], generator=generator)
+            labels[name] = labels[name].to(z.device)
+        else:
+            y = torch.randn(z.shape, generator=generator)
+            labels[name] = (y if kinds[name] == "reg" else (y > 0)).to(z)
+    return labels
+
+
+def losses_for(kinds, out, labels, reduction="mean"):
+    return {name: OWN[kinds[name]](out[name], labels[name], reduction=reduction) for name in out}
+
+
+def check_labels(found, kind, y, **tolerances):
+    if kind == "cls":
+        assert torch.equal(found.targets[:, 0].argmax(1), y)
+    else:
+        torch.testing.assert_close(found.targets, y.to(found.targets), **tolerances)
+
+
+def step(bench, kinds, seed, given, rows=8, reduction="mean"):
+    out = bench.outputs(bench.features(rows, seed))
+    labels = labels_for(kinds, out, seed)
+    batch = bench.read(losses_for(kinds, out, labels, reduction), labels if given else None)
+    return batch, out, labels
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_labels_and_factors_over_steps_of_different_size(device, dtype, reduction, given):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    for seed, rows in enumerate([8, 8, 5, 8, 3, 1]):
+        batch, out, labels = step(bench, KINDS, seed, given, rows, reduction)
+        found = labels_by_task(batch)
+        assert batch.tasks == list(KINDS) and not batch.overflowed
+        for name, kind in KINDS.items():
+            check_labels(found[name], kind, labels[name], rtol=1e-6, atol=1e-6)
+            terms = rows if kind == "cls" else out[name].numel()
+            expected = torch.full_like(found[name].factor, 1 if reduction == "sum" else 1 / terms)
+            torch.testing.assert_close(found[name].factor, expected, rtol=1e-5, atol=0)
+            assert len(found[name].factor) == 1 and found[name].present is None
+
+
+def test_a_batch_is_as_described(device, dtype):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    for seed in range(2):
+        batch, out, labels = step(bench, KINDS, seed, False)
+        assert [part.names for part in batch.parts] == [("a", "d"), ("b",), ("c",)]
+        assert len({part.key for part in batch.parts}) == 1
+        regression, _, classes = batch.parts
+        assert regression.slices == {"a": slice(0, 2), "d": slice(2, 3)}
+        assert regression.kind == "regression" and len(regression.heads) == 2
+        (call,) = regression.calls["a"]
+        assert call.output is out["a"]
+        torch.testing.assert_close(regression.features, call.features.detach())
+        assert classes.labels.outputs.shape == classes.gradient.shape == (8, 1, 4)
+        total = sum(losses_for(KINDS, out, labels).values())
+        torch.testing.assert_close(batch.total, total)
+        for part in batch.parts:
+            for tensor in (part.features, part.gradient, part.losses, part.labels.outputs):
+                assert not tensor.requires_grad
+            expected = torch.autograd.grad(total, [out[n] for n in part.names], retain_graph=True)
+            expected = torch.cat(expected, -1).view_as(part.gradient)
+            torch.testing.assert_close(part.gradient, expected)
+            loss = torch.stack([batch.losses[name] for name in part.names])
+            torch.testing.assert_close(part.losses, loss.detach())
+
+
+def test_the_graph_is_left_for_the_backward_pass(device, dtype):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    for seed in range(2):
+        batch, _, _ = step(bench, KINDS, seed, False)
+        batch.total.backward()
+    assert all(p.grad is not None for m in bench.modules.values() for p in m.parameters())
+
+
+# --- calls ---------------------------------------------------------------------------------------
+
+
+class Two:
+    """Two heads, one of them with two outputs, on what the test chooses."""
+
+    def __init__(self, device, dtype, kinds=(RegressionHead, RegressionHead), widths=(4, 4)):
+        torch.manual_seed(0)
+        modules = [
+            nn.Linear(width, o).to(device, dtype) for width, o in zip(widths, (2, 1), strict=True)
+        ]
+        self.a, self.b = modules
+        heads = {name: kind(m) for name, kind, m in zip("ab", kinds, modules, strict=True)}
+        self.capture, self.reader = Capture(heads), Reader(heads)
+        self.x = [torch.randn(5, width).to(device, dtype).requires_grad_() for width in widths]
+        self.y = torch.randn(10, 2).to(device, dtype)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_calls_of_a_siamese_head_are_rows_below_each_other(device, dtype, given):
+    two = Two(device, dtype)
+    for _ in range(2):
+        two.capture.clear()
+        left, right = two.a(two.x[0]), two.a(2 * two.x[0])
+        both = torch.cat([left, right])
+        targets = {"a": two.y} if given else None
+        (part,) = two.reader.read(two.capture, {"a": F.mse_loss(both, two.y)}, targets).parts
+        assert len(part.calls["a"]) == len(part.key) == 2
+        torch.testing.assert_close(part.features, torch.cat([two.x[0], 2 * two.x[0]]).detach())
+        torch.testing.assert_close(part.labels.outputs, both.detach())
+        torch.testing.assert_close(part.labels.targets, two.y)
+
+
+def test_a_siamese_distance_is_no_likelihood(device, dtype):
+    two = Two(device, dtype)
+    loss = F.mse_loss(two.a(two.x[0]), two.a(2 * two.x[0]))
+    with pytest.raises(LossError, match=r"'a'.*targets="):
+        two.reader.read(two.capture, {"a": loss})
+
+
+def test_calls_that_no_loss_reaches_are_ignored(device, dtype):
+    two = Two(device, dtype)
+    two.a(torch.randn_like(two.x[0]))
+    z = two.a(two.x[0])
+    (part,) = two.reader.read(two.capture, {"a": F.mse_loss(z, two.y[:5])}).parts
+    assert len(part.calls["a"]) == 1 and part.calls["a"][0].output is z
+
+
+def test_heads_on_different_tensors_have_different_keys(device, dtype):
+    two = Two(device, dtype, widths=(4, 3))
+    losses = {"a": F.mse_loss(two.a(two.x[0]), two.y[:5]), "b": two.b(two.x[1]).square().mean()}
+    first, second = two.reader.read(two.capture, losses).parts
+    assert first.key != second.key and first.features.shape[1] == 4 == second.features.shape[1] + 1
+
+
+def test_a_head_without_a_loss_or_a_pass_takes_no_part(device, dtype):
+    two = Two(device, dtype)
+    two.a(two.x[0])
+    loss = two.b(two.x[1]).square().mean()
+    assert two.reader.read(two.capture, {"b": loss}).tasks == ["b"]
+    two.capture.clear()
+    with pytest.raises(CaptureError, match="'a'"):
+        two.reader.read(two.capture, {"a": two.y.sum().requires_grad_()})
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("layout", ["tokens", "maps"])
+def test_dense_heads(device, dtype, layout, given):
+    maps = layout == "maps"
+    make = (lambda o: nn.Conv2d(4, o, 1)) if maps else (lambda o: nn.Linear(4, o))
+    modules = {"reg": make(2), "bin": make(1), "cls": make(3)}
+    modules = {name: m.to(device, dtype) for name, m in modules.items()}
+    kinds = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
+    heads = {name: kinds[name](m) for name, m in modules.items()}
+    capture, reader = Capture(heads), Reader(heads)
+    x = torch.randn(*((2, 4, 3, 5) if maps else (2, 15, 4))).to(device, dtype).requires_grad_()
+    for _ in range(2):
+        capture.clear()
+        out = {name: module(x) for name, module in modules.items()}
+        labels = {"reg": torch.randn_like(out["reg"])}
+        labels["bin"] = (torch.randn(2, 3, 5) if maps else torch.randn(2, 15)).to(x) > 0
+        labels["cls"] = torch.randint(3, labels["bin"].shape, device=device)
+        labels["bin"] = labels["bin"].to(x)
+        channel = 1 if maps else -1
+        losses = {
+            "reg": F.mse_loss(out["reg"], labels["reg"]),
+            "bin": OWN["bin"](out["bin"].squeeze(channel), labels["bin"]),
+            "cls": F.cross_entropy(out["cls"].movedim(channel, 1), labels["cls"]),
+        }
+        batch = reader.read(capture, losses, labels if given else None)
+        found = labels_by_task(batch)
+        assert batch.parts[0].features.shape == (30, 4)
+        y = labels["reg"].movedim(channel, -1).reshape(30, 2)
+        torch.testing.assert_close(found["reg"].targets, y, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found["bin"].targets[:, 0], labels["bin"].flatten())
+        assert torch.equal(found["cls"].targets[:, 0].argmax(1), labels["cls"].flatten())
+
+
+def test_dense_masks(device, dtype):
+    """Pixels that are to be ignored, as in segmentation."""
+    module = nn.Conv2d(4, 3, 1).to(device, dtype)
+    heads = {"cls": MulticlassHead(module)}
+    capture, reader = Capture(heads), Reader(heads)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        capture.clear()
+        x = torch.randn(2, 4, 3, 5).to(device, dtype).requires_grad_()
+        y = torch.randint(3, (2, 3, 5), device=device)
+        y = torch.where(torch.rand(2, 3, 5, device=device) < 0.3, -100, y)
+        out = module(x)
+        for targets in (None, {"cls": y}):
+            (part,) = reader.read(capture, {"cls": F.cross_entropy(out, y)}, targets).parts
+            assert torch.equal(part.labels.present[:, 0], (y != -100).flatten())
+            classes = part.labels.targets[:, 0].argmax(1)
+            assert torch.equal(classes[(y != -100).flatten()], y[y != -100])
+
+
+# --- losses without a head -----------------------------------------------------------------------
+
+
+def test_losses_without_a_head(device, dtype):
+    kinds = {"a": "reg", "aux": "loss"}
+    bench = Bench(kinds, 1, passthrough={"free"}, device=device, dtype=dtype)
+    for _ in range(2):
+        h = bench.features()
+        out = bench.outputs(h)
+        losses = {
+            "a": out["a"].square().mean(),
+            "aux": h.square(),
+            "free": h.sum(),
+        }
+        batch = bench.read(losses)
+        assert batch.tasks == ["a"] and list(batch.losses) == ["a", "aux", "free"]
+        assert [part.names for part in batch.parts] == [("a",)]
+        torch.testing.assert_close(batch.total, losses["a"] + h.square().mean() + h.sum())
+        assert batch.losses["aux"].dim() == 0 and batch.losses["aux"].requires_grad
+    with pytest.raises(LossError, match=r"'aux'.*not finite"):
+        bench.read({**losses, "aux": losses["aux"] * torch.nan})
+    only = bench.read({"free": h.sum()})
+    assert only.parts == [] and only.tasks == []
+
+
+def test_a_loss_without_a_head_that_reaches_one(device, dtype):
+    """An entropy of a head's outputs, say: the labels of the head cannot be told from it."""
+    bench = Bench({"a": "reg", "aux": "loss"}, 1, device=device, dtype=dtype)
+    y = torch.randn(8, 1).to(device, dtype)
+    out = bench.outputs(bench.features())
+    losses = {"a": F.mse_loss(out["a"], y), "aux": out["a"].sigmoid().square().mean()}
+    with pytest.raises(LossError, match=r"'aux'.*'a'.*targets="):
+        bench.read(losses)
+    with pytest.warns(UserWarning, match="'a'"):
+        (part,) = bench.read(losses, {"a": y}).parts
+    assert part.labels is None
+    total = sum(losses.values())
+    (expected,) = torch.autograd.grad(total, out["a"])
+    torch.testing.assert_close(part.gradient, expected)
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_masked_means(device, dtype, given):
+    """The factor is one over the number of labels, which differs between batches."""
+    kinds = {"a": "reg", "b": "bin", "c": "cls", "d": "reg"}
+    bench = Bench(kinds, OUTPUTS, device=device, dtype=dtype)
+    for seed in range(5):
+        out = bench.outputs(bench.features(12, seed))
+        labels = labels_for(kinds, out, seed)
+        masks = {n: torch.rand(y.shape, device=device) < 0.6 for n, y in labels.items()}
+        masks["d"][:] = True
+        losses = {n: OWN[kinds[n]](out[n][masks[n]], labels[n][masks[n]]) for n in out}
+        targets = {
+            n: y.masked_fill(~masks[n], -100 if n == "c" else torch.nan) for n, y in labels.items()
+        }
+        batch = bench.read(losses, targets if given else None)
+        found = labels_by_task(batch)
+        for name, kind in kinds.items():
+            mask = masks[name].view(12, -1)
+            if name == "d":
+                assert found[name].present is None
+                continue
+            assert torch.equal(found[name].present, mask)
+            factor = found[name].factor.expand(12, -1)[mask]
+            expected = torch.full_like(factor, 1 / int(mask.sum()))
+            torch.testing.assert_close(factor, expected, rtol=1e-5, atol=0)
+            y = labels[name]
+            if kind == "cls":
+                assert torch.equal(found[name].targets[:, 0].argmax(1)[masks[name]], y[masks[name]])
+            else:
+                torch.testing.assert_close(found[name].targets[mask], y[mask])
+        # A head without a missing label does not lose its Gram matrix to one with some.
+        assert ("a", "d") not in [part.names for part in batch.parts]
+
+
+@pytest.mark.parametrize("spelling", ["zero loss", "targets"])
+def test_a_task_without_labels(device, dtype, spelling):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    for seed, absent in enumerate(["a", "b", "c", None, "a", "b", "c"]):
+        out = bench.outputs(bench.features(6, seed))
+        labels = labels_for(KINDS, out, seed)
+        losses, targets = losses_for(KINDS, out, labels), None
+        if absent is not None:
+            losses[absent] = losses[absent] * 0
+            if spelling == "targets":
+                missing = torch.full_like(labels[absent], -100 if absent == "c" else torch.nan)
+                targets = {absent: missing}
+        found = labels_by_task(bench.read(losses, targets))
+        for name, one in found.items():
+            if name == absent:
+                assert not one.present.any()
+            else:
+                assert one.present is None
+            assert one.targets.isfinite().all() and (one.factor > 0).all()
+
+
+def test_a_residual_of_zero_is_a_label(device, dtype):
+    bench = Bench({"a": "reg"}, 1, device=device, dtype=dtype)
+    for seed in range(3):
+        out = bench.outputs(bench.features(6, seed))
+        y = torch.randn_like(out["a"])
+        y[2] = out["a"].detach()[2]
+        for targets in (None, {"a": y}):
+            found = labels_by_task(bench.read({"a": F.mse_loss(out["a"], y)}, targets))["a"]
+            assert found.present is None
+            torch.testing.assert_close(found.targets, y)
+
+
+# --- half precision ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("given", [False, True])
+def test_half_precise_outputs(device, half, given):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=torch.float32)
+    for seed in range(4):
+        with torch.autocast(device.type, dtype=half):
+            out = bench.outputs(bench.features(16, seed))
+            labels = labels_for(KINDS, {n: z.float() for n, z in out.items()}, seed)
+            losses = losses_for(KINDS, out, labels)
+            batch = bench.read(losses, labels if given else None)
+        found = labels_by_task(batch)
+        for name, kind in KINDS.items():
+            assert found[name].outputs.dtype == found[name].targets.dtype == torch.float32
+            check_labels(found[name], kind, labels[name], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_overflow(device, known):
+    """A finite loss whose scaled gradient is infinite: the step will be skipped."""
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=torch.float32)
+    if known:
+        step(bench, KINDS, 0, False)
+    before = bench.reader.state_dict()
+    out = bench.outputs(bench.features())
+    out["c"].register_hook(lambda g: g * torch.inf)
+    labels = labels_for(KINDS, out)
+    batch = bench.read(losses_for(KINDS, out, labels))
+    assert batch.overflowed and batch.parts == [] and batch.tasks == list(KINDS)
+    assert bench.reader.state_dict() == before
+
+
+def test_a_scaler_changes_its_scale(device):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=torch.float32)
+    for seed, scale in enumerate([2.0**12, 2.0**12, 2.0**13, 2.0**11]):
+        out = bench.outputs(bench.features(8, seed))
+        labels = labels_for(KINDS, out, seed)
+        losses = {name: scale * loss for name, loss in losses_for(KINDS, out, labels).items()}
+        found = labels_by_task(bench.read(losses))
+        for name, kind in KINDS.items():
+            check_labels(found[name], kind, labels[name], rtol=1e-3, atol=1e-3)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_what_was_verified_survives_a_checkpoint(device, dtype):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    for seed in range(2):
+        step(bench, KINDS, seed, False)
+    saved = bench.reader.state_dict()
+    saved = json.loads(json.dumps(saved))  # plain numbers
+    reader = bench.reader.loaded(saved)
+    assert reader.state_dict() == saved and reader is not bench.reader
+    restored, bench.reader = bench.reader, reader
+    one, _, _ = step(bench, KINDS, 2, False)
+    bench.reader = restored
+    two, _, _ = step(bench, KINDS, 2, False)
+    for first, second in zip(one.parts, two.parts, strict=True):
+        assert torch.equal(first.labels.targets, second.labels.targets)
+        assert torch.equal(first.labels.factor, second.labels.factor)
+
+
+DAMAGES = {
+    "nothing": lambda s: None,
+    "list": lambda s: list(s),
+    "task": lambda s: {**s, "other": s["a"]},
+    "missing": lambda s: {**s, "a": {k: v for k, v in s["a"].items() if k != "own"}},
+    "more": lambda s: {**s, "a": {**s["a"], "more": 1}},
+    **{
+        f"{key}={value!r}": lambda s, key=key, value=value: {**s, "a": {**s["a"], key: value}}
+        for key, values in {
+            "own": [None, 1, "x"],
+            "weighted": [0],
+            "masked": ["no"],
+            "factor": [None, 1.0, [1.0], [1.0, -1.0], [1.0, float("nan")], [1, 2], ["a", "b"]],
+            "rows": [1.0, -1, 0, None],
+            "labels": [1, -1.0, float("inf")],
+            "forms": [None, ["x"]],
+            "reductions": [[], ["mode"], "sum", None],
+        }.items()
+        for value in values
+    },
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_state(device, dtype, name):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    step(bench, KINDS, 0, False)
+    saved = DAMAGES[name](copy.deepcopy(bench.reader.state_dict()))
+    with pytest.raises(CheckpointError):
+        bench.reader.loaded(saved)
+
+
+def test_targets_may_come_and_go(device, dtype):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    for seed in range(6):
+        batch, _, labels = step(bench, KINDS, seed, seed % 2 == 1)
+        found = labels_by_task(batch)
+        for name, kind in KINDS.items():
+            check_labels(found[name], kind, labels[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_sequence_of_losses(device, dtype):
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    out = bench.outputs(bench.features())
+    labels = labels_for(KINDS, out)
+    losses = list(losses_for(KINDS, out, labels).values())
+    for targets in (None, list(labels.values()), []):
+        assert bench.read(losses, targets).tasks == list(KINDS)

@@ -1,0 +1,219 @@
+"""Epochs, evidence and settings of the paper's rule, which the default rule does not have.
+
+What a step computes is in ``test_end_to_end.py``, what the memory does in ``test_paper.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bayesagg.posterior import augment
+from tests.helpers import (
+    EPOCH,
+    OPTIMIZERS,
+    OUTPUTS,
+    QUICK,
+    SAMPLED,
+    assert_finite,
+    difference,
+    make_batch,
+    make_losses,
+    make_net,
+    snapshot,
+    train,
+    train_step,
+    wrap,
+)
+from tests.test_engine import masked_losses, plain_net, rounding
+
+
+@pytest.fixture
+def net(device, dtype):
+    return make_net(device, dtype)
+
+
+def memory(optimizer):
+    """What a checkpoint says of it."""
+    return optimizer.state_dict()["bayesagg"]["memory"]
+
+
+def counts(optimizer, key):
+    """Labels in the evidence of every group."""
+    return [group[key]["count"].tolist() for group in memory(optimizer)["groups"]]
+
+
+# --- epochs --------------------------------------------------------------------------------------
+
+
+def test_the_last_epoch_of_pretraining_is_the_prior(net, dtype):
+    """Of several epochs of linear scalarization, only the last one's evidence is kept."""
+    optimizer = wrap(net, "sgd", pretrain_epochs=2)
+    features = []
+    net.trunk.register_forward_hook(lambda m, a, h: features.append(h.detach()))
+    train(net, optimizer, 2 * EPOCH)
+    h = augment(torch.cat(features[EPOCH:]), True)
+    full = memory(optimizer)["groups"][0]["full"]
+    expected = (h.mT @ h).to(full["precision"])
+    torch.testing.assert_close(full["precision"][0], expected, **rounding(dtype))
+    assert full["count"].tolist() == [18, 18]
+
+
+def test_without_a_number_of_steps_epochs_end_by_hand(net):
+    optimizer = wrap(net, settings=SAMPLED, steps_per_epoch=None)
+    train(net, optimizer, 5)
+    assert memory(optimizer)["epoch"] == 0
+    optimizer.end_epoch()
+    assert memory(optimizer)["epoch"] == 1
+    optimizer.end_epoch()  # without a step in between
+    assert memory(optimizer)["epoch"] == 1
+    train(net, optimizer, 1)
+    optimizer.end_epoch()
+    assert memory(optimizer)["epoch"] == 2
+    assert counts(optimizer, "full") == [[6, 6], [6, 6], [6]]
+    assert [group["running"] for group in memory(optimizer)["groups"]] == [None] * 3
+
+
+def test_an_epoch_may_be_ended_early(net):
+    """``end_epoch`` also starts the count of steps anew."""
+    optimizer = wrap(net, settings=SAMPLED)
+    train(net, optimizer, EPOCH - 1)
+    optimizer.end_epoch()
+    train(net, optimizer, EPOCH - 1)
+    assert memory(optimizer)["epoch"] == 1
+    train(net, optimizer, 1)
+    assert memory(optimizer)["epoch"] == 2
+
+
+# --- evidence ------------------------------------------------------------------------------------
+
+
+def test_a_task_keeps_its_evidence_through_an_epoch_without_labels(net, device, dtype):
+    x, labels = make_batch(device, dtype)
+    optimizer = wrap(net, "sgd", settings=SAMPLED, steps_per_epoch=1)
+    optimizer.step(make_losses(net(x), labels))
+    first = memory(optimizer)["groups"]
+    optimizer.step({"bin": make_losses(net(x), labels)["bin"]})
+    second = memory(optimizer)["groups"]
+    for key, value in first[0]["full"].items():  # perhaps one covariance per output now
+        kept = second[0]["full"][key]
+        assert torch.equal(kept, value.expand_as(kept))
+    assert difference(first[1], second[1]) is not None
+    assert difference(first[2], second[2]) is None
+
+
+@pytest.mark.parametrize("given", ["targets", "recovered"])
+def test_labels_are_counted(given, device, dtype):
+    """Those that are there."""
+    net = plain_net(device, dtype)
+    optimizer = wrap(net, "sgd")
+    x, labels = make_batch(device, dtype)
+    present = {name: torch.ones_like(y, dtype=torch.bool) for name, y in labels.items()}
+    present["reg"][1, 0] = present["reg"][2] = present["bin"][2] = present["cls"][2:4] = False
+    targets = {n: y.clone() for n, y in labels.items()}
+    for name, missing in (("reg", torch.nan), ("bin", torch.nan), ("cls", -100)):
+        targets[name][~present[name]] = missing
+    losses = masked_losses(net(x), labels, present)
+    optimizer.step(losses, targets=targets if given == "targets" else None)
+    assert counts(optimizer, "running") == [[4, 5], [5, 5], [4]]
+
+
+@pytest.mark.parametrize("steps", [0, 4], ids=["pretraining", "after"])
+@pytest.mark.parametrize("noise", [1.0, "learned"])
+def test_two_half_batches_are_the_evidence_of_the_whole(noise, steps, device, dtype):
+    """One step, one epoch's end: the same full-data posterior."""
+    posteriors = []
+    for parts in ([slice(0, 6)], [slice(0, 3), slice(3, 6)]):
+        net = make_net(device, dtype)
+        net.trunk[1].eval()
+        settings = {"reg": {"noise_variance": noise}}
+        optimizer = wrap(net, "sgd", settings=settings, steps_per_epoch=None)
+        for index in range(steps):
+            train_step(net, optimizer, index)
+            optimizer.end_epoch()
+        x, labels = make_batch(device, dtype, seed=7)
+        optimizer.zero_grad()
+        for part in parts:
+            losses = make_losses(net(x[part]), {name: y[part] for name, y in labels.items()})
+            (optimizer.loss(losses) / len(parts)).backward()
+        optimizer.step()
+        optimizer.end_epoch()
+        assert memory(optimizer)["epoch"] == steps + 1
+        posteriors.append([group["full"] for group in memory(optimizer)["groups"]])
+    torch.testing.assert_close(posteriors[0], posteriors[1])
+
+
+# --- who sets the heads --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [name for name in sorted(OPTIMIZERS) if name != "lbfgs"])
+def test_the_posterior_sets_its_heads_alone(base, net):
+    """Untouched by weight decay and momentum within an epoch, the ridge solution at its end."""
+    settings = {**QUICK, "reg": {"prior_variance": 0.5, "noise_variance": 0.3}}
+    optimizer = wrap(net, base, settings=settings)
+    features = []
+    net.trunk.register_forward_hook(lambda m, a, out: features.append(out.detach()))
+    head = net.heads["reg"]
+    train(net, optimizer, EPOCH)
+    for epoch in (1, 2):
+        features.clear()
+        targets = []
+        for index in range(EPOCH * epoch, EPOCH * (epoch + 1)):
+            before = [p.detach().clone() for p in head.parameters()]
+            like = next(net.parameters())
+            targets.append(make_batch(like.device, like.dtype, seed=index)[1]["reg"])
+            train_step(net, optimizer, index)
+            unchanged = [torch.equal(b, p) for b, p in zip(before, head.parameters(), strict=True)]
+            assert unchanged == [index % EPOCH != EPOCH - 1] * 2
+            assert head.weight.grad is None and head.bias.grad is None
+        h = augment(torch.cat(features), True)
+        eye = torch.eye(h.shape[1], device=h.device, dtype=h.dtype)
+        expected = torch.linalg.solve(h.mT @ h / 0.3 + eye / 0.5, h.mT @ torch.cat(targets) / 0.3)
+        torch.testing.assert_close(
+            torch.cat([head.weight, head.bias[:, None]], 1).detach(), expected.mT
+        )
+
+
+@pytest.mark.parametrize("name", ["bin", "cls"])
+def test_posterior_readout_of_classification(name, net):
+    """Written at the end of pre-training and of every epoch after it, and only then."""
+    optimizer = wrap(net, "momentum", settings={name: {"readout": "posterior"}}, pretrain_epochs=2)
+    head = net.heads[name]
+    for index in range(12):
+        before = head.weight.detach().clone()
+        train_step(net, optimizer, index)
+        assert torch.equal(before, head.weight) == (index >= 6 and index % 3 != 2)
+        assert (head.weight.grad is None) == (index >= 6)
+    assert_finite(head.weight)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_uniform_weights_scale(scale, device, dtype):
+    """With s = 0 the sum is K times the mean, and weights are uniform."""
+    settings = {name: {"s": 0.0} for name in OUTPUTS}
+    found = {}
+    for kind in ("sum", "mean"):
+        net = make_net(device, dtype)
+        optimizer = wrap(net, "sgd", settings=settings, pretrain_epochs=0, gradient_scale=kind)
+        x, labels = make_batch(device, dtype)
+        optimizer.step(make_losses(net(x), labels))
+        found[kind] = net.trunk[0].weight.grad
+        for weights in optimizer.task_weights.values():
+            torch.testing.assert_close(weights, torch.full_like(weights, 0.2))
+    factor = {"sum": 5, "mean": 1}[scale]
+    torch.testing.assert_close(found[scale], factor * found["mean"])
+
+
+@pytest.mark.parametrize("s", [0.0, 1.0, 20.0])
+def test_exponents(s, net):
+    """Weights sum to one, however far apart the precisions are."""
+    settings = {name: {"s": s} for name in OUTPUTS}
+    optimizer = wrap(net, settings=settings, steps_per_epoch=1)
+    train(net, optimizer, 3)
+    weights = torch.cat([w.reshape(-1) for w in optimizer.task_weights.values()])
+    assert_finite(snapshot(net, optimizer))
+    assert weights.sum().item() == pytest.approx(1)
+    assert (weights >= 0).all()

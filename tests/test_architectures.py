@@ -1,0 +1,466 @@
+"""Networks of every build: towers, several backbones, siamese heads, frozen parts, other losses.
+
+Heads that read different tensors are of the default rule alone: the paper's needs one common h, and
+says so (``test_bad_input.py``). All else runs under both.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bayesagg import BinaryHead, LossTask, MulticlassHead, RegressionHead
+from bayesagg.errors import UnknownTaskError
+from tests.helpers import (
+    EPOCH,
+    LOSSES,
+    OUTPUTS,
+    WIDTH,
+    Net,
+    assert_finite,
+    assert_same,
+    difference,
+    gradients,
+    make_batch,
+    make_heads,
+    make_losses,
+    make_net,
+    snapshot,
+    train,
+    wrap,
+)
+
+PHASES = pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
+KINDS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
+
+
+def smooth(inputs=5, width=WIDTH):
+    """A trunk of which every datum is by itself."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh())
+
+
+@pytest.fixture
+def batch(device, dtype):
+    return make_batch(device, dtype, seed=50)
+
+
+# --- towers, widths, backbones -------------------------------------------------------------------
+
+
+class Towers(nn.Module):
+    """Experts that all tasks read, and a tower of another width for each of them."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.trunk = smooth()
+            self.heads = nn.ModuleDict(
+                {
+                    name: nn.Sequential(smooth(WIDTH, width), nn.Linear(width, OUTPUTS[name]))
+                    for name, width in {"reg": 3, "bin": 6, "cls": 3}.items()
+                }
+            )
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return {name: tower(h) for name, tower in self.heads.items()}
+
+
+def test_a_tower_is_its_last_layer(device, dtype):
+    """Bit for bit, whichever of the two is handed over; the rest of it is trained as a trunk."""
+    results = []
+    for whole in (True, False):
+        net = Towers().to(device, dtype)
+        heads = {n: KINDS[n](tower if whole else tower[-1]) for n, tower in net.heads.items()}
+        optimizer = wrap(net, "sgd", "likelihood", heads=heads, shared_rep_hook=None)
+        train(net, optimizer, 6)
+        results.append(snapshot(net, optimizer))
+        for tower in net.heads.values():
+            assert all(p.grad is None for p in tower[-1].parameters())
+            assert all(p.grad.any() for p in tower[:-1].parameters())
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["recovered", "targets"])
+def test_towers_learn(given, device, dtype):
+    net = Towers().to(device, dtype)
+    heads = {n: KINDS[n](tower) for n, tower in net.heads.items()}
+    optimizer = wrap(net, "adam", "likelihood", heads=heads, shared_rep_hook=None)
+    x, labels = make_batch(device, dtype, size=40)
+    labels["reg"] = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], 1)
+    labels["bin"], labels["cls"] = (x[:, :2] > 0).to(x), x[:, :3].argmax(1)
+    first = {n: float(loss.detach()) for n, loss in make_losses(net(x), labels).items()}
+    for _ in range(150):
+        optimizer.zero_grad()
+        optimizer.step(make_losses(net(x), labels), targets=labels if given else None)
+    last = {n: float(loss.detach()) for n, loss in make_losses(net(x), labels).items()}
+    assert all(last[name] < 0.7 * first[name] for name in first)
+
+
+def test_networks_that_share_nothing_are_trained_as_by_wrappers_of_their_own(device, dtype):
+    """Two backbones of different widths under one wrapper, or one each."""
+
+    def networks():
+        return [
+            make_net(device, dtype, seed=seed, outputs={name: OUTPUTS[name]}, width=width)
+            for seed, (name, width) in enumerate({"reg": 4, "bin": 7, "cls": 4}.items())
+        ]
+
+    together, apart = networks(), networks()
+    both = nn.ModuleList(together)
+    heads = {name: KINDS[name](net.heads[name]) for net in together for name in net.heads}
+    settings = {"keep_length": False, "shared_rep_hook": None}  # lengths are those of all gradients
+    one = wrap(both, "momentum", "likelihood", heads=heads, **settings)
+    each = [wrap(net, "momentum", "likelihood", **settings) for net in apart]
+    for index in range(EPOCH + 4):
+        x, labels = make_batch(device, dtype, seed=index)
+        losses = {}
+        for net in together:
+            losses |= make_losses(net(x), {name: labels[name] for name in net.heads})
+        one.zero_grad()
+        one.step(losses)
+        for net, optimizer in zip(apart, each, strict=True):
+            optimizer.zero_grad()
+            optimizer.step(make_losses(net(x), {name: labels[name] for name in net.heads}))
+    for ours, theirs in zip(together, apart, strict=True):
+        for key in ("parameters", "gradients"):
+            torch.testing.assert_close(snapshot(ours)[key], snapshot(theirs)[key])
+
+
+class Sentences(nn.Module):
+    """A head for every token, and one for the sentence."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = smooth()
+        self.heads = nn.ModuleDict({"bin": nn.Linear(WIDTH, 2), "reg": nn.Linear(WIDTH, 2)})
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return {"bin": self.heads["bin"](h), "reg": self.heads["reg"](h.mean(1))}
+
+
+def test_tokens_beside_sentences(device, dtype):
+    net = Sentences().to(device, dtype)
+    heads = {name: KINDS[name](module) for name, module in net.heads.items()}
+    optimizer = wrap(net, "adam", "likelihood", heads=heads)
+    for index in range(EPOCH + 4):
+        x, labels = make_batch(device, dtype, seed=index, size=24)
+        x, labels["bin"] = x.view(4, 6, -1), labels["bin"].view(4, 6, -1)
+        out = net(x)
+        optimizer.zero_grad()
+        optimizer.step(make_losses(out, {"bin": labels["bin"], "reg": labels["reg"][:4]}))
+        assert_finite(snapshot(net, optimizer))
+        assert net.trunk[0].weight.grad.any()
+
+
+class Between(Net):
+    """Something lies between the module that is named and the heads, which share its output."""
+
+    def __init__(self, change):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            super().__init__(trunk=smooth)
+        self.change = change
+
+    def forward(self, x):
+        h = self.change(self.trunk(x))
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("hook", ["trunk", "none", "a stranger"])
+def test_the_module_that_is_named_does_not_matter(hook, rule, device, dtype):
+    """What the heads receive does: the same bits."""
+    results = []
+    for named in ("none", hook):
+        net = Between(lambda h: torch.relu(h) + 0.5).to(device, dtype)
+        module = {"trunk": net.trunk, "none": None, "a stranger": nn.Tanh()}[named]
+        optimizer = wrap(net, "adam", rule, shared_rep_hook=module)
+        train(net, optimizer, 5)
+        results.append(snapshot(net, optimizer))
+    assert_same(*results, ignore=["hooks", "training"])
+
+
+def test_a_module_that_returns_a_tuple_may_be_named(rule, device, dtype):
+    """As recurrent layers do."""
+    net = Between(lambda pair: pair[0]).to(device, dtype)
+    net.trunk = nn.GRU(5, WIDTH, batch_first=True).to(device, dtype)
+    optimizer = wrap(net, "adam", rule)
+    train(net, optimizer, 5)
+    assert net.trunk.weight_ih_l0.grad.any()
+    assert_finite(snapshot(net, optimizer))
+
+
+# --- heads that run several times, or not at all -------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["recovered", "targets"])
+def test_a_siamese_head_is_a_larger_batch(given, rule, device, dtype):
+    """Two calls of the network, whose outputs share their losses, are one call on both batches."""
+    results = []
+    for calls in (1, 2):
+        net = make_net(device, dtype, trunk=smooth)
+        optimizer = wrap(net, "sgd", rule)
+        for index in range(EPOCH + 3):
+            x, labels = make_batch(device, dtype, seed=index, size=8)
+            parts = [net(part) for part in x.split(8 // calls)]
+            out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            optimizer.zero_grad()
+            optimizer.step(make_losses(out, labels), targets=labels if given else None)
+        results.append(snapshot(net, optimizer))
+    for key in ("parameters", "gradients"):
+        torch.testing.assert_close(results[0][key], results[1][key])
+
+
+def test_some_heads_run_more_often_than_others(device, dtype):
+    """A regression on pairs of inputs beside a class of the first of each."""
+    net = make_net(device, dtype, trunk=smooth)
+    optimizer = wrap(net, "adam", "likelihood")
+    for index in range(EPOCH + 3):
+        x, labels = make_batch(device, dtype, seed=index)
+        h, other = net.trunk(x), net.trunk(x.flip(0))
+        reg = net.heads["reg"]
+        losses = {
+            "reg": F.mse_loss(torch.cat([reg(h), reg(other)]), labels["reg"].repeat(2, 1)),
+            "cls": F.cross_entropy(net.heads["cls"](h), labels["cls"]),
+        }
+        optimizer.zero_grad()
+        optimizer.step(losses)
+        assert_finite(snapshot(net, optimizer))
+        assert net.trunk[0].weight.grad.any()
+
+
+@PHASES
+def test_a_head_that_does_not_run_is_left_alone(steps, rule, device, dtype, batch):
+    """It neither runs nor has a loss; as one that runs without."""
+    x, labels = batch
+    results = []
+    for runs in (False, True):
+        net = make_net(device, dtype, trunk=smooth)
+        optimizer = wrap(net, "sgd", rule)
+        train(net, optimizer, steps)
+        before = net.heads["cls"].weight.detach().clone()
+        h = net.trunk(x)
+        out = {n: head(h) for n, head in net.heads.items() if runs or n != "cls"}
+        losses = {n: LOSSES[n](out[n], labels[n]) for n in ("reg", "bin")}
+        optimizer.zero_grad()
+        optimizer.step(losses)
+        assert torch.equal(net.heads["cls"].weight, before)
+        results.append(snapshot(net, optimizer))
+    assert_same(*results)
+
+
+# --- frozen parts, strangers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["both", "weight", "bias"])
+def test_a_frozen_head_is_never_written(part, rule, device, dtype):
+    """What of it is frozen stays as it is; its loss reaches the trunk, and the others go on."""
+    net = make_net(device, dtype, trunk=smooth)
+    for name, p in net.heads["reg"].named_parameters():
+        p.requires_grad_(part not in ("both", name))
+    frozen = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
+    optimizer = wrap(net, "sgd", rule)
+    start = snapshot(net)["parameters"]
+    train(net, optimizer, 2 * EPOCH)
+    for name, p in net.named_parameters():
+        assert torch.equal(p, frozen[name]) if name in frozen else not torch.equal(p, start[name])
+    x, labels = make_batch(device, dtype, seed=9)
+    optimizer.zero_grad()
+    optimizer.step({"reg": F.mse_loss(net(x)["reg"], labels["reg"])})
+    assert net.trunk[0].weight.grad.any()
+    assert_finite(snapshot(net, optimizer))
+
+
+def test_a_head_may_be_frozen_and_unfrozen(rule, device, dtype):
+    net = make_net(device, dtype, trunk=smooth)
+    optimizer = wrap(net, "sgd", rule)
+    head = net.heads["reg"]
+    train(net, optimizer, 2 * EPOCH)
+    head.requires_grad_(False)
+    before = copy.deepcopy(head.state_dict())
+    train(net, optimizer, range(2 * EPOCH, 3 * EPOCH))
+    assert difference(before, head.state_dict()) is None
+    head.requires_grad_(True)
+    train(net, optimizer, range(3 * EPOCH, 4 * EPOCH))
+    assert not torch.equal(before["weight"], head.weight)
+
+
+def test_a_frozen_trunk_leaves_the_heads_to_learn(rule, device, dtype):
+    net = make_net(device, dtype, trunk=smooth)
+    net.trunk.requires_grad_(False)
+    optimizer = wrap(net, "sgd", rule)
+    before = snapshot(net)["parameters"]
+    train(net, optimizer, 2 * EPOCH)
+    for name, p in net.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("trunk")
+
+
+def test_a_parametrized_head_keeps_its_own_gradient(device, dtype):
+    """Also where it was parametrized after it was wrapped: its weights cannot be written."""
+    net = make_net(device, dtype, trunk=smooth)
+    optimizer = wrap(net, "sgd", "likelihood")
+    train(net, optimizer, EPOCH + 1)
+    nn.utils.parametrizations.weight_norm(net.heads["reg"])
+    optimizer.add_param_group(
+        {"params": [p for n, p in net.heads["reg"].named_parameters() if "original" in n]}
+    )
+    train(net, optimizer, range(EPOCH + 1, EPOCH + 4))
+    assert all(p.grad is not None for p in net.heads["reg"].parameters())
+    assert_finite(snapshot(net, optimizer))
+
+
+def test_a_probe_sends_nothing_back(device, dtype, batch):
+    """A head on detached features learns, and the trunk does not hear of it."""
+    found = []
+    for probed in (False, True):
+        net = make_net(device, dtype, trunk=smooth)
+        heads = make_heads(net, "likelihood")
+        if not probed:
+            del heads["reg"]
+        optimizer = wrap(net, "sgd", "likelihood", heads=heads, keep_length=False)
+        for index in range(EPOCH + 2):
+            x, labels = make_batch(device, dtype, seed=index)
+            h = net.trunk(x)
+            losses = {n: LOSSES[n](net.heads[n](h), labels[n]) for n in ("bin", "cls")}
+            if probed:
+                losses["reg"] = F.mse_loss(net.heads["reg"](h.detach()), labels["reg"])
+            optimizer.zero_grad()
+            optimizer.step(losses)
+        found.append(snapshot(net.trunk)["gradients"])
+    torch.testing.assert_close(*found)
+
+
+def test_a_head_that_the_optimizer_lacks_is_announced(rule, device, dtype):
+    net = make_net(device, dtype, trunk=smooth)
+    some = [p for n, p in net.named_parameters() if not n.startswith("heads.bin")]
+    with pytest.warns(UserWarning, match="task 'bin': the optimizer does not have"):
+        wrap(net, torch.optim.SGD(some, lr=0.1), rule)
+    net.heads["bin"].requires_grad_(False)  # on purpose
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(net, torch.optim.SGD(some, lr=0.1), rule)
+
+
+# --- losses without a head -----------------------------------------------------------------------
+
+
+def other_losses(net, rule, way, **kwargs):
+    """A wrapper that takes a loss ``aux`` without a head."""
+    heads = make_heads(net, rule)
+    if way == "task":
+        return wrap(net, "sgd", rule, heads={**heads, "aux": LossTask()}, **kwargs)
+    return wrap(net, "sgd", rule, heads=heads, passthrough=("aux",), **kwargs)
+
+
+WAYS = pytest.mark.parametrize("way", ["task", "passthrough"])
+
+
+@PHASES
+@WAYS
+def test_the_gradient_of_a_loss_without_a_head_arrives(way, steps, rule, device, dtype, batch):
+    """Beside the heads' at the features, and at parameters of its own."""
+    x, labels = batch
+    found = []
+    for present in (False, True):
+        net = make_net(device, dtype, trunk=smooth)
+        net.extra = nn.Linear(WIDTH, 1).to(x)
+        optimizer = (
+            other_losses(net, rule, way, keep_length=False)
+            if rule == "likelihood"
+            else (other_losses(net, rule, way))
+        )
+        train(net, optimizer, steps)
+        h = net.trunk(x)
+        out = {name: head(h) for name, head in net.heads.items()}
+        losses = make_losses(out, labels)
+        aux = net.extra(h).exp().mean()
+        own = torch.autograd.grad(
+            aux, [*net.trunk.parameters(), *net.extra.parameters()], retain_graph=True
+        )
+        optimizer.zero_grad()
+        optimizer.step({**losses, "aux": aux} if present else losses)
+        found.append(gradients(net))
+    # Over its running mean, which in its first step is its value.
+    scaled = way == "task" and rule == "likelihood" and steps == 4
+    factor = 1 / aux.detach() if scaled else 1.0
+    names = [n for n, _ in net.named_parameters() if n.startswith(("trunk", "extra"))]
+    for name, gradient in zip(names, own, strict=True):
+        before = found[0][name] if name.startswith("trunk") else 0.0
+        torch.testing.assert_close(found[1][name], before + factor * gradient)
+
+
+@WAYS
+def test_a_step_of_losses_without_a_head_alone(way, rule, device, dtype, batch):
+    x, _ = batch
+    net = make_net(device, dtype, trunk=smooth)
+    optimizer = other_losses(net, rule, way)
+    train(net, optimizer, EPOCH + 1)
+    heads = snapshot(net.heads)["parameters"]
+    optimizer.zero_grad()
+    optimizer.step({"aux": net.trunk(x).square().mean()})
+    assert net.trunk[0].weight.grad.any()
+    assert_same(heads, snapshot(net.heads)["parameters"])
+    train(net, optimizer, range(EPOCH + 1, EPOCH + 3))
+    assert_finite(snapshot(net, optimizer))
+
+
+def test_the_unit_of_a_loss_task_does_not_matter(device, dtype):
+    """Of the default rule, which divides it by its running mean; a passthrough is as it comes."""
+    found = []
+    for unit in (1.0, 1000.0):
+        net = make_net(device, dtype, trunk=smooth)
+        optimizer = other_losses(net, "likelihood", "task", warmup=0, keep_length=False)
+        for index in range(5):
+            x, labels = make_batch(device, dtype, seed=index)
+            h = net.trunk(x)
+            losses = make_losses({n: head(h) for n, head in net.heads.items()}, labels)
+            optimizer.zero_grad()
+            optimizer.step({**losses, "aux": unit * (1 + h.square().mean())})
+        found.append(snapshot(net)["parameters"])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("sign", [0.0, -1.0])
+@PHASES
+def test_a_loss_task_that_is_not_positive_is_taken_as_it_is(sign, steps, rule, device, dtype):
+    net = make_net(device, dtype, trunk=smooth)
+    optimizer = other_losses(net, rule, "task")
+    free = nn.Parameter(torch.ones(2, device=device, dtype=dtype))
+    for index in range(steps):
+        x, labels = make_batch(device, dtype, seed=index)
+        losses = make_losses(net(x), labels)
+        free.grad = None
+        optimizer.zero_grad()
+        optimizer.step({**losses, "aux": free.sum() + (sign - 2)})
+        assert_finite(snapshot(net, optimizer))
+        assert bool((free.grad > 0).all()) and bool(free.grad.isfinite().all())
+
+
+def test_unknown_losses_are_refused(rule, device, dtype, batch):
+    """With both remedies, whatever else there is."""
+    x, labels = batch
+    net = make_net(device, dtype, trunk=smooth)
+    for way in ("task", "passthrough"):
+        optimizer = other_losses(net, rule, way)
+        losses = make_losses(net(x), labels)
+        with pytest.raises(UnknownTaskError, match=r"'age'.*passthrough=\('age',\).*LossTask\(\)"):
+            optimizer.step({**losses, "aux": net.trunk(x).sum(), "age": losses["reg"]})
+
+
+def test_targets_of_losses_without_a_head_are_of_no_use(rule, device, dtype, batch):
+    x, labels = batch
+    results = []
+    for more in ({}, {"aux": torch.zeros(3, device=device)}):
+        net = make_net(device, dtype, trunk=smooth)
+        optimizer = other_losses(net, rule, "task")
+        losses = {**make_losses(net(x), labels), "aux": 1 + net.trunk(x).square().mean()}
+        optimizer.step(losses, targets={**labels, **more})
+        results.append(snapshot(net, optimizer))
+    assert_same(*results)

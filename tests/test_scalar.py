@@ -1,0 +1,302 @@
+"""One scalar for any loop: what its backward pass does under factors, sums, repeats and failures.
+
+That it equals ``step`` is in ``test_optimizer_protocol.py``, gradient scalers too.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import (
+    OPTIMIZERS,
+    assert_finite,
+    assert_same,
+    difference,
+    gradients,
+    make_batch,
+    make_engine,
+    make_losses,
+    make_net,
+    snapshot,
+    train,
+    train_step,
+    wrap,
+)
+
+PHASES = pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
+GRADIENT = {name: {"readout": "gradient"} for name in ("reg", "bin", "cls")}
+
+
+@pytest.fixture
+def start(rule, steps, device, dtype):
+    """Makes the same trained network and wrapper again and again."""
+    net = make_net(device, dtype)
+    optimizer = wrap(net, "sgd", rule, settings=GRADIENT)
+    train(net, optimizer, steps)
+    net.trunk[1].eval()  # every datum by itself
+
+    def again():
+        return copy.deepcopy((net, optimizer))
+
+    return again
+
+
+@pytest.fixture
+def batch(device, dtype):
+    return make_batch(device, dtype, seed=50)
+
+
+def evidence_of(optimizer):
+    """Gram matrices and their like, by place."""
+    found = {}
+
+    def walk(value, path):
+        if isinstance(value, dict | list):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, part in pairs:
+                walk(part, (*path, key))
+        elif path[-1] in ("gram", "precision") or (path[-1] == "shift" and len(found) == 1):
+            found[path] = value
+
+    walk(optimizer.state_dict()["bayesagg"]["memory"], ())
+    return found
+
+
+@PHASES
+def test_its_value_is_the_sum(start, batch):
+    x, labels = batch
+    net, optimizer = start()
+    losses = make_losses(net(x), labels)
+    loss = optimizer.loss(losses)
+    assert loss.requires_grad and loss.dim() == 0
+    torch.testing.assert_close(loss, sum(losses.values()), rtol=0, atol=0)
+    assert torch.equal(loss, optimizer.engine(make_losses(net(x), labels), labels))
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_engine_and_base_step_are_the_wrapper(base, rule, device, dtype):
+    """Bit for bit, also where somebody asks for gradients in between."""
+    nets = [make_net(device, dtype) for _ in range(2)]
+    wrapper = wrap(nets[0], base, rule)
+    engine, optimizer = make_engine(nets[1], rule), OPTIMIZERS[base](nets[1].parameters())
+    for index in range(7):
+        train_step(nets[0], wrapper, index)
+        x, labels = make_batch(device, dtype, seed=index)
+        optimizer.zero_grad()
+        engine(make_losses(nets[1](x), labels)).backward()
+        optimizer.step()
+        engine.stepped()
+    assert_same(snapshot(nets[0]), snapshot(nets[1]))
+    assert difference(wrapper.engine.get_extra_state(), engine.get_extra_state()) is None
+
+
+@PHASES
+@pytest.mark.parametrize("factor", [1024.0, 0.25, -1.0])
+def test_a_factor_scales_every_gradient_and_nothing_else(factor, start, batch):
+    x, labels = batch
+    found = []
+    for times in (1.0, factor):
+        net, optimizer = start()
+        optimizer.zero_grad()
+        (times * optimizer.loss(make_losses(net(x), labels))).backward()
+        found.append((gradients(net), optimizer.state_dict()["bayesagg"]))
+    for name, gradient in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], factor * gradient)
+    assert difference(found[0][1], found[1][1]) is None
+
+
+@PHASES
+def test_other_terms_of_the_sum_have_their_own_gradient(start, batch):
+    x, labels = batch
+    found = []
+    for penalised in (False, True):
+        net, optimizer = start()
+        optimizer.zero_grad()
+        h = net.trunk(x)
+        out = {name: head(h) for name, head in net.heads.items()}
+        loss = optimizer.loss(make_losses(out, labels))
+        penalty = h.square().mean() + net.trunk[0].weight.square().sum()
+        own = torch.autograd.grad(penalty, list(net.trunk.parameters()), retain_graph=True)
+        (loss + penalty if penalised else loss).backward()
+        found.append([p.grad for p in net.trunk.parameters()])
+    for plain, with_penalty, penalty in zip(*found, own, strict=True):
+        torch.testing.assert_close(with_penalty, plain + penalty)
+
+
+@PHASES
+def test_a_second_pass_through_the_same_graph_teaches_nothing(start, batch):
+    """Its gradients are those of the first."""
+    x, labels = batch
+    net, optimizer = start()
+    optimizer.zero_grad()
+    loss = optimizer.loss(make_losses(net(x), labels))
+    loss.backward(retain_graph=True)
+    once, state = gradients(net), optimizer.state_dict()
+    loss.backward()
+    for name, gradient in gradients(net).items():
+        torch.testing.assert_close(gradient, 2 * once[name])
+    assert difference(state["bayesagg"], optimizer.state_dict()["bayesagg"]) is None
+
+
+@PHASES
+def test_gradients_can_be_asked_for(start, batch):
+    """``torch.autograd.grad`` returns what ``backward`` accumulates, and teaches as much."""
+    x, labels = batch
+    net, optimizer = start()
+    optimizer.zero_grad()
+    asked = torch.autograd.grad(optimizer.loss(make_losses(net(x), labels)), list(net.parameters()))
+    assert all(p.grad is None for p in net.parameters())
+    other_net, other = start()
+    other.zero_grad()
+    other.loss(make_losses(other_net(x), labels)).backward()
+    torch.testing.assert_close(asked, tuple(p.grad for p in other_net.parameters()))
+    ours, theirs = (o.state_dict()["bayesagg"] for o in (optimizer, other))
+    assert difference(ours, theirs) is None
+
+
+@PHASES
+def test_nothing_is_learned_before_the_backward_pass(start, batch):
+    x, labels = batch
+    net, optimizer = start()
+    before = snapshot(net, optimizer)
+    loss = optimizer.loss(make_losses(net(x), labels))
+    assert_same(before, snapshot(net, optimizer))
+    loss.backward()
+    assert difference(before["optimizer"], snapshot(net, optimizer)["optimizer"]) is not None
+
+
+@PHASES
+def test_evidence_counts_whether_or_not_a_step_follows(start, batch):
+    """That of a batch whose step is skipped is that of one whose step is taken."""
+    x, labels = batch
+    found = []
+    for step in (False, True):
+        net, optimizer = start()
+        optimizer.zero_grad()
+        optimizer.backward(make_losses(net(x), labels))
+        before = optimizer.state_dict()["bayesagg"]
+        if step:
+            optimizer.base_optimizer.step()
+        assert difference(before, optimizer.state_dict()["bayesagg"]) is None
+        found.append(evidence_of(optimizer))
+    assert found[0]
+    assert difference(*({str(k): v for k, v in part.items()} for part in found)) is None
+
+
+@PHASES
+def test_two_scalars_in_one_backward_pass(start, batch, device, dtype):
+    """The evidence of both counts, as if they had been taken one after the other."""
+    batches = [batch, make_batch(device, dtype, seed=51)]
+    found = []
+    for together in (False, True):
+        net, optimizer = start()
+        optimizer.zero_grad()
+        scalars = []
+        for x, labels in batches:
+            loss = optimizer.loss({"reg": make_losses(net(x), labels)["reg"]})
+            if not together:
+                loss.backward()
+            scalars.append(loss)
+        if together:
+            sum(scalars).backward()
+        assert_finite(gradients(net))
+        found.append(evidence_of(optimizer))
+    one, other = found
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value)
+
+
+@PHASES
+def test_a_backward_pass_that_fails_teaches_nothing(start, batch):
+    """And training goes on from there."""
+    x, labels = batch
+    net, optimizer = start()
+    other_net, other = start()
+    before = optimizer.state_dict()["bayesagg"]
+    loss = optimizer.loss(make_losses(net(x), labels))
+
+    def fail(gradient):
+        raise KeyboardInterrupt
+
+    handle = net.trunk[0].weight.register_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    handle.remove()
+    assert difference(before, optimizer.state_dict()["bayesagg"]) is None
+    for a_net, an_optimizer in ((net, optimizer), (other_net, other)):
+        an_optimizer.zero_grad()
+        an_optimizer.step(make_losses(a_net(x), labels))
+    assert_same(snapshot(net, optimizer), snapshot(other_net, other))
+
+
+# --- backward passes of others -------------------------------------------------------------------
+
+
+@PHASES
+def test_a_plain_backward_pass_is_as_if_nothing_were_watched(start, batch):
+    """Gradients bit for bit, at parameters, features and inputs; and the next step is the same."""
+    x, labels = batch
+    results = []
+    for plain in (False, True):
+        net, optimizer = start()
+        if plain:
+            optimizer.zero_grad()
+            inputs = x.clone().requires_grad_()
+            features = net.trunk(inputs)
+            features.retain_grad()
+            out = {name: head(features) for name, head in net.heads.items()}
+            sum(make_losses(out, labels).values()).backward()
+            found = [gradients(net), features.grad, inputs.grad]
+
+            bare = make_net(x.device, x.dtype)
+            bare.load_state_dict(net.state_dict())
+            bare.trunk[1].eval()
+            inputs = x.clone().requires_grad_()
+            features = bare.trunk(inputs)
+            features.retain_grad()
+            out = {name: head(features) for name, head in bare.heads.items()}
+            sum(make_losses(out, labels).values()).backward()
+            assert difference(found, [gradients(bare), features.grad, inputs.grad]) is None
+        optimizer.zero_grad()
+        optimizer.step(make_losses(net(x), labels))
+        results.append(snapshot(net, optimizer))
+    assert_same(*results)
+
+
+@PHASES
+def test_plain_and_aggregate_passes_through_one_graph(start, batch):
+    """In either order each has its own gradients."""
+    x, labels = batch
+    found = []
+    for order in ("plain", "ours", "plain_ours", "ours_plain"):
+        net, optimizer = start()
+        optimizer.zero_grad()
+        losses = make_losses(net(x), labels)
+        for kind in order.split("_"):
+            loss = sum(losses.values()) if kind == "plain" else optimizer.loss(losses)
+            loss.backward(retain_graph=True)
+        found.append(gradients(net))
+    plain, ours, *both = found
+    for name, gradient in plain.items():
+        for together in both:
+            torch.testing.assert_close(together[name], gradient + ours[name])
+
+
+def test_thousands_of_plain_passes_are_forgotten(rule, net_of_one):
+    """A model that is wrapped and then trained by hand keeps no graph of it alive."""
+    net, optimizer, x, y = net_of_one
+    for _ in range(1100):  # more than would be announced
+        nn.functional.mse_loss(net.heads["reg"](net.trunk(x)), y).backward()
+    assert sum(len(calls) for calls in optimizer.engine._capture.calls.values()) <= 1
+
+
+@pytest.fixture
+def net_of_one(rule, device, dtype):
+    net = make_net(device, dtype, outputs={"reg": 1})
+    x, labels = make_batch(device, dtype, outputs={"reg": 1})
+    return net, wrap(net, "sgd", rule), x, labels["reg"]
