@@ -37,9 +37,13 @@ NOT_NEGATIVE = {
     *("scale", "length", "values", "left", "steps", "batches", "epoch", "draws", "count", "seen"),
     *("task_weights", "lr", "exp_avg_sq", "max_exp_avg_sq", "step", "weight_decay", "eps"),
 }
-# What a good state may look like too: units are of heads that were seen, scales of losses that
-# were, and a basis is made where there is none.
-GOOD = (("units", "shorter"), ("others", "removed"), ("basis", "none"))
+# What a good state may look like too: units, scales and forms are of losses that were seen, there
+# is no evidence at the start of an epoch, and tasks may have a precision each or one for all.
+GOOD = {
+    *(("units", "shorter"), ("others", "removed"), ("reader", "removed"), ("basis", "none")),
+    *(("full", "none"), ("running", "none"), ("precision", "an entry more")),
+    *((name, size) for name in ("forms", "reductions", "factor") for size in ("shorter", "longer")),
+}
 NUMBERS = int | float
 
 
@@ -171,11 +175,12 @@ def damaged(state):
     """Every damage of a wrapper's state, with its name."""
     for path, value in nodes(state):
         of_base = path[0] != "bayesagg"
+        if path[0] == "state" and len(path) > 1 and path[1] > 1:
+            continue  # that of all parameters is alike
         where = "/".join(map(str, path))
         for name, wrong in damages(path, value, of_base):
-            if (path[-1], name) in GOOD:
-                continue
-            yield f"{where}: {name}", replaced(state, path, wrong)
+            if (path[-1], name) not in GOOD:
+                yield f"{where}: {name}", replaced(state, path, wrong)
         parent = functools.reduce(lambda part, key: part[key], path[:-1], state)
         # Parameters that never had a gradient have no state: their lack is no damage.
         optional = path[:-1] in ((), ("state",)) or (path[-2], "removed") in GOOD
@@ -218,16 +223,12 @@ def assert_refuses(pristine, state, load=load_wrapper):
     assert not found, f"{len(found)} damages:\n" + "\n".join(found)
 
 
-CASES = [("mixture", base) for base in ("adam", "adamw", "momentum")]
-CASES += [(case, "adam") for case in ("missing", "wide", "other_losses")]
-
-
-@pytest.mark.parametrize(("case", "base"), CASES)
+@pytest.mark.parametrize("base", ["adam", "adamw", "momentum"])
 @pytest.mark.parametrize("into", ["itself", "fresh"])
-def test_every_damage_of_a_wrapper_is_refused(into, case, base, rule):
+def test_every_damage_of_a_wrapper_is_refused(into, base, rule):
     """Into the run it was saved from, and into one that has not begun."""
-    state = trained(case, rule, base)[1].state_dict()
-    net, optimizer, step = build(case, rule, base, seed=into == "fresh")
+    state = trained("mixture", rule, base)[1].state_dict()
+    net, optimizer, step = build("mixture", rule, base, seed=into == "fresh")
     if into == "itself":
         optimizer.load_state_dict(copy.deepcopy(state))
     assert_refuses((net, optimizer), state)
@@ -235,9 +236,10 @@ def test_every_damage_of_a_wrapper_is_refused(into, case, base, rule):
     step(9)
 
 
-def test_every_damage_of_an_engine_is_refused(rule):
+@pytest.mark.parametrize("case", ["mixture", "missing", "wide", "other_losses"])
+def test_every_damage_of_an_engine_is_refused(case, rule):
     """As it is loaded with a training module."""
-    net, optimizer, _ = trained("mixture", rule, "adam")
+    net, optimizer, _ = trained(case, rule, "adam")
     state = {"bayesagg": optimizer.engine.get_extra_state()}
     assert_refuses((net, optimizer), state, load_engine)
 

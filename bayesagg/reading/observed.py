@@ -219,7 +219,8 @@ def join(saids: Sequence[Said]) -> Observed:
         if wide.dtype != work:
             wide = wide.to(work)
         if classes:
-            wide = wide.view(len(wide), -1, classes).permute(2, 0, 1).contiguous()
+            # Data innermost: a plain transpose, which is many times as fast as other copies.
+            wide = wide.mT.contiguous().view(-1, classes, len(wide)).permute(1, 2, 0)
         return wide
 
     sizes = [said.layout.tasks for said in saids]

@@ -46,7 +46,7 @@ def test_counts_of_a_step_are_within_their_aims(name):
 
 def test_counts_are_those_of_the_profiler():
     x = torch.ones(3)
-    assert memory.counts(lambda: x.add(1).mul(2)) == (2, 0)
+    assert memory.counts(lambda: (x + x) * x) == (2, 0)
     operators, looks = memory.counts(lambda: x.sum().item())
     assert (operators > 2, looks) == (True, 1)
 
@@ -86,6 +86,7 @@ def test_workloads_are_reproducible():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch_geometric
 @pytest.mark.parametrize("name", CASES)
 def test_every_network_gives_one_loss_a_task(name):
     case = replace(CASES[name], step_batch=2)
@@ -141,9 +142,9 @@ def test_interleave_gives_every_arm_its_rounds():
 def test_command_writes_json(tmp_path, capsys):
     file = tmp_path / "result.json"
     flags = ["--parts", "time", "--repeats", "1", "--threads", str(torch.get_num_threads())]
-    assert main(["--shapes", "small", *flags, "--step-batch", "4", "--output", str(file)]) == 0
+    assert main(["--shapes", "mixture", *flags, "--step-batch", "4", "--output", str(file)]) == 0
     content = json.loads(file.read_text())
-    assert {row["shape"] for row in content["rows"]} == {"regressions", "mixture", "binaries"}
+    assert {row["shape"] for row in content["rows"]} == {"mixture"}
     assert content["setting"]["step batch"] == 4
     assert "| verdict |" in capsys.readouterr().out
 

@@ -21,15 +21,15 @@ from tests.helpers import (
     OPTIMIZERS,
     OUTPUTS,
     SAMPLED,
-    PaperBayesAgg,
+    assert_finite,
     assert_same,
     difference,
     make_batch,
-    make_heads,
+    make_engine,
     make_losses,
     make_net,
     snapshot,
-    train,
+    tensors_of,
     wrap,
 )
 
@@ -43,13 +43,13 @@ STEPS = 3
 
 
 class Lit(pl.LightningModule):
-    """Manual optimization: the engine in place of the backward pass, and told of every epoch."""
+    """Automatic optimization returns the engine's scalar; manual optimization calls the engine."""
 
-    def __init__(self, outputs=OUTPUTS, seed=0):
+    def __init__(self, rule, automatic=True, outputs=OUTPUTS, seed=0):
         super().__init__()
-        self.automatic_optimization = False
+        self.automatic_optimization = automatic
         self.net = make_net(seed=seed, outputs=outputs)
-        self.engine = PaperBayesAgg(self.net.trunk, make_heads(self.net, **SAMPLED))
+        self.engine = make_engine(self.net, rule, settings=SAMPLED, steps_per_epoch=None)
 
     def configure_optimizers(self):
         optimizer = OPTIMIZERS["adam"](self.net.parameters())
@@ -57,14 +57,23 @@ class Lit(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, labels = batch
+        x = x.to(self.dtype)
+        labels = {n: y.to(x) if y.is_floating_point() else y for n, y in labels.items()}
+        losses = make_losses(self.net(x), labels)
+        if self.automatic_optimization:
+            return self.engine(losses)
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        self.engine.backward(make_losses(self.net(x), labels))
+        self.engine.backward(losses)
         optimizer.step()
 
     def on_train_epoch_end(self):
         self.engine.end_epoch()
-        self.lr_schedulers().step()
+        if not self.automatic_optimization:
+            self.lr_schedulers().step()
+
+
+MODES = pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
 
 
 def loader():
@@ -72,7 +81,7 @@ def loader():
     return DataLoader(batches, batch_size=None, shuffle=False)
 
 
-def fit(folder, module, epochs, *, callbacks=(), logger=False, ckpt_path=None):
+def fit(folder, module, epochs, *, callbacks=(), logger=False, ckpt_path=None, **kwargs):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -85,6 +94,7 @@ def fit(folder, module, epochs, *, callbacks=(), logger=False, ckpt_path=None):
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
+        **kwargs,
     )
     trainer.fit(module, loader(), ckpt_path=ckpt_path)
     return trainer
@@ -98,43 +108,82 @@ def state_of(module, trainer):
     }
 
 
-def test_a_trainer_takes_the_steps_of_a_loop(tmp_path):
-    """Three epochs under the Trainer are three epochs of the wrapper, bit for bit."""
-    module = Lit()
-    trainer = fit(tmp_path, module, 3)
+def loop(rule, epochs, accumulate=1, clip=None):
+    """What the Trainer does, by hand: the wrapper in a plain loop."""
     net = make_net()
-    wrapper = wrap(net, settings=SAMPLED, steps_per_epoch=STEPS)
+    wrapper = wrap(net, "adam", rule, settings=SAMPLED, steps_per_epoch=None)
     scheduler = torch.optim.lr_scheduler.StepLR(wrapper, 2, gamma=0.5)
-    for _ in range(3):
-        train(net, wrapper, STEPS)
+    for _ in range(epochs):
+        for index in range(STEPS):
+            x, labels = make_batch(seed=index)
+            if index % accumulate == 0:
+                wrapper.zero_grad()
+            (wrapper.loss(make_losses(net(x), labels)) / accumulate).backward()
+            if (index + 1) % accumulate == 0:
+                if clip is not None:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+                wrapper.step()
+        wrapper.end_epoch()
         scheduler.step()
+    return net, wrapper
+
+
+@MODES
+def test_a_trainer_takes_the_steps_of_a_loop(automatic, rule, tmp_path):
+    """Three epochs under the Trainer are three epochs of the wrapper, bit for bit."""
+    module = Lit(rule, automatic)
+    trainer = fit(tmp_path, module, 3)
+    net, wrapper = loop(rule, 3)
     assert trainer.global_step == 3 * STEPS
-    assert module.engine.epoch == 3
     assert_same(snapshot(module.net)["parameters"], snapshot(net)["parameters"])
     assert difference(module.engine.get_extra_state(), wrapper.engine.get_extra_state()) is None
 
 
-@pytest.mark.parametrize("stop", [1, 2], ids=["pretraining", "after"])
-def test_a_trainer_resumes_in_the_same_bits(stop, tmp_path):
+def test_a_trainer_accumulates_and_clips_as_a_loop_does(rule, tmp_path):
+    """It divides the scalar by the number of batches; one step an epoch."""
+    module = Lit(rule)
+    trainer = fit(tmp_path, module, 4, accumulate_grad_batches=STEPS, gradient_clip_val=0.1)
+    net, wrapper = loop(rule, 4, STEPS, 0.1)
+    assert trainer.global_step == 4
+    torch.testing.assert_close(list(module.net.parameters()), list(net.parameters()))
+    states = [one.get_extra_state()["memory"] for one in (module.engine, wrapper.engine)]
+    torch.testing.assert_close(*map(tensors_of, states))
+
+
+def test_a_trainer_may_use_half_precision(rule, tmp_path):
+    """Under its autocast; parameters differ by rounding from those of single precision."""
+    ends = []
+    for precision in ("bf16-mixed", "32-true"):
+        module = Lit(rule).float()
+        fit(tmp_path, module, 3, precision=precision)
+        ends.append(list(module.net.parameters()))
+        assert_finite(snapshot(module.net, module.engine))
+    torch.testing.assert_close(*ends, rtol=0.1, atol=0.05)
+
+
+@MODES
+@pytest.mark.parametrize("stop", [1, 2], ids=["linear", "after"])
+def test_a_trainer_resumes_in_the_same_bits(stop, automatic, rule, tmp_path):
     """Stopped after an epoch and resumed from the Trainer's checkpoint by a new module."""
-    whole = Lit()
+    whole = Lit(rule, automatic)
     expected = state_of(whole, fit(tmp_path, whole, 4))
     keep = ModelCheckpoint(tmp_path / "kept", save_last=True)
-    fit(tmp_path, Lit(), stop, callbacks=[keep])
+    first = Lit(rule, automatic)
+    fit(tmp_path, first, stop, callbacks=[keep])
     saved = torch.load(keep.last_model_path, weights_only=False)["state_dict"]
-    assert saved["engine._extra_state"]["epoch"] == stop
-    resumed = Lit(seed=5)
+    assert difference(saved["engine._extra_state"], first.engine.get_extra_state()) is None
+    resumed = Lit(rule, automatic, seed=5)
     trainer = fit(tmp_path, resumed, 4, ckpt_path=keep.last_model_path)
     assert trainer.current_epoch == 4
     assert difference(expected, state_of(resumed, trainer)) is None
 
 
-def test_a_checkpoint_of_other_heads_is_refused(tmp_path):
+def test_a_checkpoint_of_other_heads_is_refused(rule, tmp_path):
     keep = ModelCheckpoint(tmp_path / "kept", save_last=True)
-    fit(tmp_path, Lit(), 1, callbacks=[keep])
+    fit(tmp_path, Lit(rule), 1, callbacks=[keep])
     fewer = {name: o for name, o in OUTPUTS.items() if name != "bin"}
     with pytest.raises(CheckpointError, match="other heads"):
-        fit(tmp_path, Lit(fewer), 2, ckpt_path=keep.last_model_path)
+        fit(tmp_path, Lit(rule, outputs=fewer), 2, ckpt_path=keep.last_model_path)
 
 
 class Recorder(Callback):
@@ -148,9 +197,9 @@ class Recorder(Callback):
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
-def test_the_callback_logs_to_every_logger(given, tmp_path):
+def test_the_callback_logs_to_every_logger(given, rule, tmp_path):
     """CSV and TensorBoard hold the weights of every second step."""
-    module, recorder = Lit(), Recorder()
+    module, recorder = Lit(rule), Recorder()
     callback = TaskWeightsCallback(module.engine if given else None, every_n_steps=2)
     loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
     fit(tmp_path, module, 3, callbacks=[callback, recorder], logger=loggers)
@@ -173,20 +222,20 @@ def test_the_callback_logs_to_every_logger(given, tmp_path):
         )
 
 
-def test_the_callback_follows_the_trainer(tmp_path):
+def test_the_callback_follows_the_trainer(rule, tmp_path):
     """``log_every_n_steps`` of the trainer is the default; a callback serves a second fit."""
     callback = TaskWeightsCallback()
     for _ in range(2):
         logger = CSVLogger(tmp_path)
-        fit(tmp_path, Lit(), 1, callbacks=[callback], logger=logger)
+        fit(tmp_path, Lit(rule), 1, callbacks=[callback], logger=logger)
         with open(f"{logger.log_dir}/metrics.csv") as file:
             assert len(list(csv.DictReader(file))) == STEPS
     assert callback._engine is None
 
 
-def test_the_callback_wants_one_engine(tmp_path):
-    module = Lit()
-    module.second = PaperBayesAgg(module.net.trunk, make_heads(module.net))
+def test_the_callback_wants_one_engine(rule, tmp_path):
+    module = Lit(rule)
+    module.second = make_engine(module.net, rule)
     with pytest.raises(ValueError, match="has 2 BayesAgg engines"):
         fit(tmp_path, module, 1, callbacks=[TaskWeightsCallback()])
     with pytest.raises(ValueError, match="every_n_steps"):
