@@ -25,7 +25,7 @@ export NO_MKDOCS_2_WARNING := 1
 # Two installations at once would spoil the one environment.
 .NOTPARALLEL:
 
-demo: $(VENV)/installed-examples
+demo: $(VENV)/installed-demo
 	$(PY) -m examples.demo $(DEMO_ARGS)
 
 bench: $(VENV)/installed-examples
@@ -73,6 +73,7 @@ $(VENV)/ready:
 	}
 	@pwd > $@
 
+$(VENV)/installed-demo: EXTRAS := demo
 $(VENV)/installed-examples: EXTRAS := examples
 $(VENV)/installed-docs: EXTRAS := examples,docs
 $(VENV)/installed-test: EXTRAS := examples,test,docs

@@ -23,17 +23,12 @@ _PAINTS = torch.tensor([[0.9, 0.2, 0.2], [0.2, 0.3, 0.9], [0.9, 0.8, 0.1], [0.1,
 
 @dataclass(frozen=True)
 class Scenes:
-    """Images with two maps of labels.
+    """Images with two maps of labels."""
 
-    Attributes:
-        images: ``[N, 3, 64, 64]``, colours in 0 to 1 with noise.
-        classes: ``[N, 64, 64]`` indices into :data:`CLASSES`; ``IGNORED`` at the objects' borders.
-        depth: ``[N, 1, 64, 64]``, 0 (near) to 1 (far); NaN in the holes of the sensor.
-    """
-
-    images: Tensor
+    images: Tensor  # ``[N, 3, 64, 64]``, colours in 0 to 1 with noise
+    # ``[N, 64, 64]`` indices into :data:`CLASSES`; ``IGNORED`` at the objects' borders
     classes: Tensor
-    depth: Tensor
+    depth: Tensor  # ``[N, 1, 64, 64]``, 0 (near) to 1 (far); NaN in the holes of the sensor
 
     def __len__(self) -> int:
         return len(self.images)

@@ -30,37 +30,28 @@ OPTIMIZERS = ("adam", "sgd")
 class TrainSettings:
     """What all methods share.
 
-    Attributes:
-        epochs: Passes over the training part.
-        warmup_steps: Steps that minimise the sum of the losses first, whatever the method; by
-            default those of the library's rule. The paper's arm has epochs of its own instead.
-        batch_size: Data per step.
-        learning_rate: At the first step.
-        weight_decay: A multiple of the parameters that is added to their gradient.
-        optimizer: ``adam``, or ``sgd`` with momentum 0.9.
-        clip_norm: Largest norm of the gradient of all parameters together; ``None``: no clipping.
-        seed: Seed of the weights and of the order of the batches.
-        schedule: Of the learning rate. ``cosine``: half a cosine to 0 at the last step; ``steps``:
-            times 0.1 after 60 % and 80 % of the epochs; ``plateau``: times 0.7, down to 1e-5, after
-            more than 5 epochs in which the validation score was not lower than before.
-        selection: Which epoch is evaluated: the ``last``, or the ``best`` by validation score.
-        patience: Stop after so many epochs without a lower score; ``None``: never.
-
     Raises:
         ValueError: If one of these names is not known, or ``patience`` is below 1.
     """
 
-    epochs: int = 30
+    epochs: int = 30  # passes over the training part
+    # Steps that minimise the sum of the losses first, whatever the method; by default those of the
+    # library's rule. The paper's arm has epochs of its own instead
     warmup_steps: int = LikelihoodRule.warmup
-    batch_size: int = 120
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    optimizer: str = "adam"
+    batch_size: int = 120  # data per step
+    learning_rate: float = 1e-3  # at the first step
+    weight_decay: float = 0.0  # A multiple of the parameters that is added to their gradient
+    optimizer: str = "adam"  # ``adam``, or ``sgd`` with momentum 0.9
+    # Largest norm of the gradient of all parameters together; ``None``: no clipping
     clip_norm: float | None = None
-    seed: int = 0
+    seed: int = 0  # seed of the weights and of the order of the batches
+    # Of the learning rate. ``cosine``: half a cosine to 0 at the last step; ``steps``: times 0.1
+    # after 60 % and 80 % of the epochs; ``plateau``: times 0.7, down to 1e-5, after more than 5
+    # epochs in which the validation score was not lower than before
     schedule: str = "cosine"
+    # Which epoch is evaluated: the ``last``, or the ``best`` by validation score
     selection: str = "last"
-    patience: int | None = None
+    patience: int | None = None  # stop after so many epochs without a lower score; ``None``: never
 
     def __post_init__(self) -> None:
         names = (("schedule", SCHEDULES), ("selection", SELECTIONS), ("optimizer", OPTIMIZERS))
@@ -122,21 +113,17 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class History:
-    """What a training leaves besides the model.
+    """What a training leaves besides the model."""
 
-    Attributes:
-        seconds: Wall time of all epochs, without the validation after them.
-        seconds_per_step: Median over the epochs (but the first, which has the warm-up) of the mean
-            time of a step, in seconds.
-        weights: Mean task weights of each epoch as shares that sum to 1, ``(epochs, K)``; rows are
-            empty for a method without weights.
-        evaluated: Epoch whose parameters the model has, counted from 1; of each network, where they
-            are independent.
-    """
-
-    seconds: float
+    seconds: float  # wall time of all epochs, without the validation after them
+    # Median over the epochs (but the first, which has the warm-up) of the mean time of a step, in
+    # seconds
     seconds_per_step: float
+    # Mean task weights of each epoch as shares that sum to 1, ``(epochs, K)``; rows are empty for a
+    # method without weights
     weights: list[list[float]]
+    # Epoch whose parameters the model has, counted from 1; of each network, where they are
+    # independent
     evaluated: list[int]
 
 

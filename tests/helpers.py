@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +38,8 @@ RULES: dict[str, Rule] = {
     "likelihood": LikelihoodRule(memory=60, warmup=EPOCH, lag=5),
     "paper": PaperRule(),
 }
+
+PHASES = pytest.mark.parametrize("steps", [1, EPOCH + 1], ids=["pretraining", "after"])
 
 SAMPLES = {"moments": "monte_carlo", "num_samples": 16}
 QUICK = {"cls": SAMPLES}  # cubature over three classes is most of the time of a small step
@@ -89,6 +92,18 @@ def make_net(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Net(**kwargs).to(device=device, dtype=dtype)
+
+
+def plain_trunk(inputs: int = INPUTS, width: int = WIDTH) -> nn.Module:
+    """One in which every datum is by itself: no batch normalisation."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh())
+
+
+def plain_net(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64, **kwargs: Any
+) -> Net:
+    """As :func:`make_net`, with :func:`plain_trunk`."""
+    return make_net(device, dtype, trunk=plain_trunk, **kwargs)
 
 
 def rule_of(rule: str | Rule) -> Rule:
@@ -148,6 +163,18 @@ def make_losses(
 ) -> dict[str, Tensor]:
     """The loss of every output, by task."""
     return {name: LOSSES[name](out[name], labels[name], reduction=reduction) for name in out}
+
+
+def masked_losses(
+    out: Mapping[str, Tensor], labels: Mapping[str, Tensor], present: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The mean over the data with a label, divided as for the whole batch."""
+    losses = {}
+    for name, z in out.items():
+        known = labels[name].nan_to_num()
+        each = LOSSES[name](z, known, reduction="none")
+        losses[name] = each[present[name]].sum() / present[name].numel()
+    return losses
 
 
 def arguments_of(
@@ -291,6 +318,11 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for part in value for tensor in tensors_of(part)]
     return []
+
+
+def rounding(dtype: torch.dtype) -> dict[str, float]:
+    """Tolerances of float64 sums over what a network computed in ``dtype``."""
+    return {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
 
 
 def assert_finite(value: Any) -> None:

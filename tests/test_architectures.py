@@ -20,6 +20,7 @@ from tests.helpers import (
     EPOCH,
     LOSSES,
     OUTPUTS,
+    PHASES,
     WIDTH,
     Net,
     assert_finite,
@@ -30,18 +31,14 @@ from tests.helpers import (
     make_heads,
     make_losses,
     make_net,
+    plain_net,
+    plain_trunk,
     snapshot,
     train,
     wrap,
 )
 
-PHASES = pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
 KINDS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
-
-
-def smooth(inputs=5, width=WIDTH):
-    """A trunk of which every datum is by itself."""
-    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh())
 
 
 @pytest.fixture
@@ -59,10 +56,10 @@ class Towers(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.trunk = smooth()
+            self.trunk = plain_trunk()
             self.heads = nn.ModuleDict(
                 {
-                    name: nn.Sequential(smooth(WIDTH, width), nn.Linear(width, OUTPUTS[name]))
+                    name: nn.Sequential(plain_trunk(WIDTH, width), nn.Linear(width, OUTPUTS[name]))
                     for name, width in {"reg": 3, "bin": 6, "cls": 3}.items()
                 }
             )
@@ -138,7 +135,7 @@ class Sentences(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.trunk = smooth()
+        self.trunk = plain_trunk()
         self.heads = nn.ModuleDict({"bin": nn.Linear(WIDTH, 2), "reg": nn.Linear(WIDTH, 2)})
 
     def forward(self, x):
@@ -166,7 +163,7 @@ class Between(Net):
     def __init__(self, change):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            super().__init__(trunk=smooth)
+            super().__init__(trunk=plain_trunk)
         self.change = change
 
     def forward(self, x):
@@ -205,7 +202,7 @@ def test_a_siamese_head_is_a_larger_batch(given, rule, device, dtype):
     """Two calls of the network, whose outputs share their losses, are one call on both batches."""
     results = []
     for calls in (1, 2):
-        net = make_net(device, dtype, trunk=smooth)
+        net = plain_net(device, dtype)
         optimizer = wrap(net, "sgd", rule)
         for index in range(EPOCH + 3):
             x, labels = make_batch(device, dtype, seed=index, size=8)
@@ -220,7 +217,7 @@ def test_a_siamese_head_is_a_larger_batch(given, rule, device, dtype):
 
 def test_some_heads_run_more_often_than_others(device, dtype):
     """A regression on pairs of inputs beside a class of the first of each."""
-    net = make_net(device, dtype, trunk=smooth)
+    net = plain_net(device, dtype)
     optimizer = wrap(net, "adam", "likelihood")
     for index in range(EPOCH + 3):
         x, labels = make_batch(device, dtype, seed=index)
@@ -242,7 +239,7 @@ def test_a_head_that_does_not_run_is_left_alone(steps, rule, device, dtype, batc
     x, labels = batch
     results = []
     for runs in (False, True):
-        net = make_net(device, dtype, trunk=smooth)
+        net = plain_net(device, dtype)
         optimizer = wrap(net, "sgd", rule)
         train(net, optimizer, steps)
         before = net.heads["cls"].weight.detach().clone()
@@ -262,7 +259,7 @@ def test_a_head_that_does_not_run_is_left_alone(steps, rule, device, dtype, batc
 @pytest.mark.parametrize("part", ["both", "weight", "bias"])
 def test_a_frozen_head_is_never_written(part, rule, device, dtype):
     """What of it is frozen stays as it is; its loss reaches the trunk, and the others go on."""
-    net = make_net(device, dtype, trunk=smooth)
+    net = plain_net(device, dtype)
     for name, p in net.heads["reg"].named_parameters():
         p.requires_grad_(part not in ("both", name))
     frozen = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
@@ -279,7 +276,7 @@ def test_a_frozen_head_is_never_written(part, rule, device, dtype):
 
 
 def test_a_head_may_be_frozen_and_unfrozen(rule, device, dtype):
-    net = make_net(device, dtype, trunk=smooth)
+    net = plain_net(device, dtype)
     optimizer = wrap(net, "sgd", rule)
     head = net.heads["reg"]
     train(net, optimizer, 2 * EPOCH)
@@ -293,7 +290,7 @@ def test_a_head_may_be_frozen_and_unfrozen(rule, device, dtype):
 
 
 def test_a_frozen_trunk_leaves_the_heads_to_learn(rule, device, dtype):
-    net = make_net(device, dtype, trunk=smooth)
+    net = plain_net(device, dtype)
     net.trunk.requires_grad_(False)
     optimizer = wrap(net, "sgd", rule)
     before = snapshot(net)["parameters"]
@@ -304,7 +301,7 @@ def test_a_frozen_trunk_leaves_the_heads_to_learn(rule, device, dtype):
 
 def test_a_parametrized_head_keeps_its_own_gradient(device, dtype):
     """Also where it was parametrized after it was wrapped: its weights cannot be written."""
-    net = make_net(device, dtype, trunk=smooth)
+    net = plain_net(device, dtype)
     optimizer = wrap(net, "sgd", "likelihood")
     train(net, optimizer, EPOCH + 1)
     nn.utils.parametrizations.weight_norm(net.heads["reg"])
@@ -320,7 +317,7 @@ def test_a_probe_sends_nothing_back(device, dtype, batch):
     """A head on detached features learns, and the trunk does not hear of it."""
     found = []
     for probed in (False, True):
-        net = make_net(device, dtype, trunk=smooth)
+        net = plain_net(device, dtype)
         heads = make_heads(net, "likelihood")
         if not probed:
             del heads["reg"]
@@ -338,7 +335,7 @@ def test_a_probe_sends_nothing_back(device, dtype, batch):
 
 
 def test_a_head_that_the_optimizer_lacks_is_announced(rule, device, dtype):
-    net = make_net(device, dtype, trunk=smooth)
+    net = plain_net(device, dtype)
     some = [p for n, p in net.named_parameters() if not n.startswith("heads.bin")]
     with pytest.warns(UserWarning, match="task 'bin': the optimizer does not have"):
         wrap(net, torch.optim.SGD(some, lr=0.1), rule)
@@ -369,7 +366,7 @@ def test_the_gradient_of_a_loss_without_a_head_arrives(way, steps, rule, device,
     x, labels = batch
     found = []
     for present in (False, True):
-        net = make_net(device, dtype, trunk=smooth)
+        net = plain_net(device, dtype)
         net.extra = nn.Linear(WIDTH, 1).to(x)
         optimizer = (
             other_losses(net, rule, way, keep_length=False)
@@ -399,7 +396,7 @@ def test_the_gradient_of_a_loss_without_a_head_arrives(way, steps, rule, device,
 @WAYS
 def test_a_step_of_losses_without_a_head_alone(way, rule, device, dtype, batch):
     x, _ = batch
-    net = make_net(device, dtype, trunk=smooth)
+    net = plain_net(device, dtype)
     optimizer = other_losses(net, rule, way)
     train(net, optimizer, EPOCH + 1)
     heads = snapshot(net.heads)["parameters"]
@@ -415,7 +412,7 @@ def test_the_unit_of_a_loss_task_does_not_matter(device, dtype):
     """Of the default rule, which divides it by its running mean; a passthrough is as it comes."""
     found = []
     for unit in (1.0, 1000.0):
-        net = make_net(device, dtype, trunk=smooth)
+        net = plain_net(device, dtype)
         optimizer = other_losses(net, "likelihood", "task", warmup=0, keep_length=False)
         for index in range(5):
             x, labels = make_batch(device, dtype, seed=index)
@@ -430,7 +427,7 @@ def test_the_unit_of_a_loss_task_does_not_matter(device, dtype):
 @pytest.mark.parametrize("sign", [0.0, -1.0])
 @PHASES
 def test_a_loss_task_that_is_not_positive_is_taken_as_it_is(sign, steps, rule, device, dtype):
-    net = make_net(device, dtype, trunk=smooth)
+    net = plain_net(device, dtype)
     optimizer = other_losses(net, rule, "task")
     free = nn.Parameter(torch.ones(2, device=device, dtype=dtype))
     for index in range(steps):
@@ -446,7 +443,7 @@ def test_a_loss_task_that_is_not_positive_is_taken_as_it_is(sign, steps, rule, d
 def test_unknown_losses_are_refused(rule, device, dtype, batch):
     """With both remedies, whatever else there is."""
     x, labels = batch
-    net = make_net(device, dtype, trunk=smooth)
+    net = plain_net(device, dtype)
     for way in ("task", "passthrough"):
         optimizer = other_losses(net, rule, way)
         losses = make_losses(net(x), labels)
@@ -458,7 +455,7 @@ def test_targets_of_losses_without_a_head_are_of_no_use(rule, device, dtype, bat
     x, labels = batch
     results = []
     for more in ({}, {"aux": torch.zeros(3, device=device)}):
-        net = make_net(device, dtype, trunk=smooth)
+        net = plain_net(device, dtype)
         optimizer = other_losses(net, rule, "task")
         losses = {**make_losses(net(x), labels), "aux": 1 + net.trunk(x).square().mean()}
         optimizer.step(losses, targets={**labels, **more})

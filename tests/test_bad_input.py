@@ -28,7 +28,6 @@ from bayesagg.errors import (
     HeadError,
     LossError,
     TargetError,
-    UnknownTaskError,
 )
 from bayesagg.rules import LikelihoodRule, PaperRule
 from tests.helpers import (
@@ -126,50 +125,13 @@ def bad(
     return register
 
 
-# --- losses --------------------------------------------------------------------------------------
+# --- losses and targets: a few of the many in ``reading/test_bad_losses.py`` ----------------------
 
 
-@bad(
-    LossError,
-    "task 'bin'",
-    "not finite",
-    r"labels.*targets=|learning rate",
-    nan=torch.nan,
-    inf=torch.inf,
-)
+@bad(LossError, "task 'bin'", "not finite", nan=torch.nan, inf=torch.inf)
 def loss_is_not_finite(bench, value):
     losses = bench.losses()
     return bench.step({**losses, "bin": losses["bin"] * value}), bench.step(losses)
-
-
-@bad(LossError, "task 'reg'", "not finite")
-def one_datum_of_an_unreduced_loss_is_not_finite(bench):
-    losses = bench.losses()
-    wrong = F.mse_loss(bench.net(bench.x)["reg"], bench.labels["reg"], reduction="none")
-    wrong = wrong + torch.zeros_like(wrong).index_fill(
-        0, torch.tensor(1).to(wrong.device), torch.nan
-    )
-    losses = bench.losses()
-    return bench.step({**losses, "reg": wrong}), bench.step(losses)
-
-
-@bad(LossError, "task 'reg'", "(?i)nan|not finite|missing", "targets=|mask")
-def label_is_nan_and_hidden_by_where(bench):
-    """The loss is finite and its gradient is not: ``0 · NaN`` behind ``torch.where``."""
-    out = bench.net(bench.x)
-    labels = bench.labels["reg"].clone()
-    labels[0] = torch.nan
-    squares = (out["reg"] - labels).square()
-    wrong = torch.where(labels.isnan(), torch.zeros_like(squares), squares).mean()
-    assert wrong.isfinite()
-    losses = bench.losses(out)
-    return bench.step({**losses, "reg": wrong}), bench.step(losses)
-
-
-@bad(LossError, "task 'cls'", "detached")
-def loss_is_detached(bench):
-    losses = bench.losses()
-    return bench.step({**losses, "cls": losses["cls"].detach()}), bench.step(losses)
 
 
 @bad(LossError, "task 'reg'", "last forward pass", all=["reg", "bin", "cls"], one=["reg"])
@@ -180,58 +142,10 @@ def loss_is_of_a_forward_pass_before_the_last_step(bench, names):
     return bench.step({**new, **{name: old[name] for name in names}}), bench.step(new)
 
 
-@bad(LossError, "task 'bin'", "right head")
-def loss_is_that_of_another_task(bench):
-    losses = bench.losses()
-    return bench.step({"reg": losses["reg"], "bin": losses["cls"]}), bench.step(losses)
-
-
-@bad(
-    LossError,
-    "losses",
-    "pass|Use",
-    mapping=lambda losses: {},
-    sequence=lambda losses: [],
-    too_few=lambda losses: [losses["reg"], losses["bin"]],
-    too_many=lambda losses: [*losses.values(), losses["reg"]],
-    sum=lambda losses: sum(losses.values()),
-    generator=lambda losses: iter(losses.values()),
-)
-def losses_are_no_collection_of_all(bench, change):
+@bad(LossError, "losses", "pass|Use", mapping=lambda losses: {}, sum=lambda x: sum(x.values()))
+def losses_are_no_collection(bench, change):
     losses = bench.losses()
     return bench.step(change(losses)), bench.step(losses)
-
-
-@bad(LossError, "task 'reg'", "tensors", float=float, none=lambda loss: None)
-def loss_is_no_tensor(bench, change):
-    losses = bench.losses()
-    wrong = {**losses, "reg": change(losses["reg"].detach())}
-    return bench.step(wrong), bench.step(losses)
-
-
-@bad(UnknownTaskError, "'age'", "heads: 'reg', 'bin', 'cls'", "passthrough=", r"LossTask\(\)")
-def task_of_a_loss_is_unknown(bench):
-    losses = bench.losses()
-    return bench.step({**losses, "age": losses["reg"]}), bench.step(losses)
-
-
-def wrong_kind(name: str, helped: bool = True, **losses: Callable[..., Any]) -> None:
-    """Losses of another kind than the head's; with ``targets=`` those that may be are taken."""
-
-    def prepare(bench, loss):
-        out = bench.net(bench.x)
-        losses = {**bench.losses(out), name: loss(out[name], bench.labels[name])}
-        targets = {name: bench.labels[name]}
-        good = bench.step(losses, targets=targets) if helped else bench.step(bench.losses(out))
-        return bench.step(losses), good
-
-    prepare.__name__ = f"loss_is_not_of_the_kind_of_{name}"
-    bad(LossError, f"task '{name}'", "pass `targets=`", **losses)(prepare)
-
-
-def weights_of(z: torch.Tensor) -> torch.Tensor:
-    """Per-example weights."""
-    return torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype)
 
 
 def one_hot(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -239,157 +153,35 @@ def one_hot(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return F.one_hot(y, z.shape[1]).to(z.dtype)
 
 
-wrong_kind(
-    "reg",
-    absolute=F.l1_loss,
-    huber=lambda z, y: F.huber_loss(z, y, delta=0.3),
-    cosh=lambda z, y: (z - y).cosh().log().mean(),
-    weighted=lambda z, y: (weights_of(z)[:, None] * (z - y).square()).mean(),
-    squared_per_task=lambda z, y: F.mse_loss(z, y, reduction="none").sum(1).sqrt().mean(),
-)
-wrong_kind(
-    "reg", helped=False, binary=lambda z, y: F.binary_cross_entropy_with_logits(z, y.sigmoid())
-)
-wrong_kind(
-    "bin",
-    squared_probability=lambda z, y: F.mse_loss(z.sigmoid(), y),
-    hinge=lambda z, y: (1 - z * (2 * y - 1)).relu().mean(),
-    weighted=lambda z, y: F.binary_cross_entropy_with_logits(z, y, weight=weights_of(z)[:, None]),
-    class_weight=lambda z, y: F.binary_cross_entropy_with_logits(
-        z, y, pos_weight=torch.full_like(z[0], 3.0)
-    ),
-    focal=lambda z, y: ((z.sigmoid() - y).square() * F.softplus(z - 2 * y * z)).mean(),
-)
-wrong_kind(
-    "bin",
-    helped=False,
-    softmax=lambda z, y: F.cross_entropy(z, y[:, 0].long()),
-    squared=F.mse_loss,
-)
-wrong_kind(
-    "cls",
-    weighted=lambda z, y: (weights_of(z) * F.cross_entropy(z, y, reduction="none")).mean(),
-    class_weight=lambda z, y: F.cross_entropy(z, y, weight=weights_of(z[0])),
-    one_against_rest=lambda z, y: F.binary_cross_entropy_with_logits(z, one_hot(y, z)),
-    raw_likelihood=F.nll_loss,
-    squared=lambda z, y: F.mse_loss(z.softmax(1), one_hot(y, z)),
-)
-wrong_kind("cls", helped=False, smoothed=lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2))
-
-
 @bad(
     LossError,
+    "task '(reg|bin|cls)'",
     "pass `targets=`",
-    reg_cosh=("reg", lambda z, y: (z - y).cosh().log().mean()),
-    reg_absolute=("reg", F.l1_loss),
-    bin_squared=("bin", F.mse_loss),
-    bin_squared_probability=("bin", lambda z, y: F.mse_loss(z.sigmoid(), y)),
-    cls_smoothed=("cls", lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2)),
-    cls_squared=("cls", lambda z, y: F.mse_loss(z.softmax(1), one_hot(y, z))),
+    huber=("reg", lambda z, y: F.huber_loss(z, y, delta=0.3)),
+    focal=("bin", lambda z, y: ((z.sigmoid() - y).square() * F.softplus(z - 2 * y * z)).mean()),
+    class_weight=("cls", lambda z, y: F.cross_entropy(z, y, weight=torch.arange(3.0).to(z) + 1)),
+    one_against_rest=("cls", lambda z, y: F.binary_cross_entropy_with_logits(z, one_hot(y, z))),
 )
-def loss_is_of_another_kind_in_a_batch_of_one(bench, choice):
-    """Where every factor is constant over the batch."""
+def loss_is_not_the_likelihood(bench, choice):
+    """With ``targets=`` it is taken."""
     name, loss = choice
-    out = bench.net(bench.x[:1])
-    labels = {task: y[:1] for task, y in bench.labels.items()}
-    losses = make_losses(out, labels)
-    wrong = {**losses, name: loss(out[name], labels[name])}
-    return bench.step(wrong), bench.step(losses)
+    out = bench.net(bench.x)
+    losses = {**bench.losses(out), name: loss(out[name], bench.labels[name])}
+    return bench.step(losses), bench.step(losses, targets={name: bench.labels[name]})
 
 
-# --- targets -------------------------------------------------------------------------------------
-
-
-@bad(
-    UnknownTaskError,
-    "'age'",
-    "`targets`",
-    no_head=lambda losses, labels: (losses, {"age": labels["reg"]}),
-)
-@bad(
-    UnknownTaskError,
-    "'bin'",
-    "no loss",
-    no_loss=lambda losses, labels: ({"reg": losses["reg"]}, {"bin": labels["bin"]}),
-)
 @bad(
     TargetError,
-    "targets",
-    "mapping",
-    too_few=lambda losses, labels: (losses, [labels["reg"]]),
-    one_tensor=lambda losses, labels: (losses, labels["reg"]),
+    "task 'reg'.*one target per output|task 'bin'.*in .0, 1.|task 'cls'.*points away",
+    shape=("reg", lambda y: y[:-1]),
+    range=("bin", lambda y: y + 1),
+    other=("cls", lambda y: (y + 1) % 3),
 )
-@bad(
-    TargetError,
-    "task 'reg'",
-    "tensors",
-    list=lambda losses, labels: (losses, {"reg": labels["reg"].tolist()}),
-)
-def targets_do_not_belong(bench, change):
+def targets_are_wrong(bench, choice):
+    name, change = choice
     losses = bench.losses()
-    given, targets = change(losses, bench.labels)
-    return bench.step(given, targets=targets), bench.step(losses)
-
-
-def wrong_targets(name: str, says: str, **changes: Callable[..., Any]) -> None:
-    """Labels changed in one way, passed with the right losses; then the right ones."""
-
-    def prepare(bench, change):
-        out = bench.net(bench.x)
-        losses = bench.losses(out)
-        targets = {**bench.labels, name: change(bench.labels[name].clone(), out[name].detach())}
-        return bench.step(losses, targets=targets), bench.step(losses, targets=bench.labels)
-
-    prepare.__name__ = f"targets_are_wrong_for_{name}"
-    bad(TargetError, f"task '{name}'", says, **changes)(prepare)
-
-
-def entry(value: float) -> Callable[..., torch.Tensor]:
-    """The first label replaced."""
-
-    def change(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        y.view(-1)[0] = value
-        return y
-
-    return change
-
-
-def probabilities(value: float) -> Callable[..., torch.Tensor]:
-    """Classes as probabilities, the first one replaced."""
-
-    def change(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return entry(value)(one_hot(y, z), z)
-
-    return change
-
-
-wrong_targets("reg", "NaN for a missing label", inf=entry(torch.inf), minus_inf=entry(-torch.inf))
-wrong_targets("bin", "NaN for a missing label", inf=entry(torch.inf))
-wrong_targets(
-    "reg",
-    "one target per output",
-    fewer_outputs=lambda y, z: y[:, :1],
-    fewer_data=lambda y, z: y[:-1],
-    more_data=lambda y, z: torch.cat([y, y]),
-    transposed=lambda y, z: y.mT,
-    flat=lambda y, z: y[:, 0],
-)
-wrong_targets("bin", "one target per output", fewer_data=lambda y, z: y[:-1])
-wrong_targets("bin", r"\[0, 1\].*NaN", two=entry(2.0), negative=entry(-1.0))
-wrong_targets("cls", "outside 0 to 2", three=entry(3), negative=entry(-1), other=entry(-99))
-wrong_targets(
-    "cls",
-    "class index per datum|integer dtype",
-    fewer_data=lambda y, z: y[:-1],
-    one_hot_integers=lambda y, z: F.one_hot(y, 3),
-    floating=lambda y, z: y.to(z.dtype),
-    fewer_classes=lambda y, z: one_hot(y, z)[:, :2],
-)
-wrong_targets("cls", "sum to one", too_large=probabilities(2.0), below_zero=probabilities(-0.5))
-wrong_targets("cls", "infinite|sum to one", inf=probabilities(torch.inf))
-wrong_targets("reg", "points away", mirrored=lambda y, z: 2 * z - y)
-wrong_targets("bin", "points away", inverted=lambda y, z: 1 - y)
-wrong_targets("cls", "points away", rotated=lambda y, z: (y + 1) % 3)
+    targets = {**bench.labels, name: change(bench.labels[name])}
+    return bench.step(losses, targets=targets), bench.step(losses, targets=bench.labels)
 
 
 # --- forward passes ------------------------------------------------------------------------------
@@ -508,11 +300,11 @@ def batch_is_empty(bench):
     return bench.step(losses), bench.go_on
 
 
-@bad(FeatureError, "non-finite", "check the inputs", nan=torch.nan, inf=torch.inf)
-def features_are_not_finite(bench, value):
+@bad(FeatureError, "non-finite", "check the inputs")
+def features_are_not_finite(bench):
     """In a datum that no loss looks at, so that all losses are finite."""
     x = bench.x.clone()
-    x[-1] = value
+    x[-1] = torch.inf
     out = {name: z[:-1] for name, z in bench.net(x).items()}
     losses = make_losses(out, {name: y[:-1] for name, y in bench.labels.items()})
     assert all(loss.isfinite() for loss in losses.values())
@@ -843,7 +635,7 @@ def make_bench(phase: str, rule: str, device: torch.device, dtype: torch.dtype) 
 
 def test_cases_have_names_of_their_own():
     names = [case.name for case in CASES]
-    assert len(names) > 100
+    assert len(names) > 60
     assert {name for name in names if names.count(name) > 1} == set()
 
 

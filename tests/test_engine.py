@@ -24,6 +24,7 @@ from tests.helpers import (
     EPOCH,
     OPTIMIZERS,
     OUTPUTS,
+    PHASES,
     QUICK,
     SAMPLED,
     WIDTH,
@@ -36,14 +37,15 @@ from tests.helpers import (
     make_heads,
     make_losses,
     make_net,
+    masked_losses,
+    plain_net,
+    rounding,
     snapshot,
     tensors_of,
     train,
     train_step,
     wrap,
 )
-
-PHASES = pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
 
 
 @pytest.fixture
@@ -54,22 +56,6 @@ def net(device, dtype):
 @pytest.fixture
 def batch(device, dtype):
     return make_batch(device, dtype, seed=99)
-
-
-def rounding(dtype):
-    """Tolerances of float64 sums over what a network computed in ``dtype``."""
-    return {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
-
-
-def plain_net(device, dtype, outputs=OUTPUTS, **kwargs):
-    """Every datum by itself: no batch normalisation."""
-    return make_net(
-        device,
-        dtype,
-        outputs=outputs,
-        trunk=lambda: nn.Sequential(nn.Linear(5, WIDTH), nn.Tanh()),
-        **kwargs,
-    )
 
 
 # --- what leaves no trace ------------------------------------------------------------------------
@@ -234,20 +220,6 @@ def test_a_task_keeps_its_evidence_while_it_has_no_labels(rule, device, dtype, b
     torch.testing.assert_close(*results)
 
 
-def masked_losses(out, labels, present):
-    """The mean over the data with a label, divided as for the whole batch."""
-    losses = {}
-    for name, z in out.items():
-        keep = present[name]
-        size = keep.numel()
-        if name == "cls":
-            losses[name] = F.cross_entropy(z, labels[name], reduction="none")[keep].sum() / size
-        else:
-            loss = make_losses({name: z}, {name: labels[name].nan_to_num()}, "none")[name]
-            losses[name] = loss[keep].sum() / size
-    return losses
-
-
 @PHASES
 @pytest.mark.parametrize("given", ["targets", "recovered"])
 def test_missing_labels(given, steps, rule, device, dtype):
@@ -277,7 +249,7 @@ def test_missing_labels_of_one_task_are_a_smaller_batch(name, rule, device, dtyp
     """With a single task, data without a label might as well not be there."""
     results = []
     for drop in (False, True):
-        net = plain_net(device, dtype, {name: OUTPUTS[name]})
+        net = plain_net(device, dtype, outputs={name: OUTPUTS[name]})
         optimizer = wrap(net, "sgd", rule)
         for index in range(7):
             x, labels = make_batch(device, dtype, seed=index)
@@ -302,7 +274,7 @@ def test_ignore_index_needs_no_targets(rule, device, dtype):
     """``F.cross_entropy`` leaves the gradient of ignored data at zero."""
     results = []
     for given in (False, True):
-        net = plain_net(device, dtype, {"cls": 3})
+        net = plain_net(device, dtype, outputs={"cls": 3})
         optimizer = wrap(net, "sgd", rule)
         for index in range(5):
             x, labels = make_batch(device, dtype, seed=index, outputs={"cls": 3})
@@ -346,6 +318,21 @@ def test_the_engine_alone_equals_the_wrapper(settings, base, rule, device, dtype
     assert difference(ours["optimizer"].pop("bayesagg"), engine.get_extra_state()) is None
     for key in ("parameters", "gradients", "buffers", "optimizer"):
         assert difference(ours[key], theirs[key]) is None, key
+
+
+@pytest.mark.parametrize(("base", "invariant"), [("adam", True), ("sgd", False)])
+def test_the_engine_alone_meets_the_optimizer_of_its_heads(base, invariant, rule, device, dtype):
+    """Whose step may depend on the gradient's scale or not; any other is of no interest."""
+    net, stranger = make_net(device, dtype), make_net(device, dtype)
+    engine = make_engine(net, rule)
+    for a_net, met in ((stranger, False), (net, True)):
+        optimizer = OPTIMIZERS[base](a_net.parameters())
+        x, labels = make_batch(device, dtype)
+        sum(make_losses(a_net(x), labels).values()).backward()
+        optimizer.step()
+        state = engine.get_extra_state()
+        assert state["optimizer_known"] == met
+        assert state["memory"].get("invariant", met and invariant) == (met and invariant)
 
 
 class Module(nn.Module):
@@ -713,7 +700,7 @@ def test_a_sequence_of_heads_is_named_by_number(steps, rule, device, dtype):
 
 
 def test_heads_with_and_without_bias_go_together(rule, device, dtype):
-    net = plain_net(device, dtype, {"reg": 2, "bin": 1, "cls": 3})
+    net = plain_net(device, dtype, outputs={"reg": 2, "bin": 1, "cls": 3})
     heads = make_heads(net, rule)
     net.heads["bare"] = nn.Linear(WIDTH, 1, bias=False).to(net.trunk[0].weight)
     optimizer = wrap(net, "sgd", rule, heads={**heads, "bare": RegressionHead(net.heads["bare"])})
@@ -768,7 +755,7 @@ def test_heads_may_be_called_with_a_keyword(rule, device, dtype):
 )
 def test_one_backward_pass_through_the_trunk(rule, kwargs, tasks, device, dtype, batch):
     """Whatever the number of tasks, before and after pre-training."""
-    net = plain_net(device, dtype, {f"t{k}": 1 for k in range(tasks)})
+    net = plain_net(device, dtype, outputs={f"t{k}": 1 for k in range(tasks)})
     heads = {name: RegressionHead(module) for name, module in net.heads.items()}
     optimizer = wrap(net, "sgd", rule, heads=heads, **kwargs)
     passes = []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from bayesagg import BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BinaryHead, LossTask, MulticlassHead, RegressionHead
 from bayesagg.errors import BayesAggError, HeadError
 from bayesagg.heads import named_heads
 
@@ -60,19 +60,63 @@ def test_weights_are_read_and_written_with_the_bias_last(module, bias, device, d
 
 @pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_a_parametrized_head_can_be_read(name):
+    """And not written."""
     linear = getattr(parametrizations, name)(nn.Linear(4, 3))
-    head = BinaryHead(linear)
+    head = RegressionHead(linear)
     torch.testing.assert_close(head.weights(), linear.weight.detach())
+    assert not head.writable
     with pytest.raises(HeadError, match="parametrization"):
-        RegressionHead(linear)
+        RegressionHead(linear, readout="posterior")
 
 
-def test_defaults_are_those_of_the_paper():
-    """Regression heads are read out from the posterior, classification heads are trained."""
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_frozen_head_is_not_writable(part):
     linear = nn.Linear(4, 3)
-    assert RegressionHead(linear).readout == "posterior"
-    assert BinaryHead(linear).readout == MulticlassHead(linear).readout == "gradient"
-    assert BinaryHead(linear).moments == MulticlassHead(linear).moments == "quadrature"
+    head = BinaryHead(linear)
+    assert head.writable
+    getattr(linear, part).requires_grad_(False)
+    assert not head.writable
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_leaves_its_settings_to_the_rule(kind):
+    settings = dataclasses.asdict(kind(nn.Linear(4, 3)))
+    left = {"s", "prior_variance", "readout", "noise_variance", "moments", "num_samples"}
+    assert all(settings[name] is None for name in left & settings.keys())
+
+
+# --- towers --------------------------------------------------------------------------------------
+
+
+def test_the_head_of_a_tower_is_its_last_layer():
+    last = nn.Linear(4, 3)
+    for tower in (
+        nn.Sequential(nn.Linear(2, 4), nn.ReLU(), last),
+        nn.Sequential(nn.Linear(2, 4), nn.Sequential(nn.ReLU(), nn.Sequential(last))),
+    ):
+        head = MulticlassHead(tower)
+        assert head.module is tower and head.linear is last and head.watched is last
+        assert (head.in_features, head.out_features) == (4, 3)
+        assert head.parameters() == [last.weight, last.bias]
+
+
+def test_compiled_towers_and_layers_are_seen_through():
+    last = nn.Linear(4, 3)
+    compiled = torch.compile(last, backend="eager")
+    head = RegressionHead(compiled)
+    assert head.linear is last and head.watched is compiled
+    tower = torch.compile(nn.Sequential(nn.ReLU(), last), backend="eager")
+    assert RegressionHead(tower).linear is last and RegressionHead(tower).watched is last
+
+
+def test_one_layer_in_two_towers_is_refused():
+    last = nn.Linear(4, 2)
+    towers = {n: RegressionHead(nn.Sequential(nn.ReLU(), last)) for n in ("a", "b")}
+    with pytest.raises(HeadError, match=r"'a' and 'b' share one module"):
+        named_heads(towers)
+
+
+# --- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,6 +172,8 @@ def test_names_and_order_are_kept():
     assert named_heads(heads) is not heads
     assert list(named_heads(list(heads.values()))) == ["0", "1"]
     assert named_heads(tuple(heads.values()))["1"] is heads["a"]
+    heads["aux"] = LossTask()
+    assert named_heads(heads)["aux"] is heads["aux"]
 
 
 def test_one_module_under_two_descriptions_is_refused():

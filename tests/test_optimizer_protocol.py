@@ -20,6 +20,7 @@ from bayesagg import BayesAgg, BayesAggWrapper
 from tests.helpers import (
     EPOCH,
     OPTIMIZERS,
+    PHASES,
     QUICK,
     RULES,
     SAMPLED,
@@ -40,7 +41,6 @@ from tests.helpers import (
 
 BASES = sorted(OPTIMIZERS)
 PLAIN_BASES = [name for name in BASES if name != "lbfgs"]  # those that need no closure
-PHASES = pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
 SETTINGS = {
     "default": {},
     "learned_noise": {"reg": {"noise_variance": "learned"}},

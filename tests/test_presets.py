@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BayesAgg, BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.errors import HeadError
 from bayesagg.presets import PAPER, published
 
 HEADS = {
@@ -41,7 +42,8 @@ def test_preset_trains(name):
                 losses[kind] = nn.functional.cross_entropy(z, torch.randint(5, (8,)))
         optimizer.zero_grad()
         optimizer.step(losses)
-    assert not optimizer.engine._memory.pretraining
+    epochs = optimizer.state_dict()["bayesagg"]["memory"]["epoch"]
+    assert epochs == preset.rule.pretrain_epochs + 1
     assert sum(float(w.sum()) for w in optimizer.task_weights.values()) == pytest.approx(1)
 
 
@@ -70,3 +72,13 @@ def test_heads_of_a_preset_are_recognised():
     assert published(RegressionHead(nn.Linear(4, 1))) is None
     assert published(RegressionHead(nn.Linear(4, 1), s=0.3)) is None
     assert published(MulticlassHead(nn.Linear(4, 3), **{**preset.multiclass, "s": 0.2})) is None
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_heads_of_a_preset_are_refused_under_another_rule(name):
+    """Rather than a hybrid that nobody published."""
+    preset = PAPER[name]
+    for kind in preset.s_grid:
+        head = HEADS[kind][0](nn.Linear(4, HEADS[kind][1]), **getattr(preset, kind))
+        with pytest.raises(HeadError, match=rf"PAPER\['{name}'\].*preset\.wrapper"):
+            BayesAgg(None, {"task": head})

@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.helpers import (
     OPTIMIZERS,
+    PHASES,
     assert_finite,
     assert_same,
     difference,
@@ -27,7 +28,6 @@ from tests.helpers import (
     wrap,
 )
 
-PHASES = pytest.mark.parametrize("steps", [1, 4], ids=["pretraining", "after"])
 GRADIENT = {name: {"readout": "gradient"} for name in ("reg", "bin", "cls")}
 
 

@@ -53,11 +53,11 @@ class Binary:
 
     def noise(self, output: Tensor, eps: float) -> Tensor | float:
         """Of a probability."""
-        return 4 * eps
+        return eps
 
     def curvature_noise(self, output: Tensor, eps: float) -> Tensor | float:
         """``1 - σ`` is rounded for positive logits; for negative ones all is exact."""
-        return 4 * eps * (output > 0)
+        return eps * (output > 0)
 
     def value_noise(self, output: Tensor, eps: float) -> Tensor | float:
         """Of ``z`` and of ``1 + exp(-|z|)``."""

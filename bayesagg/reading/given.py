@@ -7,6 +7,9 @@ per datum and task. One formula for all likelihoods.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -45,18 +48,12 @@ def fit_partial(likelihood: Likelihood, observed: Observed, weighted: bool) -> R
     r, noise = likelihood.residual(z, y), likelihood.noise(z, observed.eps)
     # Data whose loss vanishes although they have targets are masked.
     present = present & ~((likelihood.size(g) == 0) & (likelihood.size(r) > noise))
-    r, noise = r * present, noise * present
-    along, length = likelihood.against(g, r)
-    factor = along.sum(0, keepdim=True) / length.sum(0, keepdim=True)
-    factor = torch.where(present.any(0), factor, 1 / len(present))
+    pair = _Pair(g, r * present, noise * present)
+    factor = cover = _typical(likelihood, [pair], present)
     if weighted:
-        clear = likelihood.size(r) > noise * (8 / tol)
-        factor = torch.where(clear, along / torch.where(clear, length, 1), factor)
-    off = likelihood.size(g - factor * r)
-    holds = (off <= factor * (tol * likelihood.size(r) + noise)) & (factor > 0)
-    value = (factor * likelihood.value(z, y) * present).sum(0)
-    rounding = (factor * likelihood.value_noise(z, observed.eps)).sum(0)
-    agrees = observed.agrees(value, value_tolerance(observed.eps), rounding)
+        factor, cover = _single(likelihood, [pair], present, factor)
+    holds = pair.holds(likelihood, factor, cover, tol) & (factor > 0)
+    agrees = _agrees(likelihood, observed, factor, present)
     return Read(y, factor, present, (holds.all(0), agrees))
 
 
@@ -68,43 +65,79 @@ def fit(likelihood: Likelihood, observed: Observed) -> Found:
     """
     z, g, y, present = _given(observed)
     tol, eps = tolerance(observed.eps), observed.eps
-    r, noise = likelihood.residual(z, y), likelihood.noise(z, eps)
     rough = likelihood.curvature_noise(z, eps)
-    size_r, size_g = likelihood.size(r), likelihood.size(g)
-    silent, shown = size_g == 0, size_r > noise
-    clear = size_r > noise * (8 / tol)
-    along, length = likelihood.against(g, r)
-    factor = along / torch.where(clear, length, 1)
-    curves = [(curved, likelihood.curved(z, v)) for v, curved in observed.probes]
-    if curves:
-        found, expected = curves[0]
-        size = likelihood.size(expected)
-        along, length = likelihood.against(found, expected)
-        bent = size > rough * (8 / tol)
-        factor = torch.where(bent, along / torch.where(bent, length, 1), factor)
-        clear, shown = clear | bent, shown | (size > rough)
-        silent = silent & (likelihood.size(found) == 0)
-    here = present & ~(silent & shown)
-    clear = clear & here
-    typical = (factor * clear).sum(0, keepdim=True) / clear.sum(0, keepdim=True)
-    typical = torch.where(clear.any(0), typical, 1 / len(clear))
-    factor = torch.where(clear, factor, typical)
-    holds = (factor > 0) & (likelihood.size(g - factor * r) <= factor * (tol * size_r + noise))
-    quiet = size_g == 0
-    for found, expected in curves:
-        bound = factor * (tol * likelihood.size(expected) + rough)
-        holds = holds & (likelihood.size(found - factor * expected) <= bound)
-        quiet = quiet & (likelihood.size(found) == 0)
-    holds = torch.where(here, holds, quiet)
-    constant = ((factor - typical).abs() <= 2 * tol * typical).all(0)
-    weighted = ~observed.all_of_head(constant)
-    valid = observed.all_of_head(holds.all(0))
-    if not curves:
-        value = (factor * likelihood.value(z, y) * here).sum(0)
-        rounding = (factor * likelihood.value_noise(z, eps)).sum(0)
-        agrees = observed.agrees(value, value_tolerance(eps), rounding)
-        valid = valid & ~weighted & agrees
-    return Found(y, torch.where(constant, typical, factor), here, valid, weighted)
+    pairs = [_Pair(g, likelihood.residual(z, y), likelihood.noise(z, eps))]
+    pairs += [_Pair(curved, likelihood.curved(z, v), rough) for v, curved in observed.probes]
+    quiet = torch.stack([likelihood.size(pair.found) == 0 for pair in pairs]).all(0)
+    shown = torch.stack([likelihood.size(pair.unit) > pair.noise for pair in pairs]).any(0)
+    here = present & ~(quiet & shown)
+    typical = _typical(likelihood, pairs, here)
+    factor, cover = _single(likelihood, pairs[:2], here, typical)
+    alike, each = typical > 0, factor > 0
+    for pair in pairs:
+        alike = alike & pair.holds(likelihood, typical, typical, tol)
+        each = each & pair.holds(likelihood, factor, cover, tol)
+    constant = torch.where(here, alike, quiet).all(0)
+    valid = constant | torch.where(here, each, quiet).all(0)
+    if len(pairs) == 1:
+        valid = constant
+    valid, weighted = observed.all_of_head(valid), ~observed.all_of_head(constant)
+    factor = torch.where(constant, typical, factor)
+    if len(pairs) == 1:
+        valid = valid & _agrees(likelihood, observed, factor, here)
+    return Found(y, factor, here, valid, weighted)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Something that was found, what it is for a factor of one, and the rounding of that."""
+
+    found: Tensor
+    unit: Tensor
+    noise: Tensor | float
+
+    def holds(self, likelihood: Likelihood, factor: Tensor, cover: Tensor, tol: float) -> Tensor:
+        """Whether it is what a factor makes of it, ``[N, K]``.
+
+        Args:
+            likelihood: of the heads.
+            factor: ``[N, K]`` or ``[1, K]``.
+            cover: the factor, or, where it is not to be seen, the largest that it may be.
+            tol: relative error.
+        """
+        off = likelihood.size(self.found - factor * self.unit)
+        return off <= tol * factor * likelihood.size(self.unit) + cover * self.noise
+
+
+def _typical(likelihood: Likelihood, pairs: Sequence[_Pair], here: Tensor) -> Tensor:
+    """The factor that is closest to all data, ``[1, K]``."""
+    both = [likelihood.against(pair.found, pair.unit) for pair in pairs]
+    along = torch.stack([along * here for along, _ in both]).sum((0, 1))
+    length = torch.stack([length * here for _, length in both]).sum((0, 1))
+    return torch.where(length > 0, along / length, 1 / len(here))[None]
+
+
+def _single(
+    likelihood: Likelihood, pairs: Sequence[_Pair], here: Tensor, typical: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The factor of every datum, by what shows it best, and what it is at most, ``[N, K]``."""
+    factor, clarity = typical.expand(here.shape), torch.full_like(typical, 2).expand(here.shape)
+    for pair in pairs:
+        along, length = likelihood.against(pair.found, pair.unit)
+        here_clear = likelihood.size(pair.unit) / (pair.noise + torch.finfo(typical.dtype).tiny)
+        better = here & (here_clear > clarity)
+        factor = torch.where(better, along / torch.where(better, length, 1), factor)
+        clarity = torch.where(better, here_clear, clarity)
+    clear = clarity > 2
+    return factor, torch.where(clear, factor, (factor * here).amax(0, keepdim=True))
+
+
+def _agrees(likelihood: Likelihood, observed: Observed, factor: Tensor, here: Tensor) -> Tensor:
+    """Whether losses have the values of their targets, ``[H]``."""
+    z, _, y, _ = _given(observed)
+    value = (factor * likelihood.value(z, y) * here).sum(0)
+    rounding = (factor * likelihood.value_noise(z, observed.eps)).sum(0)
+    return observed.agrees(value, value_tolerance(observed.eps), rounding)
 
 
 def _given(observed: Observed) -> tuple[Tensor, Tensor, Tensor, Tensor]:

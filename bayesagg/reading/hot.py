@@ -13,6 +13,8 @@ from bayesagg.reading.step import Features, Group
 
 __all__ = ["Factors", "look", "read_group"]
 
+_MANY = 256  # sets of heads that take part in a step together
+
 
 class Factors:
     """Factors of losses that were verified, kept on the device."""
@@ -39,6 +41,8 @@ class Factors:
             or kept[1].dtype != like.dtype
             or any(a is not b for a, b in zip(kept[0], known, strict=True))
         ):
+            if len(self._base) >= _MANY:
+                self._base.clear()
             base = like.new_tensor([f for one in known for f in one.factor])[None]
             kept = self._base[names] = known, base
         return kept[1] if ratios[0] == 1 else kept[1] * ratios[0]

@@ -101,32 +101,27 @@ def load(saved: Any, tasks: Mapping[str, Head | LossTask]) -> dict[str, Known]:
         head = tasks.get(name) if isinstance(name, str) else None
         check(isinstance(head, Head), f"there is no head for the task {name!r}")
         assert isinstance(head, Head)
-        what = f"what was verified of task {name!r}"
-        check_keys(one, list(Known.__dataclass_fields__), what)
-        for key in ("own", "weighted", "masked"):
-            check(type(one[key]) is bool, f"{what} ({key}) is {one[key]!r}")
-        factor, reductions = one["factor"], one["reductions"]
-        check(
-            isinstance(factor, list)
-            and len(factor) in (0, head.num_tasks)
-            and all(type(f) is float and 0 < f < float("inf") for f in factor),
-            f"{what} (factor) is {factor!r}",
-        )
-        check(
-            isinstance(reductions, list)
-            and bool(reductions)
-            and all(r in _REDUCTIONS for r in reductions),
-            f"{what} (reductions) is {reductions!r}",
-        )
-        forms = one["forms"]
-        check(
-            isinstance(forms, list) and all(type(form) is int for form in forms),
-            f"{what} (forms) is {forms!r}",
-        )
-        for key, kind in (("rows", int), ("labels", float)):
-            value = one[key]
-            check(type(value) is kind and 0 <= value < float("inf"), f"{what} ({key}) is {value!r}")
-        check(not factor or (one["rows"] > 0 and one["labels"] > 0), f"{what} has no data")
-        lists = {"factor": factor, "reductions": reductions, "forms": forms}
-        found[name] = Known(**{**one, **{key: tuple(value) for key, value in lists.items()}})
+        found[name] = _loaded(one, head.num_tasks, f"what was verified of task {name!r}")
     return found
+
+
+def _loaded(one: Any, tasks: int, what: str) -> Known:
+    check_keys(one, list(Known.__dataclass_fields__), what)
+
+    def fine(key: str, holds: bool) -> None:
+        check(holds, f"{what} ({key}) is {one[key]!r}")
+
+    for key in ("own", "weighted", "masked"):
+        fine(key, type(one[key]) is bool)
+    for key, kind in (("rows", int), ("labels", float)):
+        fine(key, type(one[key]) is kind and 0 <= one[key] < float("inf"))
+    for key in ("factor", "forms", "reductions"):
+        fine(key, isinstance(one[key], list))
+    factor, reductions = one["factor"], one["reductions"]
+    fine("forms", all(type(form) is int for form in one["forms"]))
+    fine("reductions", bool(reductions) and all(r in _REDUCTIONS for r in reductions))
+    fine("factor", len(factor) in (0, tasks))
+    fine("factor", all(type(f) is float and 0 < f < float("inf") for f in factor))
+    check(not factor or (one["rows"] > 0 and one["labels"] > 0), f"{what} has no data")
+    leaves: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
+    return Known(**leaves)

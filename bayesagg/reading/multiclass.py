@@ -56,11 +56,11 @@ class Multiclass:
 
     def noise(self, output: Tensor, eps: float) -> Tensor | float:
         """Of probabilities."""
-        return 4 * eps
+        return eps
 
     def curvature_noise(self, output: Tensor, eps: float) -> Tensor | float:
-        """Of probabilities."""
-        return 8 * eps
+        """Of probabilities and sums of them."""
+        return 4 * eps
 
     def value_noise(self, output: Tensor, eps: float) -> Tensor:
         """Of ``z`` and of ``1 + Σ exp``."""

@@ -54,7 +54,7 @@ class Regression:
 
     def noise(self, output: Tensor, eps: float) -> Tensor | float:
         """Of a difference between rounded numbers, beside what is relative to the residual."""
-        return output.abs() * (16 * eps)
+        return output.abs() * (4 * eps)
 
     def curvature_noise(self, output: Tensor, eps: float) -> Tensor | float:
         """None."""

@@ -28,33 +28,23 @@ _SMALLEST = 1e-12  # a metric of 0 has no logarithm
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Data, model and measures of an experiment.
+    """Data, model and measures of an experiment."""
 
-    Attributes:
-        tasks: Tasks, sorted by kind.
-        train: Training part.
-        val: Validation part, for selection only.
-        test: Test part.
-        scale: What regression targets were divided by, shape ``(K,)``; 1 for the others.
-        model: Makes a multi-task model: it maps inputs to outputs by head, and has ``backbone``,
-            whose output is the shared representation, and ``groups``
-            (:class:`examples.models.HeadGroup`), in the order of the tasks.
-        single_task: Makes the single-task models as one module that gives the same outputs, in
-            which no two tasks share a parameter.
-        network: What the model is, for the record.
-        version: What identifies the data: everything they depend on.
-        extra: More measures on outputs by head and targets, by name.
-    """
-
-    tasks: tuple[Task, ...]
-    train: Part
-    val: Part
-    test: Part
-    scale: Tensor
+    tasks: tuple[Task, ...]  # tasks, sorted by kind
+    train: Part  # training part
+    val: Part  # validation part, for selection only
+    test: Part  # test part
+    scale: Tensor  # what regression targets were divided by, shape ``(K,)``; 1 for the others
+    # Makes a multi-task model: it maps inputs to outputs by head, and has ``backbone``, whose
+    # output is the shared representation, and ``groups`` (:class:`examples.models.HeadGroup`), in
+    # the order of the tasks
     model: Callable[[], nn.Module]
+    # Makes the single-task models as one module that gives the same outputs, in which no two tasks
+    # share a parameter
     single_task: Callable[[], nn.Module]
-    network: str
-    version: dict[str, Any]
+    network: str  # what the model is, for the record
+    version: dict[str, Any]  # what identifies the data: everything they depend on
+    # More measures on outputs by head and targets, by name
     extra: dict[str, Callable[[Outputs, Tensor], float]] = field(default_factory=dict)
 
     @property
@@ -65,31 +55,22 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Source:
-    """A benchmark by name, before its data are read.
+    """A benchmark by name, before its data are read."""
 
-    Attributes:
-        title: Name in tables and figures.
-        load: Reads the data: takes the size (``None``: the default) and the largest number of
-            training data (``None``: all).
-        settings: Default settings of the training, for small machines.
-        paper: The paper's settings, with ``--protocol paper``; ``None``: it has none for this.
-        paper_size: The paper's size, with ``--protocol paper``; ``None``: the default size.
-        preset: Entry of :data:`bayesagg.presets.PAPER` for the paper's arm.
-        size: Default size.
-        size_name: What the size counts; empty where it cannot be chosen.
-        size_range: Smallest and largest size.
-        code: Modules that results depend on, besides that of ``load`` and the shared ones.
-    """
-
-    title: str
+    title: str  # name in tables and figures
+    # Reads the data: takes the size (``None``: the default) and the largest number of training data
+    # (``None``: all)
     load: Callable[[int | None, int | None], Benchmark]
-    settings: TrainSettings
-    preset: str
-    size: int | None = None
-    size_name: str = ""
-    size_range: tuple[int, int] = (0, 0)
+    settings: TrainSettings  # default settings of the training, for small machines
+    preset: str  # entry of :data:`bayesagg.presets.PAPER` for the paper's arm
+    size: int | None = None  # default size
+    size_name: str = ""  # what the size counts; empty where it cannot be chosen
+    size_range: tuple[int, int] = (0, 0)  # smallest and largest size
+    # The paper's settings, with ``--protocol paper``; ``None``: it has none for this
     paper: TrainSettings | None = None
+    # The paper's size, with ``--protocol paper``; ``None``: the default size
     paper_size: int | None = None
+    # Modules that results depend on, besides that of ``load`` and the shared ones
     code: tuple[ModuleType, ...] = ()
 
 

@@ -36,21 +36,15 @@ _KINDS = ("regression", "binary", "multiclass")
 
 @dataclass(frozen=True)
 class Method:
-    """An arm of a comparison.
+    """An arm of a comparison."""
 
-    Attributes:
-        label: Name in tables and figures.
-        update: Its update.
-        settings: Keyword arguments of the update.
-        space: Values of its own settings that are tried, the default among them; a dot reaches into
-            a mapping (``heads.binary.s``).
-        training: Settings of the training that are its own, such as a learning rate.
-    """
-
-    label: str
-    update: type[LinearScalarization]
-    settings: dict[str, Any] = field(default_factory=dict)
+    label: str  # name in tables and figures
+    update: type[LinearScalarization]  # its update
+    settings: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the update
+    # Values of its own settings that are tried, the default among them; a dot reaches into a
+    # mapping (``heads.binary.s``)
     space: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    # Settings of the training that are its own, such as a learning rate
     training: dict[str, Any] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:

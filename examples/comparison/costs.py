@@ -29,18 +29,14 @@ _SETTLE = 3 * _EPOCH - 3
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step of a method costs.
+    """What a step of a method costs."""
 
-    Attributes:
-        seconds: Median time of forward pass, update and whatever follows the step.
-        ratio: To that of linear scalarization: median over the rounds, in each of which every
-            method takes a step.
-        peak_bytes: Largest amount of memory alive during a step, above what was alive before it:
-            activations, gradients, what the method keeps for the length of the step.
-    """
-
-    seconds: float
+    seconds: float  # median time of forward pass, update and whatever follows the step
+    # To that of linear scalarization: median over the rounds, in each of which every method takes a
+    # step
     ratio: float
+    # Largest amount of memory alive during a step, above what was alive before it: activations,
+    # gradients, what the method keeps for the length of the step
     peak_bytes: int
 
 

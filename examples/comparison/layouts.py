@@ -28,17 +28,12 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True)
 class Grid:
-    """A table before it is written down.
+    """A table before it is written down."""
 
-    Attributes:
-        header: Names of the columns; the first is that of the methods.
-        blocks: Groups of rows, each with a title, which may be empty.
-        notes: What to read with it.
-    """
-
-    header: list[str]
+    header: list[str]  # names of the columns; the first is that of the methods
+    # Groups of rows, each with a title, which may be empty
     blocks: list[tuple[str, list[list[str]]]]
-    notes: list[str]
+    notes: list[str]  # what to read with it
 
 
 @dataclass(frozen=True)
@@ -51,19 +46,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Layout:
-    """One of the paper's tables.
+    """One of the paper's tables."""
 
-    Attributes:
-        caption: What it shows.
-        rows: Blocks of methods, each with a title, which may be empty.
-        columns: Makes the columns of one file of results.
-        together: Whether several files are columns of one table, and not a table each.
-    """
-
-    caption: str
+    caption: str  # what it shows
+    # Blocks of methods, each with a title, which may be empty
     rows: tuple[tuple[str, tuple[str, ...]], ...]
-    columns: Callable[[Mapping[str, Any]], list[Column]]
-    together: bool = False
+    columns: Callable[[Mapping[str, Any]], list[Column]]  # makes the columns of one file of results
+    together: bool = False  # whether several files are columns of one table, and not a table each
 
 
 def read(place: Path) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from examples.comparison.tasks import Outputs, Task, grouped
-from examples.models import HeadGroup, stack
+from examples.models import HeadGroup
 
 
 class TaskNet(nn.Module):
@@ -61,77 +61,11 @@ def mlp(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> TaskNet:
     return TaskNet(nn.Sequential(*layers), inputs, tasks)
 
 
-class IndependentNets(nn.Module):
-    """A network per task, evaluated together by batched products; gives what a TaskNet gives.
-
-    Their parameters are stacked along a first dimension. Each network's loss reaches only its own
-    slices and Adam works element by element, so one optimizer on the sum of the losses trains them
-    exactly as K optimizers would.
-
-    Args:
-        networks: A network of one task each, in the order of the tasks; weights are copied.
-        tasks: Tasks, sorted by kind.
-    """
-
-    def __init__(self, networks: Sequence[TaskNet], tasks: Sequence[Task]) -> None:
-        super().__init__()
-        self.count = len(networks)
-        backbones = [network.backbone.children() for network in networks]
-        self.layers = nn.Sequential(*map(stack, zip(*backbones, strict=True)))
-        heads = [network.groups[0].module for network in networks]
-        self._parts = {name: (kind, which) for name, kind, which in grouped(tasks)}
-        self.heads = nn.ModuleDict(
-            {name: stack(heads[which]) for name, (_, which) in self._parts.items()}
-        )
-
-    def features(self, x: Tensor) -> Tensor:
-        """Representations, shape ``(K, B, width)``."""
-        h: Tensor = self.layers(x.expand(self.count, *x.shape))
-        return h
-
-    def forward(self, x: Tensor) -> Outputs:
-        """Outputs by head, each ``(B, outputs)``."""
-        h = self.features(x)
-        outputs = {}
-        for name, (kind, which) in self._parts.items():
-            values = self.heads[name](h[which])
-            outputs[name] = values[0] if kind == "multiclass" else values.squeeze(-1).T
-        return outputs
-
-    def network_gradients(self) -> list[list[Tensor]]:
-        """Gradients of each network, as views."""
-        return self._by_network(lambda parameter: parameter.grad)
-
-    def network_tensors(self) -> list[list[Tensor]]:
-        """Parameters of each network, as views."""
-        return self._by_network(lambda parameter: parameter.detach())
-
-    def _by_network(self, part: Callable[[nn.Parameter], Tensor | None]) -> list[list[Tensor]]:
-        """Slices that belong to each network, of what ``part`` takes from a stacked parameter."""
-        result: list[list[Tensor]] = [[] for _ in range(self.count)]
-        shared = [(slice(0, self.count), p) for p in self.layers.parameters()]
-        own = [
-            (which, p)
-            for name, (_, which) in self._parts.items()
-            for p in self.heads[name].parameters()
-        ]
-        for which, parameter in shared + own:
-            stacked = part(parameter)
-            if stacked is not None:
-                for k, own in enumerate(stacked.unbind(), which.start):
-                    result[k].append(own)
-        return result
-
-
-def single_task(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> IndependentNets:
-    """Stack one MLP per task, each with its own random weights."""
-    return IndependentNets([mlp(inputs, widths, [task]) for task in tasks], tasks)
-
-
 class SeparateNets(nn.Module):
     """Networks that share no parameter; gives what one network for all tasks gives.
 
-    For networks that :class:`IndependentNets` cannot stack.
+    Each network's loss reaches only its own parameters and Adam works element by element, so one
+    optimizer on the sum of the losses trains them exactly as an optimizer each would.
 
     Args:
         networks: A network of one task each, in the order of the tasks.
@@ -163,3 +97,8 @@ class SeparateNets(nn.Module):
     def network_tensors(self) -> list[list[Tensor]]:
         """Parameters and buffers of each network."""
         return [list(network.state_dict().values()) for network in self.networks]
+
+
+def single_task(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> SeparateNets:
+    """One MLP per task, each with its own random weights."""
+    return SeparateNets([mlp(inputs, widths, [task]) for task in tasks], tasks)

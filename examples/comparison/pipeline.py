@@ -27,31 +27,18 @@ _EVALUATED = {"last": "last epoch", "best": "epoch with the lowest validation sc
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare.
+    """What to compare."""
 
-    Attributes:
-        data: Which data.
-        methods: Methods by name; the single-task models come on top.
-        training: Default settings of the training.
-        seeds: Trainings of each method with the chosen settings, seeds 0, 1, …
-        trials: Settings that are tried for each method; 1: the default, without a search.
-        search_seeds: Trainings of each trial.
-        untuned: Methods that keep their default settings.
-        workers: Processes.
-        reference: Method whose Δm is subtracted from that of the others in the table.
-        single_task: The single-task models' method.
-    """
-
-    data: Data
-    methods: Mapping[str, Method]
-    training: TrainSettings
-    seeds: int = 5
-    trials: int = 1
-    search_seeds: int = 1
-    untuned: tuple[str, ...] = ()
-    workers: int = 1
-    reference: str = "ls"
-    single_task: Method = SINGLE_TASK_METHOD
+    data: Data  # which data
+    methods: Mapping[str, Method]  # methods by name; the single-task models come on top
+    training: TrainSettings  # default settings of the training
+    seeds: int = 5  # trainings of each method with the chosen settings, seeds 0, 1, …
+    trials: int = 1  # settings that are tried for each method; 1: the default, without a search
+    search_seeds: int = 1  # trainings of each trial
+    untuned: tuple[str, ...] = ()  # methods that keep their default settings
+    workers: int = 1  # processes
+    reference: str = "ls"  # method whose Δm is subtracted from that of the others in the table
+    single_task: Method = SINGLE_TASK_METHOD  # the single-task models' method
 
     def trials_of(self, name: str) -> int:
         """Number of trials of a method."""
@@ -60,32 +47,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Outcome of the search for a method.
+    """Outcome of the search for a method."""
 
-    Attributes:
-        trial: The settings chosen.
-        number: Their number; 0 is the default.
-        validation: Validation Δm of every trial in percent, infinite where training failed; empty
-            without a search.
-    """
-
-    trial: Trial
-    number: int = 0
+    trial: Trial  # the settings chosen
+    number: int = 0  # their number; 0 is the default
+    # Validation Δm of every trial in percent, infinite where training failed; empty without a
+    # search
     validation: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a comparison.
+    """Result of a comparison."""
 
-    Attributes:
-        chosen: By method, the single-task models first, the settings.
-        runs: By method its final runs, in the order of the seeds.
-        standings: By method its statistics, without methods of which a run failed.
-    """
-
-    chosen: dict[str, Chosen]
-    runs: dict[str, list[Run]]
+    chosen: dict[str, Chosen]  # by method, the single-task models first, the settings
+    runs: dict[str, list[Run]]  # by method its final runs, in the order of the seeds
+    # By method its statistics, without methods of which a run failed
     standings: dict[str, Standing]
 
 

@@ -67,10 +67,11 @@ def errors(outcome: Outcome, name: str, data: Benchmark) -> list[float]:
 
 def rate_tables(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> list[str]:
     """Δm, and the error of classifications, of every method at every learning rate."""
-    found, best = by_method(outcome), best_rates(outcome, data)
+    found = by_method(outcome)
     rates = sorted({rate for names in found.values() for rate in names})
     if rates in ([], [0]):
         return []
+    best = best_rates(outcome, data)
     measures = {"Δm [%]": lambda name: outcome.standings[name].delta}
     if any(data.higher_is_better):
         measures["error [%]"] = lambda name: errors(outcome, name, data)

@@ -40,52 +40,31 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-    """One training.
+    """One training."""
 
-    Attributes:
-        data: Which data.
-        name: Name of the method.
-        method: The method.
-        settings: What all methods share.
-        final: Whether the test part is evaluated; runs of the search never look at it.
-    """
-
-    data: Data
-    name: str
-    method: Method
-    settings: TrainSettings
-    final: bool
+    data: Data  # which data
+    name: str  # name of the method
+    method: Method  # the method
+    settings: TrainSettings  # what all methods share
+    final: bool  # whether the test part is evaluated; runs of the search never look at it
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training leaves.
+    """What a training leaves."""
 
-    Attributes:
-        key: Hash of all that the result depends on.
-        identity: What was hashed.
-        method: Name of the method.
-        label: Its name in tables.
-        val: Metrics per task on the validation part; empty if the training failed.
-        test: The same on the test part; empty for runs of the search.
-        extra: Other measures on the test part.
-        failure: Why there is no result; empty if there is.
-        seconds: Wall time of the training.
-        seconds_per_step: Median over epochs of the mean time of a step.
-        weights: Share of each task in the weights of the last epoch.
-    """
-
-    key: str
-    identity: dict[str, Any]
-    method: str
-    label: str
+    key: str  # hash of all that the result depends on
+    identity: dict[str, Any]  # what was hashed
+    method: str  # name of the method
+    label: str  # its name in tables
+    # Metrics per task on the validation part; empty if the training failed
     val: list[dict[str, float]]
-    test: list[dict[str, float]]
-    extra: dict[str, float]
-    failure: str
-    seconds: float
-    seconds_per_step: float
-    weights: list[float]
+    test: list[dict[str, float]]  # the same on the test part; empty for runs of the search
+    extra: dict[str, float]  # other measures on the test part
+    failure: str  # why there is no result; empty if there is
+    seconds: float  # wall time of the training
+    seconds_per_step: float  # median over epochs of the mean time of a step
+    weights: list[float]  # share of each task in the weights of the last epoch
 
     @property
     def seed(self) -> int:

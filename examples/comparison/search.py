@@ -19,17 +19,11 @@ FIRST_SEARCH_SEED = 1000  # seeds of the search are not those of the comparison
 
 @dataclass(frozen=True)
 class Trial:
-    """A method with settings to try.
+    """A method with settings to try."""
 
-    Attributes:
-        method: The method, its own settings in place.
-        training: Settings of the training.
-        own: The method's own settings that were chosen.
-    """
-
-    method: Method
-    training: TrainSettings
-    own: dict[str, Any]
+    method: Method  # the method, its own settings in place
+    training: TrainSettings  # settings of the training
+    own: dict[str, Any]  # the method's own settings that were chosen
 
 
 def trial(method: Method, training: TrainSettings, number: int) -> Trial:

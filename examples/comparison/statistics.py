@@ -14,19 +14,13 @@ from bayesagg.metrics import delta_m, mean_rank
 
 @dataclass(frozen=True)
 class Standing:
-    """A method over its seeds.
+    """A method over its seeds."""
 
-    Attributes:
-        delta: Δm of each seed against the single-task mean over seeds, in percent.
-        rank: Mean rank among the multi-task methods, of the metrics averaged over seeds.
-        values: Metric of each task, mean over seeds.
-        p_values: By name of another method, the p-value of the paired t-test of Δm over seeds,
-            corrected for the number of comparisons with that method.
-    """
-
-    delta: list[float]
-    rank: float
-    values: list[float]
+    delta: list[float]  # Δm of each seed against the single-task mean over seeds, in percent
+    rank: float  # mean rank among the multi-task methods, of the metrics averaged over seeds
+    values: list[float]  # metric of each task, mean over seeds
+    # By name of another method, the p-value of the paired t-test of Δm over seeds, corrected for
+    # the number of comparisons with that method
     p_values: dict[str, float]
 
 

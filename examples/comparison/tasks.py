@@ -21,21 +21,13 @@ _SHARED_HEADS: tuple[Kind, ...] = ("regression", "binary")
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
+    """A task."""
 
-    Attributes:
-        name: Its name.
-        kind: Its likelihood. Tasks of a benchmark are sorted: regression, binary, multi-class.
-        metric: What Δm and the mean rank use.
-        unit: Of a regression target.
-        classes: Of a multi-class task.
-    """
-
-    name: str
-    kind: Kind
-    metric: Metric
-    unit: str = ""
-    classes: int = 1
+    name: str  # its name
+    kind: Kind  # its likelihood. Tasks of a benchmark are sorted: regression, binary, multi-class
+    metric: Metric  # what Δm and the mean rank use
+    unit: str = ""  # of a regression target
+    classes: int = 1  # of a multi-class task
 
     @property
     def higher_is_better(self) -> bool:

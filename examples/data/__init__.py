@@ -16,15 +16,10 @@ class DataUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set.
+    """One part of a data set."""
 
-    Attributes:
-        x: Inputs, shape ``(n, …)``.
-        y: Targets, shape ``(n, K)``, one column per task.
-    """
-
-    x: Tensor
-    y: Tensor
+    x: Tensor  # inputs, shape ``(n, …)``
+    y: Tensor  # targets, shape ``(n, K)``, one column per task
 
     def __len__(self) -> int:
         """Number of data."""

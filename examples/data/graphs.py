@@ -16,19 +16,12 @@ EDGE_FEATURES = BOND_TYPES + 1
 
 @dataclass(frozen=True)
 class GraphBatch:
-    """Graphs as one, under the names of ``torch_geometric.data.Batch``.
+    """Graphs as one, under the names of ``torch_geometric.data.Batch``."""
 
-    Attributes:
-        x: Features of the atoms, shape ``(N, 11)``, molecule after molecule.
-        edge_index: Source and target of each edge, shape ``(2, E)``, by ascending target.
-        edge_attr: Bond type, one-hot, and distance in Å, shape ``(E, 5)``.
-        batch: Graph of each atom, shape ``(N,)``.
-    """
-
-    x: Tensor
-    edge_index: Tensor
-    edge_attr: Tensor
-    batch: Tensor
+    x: Tensor  # features of the atoms, shape ``(N, 11)``, molecule after molecule
+    edge_index: Tensor  # source and target of each edge, shape ``(2, E)``, by ascending target
+    edge_attr: Tensor  # bond type, one-hot, and distance in Å, shape ``(E, 5)``
+    batch: Tensor  # graph of each atom, shape ``(N,)``
 
 
 class GraphPart:

@@ -31,21 +31,13 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.er
 
 @dataclass(frozen=True)
 class StoredImages:
-    """Images that fit into memory, normalised when a batch is taken.
+    """Images that fit into memory, normalised when a batch is taken."""
 
-    Attributes:
-        x: Images, shape ``(n, C, H, W)``, uint8.
-        y: Targets, shape ``(n, K)``.
-        mean: Mean of each channel of images in [0, 1].
-        std: Standard deviation of each.
-        chunk: Images at once in evaluation.
-    """
-
-    x: Tensor
-    y: Tensor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    chunk: int = 500
+    x: Tensor  # images, shape ``(n, C, H, W)``, uint8
+    y: Tensor  # targets, shape ``(n, K)``
+    mean: tuple[float, ...]  # mean of each channel of images in [0, 1]
+    std: tuple[float, ...]  # standard deviation of each
+    chunk: int = 500  # images at once in evaluation
 
     def __len__(self) -> int:
         """Number of images."""
@@ -64,21 +56,14 @@ class ImageFiles:
     The random numbers of an augmentation follow from the rows of the batch and their order: they
     differ from epoch to epoch and from seed to seed as the batches do, are the same for all methods
     of a comparison, and leave the global random state alone.
-
-    Attributes:
-        read: Reads an image by its place in the data set: shape ``(C, H, W)``, uint8, all of a
-            size.
-        rows: Places of the images of this part, shape ``(n,)``.
-        y: Their targets, shape ``(n, K)``.
-        transform: Makes the input of the network from an image.
-        chunk: Images at once in evaluation.
     """
 
+    # Reads an image by its place in the data set: shape ``(C, H, W)``, uint8, all of a size
     read: Callable[[int], Tensor]
-    rows: Tensor
-    y: Tensor
-    transform: Transform
-    chunk: int = 64
+    rows: Tensor  # places of the images of this part, shape ``(n,)``
+    y: Tensor  # their targets, shape ``(n, K)``
+    transform: Transform  # makes the input of the network from an image
+    chunk: int = 64  # images at once in evaluation
 
     def __len__(self) -> int:
         """Number of images."""

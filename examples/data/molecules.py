@@ -43,23 +43,16 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Molecules:
-    """Molecules, padded to 29 atoms.
+    """Molecules, padded to 29 atoms."""
 
-    Attributes:
-        features: Of each atom, shape ``(n, 29, 11)``: one-hot H, C, N, O, F; atomic number; four
-            zeros (aromatic, sp, sp2, sp3: PyG's QM9 leaves them at zero too, see
-            https://github.com/pyg-team/pytorch_geometric/issues/8370); number of bonded hydrogens.
-        positions: In Å, shape ``(n, 29, 3)``.
-        bonds: 0 for none, 1 + bond type otherwise, shape ``(n, 29, 29)``, uint8, symmetric.
-        targets: Shape ``(n, 11)``, float64, in the units of :func:`unit_of`.
-        source: Where they are from.
-    """
-
+    # Of each atom, shape ``(n, 29, 11)``: one-hot H, C, N, O, F; atomic number; four zeros
+    # (aromatic, sp, sp2, sp3: PyG's QM9 leaves them at zero too, see https://github.com/pyg-
+    # team/pytorch_geometric/issues/8370); number of bonded hydrogens
     features: Tensor
-    positions: Tensor
-    bonds: Tensor
-    targets: Tensor
-    source: str
+    positions: Tensor  # in Å, shape ``(n, 29, 3)``
+    bonds: Tensor  # 0 for none, 1 + bond type otherwise, shape ``(n, 29, 29)``, uint8, symmetric
+    targets: Tensor  # shape ``(n, 11)``, float64, in the units of :func:`unit_of`
+    source: str  # where they are from
 
 
 def unit_of(name: str) -> str:

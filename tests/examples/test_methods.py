@@ -1,5 +1,6 @@
 """Each compared method by what defines it, so that a baseline that is silently wrong is caught."""
 
+import copy
 from dataclasses import fields, replace
 
 import pytest
@@ -24,7 +25,7 @@ from examples.comparison.gradients import (
     PCGrad,
     fair_weights,
 )
-from examples.comparison.networks import IndependentNets, TaskNet, mlp, single_task
+from examples.comparison.networks import SeparateNets, TaskNet, mlp, single_task
 from examples.comparison.tasks import Task, by_task, criterion
 from examples.comparison.weighting import (
     FAMO,
@@ -33,7 +34,6 @@ from examples.comparison.weighting import (
     UncertaintyWeighting,
 )
 from examples.methods import BayesAggregation, LinearScalarization, ScaleInvariant
-from examples.models import stack
 from examples.training import TrainSettings, train
 
 TASKS = (
@@ -157,19 +157,10 @@ def test_networks_of_single_tasks_are_clipped_one_by_one():
     assert total == pytest.approx(0.02, rel=1e-3)  # no parameter is in two networks, or in none
 
 
-def test_single_task_networks_give_what_each_gives_alone():
-    networks = [mlp(5, (6, 4), [task]) for task in TASKS]
-    together = IndependentNets(networks, TASKS)(x := torch.randn(7, 5))
-    alone = [next(iter(network(x).values())) for network in networks]
-    torch.testing.assert_close(together["regression"], torch.cat(alone[:2], 1))
-    torch.testing.assert_close(together["binary"], alone[2])
-    torch.testing.assert_close(together["c0"], alone[3])
-
-
-def test_stacked_single_task_networks_train_as_if_alone(data):
+def test_single_task_networks_train_as_if_alone(data):
     settings = TrainSettings(epochs=3, batch_size=20, warmup_steps=0)
     networks = [mlp(5, (6, 4), [task]) for task in TASKS]
-    together = IndependentNets(networks, TASKS)
+    together = SeparateNets(copy.deepcopy(networks), TASKS)
     train(together, LinearScalarization(together, settings, 4), data, criterion(TASKS), settings)
     found = by_task(TASKS, together(data.test.x))
     for k, (alone, task) in enumerate(zip(networks, TASKS, strict=True)):
@@ -180,11 +171,6 @@ def test_stacked_single_task_networks_train_as_if_alone(data):
         after = next(iter(alone(data.test.x).values()))
         assert (after - before).abs().max() > 0.01
         torch.testing.assert_close(found[k], after.view_as(found[k]), rtol=1e-3, atol=1e-4)
-
-
-def test_layers_that_cannot_be_stacked_are_refused():
-    with pytest.raises(TypeError, match="LayerNorm"):
-        stack([nn.LayerNorm(3) for _ in range(2)])
 
 
 # --- weights of the losses -----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from examples.comparison import pipeline
 from examples.comparison.benchmark import Source, table_benchmark, validation_scores
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import methods
-from examples.comparison.networks import SeparateNets, mlp, single_task
+from examples.comparison.networks import single_task
 from examples.comparison.tasks import Task, criterion
 from examples.jobs import run_jobs
 from examples.methods import LinearScalarization
@@ -133,12 +133,9 @@ def test_the_best_epoch_is_evaluated_by_the_mean_over_tasks(data):
     assert all(map(torch.equal, states[3], others[3]))
 
 
-@pytest.mark.parametrize("kind", ["stacked", "separate"])
-def test_each_single_task_network_has_its_own_best_epoch(kind, data):
+def test_each_single_task_network_has_its_own_best_epoch(data):
     def build():
-        if kind == "stacked":
-            return single_task(5, (6, 4), TASKS)
-        return SeparateNets([mlp(5, (6, 4), [task]) for task in TASKS], TASKS)
+        return single_task(5, (6, 4), TASKS)
 
     settings = replace(SETTINGS, epochs=4, selection="best")
     best = [2, 4, 1]

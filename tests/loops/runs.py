@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -56,13 +57,16 @@ def without(labels: Mapping[str, Tensor], name: str, gaps: Tensor) -> dict[str, 
     return {**labels, name: y.masked_fill(gaps, -100 if name == "cls" else torch.nan)}
 
 
-def losses_over(out: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Means over the labels that there are; zero where there is none."""
+def losses_over(
+    out: Mapping[str, Tensor], labels: Mapping[str, Tensor], reduction: str = "mean"
+) -> dict[str, Tensor]:
+    """Means (or sums) over the labels that there are; zero where there is none."""
     losses = {}
     for name, z in out.items():
         y = labels[name]
         known = y != -100 if name == "cls" else ~y.isnan()
-        losses[name] = LOSSES[name](z[known], y[known]) if bool(known.any()) else z.sum() * 0
+        loss = functools.partial(LOSSES[name], reduction=reduction)
+        losses[name] = loss(z[known], y[known]) if bool(known.any()) else z.sum() * 0
     return losses
 
 

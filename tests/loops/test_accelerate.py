@@ -1,4 +1,4 @@
-"""The engine under Accelerate, which prepares model, optimizer, data and scheduler."""
+"""The engine's scalar under Accelerate, which prepares model, optimizer and data."""
 
 from __future__ import annotations
 
@@ -11,47 +11,55 @@ from tests.helpers import (
     OPTIMIZERS,
     OUTPUTS,
     SAMPLED,
-    PaperBayesAgg,
     difference,
     make_batch,
-    make_heads,
+    make_engine,
     make_losses,
     make_net,
     snapshot,
-    train,
     wrap,
 )
 
 STEPS, BATCH = 3, 6
+# Accelerate's own ``backward``, or the engine's.
+FORMS = pytest.mark.parametrize("form", ["scalar", "losses"])
 
 
 class Run:
     """A prepared training run; the engine watches the modules before they are prepared."""
 
-    def __init__(self, *, seed=0, accumulate=1):
+    def __init__(self, rule, form="scalar", *, seed=0, accumulate=1):
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
         net = make_net(seed=seed)
-        self.engine = PaperBayesAgg(net.trunk, make_heads(net, **SAMPLED))
+        self.engine = make_engine(net, rule, settings=SAMPLED, steps_per_epoch=None)
         optimizer = OPTIMIZERS["adam"](net.parameters())
         batches = [make_batch(seed=index) for index in range(STEPS)]
         data = TensorDataset(
             torch.cat([x for x, _ in batches]),
             *(torch.cat([labels[name] for _, labels in batches]) for name in OUTPUTS),
         )
+        self.form = form
         self.net, self.optimizer, self.loader = self.accelerator.prepare(
             net, optimizer, DataLoader(data, batch_size=BATCH)
         )
         self.accelerator.register_for_checkpointing(Checkpointed(self.engine))
 
-    def epoch(self):
-        for x, *labels in self.loader:
-            with self.accelerator.accumulate(self.net):
-                losses = make_losses(self.net(x), dict(zip(OUTPUTS, labels, strict=True)))
-                scale = self.accelerator.gradient_accumulation_steps
-                self.engine.backward({name: loss / scale for name, loss in losses.items()})
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        self.engine.end_epoch()
+    def backward(self, losses):
+        if self.form == "scalar":  # divided by the number of batches there
+            self.accelerator.backward(self.engine(losses))
+        else:
+            scale = self.accelerator.gradient_accumulation_steps
+            self.engine.backward({name: loss / scale for name, loss in losses.items()})
+
+    def epochs(self, count):
+        for _ in range(count):
+            for x, *labels in self.loader:
+                with self.accelerator.accumulate(self.net):
+                    losses = make_losses(self.net(x), dict(zip(OUTPUTS, labels, strict=True)))
+                    self.backward(losses)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+            self.engine.end_epoch()
 
     def state(self):
         return {
@@ -74,44 +82,42 @@ class Checkpointed:
         self.engine.set_extra_state(state)
 
 
-def test_a_prepared_run_takes_the_steps_of_a_loop():
-    """Three epochs are three epochs of the wrapper, bit for bit."""
-    run = Run()
-    for _ in range(3):
-        run.epoch()
+@FORMS
+@pytest.mark.parametrize("accumulate", [1, STEPS])
+def test_a_prepared_run_takes_the_steps_of_a_loop(accumulate, form, rule):
+    """Three epochs are three epochs of the wrapper, bit for bit; all micro-batches are evidence."""
+    run = Run(rule, form, accumulate=accumulate)
+    run.epochs(3)
     net = make_net()
-    wrapper = wrap(net, settings=SAMPLED, steps_per_epoch=STEPS)
+    wrapper = wrap(net, "adam", rule, settings=SAMPLED, steps_per_epoch=None)
     for _ in range(3):
-        train(net, wrapper, STEPS)
+        for index in range(STEPS):
+            x, labels = make_batch(seed=index)
+            losses = make_losses(net(x), labels)
+            if form == "scalar":
+                (wrapper.loss(losses) / accumulate).backward()
+            else:
+                wrapper.backward({name: loss / accumulate for name, loss in losses.items()})
+            if (index + 1) % accumulate == 0:
+                wrapper.step()
+                wrapper.zero_grad()
+        wrapper.end_epoch()
     found = run.state()
     assert difference(found["net"]["parameters"], snapshot(net)["parameters"]) is None
     assert difference(found["engine"], wrapper.engine.get_extra_state()) is None
-
-
-@pytest.mark.parametrize("stop", [1, 2], ids=["pretraining", "after"])
-def test_a_saved_state_goes_on_in_the_same_bits(stop, tmp_path):
-    """``save_state`` and ``load_state`` carry the posterior."""
-    whole = Run()
-    for _ in range(4):
-        whole.epoch()
-    first = Run()
-    for _ in range(stop):
-        first.epoch()
-    first.accelerator.save_state(str(tmp_path))
-    second = Run(seed=5)
-    second.accelerator.load_state(str(tmp_path))
-    for _ in range(4 - stop):
-        second.epoch()
-    assert difference(whole.state(), second.state()) is None
-
-
-def test_accumulated_batches_are_evidence_of_one_epoch():
-    """Three batches for one optimizer step: all of them count."""
-    run = Run(accumulate=STEPS)
-    before = snapshot(run.net)["parameters"]
-    run.epoch()
-    counts = [block["full"]["count"].tolist() for block in run.engine.get_extra_state()["blocks"]]
-    assert counts == [[STEPS * BATCH] * 2, [STEPS * BATCH] * 2, [STEPS * BATCH]]
-    assert difference(before, snapshot(run.net)["parameters"]) is not None
     steps = {int(state["step"]) for state in run.optimizer.state_dict()["state"].values()}
-    assert steps == {1}
+    assert max(steps) == 9 // accumulate
+
+
+@pytest.mark.parametrize("stop", [1, 2], ids=["linear", "after"])
+def test_a_saved_state_goes_on_in_the_same_bits(stop, rule, tmp_path):
+    """``save_state`` and ``load_state`` carry the posterior."""
+    whole = Run(rule)
+    whole.epochs(4)
+    first = Run(rule)
+    first.epochs(stop)
+    first.accelerator.save_state(str(tmp_path))
+    second = Run(rule, seed=5)
+    second.accelerator.load_state(str(tmp_path))
+    second.epochs(4 - stop)
+    assert difference(whole.state(), second.state()) is None

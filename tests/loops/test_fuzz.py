@@ -1,10 +1,14 @@
-"""The public API in random order, bad input included: no NaN, no foreign error, no lost state."""
+"""The public API in random order, bad input included: no NaN, no foreign error, no lost state.
+
+Once for either rule: a state machine of each.
+"""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
+import warnings
 
 import torch
 from hypothesis import settings
@@ -33,6 +37,7 @@ from tests.helpers import (
     snapshot,
     wrap,
 )
+from tests.loops.runs import losses_over, without
 
 TASKS = list(OUTPUTS)
 SETTINGS = {**SAMPLED, "reg": {"noise_variance": "learned"}}
@@ -107,6 +112,7 @@ BATCHES = st.fixed_dictionaries(
         "factor": st.sampled_from([1.0, 1e-3, 1e3]),
         "reduction": st.sampled_from(["mean", "sum"]),
         "step": st.booleans(),
+        "scalar": st.booleans(),
     }
 )
 
@@ -114,26 +120,17 @@ BATCHES = st.fixed_dictionaries(
 class Loop(RuleBasedStateMachine):
     """A user who does everything, in no order."""
 
-    @initialize(
-        covariance=st.sampled_from(["diagonal", "full"]),
-        steps=st.sampled_from([None, 1, 3]),
-        pretrain=st.integers(0, 1),
-        max_data=st.sampled_from([None, 3]),
-    )
-    def start(self, covariance, steps, pretrain, max_data):
-        self.arguments = {
-            "covariance": covariance,
-            "steps_per_epoch": steps,
-            "pretrain_epochs": pretrain,
-            "max_data": max_data if covariance == "diagonal" else None,
-        }
+    rule: str
+
+    def begin(self, **arguments):
+        self.arguments = arguments
         self.net = make_net(DEVICE, DTYPE)
         self.optimizer = self.wrapped(self.net)
         self.out = self.saved = None
         self.index = 0
 
     def wrapped(self, net):
-        return wrap(net, settings=SETTINGS, **self.arguments)
+        return wrap(net, "adam", self.rule, settings=SETTINGS, **self.arguments)
 
     def losses(self, names):
         return make_losses({name: self.out[name] for name in names}, self.labels)
@@ -179,16 +176,40 @@ class Loop(RuleBasedStateMachine):
         for batch in batches:
             self.backward(**batch)
 
-    def backward(self, names, given, holes, factor, reduction, step):
+    def backward(self, names, given, holes, factor, reduction, step, scalar):
         if self.out is None:
             self.forward(4)
-        targets = {name: self.labels[name].clone() for name in sorted(names & given)}
-        if holes:
-            for name, target in targets.items():
-                target[::2] = -100 if name == "cls" else torch.nan
-        out = {name: self.out[name] for name in sorted(names)}
-        losses = {n: v * factor for n, v in make_losses(out, self.labels, reduction).items()}
-        (self.optimizer.step if step else self.optimizer.backward)(losses, targets=targets)
+        labels = {name: self.labels[name] for name in sorted(names)}
+        for name in labels if holes else ():
+            gaps = torch.arange(len(labels[name]), device=DEVICE) % 2 == 0
+            labels = without(labels, name, gaps)
+        losses = losses_over({name: self.out[name] for name in labels}, labels, reduction)
+        targets = {name: y for name, y in labels.items() if name in given}
+        if scalar:
+            (factor * self.optimizer.loss(losses, targets)).backward()
+            if step:
+                self.optimizer.step()
+        else:
+            losses = {name: loss * factor for name, loss in losses.items()}
+            (self.optimizer.step if step else self.optimizer.backward)(losses, targets=targets)
+        self.out = None
+
+    @precondition(lambda self: self.out is not None)
+    @rule()
+    def robust_loss(self):
+        """It is not the head's likelihood: with targets its own gradient trains the head."""
+        loss = F.huber_loss(self.out["reg"], self.labels["reg"], delta=0.5)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "task 'reg': its loss is not the likelihood")
+            self.optimizer.step({"reg": loss}, targets={"reg": self.labels["reg"]})
+        self.out = None
+
+    @precondition(lambda self: self.out is not None)
+    @rule()
+    def scalar_without_use(self):
+        before = self.optimizer.state_dict()["bayesagg"]["memory"]
+        self.optimizer.loss(self.losses(TASKS))
+        assert_same({"m": before}, {"m": self.optimizer.state_dict()["bayesagg"]["memory"]})
         self.out = None
 
     @precondition(lambda self: self.out is not None)
@@ -271,7 +292,7 @@ class Loop(RuleBasedStateMachine):
             state = self.optimizer.base_optimizer.state_dict()
         elif wrong == "heads":
             outputs = {"reg": 2, "bin": 1, "cls": 3}
-            state = wrap(make_net(DEVICE, DTYPE, outputs=outputs)).state_dict()
+            state = wrap(make_net(DEVICE, DTYPE, outputs=outputs), "adam", self.rule).state_dict()
         else:
             state["bayesagg"] = {"steps": 0}
         self.refuses(CheckpointError, lambda: self.optimizer.load_state_dict(state))
@@ -286,5 +307,38 @@ class Loop(RuleBasedStateMachine):
         assert abs(total - 1) < 1e-5
 
 
-class TestLoop(Loop.TestCase):
-    settings = settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True)
+class Likelihood(Loop):
+    rule = "likelihood"
+
+    @initialize(
+        warmup=st.integers(0, 2),
+        memory=st.sampled_from([None, 10, 1000]),
+        keep_length=st.booleans(),
+    )
+    def start(self, **arguments):
+        self.begin(**arguments)
+
+
+class Paper(Loop):
+    rule = "paper"
+
+    @initialize(
+        covariance=st.sampled_from(["diagonal", "full"]),
+        steps_per_epoch=st.sampled_from([None, 1, 3]),
+        pretrain_epochs=st.integers(0, 1),
+        max_data=st.sampled_from([None, 3]),
+    )
+    def start(self, covariance, max_data, **arguments):
+        subset = max_data if covariance == "diagonal" else None
+        self.begin(covariance=covariance, max_data=subset, **arguments)
+
+
+LENGTH = settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True)
+
+
+class TestLikelihood(Likelihood.TestCase):
+    settings = LENGTH
+
+
+class TestPaper(Paper.TestCase):
+    settings = LENGTH

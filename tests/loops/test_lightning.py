@@ -57,7 +57,7 @@ class Lit(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, labels = batch
-        x = x.to(self.dtype)
+        x = x.to(self.net.trunk[0].weight)
         labels = {n: y.to(x) if y.is_floating_point() else y for n, y in labels.items()}
         losses = make_losses(self.net(x), labels)
         if self.automatic_optimization:

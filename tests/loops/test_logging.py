@@ -13,10 +13,10 @@ from tests.helpers import SAMPLED, make_net, train, wrap
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def test_weights_as_scalars(device, dtype):
+def test_weights_as_scalars(rule, device, dtype):
     """By task, and by output where a head has several; engine and wrapper alike."""
     net = make_net(device, dtype)
-    optimizer = wrap(net, settings=SAMPLED)
+    optimizer = wrap(net, "adam", rule, settings=SAMPLED)
     train(net, optimizer, 5)
     scalars = task_weight_scalars(optimizer, prefix="w/")
     assert list(scalars) == ["w/reg/0", "w/reg/1", "w/bin/0", "w/bin/1", "w/cls"]
@@ -25,9 +25,9 @@ def test_weights_as_scalars(device, dtype):
     assert scalars == task_weight_scalars(optimizer.engine, prefix="w/")
 
 
-def test_weights_in_tensorboard(tmp_path, device, dtype):
+def test_weights_in_tensorboard(rule, tmp_path, device, dtype):
     net = make_net(device, dtype)
-    optimizer = wrap(net, settings=SAMPLED)
+    optimizer = wrap(net, "adam", rule, settings=SAMPLED)
     expected = []
     with SummaryWriter(str(tmp_path)) as writer:
         for step in range(6):

@@ -31,11 +31,12 @@ class Small(nn.Module):
         return self.head(self.trunk(x))
 
 
-def make(seed, device, dtype):
+def make(seed, rule, device, dtype):
     net = Small(seed).to(device, dtype)
     heads = {"task": RegressionHead(net.head, noise_variance="learned")}
     sgd = torch.optim.SGD(net.parameters(), lr=1e-3)
-    return net, BayesAggWrapper(sgd, net.trunk, heads, steps_per_epoch=EPOCH)
+    epochs = {"steps_per_epoch": EPOCH} if rule == "paper" else {}
+    return net, BayesAggWrapper(sgd, net.trunk, heads, rule=rule, **epochs)
 
 
 def step(net, optimizer, x, y):
@@ -44,7 +45,8 @@ def step(net, optimizer, x, y):
 
 
 def hooks(net):
-    return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in net.modules())
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
+    return sum(len(getattr(m, kind)) for m in net.modules() for kind in kinds)
 
 
 def resident():
@@ -60,17 +62,17 @@ def live_tensors():
 
 
 @pytest.mark.slow
-def test_twenty_thousand_steps(device, dtype):
+def test_twenty_thousand_steps(rule, device, dtype):
     """Beside a second model in the same process, which ends as it does alone."""
     x = torch.randn(4, 2, device=device, dtype=dtype)
     y = torch.randn(4, 1, device=device, dtype=dtype)
-    alone = make(1, device, dtype)
+    alone = make(1, rule, device, dtype)
     for _ in range(STEPS // OTHER):
         step(*alone, x, -y)
     expected = snapshot(*alone)
     del alone
-    net, optimizer = make(0, device, dtype)
-    other = make(1, device, dtype)
+    net, optimizer = make(0, rule, device, dtype)
+    other = make(1, rule, device, dtype)
     found = []
     for index in range(1, STEPS + 1):
         step(net, optimizer, x, y)
@@ -78,7 +80,8 @@ def test_twenty_thousand_steps(device, dtype):
             step(*other, x, -y)
         if index in CHECKS:
             found.append((live_tensors(), hooks(net), hooks(other[0]), resident()))
-    assert optimizer.engine.epoch == STEPS // EPOCH
+    memory = optimizer.engine._memory
+    assert (memory.steps if rule == "likelihood" else memory.epoch * EPOCH) == STEPS
     assert_finite(snapshot(net, optimizer))
     assert [check[1:3] for check in found] == [found[0][1:3]] * len(CHECKS)
     tensors = [check[0] for check in found]  # fewer where an earlier test's are freed meanwhile
@@ -88,24 +91,26 @@ def test_twenty_thousand_steps(device, dtype):
     assert_same(expected, snapshot(*other))
 
 
-def test_a_deleted_wrapper_leaves_the_other_one_alone(device, dtype):
+def test_a_deleted_wrapper_leaves_the_other_one_alone(rule, device, dtype):
     """Engine, evidence and hooks of the first go; the second trains on as it does alone."""
     x = torch.randn(4, 2, device=device, dtype=dtype)
     y = torch.randn(4, 1, device=device, dtype=dtype)
     results = []
     for with_another in (False, True):
-        net, optimizer = make(1, device, dtype)
+        net, optimizer = make(1, rule, device, dtype)
         if with_another:
-            first, wrapper = make(0, device, dtype)
+            first, wrapper = make(0, rule, device, dtype)
         for index in range(3 * EPOCH):
             step(net, optimizer, x, y)
             if with_another and index < 2 * EPOCH:
                 step(first, wrapper, x, y)
             if with_another and index == 2 * EPOCH:
                 engine = wrapper.engine
-                evidence = engine._blocks[0].full.precision
+                memory = engine._memory
+                fades = rule == "likelihood"
+                evidence = memory.units[0].gram if fades else memory.states[0].full.precision
                 refs = [weakref.ref(thing) for thing in (wrapper, engine, evidence)]
-                del wrapper, engine, evidence
+                del wrapper, engine, evidence, memory
                 gc.collect()
                 assert [ref() for ref in refs] == [None] * 3
                 assert hooks(first) == 0 and hooks(net) == 2

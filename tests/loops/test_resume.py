@@ -93,9 +93,7 @@ def test_the_end_depends_on_all_that_is_saved(rule, tmp_path):
     ],
     ids=["fewer", "other_classes", "other_order"],
 )
-def test_a_checkpoint_of_other_heads_changes_nothing(
-    outputs, says, rule, tmp_path, device, dtype
-):
+def test_a_checkpoint_of_other_heads_changes_nothing(outputs, says, rule, tmp_path, device, dtype):
     """From a file, into a wrapper in training: an error that names both, and no change."""
     net = make_net(device, dtype)
     optimizer = wrap(net, "adam", rule, settings=SAMPLED)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from bayesagg import (
     BayesAgg,
+    BayesAggWrapper,
     BinaryHead,
     LikelihoodRule,
     LossTask,
@@ -260,6 +261,71 @@ def test_losses_without_a_head_are_divided_by_their_scale():
     engine(losses).backward()
     torch.testing.assert_close(through.grad, 100 * torch.ones(2).double())
     torch.testing.assert_close(free.grad, torch.ones(2).double())  # 100 / the loss of 100
+
+
+def test_a_perfect_fit_has_a_bounded_weight():
+    """Of a hundred: a loss of less than 0.01 nats counts as one of 0.01."""
+    modules, heads = network(["bin"])
+    with torch.no_grad():
+        modules["bin"].weight.mul_(1e-3)
+        modules["bin"].bias.fill_(30.0)
+    engine = BayesAgg(None, heads, rule=RULE)
+    x, _ = batch(0, ["bin"])
+    loss = F.binary_cross_entropy_with_logits(modules["bin"](x), torch.ones(N, 1).double())
+    (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+    engine({"bin": loss}).backward()
+    torch.testing.assert_close(x.grad, 100 * plain)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e6])
+def test_the_unit_of_a_label_does_not_matter(unit):
+    """Gradients at the features are the same, weights of the head in its unit."""
+    found = []
+    for scale in (1.0, unit):
+        modules, heads = network(["reg", "bin"])
+        with torch.no_grad():  # the same problem in other units, the head included
+            modules["reg"].weight.mul_(scale)
+            modules["reg"].bias.mul_(scale)
+        engine = BayesAgg(None, heads, rule=replace(RULE, warmup=1))
+        for step in range(6):
+            x, labels = batch(step, heads)
+            labels["reg"] = scale * labels["reg"]
+            engine({k: LOSSES[k](modules[k](x), labels[k]) for k in heads}).backward()
+        found.append((x.grad, modules["reg"].weight.detach() / scale, modules["bin"].weight))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+
+
+def test_tasks_of_very_different_units_all_learn():
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(5, 8), nn.Tanh()).double()
+    modules = nn.ModuleDict({k: nn.Linear(8, KINDS[k][1]) for k in KINDS}).double()
+    base = torch.optim.Adam([*trunk.parameters(), *modules.parameters()], lr=1e-2)
+    optimizer = BayesAggWrapper(base, trunk, {k: KINDS[k][0](modules[k]) for k in KINDS})
+    x = torch.randn(200, 5).double()
+    noise = 0.1 * torch.randn(200, 2).double()
+    labels = {"reg": 50 * (x[:, :2] + noise), "bin": (x[:, 2:3] > 0).double()}
+    labels["cls"] = x[:, :3].argmax(1)
+
+    def losses():
+        h = trunk(x)
+        return {k: LOSSES[k](modules[k](h), labels[k]) for k in KINDS}
+
+    start = {name: float(loss.detach()) for name, loss in losses().items()}
+    for _ in range(300):
+        optimizer.zero_grad()
+        optimizer.step(losses())
+    end = {name: float(loss.detach()) for name, loss in losses().items()}
+    assert all(end[name] < 0.3 * start[name] for name in start), (start, end)
+
+
+def test_a_thousand_classes_share_one_matrix():
+    module = nn.Linear(64, 1000)
+    engine = BayesAgg(None, {"kind": MulticlassHead(module)}, rule=replace(RULE, warmup=0))
+    h = torch.randn(8, 64, requires_grad=True)
+    engine({"kind": F.cross_entropy(module(h), torch.arange(8))}).backward()
+    [unit] = engine.get_extra_state()["memory"]["units"]
+    assert unit["gram"].shape == (1, 65, 65)
+    assert h.grad.isfinite().all()
 
 
 def test_settings_that_the_rule_does_not_use_warn_by_name():

@@ -275,7 +275,9 @@ class TwoAlike(Exchange):
         return [2 * part for part in parts]
 
 
-@pytest.mark.parametrize("change", [{}, {"reg": without_label}, {"cls": absent}], ids=["all", "missing", "absent"])
+@pytest.mark.parametrize(
+    "change", [{}, {"reg": without_label}, {"cls": absent}], ids=["all", "missing", "absent"]
+)
 def test_ranks_add_their_evidence_up(change):
     heads, rule = mixed(), PaperRule(0)
     exchange = TwoAlike()

@@ -20,12 +20,14 @@ from tests.helpers import (
     make_batch,
     make_losses,
     make_net,
+    masked_losses,
+    plain_net,
+    rounding,
     snapshot,
     train,
     train_step,
     wrap,
 )
-from tests.test_engine import masked_losses, plain_net, rounding
 
 
 @pytest.fixture
