@@ -234,9 +234,11 @@ def test_a_task_without_labels_may_have_a_loss(steps, spelling, absent, rule, de
 
 @SPELLINGS
 @PHASES
-def test_a_batch_without_labels_moves_nothing(steps, spelling, rule, device):
+@pytest.mark.parametrize("kind", sorted(RULES))
+def test_a_batch_without_labels_moves_nothing(kind, steps, spelling, device):
+    rule, kwargs = RULES[kind]
     net = plain_net(device)
-    optimizer = wrap(net, "sgd", rule, settings=QUICK)
+    optimizer = wrap(net, "sgd", rule, **kwargs)
     train(net, optimizer, steps)
     before = snapshot(net)
     x, labels = make_batch(device, seed=9)
@@ -246,7 +248,7 @@ def test_a_batch_without_labels_moves_nothing(steps, spelling, rule, device):
     assert_same(before, snapshot(net), ignore=["gradients"])
     assert not any(p.grad.any() for p in net.trunk.parameters())
     assert_finite(snapshot(net, optimizer))
-    again = wrap(plain_net(device), "sgd", rule, settings=QUICK)
+    again = wrap(plain_net(device), "sgd", rule, **kwargs)
     again.load_state_dict(optimizer.state_dict())
 
 

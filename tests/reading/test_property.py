@@ -234,11 +234,15 @@ def told(case, labels, z):
     return residual if present is None else residual * present
 
 
-def error(case, labels):
-    """Largest relative error of the gradient, and of its changes, around the outputs."""
+def error(case, labels, eps=0.0):
+    """Largest relative error of the gradient, and of its changes, around the outputs.
+
+    ``eps`` is the rounding of the outputs: what is small beside it for the factor is not seen.
+    """
     z = case.z.detach()
+    floor = 8 * eps * labels.factor.max()
     true, ours = gradient(case, z), told(case, labels, z)
-    size = true.abs().max()
+    size = torch.maximum(true.abs().max(), floor)
     worst = float((ours - true).abs().max() / size) if size > 0 else 0.0
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
@@ -248,9 +252,9 @@ def error(case, labels):
         if (ahead - behind).abs().max() > 0.05 * ahead.abs().max():
             continue  # a kink
         change = told(case, labels, z + step) - told(case, labels, z - step)
-        scale = ahead.abs().max()
         # Second derivatives that are nothing beside the first change nothing.
-        scale = torch.maximum(scale, 1e-3 * size * step.abs().max())
+        scale = torch.maximum(1e-3 * size, floor) * step.abs().max()
+        scale = torch.maximum(scale, ahead.abs().max())
         worst = max(worst, float((change / 2 - (ahead + behind) / 2).abs().max() / scale))
     return worst
 
