@@ -142,12 +142,13 @@ class BayesAgg(nn.Module):
                 self._exchange.refuse(1 + len(self.rule.flags(self._memory, none)), device)
                 raise
             overflowed, *flags = self._exchange.agree([batch.overflowed, *flags], device)
+            known = self._reader.take()
             plan = Plan()
             if not overflowed:
                 plan = self.rule.plan(self._memory, batch, flags, self._exchange)
             calls = dict(self._capture.calls)
             self._capture.clear()
-            return scalar_of(Step(self, plan, batch), batch, self._waiting(batch, calls))
+            return scalar_of(Step(self, plan, batch, known), batch, self._waiting(batch, calls))
 
     def _waiting(self, batch: Batch, calls: Mapping[str, list[Call]]) -> list[Tensor]:
         """Outputs of absent tasks: every rank's gradients are waited for, also of these."""
@@ -186,11 +187,16 @@ class BayesAgg(nn.Module):
         for name, rows in weights.items():
             self.heads[name].write(rows)
 
-    def _adopt(self, plan: Plan) -> None:
+    def _adopt(self, plan: Plan, known: Mapping[str, Any]) -> None:
         """The backward pass has run: learn, keep the weights, set the heads."""
+        self._reader.known.update(known)
         if plan.update is not None:
             self._memory.commit(plan.update)
-        self.task_weights.update(plan.weights)
+        if plan.weights:  # a task that took no part has no weight
+            self.task_weights = {
+                name: plan.weights.get(name, torch.zeros_like(weight))
+                for name, weight in self.task_weights.items()
+            }
         self._write(plan.heads)
         for name in plan.spared:
             for parameter in self.heads[name].parameters():
@@ -283,10 +289,9 @@ def _meet_optimizer(engine: BayesAgg) -> None:
     def stepped(optimizer: Optimizer, *_: object) -> None:
         this = owner()
         if this is None or this._optimizer_known:
-            handle.remove()
-        elif any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            return
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             this._met(optimizer)
-            handle.remove()
 
     handle = register_optimizer_step_post_hook(stepped)
     weakref.finalize(engine, handle.remove)

@@ -120,11 +120,17 @@ class Update:
         units: with the evidence of the step.
         others: scales of tasks without inference, ``[2]`` each.
         length: of aggregate and plain gradient, ``[2]``.
+        steps: of the memory that the step saw.
+        before: units that it saw, each with what its evidence was multiplied by.
+        decay: of the running means.
     """
 
     units: list[Unit] = field(default_factory=list)
     others: dict[str, Tensor] = field(default_factory=dict)
     length: Tensor | None = None
+    steps: int = 0
+    before: list[tuple[Unit, Tensor | float]] = field(default_factory=list)
+    decay: float = 1.0
 
 
 def running_mean(
@@ -177,11 +183,35 @@ class FadingMemory:
 
     def commit(self, update: Update) -> None:
         """Take in what a step has found; its backward pass has run."""
+        if update.steps != self.steps:  # two scalars, and one backward pass for both
+            update = self._merged(update)
         taken = {name for unit in update.units for name in unit.names}
         self.units = [u for u in self.units if not taken.intersection(u.names)] + update.units
         self.others.update(update.others)
         self.length = update.length
         self.steps += 1
+
+    def _merged(self, update: Update) -> Update:
+        """An update of what the memory was, as one of what it is now."""
+        now = {unit.names: unit for unit in self.units}
+        seen = {unit.names: (unit, fade) for unit, fade in update.before}
+        units = []
+        for unit in update.units:
+            current, (before, fade) = now.get(unit.names), seen.get(unit.names, (unit, 1.0))
+            if current is None or current.gram.shape != unit.gram.shape:
+                units.append(unit)
+                continue
+            wide = fade[..., None] if isinstance(fade, Tensor) else fade
+            units.append(
+                replace(
+                    unit,
+                    gram=unit.gram + wide * (current.gram - before.gram),
+                    shift=unit.shift + wide * (current.shift - before.shift),
+                    scale=unit.scale + update.decay * (current.scale - before.scale),
+                    basis=None,
+                )
+            )
+        return replace(update, units=units)
 
     def end_epoch(self) -> dict[str, Tensor]:
         """Nothing: evidence fades by the datum."""

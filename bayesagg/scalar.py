@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +26,13 @@ class Step:
         engine: that learns once the pass has run.
         plan: of the rule.
         batch: whose calls receive the planned gradients.
+        known: what reading it has verified of the losses.
     """
 
-    def __init__(self, engine: BayesAgg, plan: Plan, batch: Batch) -> None:
-        self.engine, self.plan = engine, plan
+    def __init__(
+        self, engine: BayesAgg, plan: Plan, batch: Batch, known: Mapping[str, Any]
+    ) -> None:
+        self.engine, self.plan, self.known = engine, plan, known
         self._planned = _by_slot(plan, batch)
         self._done = False
 
@@ -47,7 +50,7 @@ class Step:
             slot.planned, slot.gradient, slot.factor = False, None, None
         if not self._done:
             self._done = True
-            self.engine._adopt(self.plan)
+            self.engine._adopt(self.plan, self.known)
 
 
 class _Scalar(torch.autograd.Function):

@@ -10,11 +10,10 @@ import torch
 
 from examples.comparison import rates, report
 from examples.comparison.benchmarks import SOURCES
-from examples.comparison.calibration import plot_calibration
 from examples.comparison.catalogue import SINGLE_TASK, SINGLE_TASK_METHOD, methods
 from examples.comparison.command import parse_arguments
 from examples.comparison.costs import Cost, measure_costs
-from examples.comparison.figure import plot_comparison
+from examples.comparison.figure import plot_calibration, plot_comparison
 from examples.comparison.pipeline import (
     ComparisonError,
     Outcome,

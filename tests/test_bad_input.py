@@ -29,7 +29,7 @@ from bayesagg.errors import (
     LossError,
     TargetError,
 )
-from bayesagg.rules import LikelihoodRule, PaperRule
+from bayesagg.rules import PaperRule
 from tests.helpers import (
     LOSSES,
     QUICK,
@@ -471,27 +471,6 @@ def option_is_unknown(bench, options):
     arguments = {"heads": make_heads(bench.net, bench.rule), "rule": RULES[bench.rule], **options}
     base = bench.optimizer.base_optimizer
     return lambda: BayesAggWrapper(base, bench.net.trunk, **arguments), bench.go_on
-
-
-@bad_setting(
-    ValueError,
-    "must be",
-    pretrain_negative=(PaperRule, {"pretrain_epochs": -1}),
-    pretrain_float=(PaperRule, {"pretrain_epochs": 1.0}),
-    pretrain_none=(PaperRule, {"pretrain_epochs": None}),
-    covariance=(PaperRule, {"covariance": "dense"}),
-    scale=(PaperRule, {"gradient_scale": "max"}),
-    max_data=(PaperRule, {"max_data": 0}),
-    memory=(LikelihoodRule, {"memory": 0}),
-    warmup_negative=(LikelihoodRule, {"warmup": -1}),
-    warmup_bool=(LikelihoodRule, {"warmup": True}),
-    lag=(LikelihoodRule, {"lag": 1.5}),
-    prior=(LikelihoodRule, {"prior_variance": 0.0}),
-    freedom=(LikelihoodRule, {"degrees_of_freedom": float("inf")}),
-)
-def setting_of_a_rule_is_bad(bench, choice):
-    kind, settings = choice
-    return lambda: kind(**settings), bench.go_on
 
 
 @bad_setting(TypeError, "not wrapped yet", "BayesAggWrapper")

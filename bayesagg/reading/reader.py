@@ -43,6 +43,7 @@ class Reader:
     ) -> None:
         self.tasks, self.passthrough = dict(tasks), frozenset(passthrough)
         self.known: dict[str, Known] = {}
+        self._new: dict[str, Known] = {}
         self._factors = Factors()
         self._layouts = {
             name: Layout.of(head) for name, head in self.tasks.items() if isinstance(head, Head)
@@ -159,19 +160,26 @@ class Reader:
         return parts
 
     def _remember(self, groups: Sequence[Group], verified: Mapping[str, Verified]) -> None:
+        """Keep what was found for :meth:`take`."""
+        self._new = {}
         for group in groups:
             for said, known, complete in zip(
                 group.saids, group.known, group.complete, strict=group.read is not None
             ):
                 if known is not None and not complete and not known.masked:
-                    self.known[said.name] = replace(known, masked=True)
+                    self._new[said.name] = replace(known, masked=True)
         for name, found in verified.items():
             if found.known is None:
                 continue
             before = self.known.get(name)
             if found.known.own and (before is None or not before.own):
                 _announce(name)
-            self.known[name] = found.known
+            self._new[name] = found.known
+
+    def take(self) -> dict[str, Known]:
+        """What the last reading has verified; it counts once its backward pass has run."""
+        new, self._new = self._new, {}
+        return new
 
 
 def _announce(name: str) -> None:

@@ -150,7 +150,16 @@ class LikelihoodRule:
         squares, lengths, misses = _totals(exact, others, planned, plain, like, exchange)
         length = _moved(memory.length, lengths, self.decay)
         units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
-        update = Update(idle + units, self._scales(memory, misses), length)
+        before = [unit for one in found for unit in one.stack.units]
+        fades = [fade for one in found for fade in one.fades()]
+        update = Update(
+            idle + units,
+            self._scales(memory, misses),
+            length,
+            memory.steps,
+            list(zip(before, fades, strict=True)),
+            self.decay,
+        )
         plan = Plan(update=update)
         warming = memory.steps < self.warmup
         plan.weights = _shares(
@@ -313,8 +322,10 @@ def _totals(
 
 
 def _square(gradients: Mapping[Key, Tensor], like: Tensor) -> Tensor:
-    squares = [torch.linalg.vector_norm(g, dtype=like.dtype).square() for g in gradients.values()]
-    return torch.stack(squares).sum() if len(squares) > 1 else squares[0] if squares else like
+    norms = [torch.linalg.vector_norm(g).to(like.dtype) for g in gradients.values()]
+    if not norms:
+        return like
+    return norms[0] * norms[0] if len(norms) == 1 else torch.stack(norms).square().sum()
 
 
 def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:
@@ -332,6 +343,8 @@ def _shares(
 ) -> dict[str, Tensor]:
     """Ratios of the tasks of this rank's batch as shares of their sum."""
     pieces = [*values, *(ratio[None] for ratio in others.values())]
+    if not pieces:
+        return {}
     if uniform:
         pieces = [torch.ones_like(piece) for piece in pieces]
     sums = [piece.sum() for piece in pieces]

@@ -43,6 +43,7 @@ class Inference:
         current: the scale of every task in this step, ``[G, T]``.
         posterior: of all columns.
         bases: of the units, where they are kept.
+        fade: what the evidence before was multiplied by, ``[G, 1]`` or a number.
     """
 
     stack: Stack
@@ -54,6 +55,13 @@ class Inference:
     current: Tensor
     posterior: Spectrum
     bases: list[Basis | None]
+    fade: Tensor | float
+
+    def fades(self) -> Sequence[Tensor | float]:
+        """The fade of every unit."""
+        if isinstance(self.fade, float):
+            return [self.fade] * len(self.stack.units)
+        return _split(self.fade, self.stack.sizes)
 
     def units(self, sums: Tensor, decay: float) -> list[Unit]:
         """Units with the evidence of the step.
@@ -186,7 +194,7 @@ def _posterior(
         misfit = misfit / seen if misfit.shape[1] else misfit
     current, ridge = _ridge(rule, memory, stack, before[2], misfit)
     posterior, bases = _spectrum(stack, gram, shift, ridge, new, fade, length)
-    return Inference(stack, gram, shift, seen, misfit, before[2], current, posterior, bases)
+    return Inference(stack, gram, shift, seen, misfit, before[2], current, posterior, bases, fade)
 
 
 def _ridge(

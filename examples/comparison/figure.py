@@ -1,4 +1,4 @@
-"""The figure of a comparison: Δm of each method, and each task against its single-task model."""
+"""The figures of a comparison: Δm of each method and every task; ECE against Brier score."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from matplotlib.figure import Figure
 from examples.comparison.catalogue import SINGLE_TASK
 from examples.comparison.pipeline import Outcome
 from examples.comparison.report import spread
-from examples.comparison.tasks import Task
+from examples.comparison.tasks import BINS, Task
 
 # From the palette of Okabe and Ito, told apart with any colour vision and in grey.
 _BLUE, _ORANGE = "#0072B2", "#E69F00"
+_PANELS = 4  # of calibration; with more tasks: one, of the means over them
+_MARKERS = "oDs^vPX*<>h"
 
 
 def plot_comparison(
@@ -83,3 +85,51 @@ def _differences(
     axes.set_xticks(range(len(tasks)), [task.name for task in tasks], rotation=60, ha="right")
     axes.tick_params(axis="y", length=0, labelleft=False)
     figure.colorbar(image, ax=axes, label="difference to single-task [%]\n(red: worse)")
+
+
+def plot_calibration(
+    path: Path, outcome: Outcome, labels: Mapping[str, str], tasks: Sequence[Task], title: str
+) -> bool:
+    """Draw ECE against Brier score, a point per method, and write the figure to ``path``.
+
+    Means over the seeds, on the test part; a panel per classification task, or one of the means
+    where there are more than four. A method of which a run failed is left out.
+
+    Returns:
+        Whether there is something to draw: a task of classification.
+    """
+    which = [k for k, task in enumerate(tasks) if task.kind != "regression"]
+    done = [name for name in outcome.runs if name in (SINGLE_TASK, *outcome.standings)]
+    if not which:
+        return False
+    panels = {tasks[k].name: [k] for k in which}
+    if len(which) > _PANELS:
+        panels = {f"mean over {len(which)} tasks": which}
+    with matplotlib.rc_context({"font.size": 11}):
+        figure = Figure(figsize=(2.5 + 4.5 * len(panels), 5), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for panel, (name, chosen) in zip(axes, panels.items(), strict=True):
+            points = {n: _calibration(outcome, n, chosen) for n in done}
+            scales = (panel.set_xscale, panel.set_yscale)
+            for scale, values in zip(scales, zip(*points.values(), strict=True), strict=True):
+                if min(values) > 0 and max(values) > 10 * min(values):
+                    scale("log")
+            for i, (n, point) in enumerate(points.items()):
+                style = {"marker": _MARKERS[i % len(_MARKERS)], "mec": "black", "ms": 9}
+                colour = matplotlib.colormaps["tab20"](i % 20)
+                panel.plot(*point, ls="none", mew=0.5, color=colour, label=labels[n], **style)
+            panel.set_title(name)
+            panel.set_xlabel(f"ECE, {BINS} bins (lower is better)")
+            panel.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("Brier score (lower is better)")
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right center", frameon=False, fontsize=10)
+        figure.suptitle(title)
+        figure.savefig(path, dpi=150)
+    return True
+
+
+def _calibration(outcome: Outcome, name: str, which: Sequence[int]) -> tuple[float, float]:
+    """Mean ECE and Brier score over seeds and tasks."""
+    measured = [run.test[k] for run in outcome.runs[name] for k in which]
+    return mean(m["ece"] for m in measured), mean(m["brier"] for m in measured)

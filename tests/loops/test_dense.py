@@ -1,19 +1,33 @@
-"""Dense and sequence heads: ignored pixels, and posterior and moments from a subset of the data."""
+"""Dense and sequence heads: ignored pixels, memory, and inference from a subset of the data."""
 
 from __future__ import annotations
 
-import copy
 import io
 
-import bayesagg.plan
 import pytest
 import torch
-from bayesagg.subset import draw
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from bayesagg import BinaryHead, MulticlassHead, RegressionHead
-from tests.helpers import OPTIMIZERS, PaperBayesAgg, assert_same, difference, snapshot, wrap
+import bayesagg.posterior
+import bayesagg.rules.combine
+import bayesagg.rules.paper
+import bayesagg.rules.streaming
+from bayesagg import BayesAgg, BinaryHead, MulticlassHead, PaperRule, RegressionHead
+from bayesagg.reading import Labels
+from bayesagg.rules.subset import draw
+from tests.helpers import (
+    OPTIMIZERS,
+    assert_same,
+    difference,
+    make_batch,
+    rule_of,
+    snapshot,
+    wrap,
+)
+from tests.loops.runs import assert_near, losses_over, plain_net, without
 
 TASKS = {"depth": 1, "edge": 1, "class": 3}
 BATCH, POSITIONS, WIDTH = 2, (2, 3, 2), 4
@@ -69,12 +83,20 @@ def make(kind="rows", device="cpu", dtype=torch.float64):
     return Dense(kind).to(device, dtype)
 
 
-def heads_of(net, *, s=0.5, noise=1.0):
+def heads_of(net, rule="paper", *, s=0.5, noise=1.0):
+    """The default rule knows of no exponents; its scales are learned."""
+    own, regression = ({"s": s}, {"s": s, "noise_variance": noise})
+    if not isinstance(rule_of(rule), PaperRule):
+        own = regression = {}
     return {
-        "depth": RegressionHead(net.heads["depth"], s=s, noise_variance=noise),
-        "edge": BinaryHead(net.heads["edge"], s=s),
-        "class": MulticlassHead(net.heads["class"], s=s),
+        "depth": RegressionHead(net.heads["depth"], **regression),
+        "edge": BinaryHead(net.heads["edge"], **own),
+        "class": MulticlassHead(net.heads["class"], **own),
     }
+
+
+def engine_of(net, heads=None, **rule):
+    return BayesAgg(net.trunk, heads or heads_of(net), rule=PaperRule(**rule))
 
 
 def batch(seed, device, dtype, size=N):
@@ -124,15 +146,15 @@ def ignore(labels, seed):
 
 @pytest.mark.parametrize("kind", sorted(SHAPES))
 @pytest.mark.parametrize("given", [False, True], ids=["masked_losses", "targets"])
-def test_ignored_positions_equal_rows_without_labels(kind, given, device, dtype):
+def test_ignored_positions_equal_rows_without_labels(kind, given, rule, device, dtype):
     """Maps and tokens with holes train as the flattened problem does; the holes say nothing."""
     nets = [make("rows", device, dtype), make(kind, device, dtype)]
-    optimizers = [
-        wrap(net, "sgd", heads=heads_of(net), steps_per_epoch=2, pretrain_epochs=1) for net in nets
-    ]
-    for index in range(5):
+    optimizers = [wrap(net, "sgd", rule, heads=heads_of(net, rule)) for net in nets]
+    counts = torch.zeros(3)
+    for index in range(6):
         x, labels = batch(index, device, dtype)
         labels, missing = ignore(labels, index)
+        counts += (~missing).sum(1) * (index > 2)
         for net, optimizer in zip(nets, optimizers, strict=True):
             optimizer.zero_grad()
             h = net.trunk(net.shape(x))
@@ -146,13 +168,59 @@ def test_ignored_positions_equal_rows_without_labels(kind, given, device, dtype)
     ours, theirs = (list(net.parameters()) for net in nets)
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, two.view_as(one))
-    blocks = [o.state_dict()["bayesagg"]["engine"]["blocks"] for o in optimizers]
-    torch.testing.assert_close(*blocks)
-    labelled = sum((~ignore(batch(i, "cpu", dtype)[1], i)[1]).sum(1) for i in (2, 3))
-    assert [int(b["full"]["count"][0]) for b in blocks[1]] == labelled.tolist()
+    memories = [o.state_dict()["bayesagg"]["memory"] for o in optimizers]
+    assert_near(*memories, tolerance=1e-7 if dtype == torch.float64 else 1e-3)
+    if rule == "paper":
+        seen = [group["full"]["count"][0] for group in memories[1]["groups"]]
+        assert [int(count) for count in seen] == counts.tolist()
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_memory_is_bounded(missing, rule, device, monkeypatch):
+    """Of many data and outputs: tensors of both by dimension are made in chunks, for the same end."""
+    outputs, size, chunk = {"reg": 16, "bin": 16, "cls": 3}, 4000, 1 << 13
+    results, largest = [], []
+    for bound in (1 << 30, chunk):
+        for module in (bayesagg.posterior, bayesagg.rules.combine, bayesagg.rules.streaming):
+            monkeypatch.setattr(module, "_CHUNK", bound)
+        net = plain_net(device, outputs=outputs)
+        optimizer = wrap(net, "sgd", rule)
+        generator = torch.Generator().manual_seed(0)
+        for index in range(4):
+            x, labels = make_batch(device, seed=index, size=size, outputs=outputs)
+            for name in labels if missing else ():
+                gaps = torch.rand(labels[name].shape, generator=generator) < 0.3
+                labels = without(labels, name, gaps.to(device))
+            losses = losses_over(net(x), labels)
+            optimizer.zero_grad()
+            with Largest() as seen:
+                optimizer.step(losses)
+        results.append([list(net.parameters()), optimizer.state_dict()["bayesagg"]["memory"]])
+        largest.append(seen.numel)
+    assert_near(*results)
+    assert largest[1] <= max(8 * chunk, size * 35)  # outputs of all heads, which there are anyway
+    if missing or rule == "paper":  # else the default rule takes products of matrices
+        assert largest[1] < largest[0] / 2
 
 
 # --- a subset of the data ------------------------------------------------------------------------
+# ``max_data`` is a setting of the paper's rule: its moments take a tensor of data, tasks and
+# dimensions. The default rule takes a product of matrices for all data.
 
 
 def train(net, optimizer, steps, *, missing=False, size=N):
@@ -166,7 +234,7 @@ def train(net, optimizer, steps, *, missing=False, size=N):
 
 def run(device, dtype, steps=range(6), *, net=None, missing=False, size=N, noise=1.0, **kwargs):
     net = net or make("rows", device, dtype)
-    optimizer = wrap(net, "adam", heads=heads_of(net, noise=noise), steps_per_epoch=3, **kwargs)
+    optimizer = wrap(net, "adam", "paper", heads=heads_of(net, noise=noise), **kwargs)
     train(net, optimizer, steps, missing=missing, size=size)
     return net, optimizer
 
@@ -206,7 +274,7 @@ def test_a_run_with_subsets_resumes_in_the_same_bits(stop, device, dtype):
 def labels_with(present):
     """Labels of which only the mask matters."""
     filler = torch.zeros(len(present), 1)
-    return [bayesagg.plan.Labels(filler, filler, torch.ones(1, 1), present[:, None])]
+    return [Labels(filler, filler, torch.ones(1, 1), present[:, None])]
 
 
 @pytest.mark.parametrize("max_data", [1, 4, 7, 10])
@@ -237,7 +305,7 @@ def test_equal_data_make_a_subset_exact(noise, device, dtype):
     results = []
     for max_data in (None, 4):
         net = make("rows", device, dtype)
-        engine = PaperBayesAgg(net.trunk, heads_of(net, noise=noise), max_data=max_data)
+        engine = engine_of(net, heads_of(net, noise=noise), max_data=max_data)
         for index in range(6):
             x, labels = batch(index, device, dtype, 1)
             x, labels = x.expand(20, -1), {n: y.expand(20, *y.shape[1:]) for n, y in labels.items()}
@@ -245,27 +313,31 @@ def test_equal_data_make_a_subset_exact(noise, device, dtype):
             if index % 2:
                 engine.end_epoch()
         state = engine.get_extra_state()
-        results.append((state["blocks"], state["task_weights"]))
+        results.append([state["memory"]["groups"], state["task_weights"]])
     assert results[0][0][0]["full"]["count"].tolist() == [40]
-    torch.testing.assert_close(*results)
+    assert_near(*results, tolerance=1e-7 if dtype == torch.float64 else 1e-3)
 
 
 class Spy:
-    """Stands before ``extend`` and keeps what it was given and what it returned."""
+    """Stands before ``combine`` and ``extend``, and keeps what they were given."""
 
     def __init__(self, monkeypatch):
-        self.call = bayesagg.plan.extend
-        monkeypatch.setattr(bayesagg.plan, "extend", self)
+        self.calls = {}
+        for name in ("combine", "extend"):
+            self.calls[name] = getattr(bayesagg.rules.paper, name)
+            monkeypatch.setattr(bayesagg.rules.paper, name, getattr(self, name))
 
-    def __call__(self, index, rows, blocks, labels, posteriors, exact, weights, scale):
-        arguments = (index, rows, blocks, labels, posteriors, exact, weights, scale)
-        self.index, self.exact = index, exact
-        self.means = {}
-        for block, posterior in zip(blocks, posteriors, strict=True):
-            self.means.update(block.module_weights(posterior))
-        self.posteriors = posteriors
-        self.gradient = self.call(*arguments)
-        return self.gradient
+    def combine(self, groups, features, labels, posteriors, **kwargs):
+        self.groups, self.labels, self.posteriors = groups, labels, posteriors
+        self.features = features[True]
+        self.alone, weights = self.calls["combine"](groups, features, labels, posteriors, **kwargs)
+        return self.alone.clone(), weights
+
+    def extend(self, index, *args):
+        self.index, self.means = index, {}
+        for group, posterior in zip(self.groups, self.posteriors, strict=True):
+            self.means.update(group.means(posterior))
+        return self.calls["extend"](index, *args)
 
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
@@ -274,20 +346,8 @@ def test_gradient_inside_and_outside_the_subset(missing, scale, device, dtype, m
     """Inside: Eq. 7 of those data alone. Outside: the mean weights on the gradients of autograd
     at the posterior mean, datum by datum."""
     spy = Spy(monkeypatch)
-    seen = {}
-    combine = bayesagg.plan.combine
-
-    def spied(blocks, features, labels, posteriors, **kwargs):
-        gradient, weights = combine(blocks, features, labels, posteriors, **kwargs)
-        seen.update(alone=combine(blocks, features, labels, posteriors, **kwargs)[0])
-        seen.update(features=features, labels=labels, posteriors=posteriors)
-        return gradient, weights
-
-    monkeypatch.setattr(bayesagg.plan, "combine", spied)
     net = make("rows", device, dtype)
-    engine = PaperBayesAgg(
-        net.trunk, heads_of(net), max_data=9, pretrain_epochs=0, gradient_scale=scale
-    )
+    engine = engine_of(net, max_data=9, pretrain_epochs=0, gradient_scale=scale)
     x, labels = batch(3, device, dtype)
     labels = ignore(labels, 5)[0] if missing else labels
     h = net.trunk(x)
@@ -297,17 +357,17 @@ def test_gradient_inside_and_outside_the_subset(missing, scale, device, dtype, m
     inside = torch.zeros(N, dtype=torch.bool, device=device)
     inside[spy.index] = True
     assert 0 < inside.sum() <= 9
-    torch.testing.assert_close(h.grad[spy.index], seen["alone"].to(dtype))
-    expected = outside(net, spy, seen, h, labels, scale)
+    torch.testing.assert_close(h.grad[spy.index], spy.alone.to(dtype))
+    expected = outside(spy, h, labels, scale)
     torch.testing.assert_close(h.grad[~inside], expected[~inside])
     assert (h.grad[~inside].abs().sum(1) > 0).sum() > 5
 
 
-def outside(net, spy, seen, h, labels, scale):
-    """The gradient at every datum by the formula of :mod:`bayesagg.subset`, naively."""
+def outside(spy, h, labels, scale):
+    """The gradient at every datum by the formula of :mod:`bayesagg.rules.subset`, naively."""
     present = {n: ~y.isnan()[:, 0] for n, y in labels.items() if n != "class"}
     present["class"] = labels["class"] != -100
-    alpha = conditional_weights(net, seen, present, spy.index)
+    alpha = conditional_weights(spy, present)
     leaf = h.detach().double().requires_grad_()
     result = torch.zeros_like(leaf)
     for i in range(len(leaf)):
@@ -329,25 +389,20 @@ def outside(net, spy, seen, h, labels, scale):
     return result.to(h.dtype)
 
 
-def conditional_weights(net, seen, present, index):
+def conditional_weights(spy, present):
     """α by task and dimension, the mean over the data of the subset that have a label of it."""
-    engine = PaperBayesAgg(net.trunk, heads_of(net))
     log_variance, factors = {}, {}
-    order = [n for block in engine._blocks for n in block.names]
-    generator = torch.Generator(seen["features"][True].device)
-    blocks = zip(engine._blocks, seen["labels"], seen["posteriors"], strict=True)
-    for block, known, posterior in blocks:
-        features = seen["features"][True]
-        _, relative, log_scale = block.moments(
-            features, known, posterior, generator, features.dtype
-        )
+    generator = torch.Generator(spy.features.device)
+    for group, known, posterior in zip(spy.groups, spy.labels, spy.posteriors, strict=True):
+        given = (spy.features, known.targets, posterior, generator, spy.features.dtype)
+        _, relative, log_scale = group.likelihood.moments(*given)
         second = relative.log() + log_scale
-        for k, n in enumerate(block.names):
+        for k, n in enumerate(group.heads):
             log_variance[n] = second[:, k]
             factors[n] = float(known.factor[0, k])
-    alpha = {n: [] for n in order}
-    for row, datum in enumerate(index.tolist()):
-        own = [n for n in order if bool(present[n][datum])]
+    alpha = {n: [] for n in log_variance}
+    for row, datum in enumerate(spy.index.tolist()):
+        own = [n for n in alpha if bool(present[n][datum])]
         score = [-0.5 * (log_variance[n][row] + 2 * torch.tensor(factors[n]).log()) for n in own]
         for n, value in zip(own, torch.softmax(torch.stack(score), 0), strict=True):
             alpha[n].append(value)
@@ -361,7 +416,7 @@ def test_certain_posteriors_and_uniform_weights_are_linear_scalarization(device)
     with torch.no_grad():
         depth = net(x)["depth"] + 0.1  # by another bias: the end of the epoch will find it
     head = RegressionHead(net.heads["depth"], s=0.0, prior_variance=1e12, noise_variance=1e-12)
-    engine = PaperBayesAgg(net.trunk, {"depth": head}, max_data=8, pretrain_epochs=1)
+    engine = engine_of(net, {"depth": head}, max_data=8)
     for _ in range(50):  # so that the batch below hardly moves the posterior
         engine.backward({"depth": F.mse_loss(net(x)["depth"], depth)})
     engine.end_epoch()
@@ -380,17 +435,11 @@ def test_certain_posteriors_and_uniform_weights_are_linear_scalarization(device)
     torch.testing.assert_close(*grads, rtol=0.05, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "all"])
-def test_max_data_is_a_positive_integer(wrong, device, dtype):
-    net = make("rows", device, dtype)
+@pytest.mark.parametrize("wrong", [-1, True, "all"])
+def test_max_data_is_a_positive_integer(wrong):
+    """More of it in ``tests/rules/test_paper.py``."""
     with pytest.raises(ValueError, match="max_data"):
-        wrap(net, heads=heads_of(net), max_data=wrong)
-
-
-def test_max_data_does_not_go_with_full_covariances(device, dtype):
-    net = make("rows", device, dtype)
-    with pytest.raises(ValueError, match="diagonal"):
-        wrap(net, heads=heads_of(net), max_data=8, covariance="full")
+        PaperRule(max_data=wrong)
 
 
 def test_maps_take_a_subset_too(device, dtype):
@@ -398,7 +447,7 @@ def test_maps_take_a_subset_too(device, dtype):
     results = []
     for kind in ("rows", "conv2d"):
         net = make(kind, device, dtype)
-        engine = PaperBayesAgg(net.trunk, heads_of(net), max_data=7, pretrain_epochs=0)
+        engine = engine_of(net, max_data=7, pretrain_epochs=0)
         x, labels = batch(0, device, dtype)
         losses, _ = losses_in(net, net(net.shape(x)), labels)
         engine.backward(losses)
@@ -409,9 +458,9 @@ def test_maps_take_a_subset_too(device, dtype):
 def test_a_subset_without_a_task_leaves_it_a_say(device, dtype):
     """One labelled pixel of a task outside the subset: uniform weights, not zero, not NaN."""
     net = make("rows", device, dtype)
-    engine = PaperBayesAgg(net.trunk, heads_of(net), max_data=1, pretrain_epochs=0)
+    engine = engine_of(net, max_data=1, pretrain_epochs=0)
     x, labels = batch(0, device, dtype)
-    labels = copy.deepcopy(labels)
+    labels = {name: y.clone() for name, y in labels.items()}
     labels["edge"][1:] = torch.nan
     labels["class"][1:] = -100
     h = net.trunk(x)

@@ -297,3 +297,38 @@ def test_what_is_read_is_the_loss(start):
             later.z, later.y, later.h, later.weights = batch(case.kind, rows, outputs, 2.0, -seed)
             counts["later"] += judge(bench, later, given, seed) == "accepted"
     assert min(counts["accepted"], counts["own"], counts["later"]) > 0.1 * CHUNK, counts
+
+
+BOUNDS = {torch.float32: 0.03, torch.float16: 0.15, torch.bfloat16: 0.8}
+
+
+@pytest.mark.filterwarnings("ignore:task 'age'")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_what_is_read_in_less_precision(dtype):
+    """The likelihood is never refused for rounding, and rounding is all that is wrong."""
+    accepted = 0
+    for seed in range(500):
+        case, given = draw(seed), seed % 2 == 1
+        low = replace(case, z=case.z.detach().to(dtype).requires_grad_(), h=case.h.to(dtype))
+        low = replace(low, y=cast(case.y, dtype), weights=case.weights.to(dtype))
+        try:
+            batch = Free(case.kind, low.z).read(low.loss(low.z), low.y if given else None)
+        except (LossError, TargetError):
+            assert not case.plain or (given and case.criterion == "smooth"), (seed, case)
+            assert not (given and case.weighted), (seed, case)
+            continue
+        labels = labels_by_task(batch)["age"]
+        if labels is None:
+            assert given and not case.weighted, (seed, case)
+            continue
+        accepted += 1
+        high = replace(low, z=low.z.double(), h=low.h.double(), weights=low.weights.double())
+        high = replace(high, y=cast(low.y, torch.float64))
+        found = error(high, labels.to(torch.float64), torch.finfo(dtype).eps)
+        assert found < BOUNDS[dtype], (seed, given, found, case)
+    assert accepted > 100
+
+
+def cast(y, dtype):
+    """Labels but classes in another precision."""
+    return y.to(dtype) if y.is_floating_point() else y
