@@ -596,8 +596,8 @@ def test_hooks_of_others_in_a_saved_model(wrapped, place, net, batch, monkeypatc
     wrappers = [optimizer, wrap(other)] if wrapped else [optimizer]
     monkeypatch.setattr(RemovableHandle, "next_id", number)
     head, seen = other.heads["reg"], []
-    if place == "before":
-        head.register_forward_pre_hook(lambda module, args: seen.append(args))
+    if place == "before":  # under a number that took keywords, and is given them still
+        head.register_forward_pre_hook(lambda module, args, *_: seen.append(args))
     else:
         head.register_forward_hook(lambda module, args, output: seen.append(output))
     other(batch[0])

@@ -545,7 +545,7 @@ def test_step_hooks_of_the_base_and_of_all_optimizers_fire_once(rule, net):
     finally:
         for handle in handles:
             handle.remove()
-    own = [item if isinstance(item, str) else item[0] for item in seen if base not in item]
+    own = [item if isinstance(item, str) else item[0] for item in seen if item[1] is not base]
     assert sorted(own) == ["base post", "base pre", "own post", "post", "pre"]
 
 

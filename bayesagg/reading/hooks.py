@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -255,7 +255,6 @@ class Capture:
 
         Raises:
             CaptureError: no forward pass of a head was seen.
-            FeatureError: features or an output were modified in place.
         """
         for name in names:
             if not self.calls[name]:
@@ -265,18 +264,24 @@ class Capture:
                     f"every forward pass serves one. A model that ran under torch.compile before "
                     f"it was wrapped does not report: wrap first."
                 )
-            for call in self.calls[name]:
-                if call.features._version != call.versions[0]:
-                    raise FeatureError(
-                        f"task {name!r}: what its head received was modified in place afterwards "
-                        f"(an in-place activation?). Use the out-of-place version of that "
-                        f"operation."
-                    )
-                if call.output._version != call.versions[1]:
-                    raise FeatureError(
-                        f"task {name!r}: the head's output was modified in place before the loss. "
-                        f"Use the out-of-place version of that operation."
-                    )
+
+    def check_unchanged(self, name: str, calls: Sequence[Call]) -> None:
+        """Neither what a head read in some calls nor what it said was modified since.
+
+        Raises:
+            FeatureError: if something was.
+        """
+        for call in calls:
+            if call.features._version != call.versions[0]:
+                raise FeatureError(
+                    f"task {name!r}: what its head received was modified in place afterwards "
+                    f"(an in-place activation?). Use the out-of-place version of that operation."
+                )
+            if call.output._version != call.versions[1]:
+                raise FeatureError(
+                    f"task {name!r}: the head's output was modified in place before the loss. "
+                    f"Use the out-of-place version of that operation."
+                )
 
 
 def _drop_inert(module: nn.Module) -> None:

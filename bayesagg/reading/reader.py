@@ -90,12 +90,13 @@ class Reader:
         calls = {name: capture.calls[name] for name in names}
         outputs = [call.output for some in calls.values() for call in some]
         with capture.paused(), without_gathers(outputs):
-            saids = self._hear(calls, scalars, total, given)
+            saids = self._hear(capture, calls, scalars, total, given)
             parts = self._parts(saids, named, scalars, total)
         return Batch(parts or [], total, scalars, names, overflowed=parts is None)
 
     def _hear(
         self,
+        capture: Capture,
         calls: Mapping[str, Sequence[Call]],
         scalars: Mapping[str, Tensor],
         total: Tensor,
@@ -105,6 +106,7 @@ class Reader:
 
         Raises:
             LossError: for a head whose output no loss depends on.
+            FeatureError: if features or outputs were modified in place.
         """
         outputs = [call.output for some in calls.values() for call in some]
         found: Sequence[Tensor | None] = (
@@ -122,6 +124,7 @@ class Reader:
             assert isinstance(head, Head)
             eps = max(torch.finfo(t.dtype).eps for t in (pairs[0][0].output, loss))
             reached, derivatives = [call for call, _ in pairs], [g for _, g in pairs]
+            capture.check_unchanged(name, reached)
             form = form_of(loss, nodes_of([call.output for call in reached]), nodes)
             target = targets.get(name)
             saids.append(

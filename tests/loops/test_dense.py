@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import bayesagg.posterior
 import bayesagg.rules.combine
 import bayesagg.rules.paper
 import bayesagg.rules.streaming
 from bayesagg import BayesAgg, BinaryHead, MulticlassHead, PaperRule, RegressionHead
+from bayesagg.posterior import weighted_gram
 from bayesagg.reading import Labels
 from bayesagg.rules.subset import draw
 from tests.helpers import (
@@ -196,8 +196,9 @@ def test_memory_is_bounded(missing, rule, device, monkeypatch):
     outputs, size, chunk = {"reg": 16, "bin": 16, "cls": 3}, 4000, 1 << 13
     results, largest = [], []
     for bound in (1 << 30, chunk):
-        for module in (bayesagg.posterior, bayesagg.rules.combine, bayesagg.rules.streaming):
+        for module in (bayesagg.rules.combine, bayesagg.rules.streaming):
             monkeypatch.setattr(module, "_CHUNK", bound)
+        monkeypatch.setattr(weighted_gram, "__defaults__", (bound,))
         net = plain_net(device, outputs=outputs)
         optimizer = wrap(net, "sgd", rule)
         generator = torch.Generator().manual_seed(0)
