@@ -111,7 +111,8 @@ class PaperMemory:
     def spared(self, owning: Collection[str] = ()) -> tuple[str, ...]:
         """Heads whose weights the posterior sets; ``owning``: those of a batch that it does not."""
         aside = self.owning.union(owning)
-        return tuple(n for group in self.groups for n in group.inferred if n not in aside)
+        found = (n for group in self.groups for n in group.inferred if n not in aside)
+        return tuple(name for name in found if self.heads[name].writable)
 
     def totals(self, evidence: Sequence[Evidence]) -> list[Evidence]:
         """The prior of every group together with the evidence of a batch."""

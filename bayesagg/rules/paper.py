@@ -131,14 +131,15 @@ class PaperRule:
         uneven = {name for name, flag in zip(memory.heads, flags[::2], strict=True) if flag}
         found = {name for name, flag in zip(memory.heads, flags[1::2], strict=True) if flag}
         own = memory.owning | found
-        plan = Plan(weights=_uniform(memory), update=Update(owning=own))
+        kept = {name for name in own if memory.heads[name].writable}  # not those frozen for now
+        plan = Plan(weights=_uniform(memory), update=Update(owning=kept))
         if not memory.collects:
             return plan
         generator = torch.Generator(batch.total.device).manual_seed(memory.seed + memory.draws)
         data = Sample.of(memory, batch, own)
         sample = data if self.max_data is None else data.subset(self.max_data, generator)
         evidence, squares = _summed(sample.evidence(uneven), sample.squares(), exchange)
-        plan.update = Update(evidence, squares, own)
+        plan.update = Update(evidence, squares, kept)
         if memory.pretraining:
             return plan
         totals = memory.totals(evidence)

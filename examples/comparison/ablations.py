@@ -42,14 +42,13 @@ _ridge = streaming._ridge
 
 
 def _prior_in_noise(rule: LikelihoodRule, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """A ridge of 1 / γ for every regression, however noisy."""
+    """A ridge of 1 for every regression, however noisy."""
     scale, ridge = _ridge(rule, *arguments)
     exact = arguments[1].exact
-    fixed = torch.full_like(ridge[:, :exact], 1 / rule.prior_variance)
-    return scale, torch.cat([fixed, ridge[:, exact:]], 1)
+    return scale, torch.cat([torch.ones_like(ridge[:, :exact]), ridge[:, exact:]], 1)
 
 
 class PriorInNoiseRule(_Replaced):
-    """With prior ``N(0, γ τ²)`` for every regression, in units of its noise."""
+    """With prior ``N(0, τ²)`` for every regression, in units of its noise."""
 
     functions: ClassVar = {"_ridge": _prior_in_noise}
