@@ -70,6 +70,11 @@ class Exchange:
             group = self._sharded if seen is None else seen
         self.ranks = None if group is None or dist.get_world_size(group) == 1 else group
 
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return 1 if self.ranks is None else dist.get_world_size(self.ranks)
+
     def agree(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
         """Flags of this step that any rank has raised; every rank must call.
 

@@ -315,6 +315,8 @@ def _totals(
 ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
     """Sums over all ranks: squared residuals by stack, squared lengths, values of losses."""
     lengths = torch.stack([_square(planned, like), _square(plain, like)])
+    if exchange.size > 1:  # the gradients of ranks are averaged
+        lengths = lengths / exchange.size**2
     parts = [one.sums for one in exact] + [lengths] + [value for _, value in others.values()]
     sums = exchange.sum(parts)
     n = len(exact)

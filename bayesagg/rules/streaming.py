@@ -117,7 +117,7 @@ class Evidence:
     Attributes:
         gram: ``Σ w h̃h̃ᵀ``, ``[G, D, D]``.
         shift: ``Σ w t h̃``, ``[G, P, D]``.
-        misfit: ``Σ w misfit``, ``[G, T]``, or of fewer tasks.
+        misfit: ``Σ w misfit``, ``[G, T]``, or of fewer tasks; at the start also ``Σ w y²``.
         seen: ``Σ w``, ``[G]``, or the number of data where no label is missing on one rank.
         squares: ``Σ w (h̃ᵀQ)²``, ``[G, D]``, in a basis that is kept; ``None``: it is not.
     """
@@ -166,6 +166,8 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
         sums = [old + one for old, one in zip(sums, new, strict=True)] if sums else new
     gram, shift, *rest = sums
     misfit, seen = stack.misfit, float(stack.responses.shape[1])
+    if not stack.units[0].started and stack.exact:  # and the level of the labels
+        misfit = torch.cat([misfit, stack.responses[:, :, : stack.exact].square()], 2)
     if stack.weights is not None:
         misfit = misfit * stack.weights
     total = misfit.sum(1) if misfit.shape[2] else misfit.new_zeros(len(misfit), 0)
@@ -192,13 +194,20 @@ def _posterior(
         gram = torch.add(new.gram, before[0], alpha=fade)
         shift = torch.add(new.shift, before[1], alpha=fade)
         misfit = misfit / seen if misfit.shape[1] else misfit
-    current, ridge = _ridge(rule, memory, stack, before[2], misfit)
+    tasks = before[2].shape[2]
+    misfit, levels = misfit[:, :tasks], misfit[:, tasks:]
+    current, ridge = _ridge(rule, memory, stack, before[2], misfit, levels)
     posterior, bases = _spectrum(stack, gram, shift, ridge, new, fade, length)
     return Inference(stack, gram, shift, seen, misfit, before[2], current, posterior, bases, fade)
 
 
 def _ridge(
-    rule: LikelihoodRule, memory: FadingMemory, stack: Stack, scale: Tensor, misfit: Tensor
+    rule: LikelihoodRule,
+    memory: FadingMemory,
+    stack: Stack,
+    scale: Tensor,
+    misfit: Tensor,
+    levels: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Scales of all tasks, ``[G, T]``, and ridges of all columns, ``[G, P]``.
 
@@ -207,10 +216,10 @@ def _ridge(
     """
     r = stack.exact
     if stack.units[0].started:
-        total, levels, weight = scale.unbind(1)
-        current, relative = total / weight, total / levels
+        total, level, weight = scale.unbind(1)
+        current, relative = total / weight, total / level
     else:
-        first = _first_levels(stack, misfit)
+        first = torch.cat([levels, torch.ones_like(misfit[:, r:])], 1)  # 1: they have no unit
         current, level = means_of(scale, (misfit, first))
         relative = current / level.clamp_min(torch.finfo(level.dtype).tiny)
     noise, ridge = _constants(rule, memory, stack, current)
@@ -221,16 +230,6 @@ def _ridge(
     if r == ridge.shape[1]:
         return current, relative * ridge
     return current, torch.cat([relative[:, :r] * ridge[:, :r], ridge[:, r:]], 1) if r else ridge
-
-
-def _first_levels(stack: Stack, like: Tensor) -> Tensor:
-    """Mean squares of the labels of this batch, ``[G, T]``; 1 where they have no unit."""
-    squares = stack.responses[:, :, : stack.exact].square()
-    if stack.weights is None:
-        levels = squares.mean(1)
-    else:
-        levels = (squares * stack.weights).sum(1) / _at_least_one(stack.weights.sum((1, 2)))
-    return torch.cat([levels, torch.ones_like(like[:, stack.exact :])], 1)
 
 
 def _spectrum(

@@ -41,11 +41,6 @@ class TaskNet(nn.Module):
             HeadGroup(name, kind, self.heads[name], count) for name, kind, count in self._kinds
         )
 
-    def features(self, x: Tensor) -> Tensor:
-        """Shared representation, shape ``(1, B, width)``: one network, B data."""
-        h: Tensor = self.backbone(x)
-        return h.unsqueeze(0)
-
     def forward(self, x: Tensor) -> Outputs:
         """Outputs by head, each ``(B, outputs)``."""
         h = self.backbone(x)

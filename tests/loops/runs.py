@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from bayesagg import BayesAgg, BayesAggWrapper
 from tests.helpers import (
+    EPOCH,
     INPUTS,
     LOSSES,
+    SAMPLED,
     WIDTH,
     Net,
     assert_same,
@@ -178,3 +180,34 @@ def assert_equal_runs(
         for run in (one, *ranks):
             total = sum(float(weight.sum()) for weight in run["weights"].values())
             assert total == 0 or abs(total - 1) < 1e-9, total  # zero of a rank without labels
+
+
+def epochs_by_hand(
+    rule: str,
+    epochs: int,
+    *,
+    accumulate: int = 1,
+    clip: float | None = None,
+    form: str = "scalar",
+    gamma: float = 1.0,
+) -> tuple[Net, BayesAggWrapper]:
+    """What a trainer does, in a plain loop over the wrapper: three batches an epoch."""
+    net = make_net()
+    wrapper = wrap(net, "adam", rule, settings=SAMPLED, steps_per_epoch=None)
+    scheduler = torch.optim.lr_scheduler.StepLR(wrapper, 2, gamma=gamma)
+    for index in range(epochs * EPOCH):
+        x, labels = make_batch(seed=index % EPOCH)
+        losses = make_losses(net(x), labels)
+        if form == "scalar":
+            (wrapper.loss(losses) / accumulate).backward()
+        else:
+            wrapper.backward({name: loss / accumulate for name, loss in losses.items()})
+        if (index + 1) % accumulate == 0:
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+            wrapper.step()
+            wrapper.zero_grad()
+        if index % EPOCH == EPOCH - 1:
+            wrapper.end_epoch()
+            scheduler.step()
+    return net, wrapper

@@ -17,8 +17,8 @@ from tests.helpers import (
     make_losses,
     make_net,
     snapshot,
-    wrap,
 )
+from tests.loops.runs import epochs_by_hand
 
 STEPS, BATCH = 3, 6
 # Accelerate's own ``backward``, or the engine's.
@@ -88,20 +88,7 @@ def test_a_prepared_run_takes_the_steps_of_a_loop(accumulate, form, rule):
     """Three epochs are three epochs of the wrapper, bit for bit; all micro-batches are evidence."""
     run = Run(rule, form, accumulate=accumulate)
     run.epochs(3)
-    net = make_net()
-    wrapper = wrap(net, "adam", rule, settings=SAMPLED, steps_per_epoch=None)
-    for _ in range(3):
-        for index in range(STEPS):
-            x, labels = make_batch(seed=index)
-            losses = make_losses(net(x), labels)
-            if form == "scalar":
-                (wrapper.loss(losses) / accumulate).backward()
-            else:
-                wrapper.backward({name: loss / accumulate for name, loss in losses.items()})
-            if (index + 1) % accumulate == 0:
-                wrapper.step()
-                wrapper.zero_grad()
-        wrapper.end_epoch()
+    net, wrapper = epochs_by_hand(rule, 3, accumulate=accumulate, form=form)
     found = run.state()
     assert difference(found["net"]["parameters"], snapshot(net)["parameters"]) is None
     assert difference(found["engine"], wrapper.engine.get_extra_state()) is None

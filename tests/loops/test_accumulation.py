@@ -22,9 +22,7 @@ from bayesagg.errors import CaptureError
 from tests.helpers import (
     QUICK,
     assert_same,
-    gradients,
     make_batch,
-    make_engine,
     make_losses,
     make_net,
     snapshot,
@@ -93,19 +91,6 @@ def test_linear_scalarization_is_the_plain_loop(form, rule):
     }
     loop(nets[1], plain, sums[form], 5)
     assert_same(snapshot(nets[0])["parameters"], snapshot(nets[1])["parameters"])
-
-
-def test_the_engine_alone_accumulates_as_the_wrapper_does(rule):
-    nets = [plain_net() for _ in range(2)]
-    optimizer = wrap(nets[0], groups(nets[0]), rule, steps_per_epoch=None)
-    engine = make_engine(nets[1], rule, steps_per_epoch=None)
-    base = groups(nets[1])
-    for _ in range(3):
-        loop(nets[0], optimizer, scaled_scalar(optimizer), 3)
-        optimizer.end_epoch()
-        loop(nets[1], base, scaled_scalar(engine), 3)
-        engine.end_epoch()
-    assert_same(snapshot(nets[0], optimizer.engine), snapshot(nets[1], engine))
 
 
 def evidence(memory):
@@ -237,34 +222,6 @@ def test_an_average_beside_the_model(early, kind, rule):
     torch.testing.assert_close(*averaged)
 
 
-# --- several forward passes ----------------------------------------------------------------------
-
-STEPS = pytest.mark.parametrize("steps", [1, 4], ids=["linear", "after"])
-
-
-@STEPS
-@pytest.mark.parametrize("given", [False, True], ids=["recovered", "given"])
-def test_losses_over_two_forward_passes(given, steps, rule):
-    """One step over both: that of the two batches below each other."""
-    results = []
-    for together in (False, True):
-        net = plain_net()
-        optimizer = wrap(net, "sgd", rule, settings=QUICK)
-        train(net, optimizer, steps)
-        x, labels = batch_of(50)
-        if together:
-            losses = make_losses(net(x), labels)
-        else:
-            outs = [net(x[:6]), net(x[6:])]
-            parts = [batch_of(50, rows)[1] for rows in (slice(0, 6), slice(6, 12))]
-            halves = [make_losses(out, y) for out, y in zip(outs, parts, strict=True)]
-            losses = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}
-        optimizer.zero_grad()
-        optimizer.step(losses, targets=labels if given else None)
-        results.append(result(net, optimizer))
-    assert_near(*results)
-
-
 def test_every_forward_pass_serves_one_scalar(rule):
     """A pass that was made before another one's losses were asked for is over with them."""
     net = plain_net()
@@ -277,34 +234,6 @@ def test_every_forward_pass_serves_one_scalar(rule):
     with pytest.raises(CaptureError, match="every forward pass serves one"):
         optimizer.backward(first)
     assert_same(before, snapshot(net, optimizer))
-
-
-@STEPS
-def test_scalars_of_several_batches_in_one_backward_pass(steps, rule):
-    """Gradients add up, and the evidence of all of them counts."""
-    net = plain_net()
-    optimizer = wrap(net, "sgd", rule, settings=GRADIENT)
-    train(net, optimizer, steps)
-    twin = copy.deepcopy((net, optimizer))
-    alone = []
-    for index in (50, 51):
-        other, theirs = copy.deepcopy(twin)
-        theirs.zero_grad()
-        theirs.loss(micro_losses(other, index, slice(0, 6))).backward()
-        alone.append(gradients(other))
-    optimizer.zero_grad()
-    total = sum(optimizer.loss(micro_losses(net, index, slice(0, 6))) for index in (50, 51))
-    total.backward()
-    for name, gradient in gradients(net).items():
-        torch.testing.assert_close(gradient, alone[0][name] + alone[1][name])
-    other, theirs = twin
-    for index in (50, 51):
-        theirs.loss(micro_losses(other, index, slice(0, 6))).backward()
-    memories = [o.state_dict()["bayesagg"]["memory"] for o in (optimizer, theirs)]
-    if rule == "likelihood":
-        assert_near(*map(evidence, memories))
-    else:
-        assert_near(*([g["running"] for g in memory["groups"]] for memory in memories))
 
 
 # --- activation checkpointing --------------------------------------------------------------------

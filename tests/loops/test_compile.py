@@ -28,10 +28,6 @@ def _fresh():
         torch._dynamo.reset()
 
 
-def trunk_method(net, **kwargs):
-    net.trunk.compile(**kwargs)
-
-
 def trunk_function(net, **kwargs):
     net.trunk = torch.compile(net.trunk, **kwargs)
 
@@ -47,10 +43,6 @@ def all_functions(net, **kwargs):
         net.heads[name] = torch.compile(net.heads[name], **kwargs)
 
 
-def whole_method(net, **kwargs):
-    net.compile(**kwargs)
-
-
 def last_layers(net, **kwargs):
     """Of towers: what stands before the head is in no graph."""
     for tower in net.heads.values():
@@ -59,26 +51,31 @@ def last_layers(net, **kwargs):
 
 # What wraps comes before the wrapper, which has to watch it; what changes a module may come later.
 BEFORE = {"all_functions": all_functions, "trunk_function": trunk_function}
-AFTER = {"all_methods": all_methods, "trunk_method": trunk_method, "whole_method": whole_method}
+AFTER = {
+    "all_methods": all_methods,
+    "trunk_method": lambda net, **kwargs: net.trunk.compile(**kwargs),
+    "whole_method": lambda net, **kwargs: net.compile(**kwargs),
+}
+TOWERS = {"last_layers": last_layers}
 
 
 def parameters(net):
     return [p.detach().clone() for p in net.parameters()]
 
 
-def compare(rule, compile_net, early, device, dtype, steps=7, towers=False, **kwargs):
-    def make():
-        return plain_net(device, dtype, towers=True) if towers else make_net(device, dtype)
-
-    plain, net = make(), make()
-    train(plain, wrap(plain, "momentum", rule, settings=QUICK), steps)
-    if early:
-        compile_net(net, **kwargs)
-    optimizer = wrap(net, "momentum", rule, settings=QUICK)
-    if not early:
-        compile_net(net, **kwargs)
-    train(net, optimizer, steps)
-    torch.testing.assert_close(parameters(net), parameters(plain))
+def compare(rule, kind, device, dtype, towers=False, **kwargs):
+    nets = [
+        plain_net(device, dtype, towers=True) if towers else make_net(device, dtype)
+        for _ in range(2)
+    ]
+    for net, compiled in zip(nets, (False, True), strict=True):
+        if compiled and kind in BEFORE | TOWERS:
+            (BEFORE | TOWERS)[kind](net, **kwargs)
+        optimizer = wrap(net, "momentum", rule, settings=QUICK)
+        if compiled and kind in AFTER:
+            AFTER[kind](net, **kwargs)
+        train(net, optimizer, 7)
+    torch.testing.assert_close(*map(parameters, nets))
 
 
 @pytest.mark.parametrize(
@@ -88,18 +85,14 @@ def compare(rule, compile_net, early, device, dtype, steps=7, towers=False, **kw
 )
 def test_compiled_parts_train_alike(kind, backend, rule, device, dtype):
     """In linear scalarization and after it, with heads that the posterior writes."""
-    compare(rule, {**BEFORE, **AFTER}[kind], kind in BEFORE, device, dtype, backend=backend)
+    compare(rule, kind, device, dtype, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(
-    ("compile_net", "early"),
-    [(all_functions, True), (last_layers, True), (all_methods, False), (whole_method, False)],
-    ids=["towers", "last_layers", "methods", "whole"],
-)
-def test_compiled_towers_train_alike(compile_net, early, backend, device, dtype):
+@pytest.mark.parametrize("kind", ["all_functions", "last_layers", "all_methods", "whole_method"])
+def test_compiled_towers_train_alike(kind, backend, device, dtype):
     """Under the default rule: that of the paper has no towers. A graph breaks before the head."""
-    compare("likelihood", compile_net, early, device, dtype, towers=True, backend=backend)
+    compare("likelihood", kind, device, dtype, towers=True, backend=backend)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the default backend needs a C++ compiler")
@@ -113,7 +106,7 @@ def test_the_default_backend(rule, device):
 
 
 def test_parts_compile_without_a_break(rule, device, dtype):
-    compare(rule, all_functions, True, device, dtype, backend="eager", fullgraph=True)
+    compare(rule, "all_functions", device, dtype, backend="eager", fullgraph=True)
 
 
 @pytest.mark.parametrize("towers", [False, True], ids=["heads", "towers"])

@@ -30,8 +30,8 @@ from tests.helpers import (
     make_net,
     snapshot,
     tensors_of,
-    wrap,
 )
+from tests.loops.runs import epochs_by_hand
 
 # Advice of Lightning's about speed, and of its dependencies about themselves.
 pytestmark = [
@@ -108,32 +108,12 @@ def state_of(module, trainer):
     }
 
 
-def loop(rule, epochs, accumulate=1, clip=None):
-    """What the Trainer does, by hand: the wrapper in a plain loop."""
-    net = make_net()
-    wrapper = wrap(net, "adam", rule, settings=SAMPLED, steps_per_epoch=None)
-    scheduler = torch.optim.lr_scheduler.StepLR(wrapper, 2, gamma=0.5)
-    for _ in range(epochs):
-        for index in range(STEPS):
-            x, labels = make_batch(seed=index)
-            if index % accumulate == 0:
-                wrapper.zero_grad()
-            (wrapper.loss(make_losses(net(x), labels)) / accumulate).backward()
-            if (index + 1) % accumulate == 0:
-                if clip is not None:
-                    torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-                wrapper.step()
-        wrapper.end_epoch()
-        scheduler.step()
-    return net, wrapper
-
-
 @MODES
 def test_a_trainer_takes_the_steps_of_a_loop(automatic, rule, tmp_path):
     """Three epochs under the Trainer are three epochs of the wrapper, bit for bit."""
     module = Lit(rule, automatic)
     trainer = fit(tmp_path, module, 3)
-    net, wrapper = loop(rule, 3)
+    net, wrapper = epochs_by_hand(rule, 3, gamma=0.5)
     assert trainer.global_step == 3 * STEPS
     assert_same(snapshot(module.net)["parameters"], snapshot(net)["parameters"])
     assert difference(module.engine.get_extra_state(), wrapper.engine.get_extra_state()) is None
@@ -143,7 +123,7 @@ def test_a_trainer_accumulates_and_clips_as_a_loop_does(rule, tmp_path):
     """It divides the scalar by the number of batches; one step an epoch."""
     module = Lit(rule)
     trainer = fit(tmp_path, module, 4, accumulate_grad_batches=STEPS, gradient_clip_val=0.1)
-    net, wrapper = loop(rule, 4, STEPS, 0.1)
+    net, wrapper = epochs_by_hand(rule, 4, accumulate=STEPS, clip=0.1, gamma=0.5)
     assert trainer.global_step == 4
     torch.testing.assert_close(list(module.net.parameters()), list(net.parameters()))
     states = [one.get_extra_state()["memory"] for one in (module.engine, wrapper.engine)]
