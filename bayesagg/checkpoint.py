@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from bayesagg.checking import check, check_keys, tensor_leaf
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head, LossTask
+from bayesagg.invariance import alike
 from bayesagg.reading import Reader
 from bayesagg.rules.base import Memory
 
@@ -129,12 +130,28 @@ def _check_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for key, value in mine.items():
             if key != "params":
                 _check_like(group[key], value, f"{what}: {key}")
+    template = _template(optimizer)
     for index, entries in state["state"].items():
         check(index in sizes and isinstance(entries, dict), f"{what} has a state of no parameter")
-        known = optimizer.state.get(sizes[index], {})
-        check(not known or known.keys() == entries.keys(), f"{what} of a parameter is incomplete")
+        check(
+            template is None or template.keys() == entries.keys(),
+            f"{what} of parameter {index} is incomplete",
+        )
         for key, value in entries.items():
-            _check_leaf(value, sizes[index], f"{what}: {key} of parameter {index}")
+            like = None if template is None else template[key]
+            _check_leaf(value, like, sizes[index], f"{what}: {key} of parameter {index}")
+
+
+def _template(optimizer: Optimizer) -> dict[str, Any] | None:
+    """What one step leaves for a parameter of two dimensions; ``None``: it cannot be asked."""
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    try:
+        copy = alike(optimizer, parameter)
+        parameter.grad = torch.ones_like(parameter)
+        copy.step()
+    except Exception:  # of whatever library
+        return None
+    return dict(copy.state[parameter]) or None
 
 
 def _check_like(value: Any, mine: Any, what: str) -> None:
@@ -150,14 +167,22 @@ def _check_like(value: Any, mine: Any, what: str) -> None:
             _check_like(one, other, what)
 
 
-def _check_leaf(value: Any, parameter: torch.Tensor, what: str) -> None:
-    """An entry of a parameter's state: finite; a tensor is a scalar or of its shape."""
+def _check_leaf(value: Any, like: Any, parameter: torch.Tensor, what: str) -> None:
+    """An entry of a parameter's state: of the kind that ``like`` is, and finite."""
     if isinstance(value, torch.Tensor):
-        shaped = value.numel() == 1 or value.shape == parameter.shape or value.dim() < 2
-        check(shaped, f"{what} has shape {tuple(value.shape)}")
-        check(bool(torch.isfinite(value).all()), f"{what} is not finite")
+        check(bool(torch.isfinite(value).all()) and not value.is_complex(), f"{what} is damaged")
+    if isinstance(like, torch.Tensor):
+        check(isinstance(value, torch.Tensor), f"{what} is a {type(value).__name__}")
+        shape = tuple(parameter.shape) if like.dim() == 2 else tuple(like.shape)
+        check(tuple(value.shape) == shape, f"{what} has shape {tuple(value.shape)}")
+        check(value.is_floating_point() == like.is_floating_point(), f"{what} is {value.dtype}")
+        positive = like.dim() == 0 or any(part in what for part in ("_sq", "square", "sum"))
+        check(not positive or bool((value >= 0).all()), f"{what} is negative")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         check(math.isfinite(value), f"{what} is {value!r}")
+        check(isinstance(like, int | float | None) and value >= 0, f"{what} is {value!r}")
+    elif like is not None:
+        check(isinstance(value, type(like)), f"{what} is a {type(value).__name__}")
 
 
 class PosteriorState:
@@ -195,5 +220,13 @@ class PosteriorState:
         Raises:
             CheckpointError: if the state was saved from other heads; the owner is unchanged then.
         """
-        file = io.BytesIO(state_dict["state"])
-        self.engine.set_extra_state(torch.load(file, map_location="cpu", weights_only=True))
+        saved = state_dict.get("state") if isinstance(state_dict, dict) else None
+        check(isinstance(saved, bytes), "it has no state of bayesagg")
+        assert isinstance(saved, bytes)
+        try:
+            own = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+        except Exception as error:  # of pickle, zip or torch
+            raise CheckpointError(
+                f"the checkpoint's state of bayesagg cannot be read: {error}"
+            ) from error
+        self.engine.set_extra_state(own)

@@ -7,10 +7,21 @@ import inspect
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["step_is_invariant"]
+__all__ = ["alike", "step_is_invariant"]
 
 _PARAMETER, _GRADIENT, _SCALE = 0.05, 1e-3, 16.0  # of the order of those of networks
 _TOLERANCE = 0.05
+
+
+def alike(optimizer: Optimizer, parameter: torch.nn.Parameter) -> Optimizer:
+    """An optimizer of the same kind and settings, those of the first group, for one parameter."""
+    known = inspect.signature(type(optimizer).__init__).parameters
+    group = optimizer.param_groups[0]
+    settings = {k: v for k, v in {**optimizer.defaults, **group}.items() if k in known}
+    settings.pop("params", None)
+    if "lr" in settings:
+        settings["lr"] = 1e-3  # a schedule may start at 0
+    return type(optimizer)([parameter], **settings)
 
 
 @torch.no_grad()
@@ -24,17 +35,11 @@ def step_is_invariant(optimizer: Optimizer) -> bool:
     Args:
         optimizer: its first group's settings count.
     """
-    known = inspect.signature(type(optimizer).__init__).parameters
-    group = optimizer.param_groups[0]
-    settings = {k: v for k, v in {**optimizer.defaults, **group}.items() if k in known}
-    settings.pop("params", None)
-    if "lr" in settings:
-        settings["lr"] = 1e-3  # a schedule may start at 0
     moves = []
     for scale in (1.0, _SCALE):
         parameter = torch.nn.Parameter(torch.full((2, 2), _PARAMETER, dtype=torch.float64))
         try:
-            copy = type(optimizer)([parameter], **settings)
+            copy = alike(optimizer, parameter)
             for step in range(5):
                 # Of either sign: a weight decay of the gradient's sign would not show.
                 shape = torch.linspace(-1.0, 1.0 + 0.3 * step, 4, dtype=torch.float64)

@@ -356,4 +356,8 @@ def _shares(
         shares |= one.by_head(piece / total, memory.heads, True)
     for name, piece in zip(others, pieces[len(values) :], strict=True):
         shares[name] = piece[0] / total
-    return {name: shares[name] for name in parts if name in shares}
+    present = {name: shares[name] for name in parts if name in shares}
+    if len(present) < len(shares) and present:  # the others are those of other ranks alone
+        rest = torch.stack([share.sum() for share in present.values()]).sum()
+        present = {name: share / rest for name, share in present.items()}
+    return present

@@ -282,7 +282,7 @@ SUMS = {
 }
 # Of labels that are missing: five matrices, columns as before, losses and counts of all outputs; a
 # matrix for the second regression.
-GAPS = {"likelihood": [5 * 25 + 7 * 5 + 5 + 5, 2 * 2 + 2], "paper": [SUMS["paper"][0] + 15]}
+GAPS = {"likelihood": [5 * 25 + 7 * 5 + 5 + 5 + 2, 2 * 2 + 2], "paper": [SUMS["paper"][0] + 15]}
 
 
 def said_of(rule, sums, size=8):
