@@ -32,6 +32,7 @@ from tests.helpers import (
     make_heads,
     make_losses,
     make_net,
+    plain_net,
     snapshot,
     tensors_of,
     train,
@@ -173,7 +174,7 @@ def test_zeroed_gradients_do_not_decay_posterior_heads(set_to_none, rule, net, d
 @pytest.mark.parametrize("form", ["backward", "loss", "closure", "keyword", "targets"])
 def test_all_forms_of_a_step_agree(form, base, rule, device, dtype):
     """``step(losses)``, ``backward`` or ``loss`` and ``step()``, ``step(closure)`` either way."""
-    nets = [make_net(device, dtype) for _ in range(2)]
+    nets = [plain_net(device, dtype) for _ in range(2)]
     one, other = (wrap(net, base, rule, settings=QUICK) for net in nets)
     for index in range(7):
         train_step(nets[0], one, index)

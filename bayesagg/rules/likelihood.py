@@ -146,7 +146,9 @@ class LikelihoodRule:
         for one, value in zip(found, values, strict=True):
             if one.stack.exact < value.shape[1]:
                 ratios |= one.by_head(value, memory.heads, True)
-        planned, plain = _gradients(batch.parts, here, exact, ratios)
+        # Of all heads on every rank: weights that are sharded are gathered.
+        weights = {n: h.weights() for n, h in memory.heads.items() if n in present}
+        planned, plain = _gradients(batch.parts, here, exact, ratios, weights)
         squares, lengths, misses = _totals(exact, others, planned, plain, like, exchange)
         length = _moved(memory.length, lengths, self.decay)
         units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
@@ -267,6 +269,7 @@ def _gradients(
     here: Mapping[str, Part],
     exact: Sequence[Exact],
     ratios: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
 ) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
     """Gradients at the features of every key, as planned and as the losses have them."""
     planned: dict[Key, Tensor] = {}
@@ -284,9 +287,9 @@ def _gradients(
         readers.setdefault(part.key, []).append(part)
     for key, some in readers.items():
         gradient = _cat([part.gradient.flatten(1) for part in some], 1)
-        weights = _cat([head.weights() for part in some for head in part.heads])
-        weights = weights.to(gradient.dtype)
-        plain[key] = gradient @ weights
+        rows = _cat([weights[name] for part in some for name in part.names])
+        rows = rows.to(gradient.dtype)
+        plain[key] = gradient @ rows
         scales = [_scale(part, name, here, ratios) for part in some for name in part.names]
         if any(scale is not None for scale in scales):
             sizes = [head.out_features for part in some for head in part.heads]
@@ -294,7 +297,7 @@ def _gradients(
                 gradient.new_zeros(size) if scale is None else scale.expand(size)
                 for scale, size in zip(scales, sizes, strict=True)
             ]
-            add(key, (gradient * _cat(columns).to(gradient.dtype)) @ weights)
+            add(key, (gradient * _cat(columns).to(gradient.dtype)) @ rows)
     return planned, plain
 
 
