@@ -44,10 +44,10 @@ def _work(rank: int, file: str, pipe: Any) -> None:
         timeout=datetime.timedelta(seconds=_LIMIT),
     )
     while True:
-        function, args = pipe.recv()
+        function, args, kwargs = pipe.recv()
         try:
             torch.manual_seed(0)
-            answer = (True, _dumps(function(rank, *args)))
+            answer = (True, _dumps(function(rank, *args, **kwargs)))
         except BaseException:
             answer = (False, traceback.format_exc())
         pipe.send(answer)
@@ -84,12 +84,12 @@ class Ranks:
             self._folder.cleanup()
         self._processes = []
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(rank, *args)`` on both ranks; what they return."""
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """``function(rank, ...)`` on both ranks; what they return."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, kwargs))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             try:

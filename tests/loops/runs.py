@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ from tests.helpers import (
     make_net,
     wrap,
 )
+from tests.loops.ranks import Ranks
 
 ROWS = 12
 READOUT = {name: {"readout": "posterior"} for name in ("reg", "bin", "cls")}
+GRADIENT = {name: {"readout": "gradient"} for name in READOUT}
 
 
 def trunk() -> nn.Module:
@@ -91,10 +93,7 @@ def result(net: nn.Module, owner: BayesAgg | BayesAggWrapper) -> dict[str, Any]:
 
 
 def steps(
-    model: nn.Module,
-    optimizer: BayesAggWrapper,
-    indices: Collection[int],
-    rank: int | None = None,
+    model: nn.Module, optimizer: BayesAggWrapper, indices: Iterable[int], rank: int | None = None
 ) -> None:
     """Training steps over this rank's half of the batches."""
     for index in indices:
@@ -104,30 +103,21 @@ def steps(
         optimizer.step(losses)
 
 
-def alone(
-    rule: str, base: str = "momentum", count: int = 8, *, towers: bool = False, **kwargs: Any
-) -> dict[str, Any]:
-    """The end of a run of one process with whole batches."""
-    net = plain_net(towers=towers)
-    optimizer = wrap(net, base, rule, **kwargs)
-    steps(net, optimizer, range(count))
-    return result(net, optimizer)
-
-
-def together(
-    rank: int,
-    model_of: Callable[[Net], nn.Module],
+def trained(
+    rank: int | None,
     rule: str,
+    model_of: Callable[[Net], nn.Module] = nn.Identity,
+    *,
     base: str = "momentum",
-    count: int = 8,
+    indices: Iterable[int] = range(8),
     towers: bool = False,
-    kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> dict[str, Any]:
-    """The end of this rank's run, with its half of every batch, as ``alone``."""
+    """The end of a run: this rank's, under ``model_of``, or that of one process with all data."""
     net = plain_net(towers=towers)
-    model = model_of(net)
-    optimizer = wrap(net, base, rule, **(kwargs or {}))
-    steps(model, optimizer, range(count), rank)
+    model = net if rank is None else model_of(net)
+    optimizer = wrap(net, base, rule, **kwargs)
+    steps(model, optimizer, indices, rank)
     return result(net, optimizer)
 
 
@@ -156,30 +146,31 @@ def assert_equal_ranks(ranks: list[dict[str, Any]]) -> None:
 
 
 def assert_equal_runs(
-    one: dict[str, Any],
-    ranks: list[dict[str, Any]],
-    *,
-    weights: bool = False,
-    ignore: Collection[str] = (),
+    one: dict[str, Any], ranks: list[dict[str, Any]], rule: str, *, ignore: Collection[str] = ()
 ) -> None:
     """Ranks agree in every bit, and with the single process to rounding.
 
-    ``weights``: their mean over ranks is that of the whole batch too, as it is where they are means
-    over data; those of the default rule are shares of each rank's own sum. ``ignore``: entries of
-    the memory.
+    Weights under the paper's rule are means over data, and those of the whole are means of the
+    ranks'; those of the default rule are shares of each rank's own sum. ``ignore``: entries of the
+    memory; with any, ranks are not halves, and weights are not compared.
     """
     assert_equal_ranks(ranks)
     for run in (one, ranks[0]):
         run["memory"] = {k: v for k, v in run["engine"]["memory"].items() if k not in ignore}
     for part in ("parameters", "memory"):
         assert_near(ranks[0][part], one[part], part)
-    if weights:
+    if rule == "paper" and not ignore:
         mean = {n: (w + ranks[1]["weights"][n]) / 2 for n, w in ranks[0]["weights"].items()}
         assert_near(mean, one["weights"], "weights")
-    else:
-        for run in (one, *ranks):
-            total = sum(float(weight.sum()) for weight in run["weights"].values())
-            assert total == 0 or abs(total - 1) < 1e-9, total  # zero of a rank without labels
+    for run in (one, *ranks):
+        total = sum(float(weight.sum()) for weight in run["weights"].values())
+        assert total == 0 or abs(total - 1) < 1e-6, total  # zero of a rank without labels
+
+
+def assert_halves_are_the_whole(ranks: Ranks, rule: str, model_of: Any, **kwargs: Any) -> None:
+    """Of a run of :func:`trained`."""
+    both = ranks.run(trained, rule, model_of, **kwargs)
+    assert_equal_runs(trained(None, rule, **kwargs), both, rule)
 
 
 def epochs_by_hand(

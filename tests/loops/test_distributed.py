@@ -13,6 +13,7 @@ from tests.helpers import (
     OPTIMIZERS,
     SAMPLED,
     difference,
+    gradients,
     make_engine,
     make_losses,
     snapshot,
@@ -20,25 +21,26 @@ from tests.helpers import (
     wrap,
 )
 from tests.loops.runs import (
+    GRADIENT,
     READOUT,
     ROWS,
-    alone,
     assert_equal_ranks,
     assert_equal_runs,
+    assert_halves_are_the_whole,
     batch_of,
     half,
     losses_over,
     plain_net,
     result,
     steps,
-    together,
+    trained,
     without,
 )
 
 EXPONENTS = {"reg": {"s": 0.85}, "bin": {"s": 0.3}, "cls": {"s": 1.0}}
 BOTH = {
     "default": {},
-    "gradient_readout": {"settings": {name: {"readout": "gradient"} for name in READOUT}},
+    "gradient_readout": {"settings": GRADIENT},
     "posterior_readout": {"settings": READOUT},
     "learned_noise": {"settings": {"reg": {"noise_variance": "learned"}}},
     "fixed_noise": {"settings": {"reg": {"noise_variance": 0.5}}},
@@ -63,18 +65,14 @@ CASES = [pytest.param(rule, case, id=f"{rule}-{name}") for rule, name, case in C
 @pytest.mark.parametrize(("rule", "case"), CASES)
 def test_two_halves_are_the_whole(rule, case, ranks):
     """In the steps of linear scalarization and after them, through an end of an epoch or two."""
-    kwargs = {key: value for key, value in case.items() if key != "towers"}
-    towers = "towers" in case
-    both = ranks.run(together, DistributedDataParallel, rule, "momentum", 8, towers, kwargs)
-    assert_equal_runs(alone(rule, towers=towers, **kwargs), both, weights=rule == "paper")
+    assert_halves_are_the_whole(ranks, rule, DistributedDataParallel, **case)
 
 
 def test_the_ranks_do_not_agree_without_the_exchange(rule, ranks):
     """What the tests above would miss otherwise."""
-    kwargs = {"process_group": None}
-    both = ranks.run(together, DistributedDataParallel, rule, "momentum", 8, False, kwargs)
+    both = ranks.run(trained, rule, DistributedDataParallel, process_group=None)
     with pytest.raises(AssertionError):
-        assert_equal_runs(alone(rule), both)
+        assert_equal_runs(trained(None, rule), both, rule)
 
 
 # --- ranks whose batches differ ------------------------------------------------------------------
@@ -109,7 +107,7 @@ LENGTH = {"ignore": ["length"]}
 
 @pytest.mark.parametrize("split", [1, 8, 11])
 def test_uneven_batches_are_one_batch(split, rule, ranks):
-    assert_equal_runs(still(None, rule), ranks.run(still, rule, split), **LENGTH)
+    assert_equal_runs(still(None, rule), ranks.run(still, rule, split), rule, **LENGTH)
 
 
 @pytest.mark.parametrize("missing", [["reg"], ["bin"], ["cls"], ["reg", "bin", "cls"]])
@@ -117,32 +115,29 @@ def test_uneven_batches_are_one_batch(split, rule, ranks):
 def test_missing_labels_are_missing_in_the_whole(split, missing, rule, ranks):
     """Also where one rank has a matrix for every task and the other one for all."""
     both = ranks.run(still, rule, split, missing)
-    assert_equal_runs(still(None, rule, ROWS, missing), both, **LENGTH)
+    assert_equal_runs(still(None, rule, ROWS, missing), both, rule, **LENGTH)
 
 
 @pytest.mark.parametrize("task", ["reg", "bin", "cls"])
 def test_a_task_that_is_absent_on_one_rank(task, rule, ranks):
     """Every rank takes the same part in all that is summed, whatever its losses are."""
     both = ranks.run(still, rule, 8, (), (task,))
-    assert_equal_runs(still(None, rule, ROWS, [task]), both, **LENGTH)
+    assert_equal_runs(still(None, rule, ROWS, [task]), both, rule, **LENGTH)
 
 
 def absent_step(rank, rule, everywhere):
-    net = plain_net()
+    """Gradients of two steps in which a task is absent on rank 1, or on both; and its own."""
+    net, lone, found = plain_net(), plain_net(), []
     model = DistributedDataParallel(net)
-    settings = {"settings": {name: {"readout": "gradient"} for name in READOUT}}
-    optimizer = wrap(net, "sgd", rule, **settings)
-    found = []
+    optimizer = wrap(net, "sgd", rule, settings=GRADIENT)
+    x, labels = batch_of(0, half(rank))
     for _ in range(2):
-        x, labels = batch_of(0, half(rank))
         losses = make_losses(model(x), labels)
         if rank == 1 or everywhere:
             del losses["bin"]
         optimizer.zero_grad()
         optimizer.backward(losses)
-        found.append({name: p.grad.clone() for name, p in net.named_parameters()})
-    lone = plain_net()
-    x, labels = batch_of(0, half(0))
+        found.append(gradients(net))
     make_losses(lone(x), labels)["bin"].backward()
     return found, lone.heads["bin"].weight.grad
 
@@ -150,12 +145,11 @@ def absent_step(rank, rule, everywhere):
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_the_head_of_an_absent_task_has_the_mean_gradient(everywhere, rule, ranks):
     """Half that of the rank that has it: what DistributedDataParallel makes of it."""
-    both = ranks.run(absent_step, rule, everywhere)
-    for found, own in both:
-        for gradients in found:
-            expected = own * 0 if everywhere else both[0][1] / 2
-            torch.testing.assert_close(gradients["heads.bin.weight"], expected)
-    assert difference(both[0][0][1], both[1][0][1]) is None
+    (first, own), (second, _) = ranks.run(absent_step, rule, everywhere)
+    expected = own * 0 if everywhere else own / 2
+    for found in (*first, *second):
+        torch.testing.assert_close(found["heads.bin.weight"], expected)
+    assert difference(first[1], second[1]) is None
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -194,17 +188,8 @@ def test_a_bad_batch_on_one_rank_is_an_error_on_all(kind, first, rule, ranks):
     assert zero[0] == "RankError" and "rank 1 refused its batch" in zero[1]
     assert one[0] == ("UnknownTaskError" if kind == "task" else "LossError") and not one[2]
     assert left[0] is right[0] is None
-    assert_equal_ranks([left[1], right[1]])
-    without = alone_but(rule, first)
-    assert_equal_runs(without, [left[1], right[1]], weights=rule == "paper")
-
-
-def alone_but(rule, first):
-    """A run of one process that never saw step ``first``."""
-    net = plain_net()
-    optimizer = wrap(net, "momentum", rule)
-    steps(net, optimizer, [index for index in range(first + 5) if index != first])
-    return result(net, optimizer)
+    others = [index for index in range(first + 5) if index != first]
+    assert_equal_runs(trained(None, rule, indices=others), [left[1], right[1]], rule)
 
 
 def overflowing(rank, rule):
@@ -355,7 +340,7 @@ def by_hand(rank, rule):
 
 
 def test_a_group_may_be_given(rule, ranks):
-    assert_equal_runs(by_hand(None, rule), ranks.run(by_hand, rule), weights=rule == "paper")
+    assert_equal_runs(by_hand(None, rule), ranks.run(by_hand, rule), rule)
 
 
 def test_a_word_is_no_group(rule):
@@ -367,7 +352,7 @@ def test_a_word_is_no_group(rule):
 def test_two_halves_are_the_whole_under_nccl(rule, tmp_path):  # pragma: no cover
     torch.multiprocessing.spawn(_nccl, (rule, str(tmp_path)), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert_equal_runs(alone(rule), both, weights=rule == "paper")
+    assert_equal_runs(trained(None, rule), both, rule)
 
 
 def _nccl(rank, rule, folder):  # pragma: no cover

@@ -19,7 +19,7 @@ from tests.helpers import (
     train,
     wrap,
 )
-from tests.loops.runs import alone, assert_equal_runs, plain_net, result, steps
+from tests.loops.runs import assert_equal_runs, plain_net, result, steps, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's checkpoints, about themselves
 NOISE = {"reg": {"noise_variance": "learned"}}
@@ -161,6 +161,6 @@ def test_sharded_ranks_resume_together_and_one_process_alone(rule, ranks, tmp_pa
     load(net, optimizer, optimizer.base_optimizer, str(tmp_path))
     steps(net, optimizer, range(4, 8))
     whole = result(net, optimizer)
-    for one in (whole, alone(rule, "adam", settings=NOISE)):
-        assert_equal_runs(one, saved, weights=rule == "paper")
+    for one in (whole, trained(None, rule, base="adam", settings=NOISE)):
+        assert_equal_runs(one, saved, rule)
     assert torch.isfinite(whole["parameters"]["heads.reg.weight"]).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,14 +12,15 @@ from bayesagg.errors import BayesAggError
 from tests.helpers import EPOCH, OPTIMIZERS, difference, make_engine, make_losses, wrap
 from tests.loops.runs import (
     READOUT,
-    alone,
     assert_equal_ranks,
     assert_equal_runs,
+    assert_halves_are_the_whole,
     batch_of,
     half,
     plain_net,
     result,
     steps,
+    trained,
 )
 from tests.loops.test_distributed import CASES
 
@@ -35,27 +38,17 @@ PARTS = {
 }
 
 
-def sharded(parts, towers=False, **kwargs):
-    net = plain_net(towers=towers)
+def sharded(net, parts="trunk", **kwargs):
     mesh = init_device_mesh("cpu", (2,))
     for part in PARTS[parts](net):
         fsdp.fully_shard(part, mesh=mesh, **kwargs)
     return fsdp.fully_shard(net, mesh=mesh, **kwargs)
 
 
-def together(rank, rule, parts, base="momentum", how=None, towers=False, kwargs=None):
-    net = sharded(parts, towers, **(how or {}))
-    optimizer = wrap(net, base, rule, **(kwargs or {}))
-    steps(net, optimizer, range(8), rank)
-    return result(net, optimizer)
-
-
 @pytest.mark.parametrize(("rule", "case"), CASES)
 def test_two_sharded_halves_are_the_whole(rule, case, ranks):
     """With all settings, through linear scalarization and two epochs after it."""
-    kwargs, towers = {k: v for k, v in case.items() if k != "towers"}, "towers" in case
-    both = ranks.run(together, rule, "trunk", "momentum", None, towers, kwargs)
-    assert_equal_runs(alone(rule, towers=towers, **kwargs), both, weights=rule == "paper")
+    assert_halves_are_the_whole(ranks, rule, sharded, **case)
 
 
 @pytest.mark.parametrize("parts", sorted(PARTS))
@@ -64,23 +57,20 @@ def test_whatever_is_sharded_by_itself(towers, parts, rule, ranks):
     """With heads that the posterior writes, sharded beside the whole or by themselves."""
     if towers and rule == "paper":
         pytest.skip("the paper's rule needs one shared representation")
-    kwargs = {"settings": READOUT}
-    if parts == "heads":
-        kwargs["shared_rep_hook"] = None
-    both = ranks.run(together, rule, parts, "momentum", None, towers, kwargs)
-    one = alone(rule, towers=towers, settings=READOUT)
-    assert_equal_runs(one, both, weights=rule == "paper")
+    kwargs = {"shared_rep_hook": None} if parts == "heads" else {}
+    how = functools.partial(sharded, parts=parts)
+    assert_halves_are_the_whole(ranks, rule, how, towers=towers, settings=READOUT, **kwargs)
 
 
 @pytest.mark.parametrize("reshard", [True, False])
 def test_adam_and_resharding(reshard, rule, ranks):
-    both = ranks.run(together, rule, "trunk", "adam", {"reshard_after_forward": reshard})
-    assert_equal_runs(alone(rule, "adam"), both, weights=rule == "paper")
+    how = functools.partial(sharded, reshard_after_forward=reshard)
+    assert_halves_are_the_whole(ranks, rule, how, base="adam")
 
 
 def by_hand(rank, rule, parts):
     """The engine alone; an evaluation has the weights gathered whenever heads may be written."""
-    net = plain_net() if rank is None else sharded(parts)
+    net = plain_net() if rank is None else sharded(plain_net(), parts)
     engine = make_engine(net, rule, steps_per_epoch=None)
     optimizer = OPTIMIZERS["momentum"](net.parameters())
     seen = []
@@ -106,7 +96,7 @@ def test_heads_are_written_while_they_are_gathered(parts, rule, ranks):
     """An evaluation leaves gathered copies in place of the parameters that are to be written."""
     one, outputs = by_hand(None, rule, parts)
     both = ranks.run(by_hand, rule, parts)
-    assert_equal_runs(one, [found for found, _ in both], weights=rule == "paper")
+    assert_equal_runs(one, [found for found, _ in both], rule)
     for rank, (_, seen) in enumerate(both):
         torch.testing.assert_close(seen, [out[half(rank)] for out in outputs])
 
@@ -128,13 +118,12 @@ def test_a_mesh_of_two_dimensions_needs_a_group(rule, ranks):
     """It does not say which ranks see data of their own."""
     both = ranks.run(on_two_dimensions, rule)
     assert all("process_group" in message for message, _ in both)
-    found = [found for _, found in both]
-    assert_equal_runs(alone(rule, "adam"), found, weights=rule == "paper")
+    assert_equal_runs(trained(None, rule, base="adam"), [found for _, found in both], rule)
 
 
 def refusing(rank, rule, parts, bad, absent):
     """A bad batch on rank 1 in one step, a task that is absent on rank 0 in another one."""
-    net = sharded(parts)
+    net = sharded(plain_net(), parts)
     optimizer = wrap(net, "sgd", rule, settings=READOUT)
     names, changed = [], None
     for index in range(7):
