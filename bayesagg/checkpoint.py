@@ -74,8 +74,9 @@ def read_state(
     device = next(h for h in tasks.values() if isinstance(h, Head)).linear.weight.device
     weights = state["task_weights"]
     check(
-        isinstance(weights, dict) and all(name in tasks for name in weights),
-        "the task weights are not a dict of known tasks",
+        isinstance(weights, dict)
+        and weights.keys() == {n for n, task in tasks.items() if isinstance(task, Head)},
+        "the task weights are not those of the heads",
     )
     shares = {}
     for name, value in weights.items():
@@ -83,6 +84,7 @@ def read_state(
         shape = (task.num_tasks,) if isinstance(task, Head) else (1,)
         what = f"task {name!r}: its weight"
         check(isinstance(value, torch.Tensor), f"{what} is no tensor")
+        check(value.is_floating_point(), f"{what} is of type {value.dtype}")
         shares[name] = tensor_leaf(value, shape, value.to(device), what, minimum=0.0)
     return {
         "memory": memory.loaded(state["memory"], device),
@@ -125,7 +127,13 @@ def _check_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
             isinstance(group, dict) and mine.keys() <= group.keys(),
             f"{what} has a parameter group that is incomplete",
         )
-        check(group["params"] == mine["params"], f"{what} has a group with other parameters")
+        params = group["params"]
+        check(
+            isinstance(params, list)
+            and all(type(index) is int for index in params)
+            and params == mine["params"],
+            f"{what} has a group with other parameters",
+        )
         sizes.update(zip(mine["params"], real["params"], strict=True))
         for key, value in mine.items():
             if key != "params":
@@ -156,13 +164,20 @@ def _template(optimizer: Optimizer) -> dict[str, Any] | None:
 
 def _check_like(value: Any, mine: Any, what: str) -> None:
     """A setting of the same kind as the optimizer's own."""
-    if isinstance(mine, bool) or mine is None or value is None:
-        check(value is None or isinstance(value, bool | type(mine)), f"{what} is {value!r}")
+    if mine is None:
+        check(value is None or isinstance(value, bool), f"{what} is {value!r}")
+    elif isinstance(mine, bool):
+        check(isinstance(value, bool), f"{what} is {value!r}")
     elif isinstance(mine, int | float | torch.Tensor):
-        good = isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
-        check(good and math.isfinite(float(value)), f"{what} is {value!r}")
+        check(isinstance(value, int | float | torch.Tensor), f"{what} is {value!r}")
+        check(not isinstance(value, bool), f"{what} is {value!r}")
+        single = not isinstance(value, torch.Tensor) or (
+            value.dim() == 0 and not value.is_complex()
+        )
+        check(single and math.isfinite(float(value)) and float(value) >= 0, f"{what} is {value!r}")
     elif isinstance(mine, tuple | list):
-        check(isinstance(value, tuple | list) and len(value) == len(mine), f"{what} is {value!r}")
+        same = isinstance(value, tuple | list) and len(value) == len(mine)
+        check(same, f"{what} is {value!r}")
         for one, other in zip(value, mine, strict=True):
             _check_like(one, other, what)
 

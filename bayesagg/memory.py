@@ -275,6 +275,7 @@ class FadingMemory:
             check(name in self.tasks, f"it has the scale of a task {name!r} that is not known here")
             what = f"task {name!r}: the scale"
             memory.others[name] = tensor_leaf(value, (2,), like, what)
+        check((state["length"] is None) == (memory.steps == 0), "the running lengths are missing")
         if state["length"] is not None:
             memory.length = tensor_leaf(
                 state["length"], (2,), like, "the running lengths", minimum=0.0
@@ -291,7 +292,9 @@ def _unit(state: Any, heads: Mapping[str, Head], like: Tensor) -> Unit:
     check_keys(state, ("names", "weighted", "started", "basis", *_TENSORS), "a unit of evidence")
     names = state["names"]
     check(
-        isinstance(names, list) and len(names) > 0 and all(name in heads for name in names),
+        isinstance(names, list)
+        and len(names) > 0
+        and all(isinstance(name, str) and name in heads for name in names),
         f"it has evidence of tasks {names!r}, of which some are not known here",
     )
     for key in ("weighted", "started"):
