@@ -155,7 +155,8 @@ class BayesAgg(nn.Module):
         if self._exchange.ranks is None:
             return []
         absent = (name for name in calls if name not in batch.tasks)
-        return [call.output for name in absent for call in calls[name]]
+        # Only the last call: those before may be of a batch that was refused.
+        return [call.output for name in absent for call in calls[name][-1:]]
 
     def backward(self, losses: Losses, targets: Losses | None = None) -> Tensor:
         """``engine(losses, targets).backward()``.

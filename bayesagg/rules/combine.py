@@ -78,7 +78,7 @@ def combine(
         totals.append(weights.sum(0))
         labelled.append(count if present is None else present.any(1).sum())
     total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
-    weights = total / torch.as_tensor(sum(labelled)).clamp(min=torch.finfo(work).tiny)
+    weights = total / torch.as_tensor(sum(labelled)).clamp(min=1)
     return gradients[0] if len(gradients) == 1 else torch.cat(gradients), weights
 
 
@@ -102,6 +102,8 @@ def _aggregate(
     if logs:
         relative, log_scale = _cat([m.relative for m in logs]), _cat([m.log_scale for m in logs])
         return aggregate_relative(mean, relative, log_scale, s, present, scale)
+    if present is not None and not bool(present.any()):  # nothing to solve for
+        return torch.zeros_like(mean[:, 0]), mean.new_zeros(*mean.shape[:2], 1)
     covariances = [second for second in seconds if isinstance(second, Tensor)]
     each = s if isinstance(s, Tensor) else mean.new_full((mean.shape[1],), s)
     return aggregate_full(mean, _cat(covariances), each, present, scale)

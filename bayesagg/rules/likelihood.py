@@ -163,12 +163,11 @@ class LikelihoodRule:
             self.decay,
         )
         plan = Plan(update=update)
-        warming = memory.steps < self.warmup
-        plan.weights = _shares(
-            memory, parts, found, values, {n: ratios[n] for n in parts if n not in here}, warming
-        )
-        if warming:
+        if memory.steps < self.warmup:
+            plan.weights = _uniform(memory, like)
             return plan
+        own = {name: ratios[name] for name in parts if name not in here}
+        plan.weights = _shares(memory, parts, found, values, own)
         scale = self._length_scale(memory, length)
         plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
         plan.loss_weights = {
@@ -187,6 +186,8 @@ class LikelihoodRule:
         names = found.stack.units[0].names
         least = max(BOUNDS[memory.heads[name].kind].least_scale for name in names)
         inverse = found.current[:, r:].clamp_min(least).reciprocal_()
+        if found.stack.weights is not None:  # a task without a label in this batch has none
+            inverse = inverse * (found.stack.weights.sum((1, 2)) > 0)[:, None]
         return torch.cat([exact.ratio, inverse], 1) if r else inverse
 
     def _others(
@@ -338,22 +339,27 @@ def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:
     return value * (1 - decay) if state is None else torch.lerp(value, state, decay)
 
 
+def _uniform(memory: FadingMemory, like: Tensor) -> dict[str, Tensor]:
+    """The same share for every output of every head."""
+    share = 1 / sum(head.num_tasks for head in memory.heads.values())
+    return {n: like.new_full((h.num_tasks,), share) for n, h in memory.heads.items()}
+
+
 def _shares(
     memory: FadingMemory,
     parts: Mapping[str, Part],
     found: Sequence[Inference],
     values: Sequence[Tensor],
     others: Mapping[str, Tensor],
-    uniform: bool,
 ) -> dict[str, Tensor]:
-    """Ratios of the tasks of this rank's batch as shares of their sum."""
+    """Ratios of the tasks of this rank's batch as shares of their sum; 0 without any label."""
     pieces = [*values, *(ratio[None] for ratio in others.values())]
     if not pieces:
         return {}
-    if uniform:
-        pieces = [torch.ones_like(piece) for piece in pieces]
     sums = [piece.sum() for piece in pieces]
     total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    least = torch.finfo(total.dtype).tiny
+    total = total.clamp_min(least)
     shares: dict[str, Tensor] = {}
     for one, piece in zip(found, pieces, strict=False):
         shares |= one.by_head(piece / total, memory.heads, True)
@@ -362,5 +368,5 @@ def _shares(
     present = {name: shares[name] for name in parts if name in shares}
     if len(present) < len(shares) and present:  # the others are those of other ranks alone
         rest = torch.stack([share.sum() for share in present.values()]).sum()
-        present = {name: share / rest for name, share in present.items()}
+        present = {name: share / rest.clamp_min(least) for name, share in present.items()}
     return present

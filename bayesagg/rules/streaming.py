@@ -97,10 +97,10 @@ class Inference:
         return found
 
     def module_weights(self, heads: Mapping[str, Head]) -> dict[str, Tensor]:
-        """Posterior mean of every head, ``[o, D]``; the weights it has where no label was seen."""
+        """Posterior mean of every head, ``[o, D]``; its own weights without a label in the step."""
         found = self.by_head(self.posterior.mean, heads, False)
         if self.stack.units[0].weighted:
-            evidence = self.gram.diagonal(dim1=1, dim2=2).sum(1) > 0
+            evidence = torch.as_tensor(self.seen) > 0
             known = self.by_head(
                 evidence[:, None].expand(self.posterior.mean.shape[:2]), heads, False
             )

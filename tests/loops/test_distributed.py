@@ -114,8 +114,6 @@ def test_uneven_batches_are_one_batch(split, rule, ranks):
 @pytest.mark.parametrize("split", [6, 8], ids=["on_one_rank_some", "on_one_rank_all"])
 def test_missing_labels_are_missing_in_the_whole(split, missing, rule, ranks):
     """Also where one rank has a matrix for every task and the other one for all."""
-    if rule == "paper" and split == 8:
-        pytest.skip("fails for some labels since the memory was rebuilt: to be mended")
     both = ranks.run(still, rule, split, missing)
     assert_equal_runs(still(None, rule, ROWS, missing), both, rule, **LENGTH)
 

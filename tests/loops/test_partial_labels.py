@@ -210,7 +210,6 @@ def state_of(optimizer):
 @pytest.mark.parametrize("absent", list(OUTPUTS))
 @SPELLINGS
 @PHASES
-@pytest.mark.skip(reason="fails since the memory was rebuilt: to be mended")
 def test_a_task_without_labels_may_have_a_loss(steps, spelling, absent, rule, device):
     """A loss of zero, with or without targets that are all missing, is no loss at all."""
     results = []
@@ -236,7 +235,6 @@ def test_a_task_without_labels_may_have_a_loss(steps, spelling, absent, rule, de
 @SPELLINGS
 @PHASES
 @pytest.mark.parametrize("kind", sorted(RULES))
-@pytest.mark.skip(reason="fails since the memory was rebuilt: to be mended")
 def test_a_batch_without_labels_moves_nothing(kind, steps, spelling, device):
     rule, kwargs = RULES[kind]
     net = plain_net(device)
