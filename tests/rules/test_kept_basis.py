@@ -78,15 +78,15 @@ def test_a_kept_basis_is_as_good_as_a_new_one(drift, monkeypatch):
         means.append(relative(run.weights(), exact.weights()))
         gradients.append(float((gradient - best).norm() / best.norm()))
         left.append(run.left())
-    assert left[0] == INTERVAL
-    renewed = [0, *(i for i in range(1, len(left)) if left[i] > left[i - 1])]
-    assert renewed == list(range(0, len(left), INTERVAL + 1))
+    assert left[:5] == [0, 0, 0, 0, 1]  # a quarter of the evidence is new at once, at the start
+    renewed = [0, *(i for i in range(1, len(left)) if left[i] >= left[i - 1])]
     assert max(means[i] for i in renewed) < 1e-9
     assert max(gradients[i] for i in renewed) < 1e-9
-    # Once the memory is full: before, much of the evidence is new within a few steps.
-    full = slice(2 * MEMORY // BATCH, None)
-    assert 1e-9 < max(means[full]) < 3e-3
-    assert max(gradients[full]) < 0.02
+    full = [i for i in renewed if i > 2 * MEMORY // BATCH]
+    assert all(INTERVAL - 1 <= left[i] <= INTERVAL + 1 for i in full)
+    assert 1e-9 < max(means) < 0.02
+    assert 1e-9 < max(means[full[0] :]) < 3e-3
+    assert max(gradients) < 0.1
 
 
 def test_narrow_heads_keep_no_basis():
