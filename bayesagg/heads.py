@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -126,12 +127,12 @@ class Head:
                 f"got {value!r}."
             )
 
-    @property
+    @cached_property
     def linear(self) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
         """The last linear layer itself, also where it or the tower is compiled."""
         return cast("nn.Linear", _unwrapped(_last(self.module)))
 
-    @property
+    @cached_property
     def watched(self) -> nn.Module:
         """The module whose calls are those of the last linear layer: it, or its compiled form."""
         return _last(self.module)
@@ -142,17 +143,17 @@ class Head:
         own = list(self.linear.parameters())
         return all(p.requires_grad for p in own) and not is_parametrized(self.linear)
 
-    @property
+    @cached_property
     def channels_first(self) -> bool:
         """Whether the features are dimension 1 (convolutions) or the last (linear layers)."""
         return not isinstance(self.linear, nn.Linear)
 
-    @property
+    @cached_property
     def in_features(self) -> int:
         """Shared dimensions d."""
         return int(self.linear.weight.shape[1])
 
-    @property
+    @cached_property
     def out_features(self) -> int:
         """Number of outputs of the module."""
         return int(self.linear.weight.shape[0])
@@ -162,7 +163,7 @@ class Head:
         """Tasks in the sense of the paper: one per output."""
         return self.out_features
 
-    @property
+    @cached_property
     def has_bias(self) -> bool:
         """Whether the weights include a bias."""
         return self.linear.bias is not None

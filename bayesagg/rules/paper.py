@@ -6,7 +6,7 @@ moments of every datum's gradient at h (Eq. 4, 11), and their combination (Eq. 7
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -148,9 +148,11 @@ class PaperRule:
         plan.spared = memory.spared(own)
         if memory.fades:
             plan.heads = memory.read_out(posteriors, totals, own)
+        # On every rank, also without their losses: weights that are sharded are gathered.
+        whole = {name: head.weights() for name, head in memory.heads.items() if name in own}
         if batch.parts:
             gradient, weights = self._gradient(memory, data, sample, posteriors, generator)
-            gradient, plan.weights = self._with_own(batch, own, gradient, weights)
+            gradient, plan.weights = self._with_own(batch, whole, gradient, weights)
             plan.gradients = {batch.parts[0].key: gradient}
         return plan
 
@@ -182,11 +184,18 @@ class PaperRule:
         return gradient, {n: w for group, part in pairs for n, w in group.by_head(part).items()}
 
     def _with_own(
-        self, batch: Batch, own: Collection[str], gradient: Tensor, weights: dict[str, Tensor]
+        self,
+        batch: Batch,
+        whole: Mapping[str, Tensor],
+        gradient: Tensor,
+        weights: dict[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of losses that are not their head's likelihood added, of uniform weight."""
+        """Gradients of losses that are not their head's likelihood added, of uniform weight.
+
+        ``whole``: weights of the heads of such losses, ``[o, d]``.
+        """
         parts = _by_head(batch)
-        present = [name for name in parts if name in own]
+        present = [name for name in parts if name in whole]
         if not present:
             return gradient, weights
         heads = {name: part.heads[part.names.index(name)] for name, part in parts.items()}
@@ -197,7 +206,7 @@ class PaperRule:
         weights = {name: weight * inferred for name, weight in weights.items()}
         for name in present:
             at_output = parts[name].gradient[:, parts[name].slices[name]].flatten(1)
-            rows = at_output.to(gradient) @ heads[name].weights().to(gradient)
+            rows = at_output.to(gradient) @ whole[name].to(gradient)
             gradient = gradient + (rows / tasks if mean else rows)
             weights[name] = torch.full_like(weights[name], 1 / tasks)
         return gradient, weights
