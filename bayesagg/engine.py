@@ -195,7 +195,7 @@ class BayesAgg(nn.Module):
             self._memory.commit(plan.update)
         if plan.weights:  # a task that took no part has no weight
             self.task_weights = {
-                name: plan.weights.get(name, torch.zeros_like(weight))
+                name: plan.weights[name] if name in plan.weights else torch.zeros_like(weight)
                 for name, weight in self.task_weights.items()
             }
         self._write(plan.heads)

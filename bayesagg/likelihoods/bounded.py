@@ -55,7 +55,8 @@ class BoundedMulticlass(Likelihood):
     def evidence(self, features: Tensor, labels: Labels, weights: Tensor | None) -> Evidence:
         """Least squares on the working responses of the bound."""
         bound = BOUNDS["multiclass"]
-        working = bound.working(labels)
+        error = labels.outputs.softmax(2) - labels.targets
+        working = bound.working(labels, error * labels.factor[..., None])
         if weights is None:
             precision, shift = regression_statistics(features, working)
         else:

@@ -3,7 +3,7 @@
 A quadratic with a curvature ``c`` that does not depend on the datum bounds each negative
 log-likelihood from above and touches it at the current output ``z`` (majorise-minimise): up to a
 constant it is ``c/2 (h̃ᵀw - t)²`` with the working response ``t = z - e/c``, ``e`` the derivative
-at ``z``. So one Gram matrix ``H̃ᵀH̃`` serves every task on the same features, and the minimum of
+at ``z``, the loss's own over its factor. So one Gram matrix ``H̃ᵀH̃`` serves every task on the same features, and the minimum of
 the bound cannot overshoot (Böhning 1992). For a squared error the bound is exact and ``t = y``.
 """
 
@@ -48,8 +48,11 @@ class Bound(Protocol):
     def least_scale(self) -> float:
         """In the units of the misfit."""
 
-    def working(self, labels: Labels) -> Tensor:
-        """Working responses of every output (class), ``[N, P]``."""
+    def working(self, labels: Labels, gradient: Tensor) -> Tensor:
+        """Working responses of every output (class), ``[N, P]``.
+
+        ``gradient``: of the loss at the outputs, in the shape of the labels' outputs.
+        """
 
     def misfit(self, labels: Labels) -> Tensor:
         """What the scale of the likelihood is the mean of, at the outputs, ``[N, K]``."""
@@ -61,7 +64,7 @@ class _SquaredError:
     exact: bool = True
     least_scale: float = 0.0
 
-    def working(self, labels: Labels) -> Tensor:
+    def working(self, labels: Labels, gradient: Tensor) -> Tensor:
         return labels.targets
 
     def misfit(self, labels: Labels) -> Tensor:
@@ -74,9 +77,9 @@ class _Logistic:
     exact: bool = False
     least_scale: float = 1e-2  # nats
 
-    def working(self, labels: Labels) -> Tensor:
-        error = labels.outputs.sigmoid() - labels.targets
-        return labels.outputs - error / self.curvature
+    def working(self, labels: Labels, gradient: Tensor) -> Tensor:
+        value = -1 / self.curvature
+        return torch.addcdiv(labels.outputs, gradient, labels.factor, value=value)
 
     def misfit(self, labels: Labels) -> Tensor:
         return F.binary_cross_entropy_with_logits(labels.outputs, labels.targets, reduction="none")
@@ -88,9 +91,9 @@ class _Softmax:
     exact: bool = False
     least_scale: float = 1e-2  # nats
 
-    def working(self, labels: Labels) -> Tensor:
-        error = labels.outputs.softmax(2) - labels.targets
-        return (labels.outputs - error / self.curvature).flatten(1)
+    def working(self, labels: Labels, gradient: Tensor) -> Tensor:
+        value, factor = -1 / self.curvature, labels.factor[..., None]
+        return torch.addcdiv(labels.outputs, gradient, factor, value=value).flatten(1)
 
     def misfit(self, labels: Labels) -> Tensor:
         return -(labels.targets * labels.outputs.log_softmax(2)).sum(2)

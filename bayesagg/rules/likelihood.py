@@ -294,8 +294,9 @@ def _gradients(
         scales = [_scale(part, name, here, ratios) for part in some for name in part.names]
         if any(scale is not None for scale in scales):
             sizes = [head.out_features for part in some for head in part.heads]
+            nothing = torch.zeros_like(next(s for s in scales if s is not None)[:1])
             columns = [
-                gradient.new_zeros(size) if scale is None else scale.expand(size)
+                nothing.expand(size) if scale is None else scale.expand(size)
                 for scale, size in zip(scales, sizes, strict=True)
             ]
             add(key, (gradient * _cat(columns).to(gradient.dtype)) @ rows)

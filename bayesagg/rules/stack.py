@@ -195,7 +195,7 @@ def make_stacks(units: Sequence[Unit], here: Mapping[str, Part], dtype: torch.dt
     working = {}
     for key, part in parts.items():
         assert part.labels is not None
-        working[key] = BOUNDS[part.kind].working(part.labels)
+        working[key] = BOUNDS[part.kind].working(part.labels, part.gradient)
     groups: dict[tuple[object, ...], list[tuple[Unit, Part, Columns]]] = {}
     for unit in units:
         part = here[unit.names[0]]
