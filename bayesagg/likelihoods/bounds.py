@@ -3,8 +3,9 @@
 A quadratic with a curvature ``c`` that does not depend on the datum bounds each negative
 log-likelihood from above and touches it at the current output ``z`` (majorise-minimise): up to a
 constant it is ``c/2 (h̃ᵀw - t)²`` with the working response ``t = z - e/c``, ``e`` the derivative
-at ``z``, the loss's own over its factor. So one Gram matrix ``H̃ᵀH̃`` serves every task on the same features, and the minimum of
-the bound cannot overshoot (Böhning 1992). For a squared error the bound is exact and ``t = y``.
+at ``z``, the loss's own over its factor. So one Gram matrix ``H̃ᵀH̃`` serves every task on the same
+features, and the minimum of the bound cannot overshoot (Böhning 1992). For a squared error the
+bound is exact and ``t = y``.
 """
 
 from __future__ import annotations
