@@ -11,12 +11,15 @@ from examples.comparison.benchmarks import (
     nih,
     qm9,
     qm9_mpnn,
+    qm9_private,
     utkface,
     yeast,
 )
 
 SOURCES: dict[str, Source] = {
     "qm9": qm9.SOURCE,
+    "qm9-towers": qm9_private.TOWERS,
+    "qm9-experts": qm9_private.EXPERTS,
     "qm9-mpnn": qm9_mpnn.SOURCE,
     "qm9-mpnn-bonds": qm9_mpnn.BONDS,
     "mnist": mnist.SOURCE,
