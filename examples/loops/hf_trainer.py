@@ -1,9 +1,8 @@
 """Hugging Face ``Trainer``: ``python -m examples.loops.hf_trainer``.
 
 A small BERT reads molecules of QM9 as text and predicts properties of which labels are missing. The
-wrapped optimizer is given to the Trainer: its checkpoints then hold the posterior (in
-``optimizer.pt``) and resume from it. ``compute_loss`` returns the one scalar, which the Trainer
-divides, scales and differentiates as any loss.
+wrapper is the Trainer's optimizer: checkpoints hold the posterior, in ``optimizer.pt``, and resume
+from it. ``compute_loss`` returns the one scalar, to be divided and differentiated as any loss.
 """
 
 from __future__ import annotations
@@ -60,11 +59,7 @@ class MultiTaskTrainer(Trainer):
         self.wrapper = optimizer  # `self.optimizer` will be Accelerate's proxy of it
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any
     ) -> Any:
         out = model(inputs["input_ids"])
         losses = {}
@@ -76,7 +71,7 @@ class MultiTaskTrainer(Trainer):
         loss = self.wrapper.loss(losses) if model.training else sum(losses.values())
         return (loss, out) if return_outputs else loss
 
-    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Any:
         """The loss alone: the Trainer would look for ``labels`` in the batch."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
@@ -110,7 +105,7 @@ def make_trainer(args: argparse.Namespace) -> MultiTaskTrainer:
         gradient_accumulation_steps=args.accumulate,
         bf16=args.bf16,
         save_strategy="epoch",
-        logging_steps=10,
+        logging_steps=5,
         disable_tqdm=True,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
@@ -136,14 +131,14 @@ def main(arguments: list[str] | None = None) -> MultiTaskTrainer:
     parser.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="a checkpoint of the Trainer")
+    parser.add_argument("--resume", help="folder of a checkpoint")
     parser.add_argument("--output", type=Path, default=Path("output/hf_trainer"))
     args = parser.parse_args(arguments)
     try:
         trainer = make_trainer(args)
     except DataUnavailableError as error:
         sys.exit(f"error: {error}")
-    trainer.train(resume_from_checkpoint=str(args.resume) if args.resume else None)
+    trainer.train(resume_from_checkpoint=args.resume)
     print("loss of the test part:", trainer.evaluate()["eval_loss"])
     print("task weights:", {t: float(w) for t, w in trainer.wrapper.task_weights.items()})
     return trainer

@@ -1,6 +1,6 @@
 """The scalar in ``Trainer.compute_loss``; the wrapper is the Trainer's optimizer.
 
-So the posterior is in the checkpoint's ``optimizer.pt``, and epochs of the paper's rule are counted.
+So the posterior is in the checkpoint's ``optimizer.pt``, and the paper's epochs are counted.
 """
 
 from __future__ import annotations
