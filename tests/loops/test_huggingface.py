@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from tests.helpers import (
+    LOSSES,
     SAMPLED,
     assert_finite,
     assert_same,
@@ -21,7 +23,7 @@ from tests.helpers import (
 )
 from tests.loops.clients import huggingface, plain, state_of
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 STEPS, EPOCHS = 3, 3
 BATCHES = [{"x": x, **labels} for x, labels in (make_batch(seed=index) for index in range(STEPS))]
@@ -100,3 +102,52 @@ def test_a_trainer_may_use_half_precision(rule, tmp_path):
         ends.append(list(net.parameters()))
     assert not torch.equal(ends[0][0], ends[1][0])
     torch.testing.assert_close(*ends, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's, about parts of torch itself
+def test_a_trainer_may_compile_the_model(rule, tmp_path):
+    """``torch_compile=True``, the whole of it: graphs break where the engine looks."""
+    ends = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        net, wrapper = start(rule)
+        how = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        trainer = huggingface(net, wrapper, BATCHES, losses_of, tmp_path, EPOCHS, **how)
+        assert hasattr(trainer.model_wrapped, "_orig_mod") == compiled
+        ends.append(list(net.parameters()))
+    torch._dynamo.reset()
+    torch.testing.assert_close(*ends)
+
+
+class Sentences(nn.Module):
+    """A small BERT, and two heads on the state of its first token."""
+
+    def __init__(self, checkpointing):
+        super().__init__()
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = transformers.BertConfig(vocab_size=11, num_hidden_layers=2, **sizes, **rates)
+        self.trunk = transformers.BertModel(config, add_pooling_layer=False).double()
+        self.heads = nn.ModuleDict({"reg": nn.Linear(8, 2), "cls": nn.Linear(8, 3)}).double()
+        if checkpointing:
+            self.trunk.gradient_checkpointing_enable()
+
+    def forward(self, ids):
+        h = self.trunk(ids).last_hidden_state[:, 0]
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+def test_gradient_checkpointing_of_a_transformer(rule):
+    """Its layers are computed again in the backward pass; the steps are the same."""
+    ends = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        net = Sentences(checkpointing)
+        wrapper = wrap(net, "adam", rule, settings=SAMPLED)
+        for index in range(6):
+            _, labels = make_batch(seed=index)
+            ids = torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(index))
+            wrapper.zero_grad()
+            wrapper.step({n: LOSSES[n](z, labels[n]) for n, z in net(ids).items()})
+        ends.append(snapshot(net)["parameters"])
+    torch.testing.assert_close(*map(tensors_of, ends))
