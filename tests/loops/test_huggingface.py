@@ -130,7 +130,7 @@ class Sentences(nn.Module):
         self.trunk = transformers.BertModel(config, add_pooling_layer=False).double()
         self.heads = nn.ModuleDict({"reg": nn.Linear(8, 2), "cls": nn.Linear(8, 3)}).double()
         if checkpointing:
-            self.trunk.gradient_checkpointing_enable()
+            self.trunk.activation_checkpointing_enable()
 
     def forward(self, ids):
         h = self.trunk(ids).last_hidden_state[:, 0]
