@@ -76,7 +76,7 @@ $(VENV)/ready:
 $(VENV)/installed-demo: EXTRAS := demo
 $(VENV)/installed-examples: EXTRAS := examples
 $(VENV)/installed-docs: EXTRAS := examples,docs
-$(VENV)/installed-test: EXTRAS := examples,test,docs
+$(VENV)/installed-test: EXTRAS := examples,loops,test,docs
 
 $(VENV)/installed-%: pyproject.toml $(VENV)/ready
 	@echo "Installing bayesagg[$(EXTRAS)] into $(VENV); the first time, PyTorch makes this a download of several minutes"

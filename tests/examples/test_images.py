@@ -3,6 +3,7 @@
 import csv
 import os
 import pickle
+import random
 import sys
 
 import numpy as np
@@ -282,15 +283,30 @@ def test_augmentation_follows_from_the_batch_alone(data):
     write_faces(data)
     loaded = utkface.load()
     rows = torch.tensor([3, 1, 2])
-    before = torch.get_rng_state()
+    before, drawn = torch.get_rng_state(), random.getstate()
     x, y = loaded.train.batch(rows)
-    assert torch.get_rng_state().equal(before)
+    assert torch.get_rng_state().equal(before) and random.getstate() == drawn
     torch.manual_seed(7)
+    random.seed(7)
     again, _ = loaded.train.batch(rows)
     assert again.equal(x) and x.shape == (3, 3, 128, 128) and x.min() >= 0 and x.max() <= 1
     other, y_other = loaded.train.batch(torch.tensor([3, 4, 2]))  # as in another epoch
     assert y_other[[0, 2]].equal(y[[0, 2]])
     assert not (other[0].equal(x[0]) and other[2].equal(x[2]))
+
+
+def test_faces_are_cropped_and_not_scaled(data):
+    """A training image is a window of the file's, or its mirror image."""
+    pytest.importorskip("timm")
+    names = sorted(write_faces(data, size=140))
+    part = utkface.load().train
+    for place, x in zip(part.rows[:4], part.batch(torch.arange(4))[0], strict=True):
+        with Image.open(data / "UTKFace" / names[place]) as image:
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        windows = pixels.unfold(1, 128, 1).unfold(2, 128, 1)  # channel, top, left, y, x
+        windows = windows.flatten(1, 2).transpose(0, 1)
+        near = [((windows - y).abs().amax((1, 2, 3)) < 1e-6).any() for y in (x, x.flip(2))]
+        assert any(near)
 
 
 def test_evaluation_takes_the_middle_of_the_image(data):
