@@ -17,8 +17,9 @@ from examples.comparison.catalogue import SINGLE_TASK, Method
 from examples.comparison.pipeline import Outcome
 from examples.comparison.report import difference, markdown, p_value, spread
 from examples.comparison.runs import criteria
-from examples.comparison.statistics import paired_p_value, task_means
+from examples.comparison.statistics import holm, paired_interval, paired_p_value, task_means
 
+_MOST_TASKS = 4  # with columns of their own
 _MOST = 8  # methods of which all pairs are tested
 _STYLES = ("o-", "s--", "D-.", "^:", "v-", "P--", "X-.", "*:")
 
@@ -116,6 +117,38 @@ def pair_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> 
         for a, b in combinations(names, 2)
     ]
     return markdown(["pair", "learning rate", "difference of Δm", "p, paired t-test"], rows)
+
+
+def best_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark, reference: str) -> str:
+    """Metric of every task at each method's best learning rate by Δm on the validation part.
+
+    Paired differences to the reference method, with half their 95 % interval, and p-values of
+    paired t-tests with Holm's correction for the number of methods. Empty where there is one
+    learning rate, or more tasks than columns for them.
+    """
+    found, best = by_method(outcome), best_rates(outcome, data)
+    if max(map(len, found.values()), default=0) < 2 or len(data.tasks) > _MOST_TASKS:
+        return ""
+    order = sorted(best, key=lambda method: mean(outcome.standings[best[method]].delta))
+    values = {m: criteria(data, outcome.runs[best[m]], "test") for m in order}
+    others = [m for m in order if m != reference and reference in best]
+    header = ["each at its best", "learning rate"]
+    rows = {m: [_label(labels, found[m]), best[m].partition("@")[2]] for m in order}
+    against = _label(labels, found[reference]) if others else ""
+    for k, task in enumerate(data.tasks):
+        own = {m: [run[k] for run in values[m]] for m in order}
+        header.append(f"{task.name}, {task.metric.upper()}{task.unit and f' [{task.unit}]'}")
+        for m in order:
+            rows[m].append(spread(own[m], 4))
+        if others:
+            header += [f"difference to {against}", "p"]
+            tests = holm([paired_p_value(own[m], own[reference]) for m in others])
+            corrected = dict(zip(others, tests, strict=True))
+            for m in order:
+                pair = m in corrected and paired_interval(own[m], own[reference])
+                rows[m] += ["{:+.4f} ± {:.4f}".format(*pair) if pair else ""]
+                rows[m] += [p_value(corrected.get(m))]
+    return markdown(header, list(rows.values()))
 
 
 def _label(labels: Mapping[str, str], names: Mapping[float, str]) -> str:

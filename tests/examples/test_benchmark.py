@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from examples.benchmark import memory, methods, networks, parts, report, steps, timing
 from examples.benchmark.__main__ import main
@@ -67,6 +68,21 @@ def test_what_is_measured_is_not_linear_scalarization(name, rule):
         gradients.append(torch.cat([gradient.flatten() for gradient in shared]))
     plain, ours = gradients
     assert (ours - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_one_factorization_serves_all_towers_of_a_kind():
+    """In a step of a mixture of experts, as many of them for two tasks as for eleven."""
+    found = []
+    for name in ("mmoe_2", "mmoe_11"):
+        run = steps.make_step(CASES[name], steps.Arm("likelihood")).run
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(4):
+                run()
+        calls = {event.key: event.count for event in profiler.key_averages()}
+        names = [key for key in calls if "linalg" in key or "cholesky" in key]
+        found.append({key: calls[key] for key in names if not key.endswith("norm")})
+    assert found[0] == found[1]
+    assert 0 < found[0]["aten::linalg_eigh"] <= 2 * 4  # regressions and binary tasks
 
 
 def test_memory_counts_allocations_exactly():
