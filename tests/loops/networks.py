@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bayesagg import LossTask
 from tests.helpers import INPUTS, LOSSES, OUTPUTS, WIDTH, make_losses, plain_trunk
 from tests.loops.runs import plain_net
 
@@ -155,7 +155,8 @@ class Build:
     make: Callable[[], nn.Module]
     common: bool
     losses: Callable[[Mapping[str, Tensor], Batch], dict[str, Tensor]] = vector_losses
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    passthrough: tuple[str, ...] = ()
+    tasks: Mapping[str, LossTask] = field(default_factory=dict)
 
     def net(self) -> nn.Module:
         """The same for every call."""
@@ -173,7 +174,8 @@ NETWORKS = {
     "dense": Build(Dense, True, dense_losses),
     "frozen": Build(frozen, True),
     "twice": Build(Twice, True, twice_losses),
-    "penalised": Build(Penalised, True, penalised_losses, {"passthrough": ("aux",)}),
+    "penalised": Build(Penalised, True, penalised_losses, ("aux",)),
+    "weighed": Build(Penalised, True, penalised_losses, tasks={"aux": LossTask()}),
     "towers": Build(lambda: plain_net(towers=True), False),
     "experts": Build(Experts, False),
     "stitched": Build(Stitched, False),

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from bayesagg.errors import CaptureError, HeadError
-from tests.helpers import EPOCH, QUICK, assert_finite, make_batch, wrap
+from tests.helpers import EPOCH, QUICK, assert_finite, make_batch, make_heads, wrap
 from tests.loops.clients import CLIENTS, plain, state_of
 from tests.loops.networks import NETWORKS
 from tests.loops.runs import assert_equal_runs, assert_near, batch_of, half, result
@@ -29,8 +29,9 @@ def start(name, rule):
     """A network and its wrapper; adam, as most have it."""
     build = NETWORKS[name]
     net = build.net()
-    settings = {"settings": QUICK, "shared_rep_hook": None, **build.settings}
-    return net, wrap(net, "adam", rule, **settings), build.losses_of
+    heads = {**make_heads(net, rule, **QUICK), **build.tasks}
+    kwargs = {"heads": heads, "shared_rep_hook": None, "passthrough": build.passthrough}
+    return net, wrap(net, "adam", rule, **kwargs), build.losses_of
 
 
 class Recomputed(nn.Module):
