@@ -76,7 +76,7 @@ $(VENV)/ready:
 $(VENV)/installed-demo: EXTRAS := demo
 $(VENV)/installed-examples: EXTRAS := examples
 $(VENV)/installed-docs: EXTRAS := examples,docs
-$(VENV)/installed-test: EXTRAS := examples,test,docs
+$(VENV)/installed-test: EXTRAS := examples,loops,test,docs
 # Only a data file of it is read, and its requirements (an old ray, colorama 0.4.4) fit no other's.
 $(VENV)/installed-examples $(VENV)/installed-docs $(VENV)/installed-test: ALONE := recbole==1.2.1
 

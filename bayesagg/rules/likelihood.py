@@ -140,7 +140,7 @@ class LikelihoodRule:
         active, idle = arrange(memory.units, memory.heads, here, alone, like)
         found = infer(self, memory, make_stacks(active, here, memory.dtype), exchange)
         exact = [exact_gradients(self, part) for part in found]
-        others = self._others(memory, batch, owning, like)
+        others = self._others(memory, batch, owning, like, exchange)
         values = [self._ratios(memory, one, own) for one, own in zip(found, exact, strict=True)]
         ratios = {name: ratio for name, (ratio, _) in others.items() if name in memory.heads}
         for one, value in zip(found, values, strict=True):
@@ -191,21 +191,34 @@ class LikelihoodRule:
         return torch.cat([exact.ratio, inverse], 1) if r else inverse
 
     def _others(
-        self, memory: FadingMemory, batch: Batch, owning: set[str], like: Tensor
+        self,
+        memory: FadingMemory,
+        batch: Batch,
+        owning: set[str],
+        like: Tensor,
+        exchange: Exchange,
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Of tasks without inference: ratio ``[o]`` or scalar, and value and number of the loss."""
-        found = {}
+        values = {}
         for name, task in memory.tasks.items():
             if isinstance(task, Head) and name not in owning:
                 continue
             loss = batch.losses.get(name)
             value = like if loss is None else loss.detach().to(like.dtype)
-            seen = torch.full_like(like, float(loss is not None))
-            state = memory.others.get(name)
-            scale = value if state is None else means_of(state[:, None], (value[None],))[0][0]
+            values[name] = torch.stack([value, torch.full_like(like, float(loss is not None))])
+        new = [name for name in values if name not in memory.others]
+        # Their first scale is that of the batch, which all ranks have to share.
+        first = dict(zip(new, exchange.sum([values[name] for name in new]), strict=True))
+        found = {}
+        for name, value in values.items():
+            if name in first:
+                scale = first[name][0] / first[name][1].clamp(min=1)
+            else:
+                scale = means_of(memory.others[name][:, None], (value[:1],))[0][0]
             ratio = torch.where(scale > 0, scale.reciprocal(), 1.0)
+            task = memory.tasks[name]
             outputs = (task.num_tasks,) if isinstance(task, Head) else ()
-            found[name] = (ratio.expand(outputs), torch.stack([value, seen]))
+            found[name] = (ratio.expand(outputs), value)
         return found
 
     def _scales(self, memory: FadingMemory, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -194,15 +194,15 @@ def test_bad_arguments_are_named(flags, message, capsys):
 
 
 def test_missing_package_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    monkeypatch.setitem(sys.modules, "timm.models", None)
     threads = str(torch.get_num_threads())
     assert main(["--shapes", "utkface", "--parts", "time", "--threads", threads]) == 2
-    assert "pip install torchvision" in capsys.readouterr().err
+    assert "pip install timm" in capsys.readouterr().err
 
 
 def test_help_needs_no_optional_package():
     code = (
-        "import sys; sys.modules['torchvision'] = sys.modules['torch_geometric'] = None\n"
+        "import sys; sys.modules['timm'] = sys.modules['torch_geometric'] = None\n"
         "from examples.benchmark.__main__ import main; main(['--help'])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
