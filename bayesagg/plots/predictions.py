@@ -47,14 +47,14 @@ def plot_predictions(
         raise ValueError(f"{len(y)} targets, {len(m)} means, {len(low)} and {len(high)} ends")
     missed = (y < low) | (y > high)
     ax = new_axes(ax, (5.4, 5.2))
-    for chosen, colour, label in (
-        (~missed, BLUE, "holds the truth"),
-        (missed, VERMILLION, "misses it"),
-    ):
+    kinds = ((~missed, BLUE, "holds the truth"), (missed, VERMILLION, "misses it"))
+    for chosen, colour, label in kinds:
         if chosen.any():
-            around = np.stack([m - low, high - m])[:, chosen]
-            style = {"fmt": "o", "ms": 4, "lw": 1, "color": colour, "alpha": 0.7, "label": label}
-            ax.errorbar(y[chosen], m[chosen], np.maximum(around, 0), **style)
+            around = np.maximum(np.stack([m - low, high - m])[:, chosen], 0)
+            bars = ax.errorbar(
+                y[chosen], m[chosen], around, fmt="o", ms=4, lw=1, color=colour, alpha=0.7
+            )
+            bars.set_label(label)
     ends = [min(y.min(), m.min()), max(y.max(), m.max())]
     ax.plot(ends, ends, color="0.4", ls="--", lw=1.5)
     ax.set_xlabel(f"truth [{unit}]")
