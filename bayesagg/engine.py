@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from bayesagg.checkpoint import describe, read_state
 from bayesagg.heads import Head, LossTask, named_heads
 from bayesagg.parallel import Exchange, ProcessGroup
+from bayesagg.predicting import Predictor
 from bayesagg.reading import Batch, Reader
 from bayesagg.reading.hooks import Call, Capture
 from bayesagg.rules import LikelihoodRule, PaperRule, Plan, Rule
@@ -187,6 +188,25 @@ class BayesAgg(nn.Module):
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         for name, rows in weights.items():
             self.heads[name].write(rows)
+
+    def predictor(
+        self, model: nn.Module, data: Iterable[Any] | None = None, **settings: Any
+    ) -> Predictor:
+        """Predictive distributions by the posteriors of the heads, as a module of its own.
+
+        Args:
+            model: the network that has the heads.
+            data: pairs of inputs and targets by task: the posteriors are then exact, from one pass
+                in evaluation mode. ``None``: they are those that training has left.
+            settings: with data, ``prior_variance`` (default: the rule's), ``passes`` and
+                ``max_parameters`` of :meth:`bayesagg.predicting.Predictor.fit`.
+
+        Raises:
+            HeadError: if the model does not have the heads.
+            PredictionError: without data, if a head has no evidence.
+            BayesAggError: for bad data, as of :meth:`bayesagg.predicting.Predictor.fit`.
+        """
+        return Predictor.of_engine(self, model, data, **settings)
 
     def _adopt(self, plan: Plan, known: Mapping[str, Any]) -> None:
         """The backward pass has run: learn, keep the weights, set the heads."""

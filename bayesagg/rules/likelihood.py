@@ -26,8 +26,11 @@ from bayesagg.heads import Head
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.memory import FadingMemory, Update, means_of, running_mean
 from bayesagg.parallel import Exchange
+from bayesagg.predicting.regression import Prior
+from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
 from bayesagg.rules.base import Key, Plan, Tasks
+from bayesagg.rules.inferred import of_fading
 from bayesagg.rules.stack import arrange, make_stacks
 from bayesagg.rules.streaming import (
     Exact,
@@ -87,6 +90,14 @@ class LikelihoodRule:
     def memory_of(self, width: int) -> float:
         """N for outputs of ``width`` weights."""
         return float(self.memory or 20 * width)
+
+    def prior_of(self, head: Head) -> Prior:
+        """Of the weights of a head, for predictions."""
+        return Prior(head.prior_variance or self.prior_variance, relative=True)
+
+    def inferred(self, memory: FadingMemory) -> dict[str, Inferred]:
+        """Posteriors of all heads of which there is evidence, for predictions."""
+        return of_fading(self, memory)
 
     @property
     def decay(self) -> float:
