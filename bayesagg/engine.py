@@ -146,9 +146,10 @@ class BayesAgg(nn.Module):
             plan = Plan()
             if not overflowed:
                 plan = self.rule.plan(self._memory, batch, flags, self._exchange)
-            calls = dict(self._capture.calls)
+            calls, watched = dict(self._capture.calls), self._capture.group is not None
             self._capture.clear()
-            return scalar_of(Step(self, plan, batch, known), batch, self._waiting(batch, calls))
+            step = Step(self, plan, batch, known, watched or self._exchange.ranks is not None)
+            return scalar_of(step, batch, self._waiting(batch, calls))
 
     def _waiting(self, batch: Batch, calls: Mapping[str, list[Call]]) -> list[Tensor]:
         """Outputs of absent tasks: every rank's gradients are waited for, also of these."""

@@ -75,6 +75,7 @@ class Said:
         target: what the user passed, ``None``: labels are read off the loss.
         eps: rounding of the outputs or of the loss, whichever is larger.
         form: of the loss, see :func:`bayesagg.reading.form.form_of`.
+        alone: the loss depends on nothing but the outputs.
         probes: ``v`` and ``H v`` at the outputs of the calls, ``H`` second derivatives.
     """
 
@@ -87,6 +88,7 @@ class Said:
     target: Tensor | None
     eps: float
     form: int
+    alone: bool
     probes: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
 
     @functools.cached_property

@@ -92,7 +92,8 @@ class Reader:
         with capture.paused(), without_gathers(outputs):
             saids = self._hear(capture, calls, scalars, total, given)
             parts = self._parts(saids, named, scalars, total)
-        return Batch(parts or [], total, scalars, names, overflowed=parts is None)
+        alone = frozenset(said.name for said in saids if said.alone)
+        return Batch(parts or [], total, scalars, names, parts is None, alone)
 
     def _hear(
         self,
@@ -126,9 +127,9 @@ class Reader:
             reached, derivatives = [call for call, _ in pairs], [g for _, g in pairs]
             capture.check_unchanged(name, reached)
             form = form_of(loss, nodes_of([call.output for call in reached]), nodes)
-            target = targets.get(name)
+            layout, target = self._layouts[name], targets.get(name)
             saids.append(
-                Said(name, head, self._layouts[name], reached, loss, derivatives, target, eps, form)
+                Said(name, head, layout, reached, loss, derivatives, target, eps, *form)
             )
         return saids
 
