@@ -53,7 +53,9 @@ class Step:
                     continue
                 carried.add(part.key)
                 calls = part.calls[name]
-                rows = _rows(plan.gradients[part.key], calls, head) if first else [None] * len(calls)
+                rows = (
+                    _rows(plan.gradients[part.key], calls, head) if first else [None] * len(calls)
+                )
                 if name in self.skipped:
                     self.direct += [
                         (call.features, gradient)

@@ -249,10 +249,10 @@ def test_heads_are_passed_by_only_where_nobody_notices(watcher, monkeypatch, dev
         train(net, optimizer, 4)
         optimizer.zero_grad()
         if watcher == "module":
-            net.heads["reg"].register_full_backward_hook(lambda *_: seen.append(1))
+            net.heads["reg"].register_full_backward_hook(lambda *_, to=seen: to.append(1))
         out = net(x)
         if watcher == "output":
-            out["reg"].register_hook(lambda g: seen.append(1))
+            out["reg"].register_hook(lambda g, to=seen: to.append(1))
         elif watcher == "retained":
             out["reg"].retain_grad()
         losses = make_losses(out, labels)

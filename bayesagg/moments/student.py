@@ -99,20 +99,18 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """What the posterior without a datum says of that datum, ``[G, N, R]`` each.
+    """What the posterior without a datum says of that datum.
 
     Attributes:
-        residual: ``r' = h̃ᵀm' - y``.
-        own: ``r = h̃ᵀm - y``, with the datum.
-        kappa: ``κ = 1 / (1 - w h̃ᵀA⁻¹h̃)``.
-        leverage: ``h̃ᵀA⁻¹h̃``.
+        residual: ``r' = h̃ᵀm' - y``, ``[G, N, R]``.
+        own: ``r = h̃ᵀm - y``, with the datum, ``[G, N, R]``.
+        rest: ``1/κ = 1 - w h̃ᵀA⁻¹h̃``, ``[G, N, R]``.
         rotated: ``h̃ᵀQ``, ``[S, N, D]``.
     """
 
     residual: Tensor
     own: Tensor
-    kappa: Tensor
-    leverage: Tensor
+    rest: Tensor
     rotated: Tensor
 
 
@@ -144,11 +142,15 @@ def leave_one_out(
     features = features.expand(len(posterior.vectors), -1, -1)
     if rotated is None:
         rotated = torch.bmm(features, posterior.vectors)
-    leverage = torch.bmm(rotated * rotated, posterior.inverse.transpose(1, 2))
-    pull = leverage if weights is None else leverage * weights
-    kappa = pull.clamp_max(_MAX_LEVERAGE).neg_().add_(1.0).reciprocal_()
+    square = rotated * rotated
+    rest = torch.baddbmm(
+        square.new_ones(1),
+        square if weights is None else square * weights,
+        posterior.inverse.transpose(1, 2),
+        alpha=-1,
+    ).clamp_min_(1 - _MAX_LEVERAGE)
     own = torch.baddbmm(targets, features, posterior.mean.transpose(1, 2), beta=-1)
-    return LeaveOneOut(kappa * own, own, kappa, leverage, rotated)
+    return LeaveOneOut(own / rest, own, rest, rotated)
 
 
 def student_gradient(
@@ -165,9 +167,10 @@ def student_gradient(
     Under the posterior ``N(m', τ² A'⁻¹)`` without the datum the expected gradient of
     ``(h̃ᵀw - y)²`` is ``2 (τ² u' + m' r')``. The negative log-density of a Student-t variable of
     scale τ and ν degrees of freedom has the gradient of the squared error times
-    ``ρ = (ν + 1) / 2 (ν τ² + e²)``; for ``e²`` its expectation ``r'² + τ² κ ℓ`` is taken. The
-    gradient is in nats, whatever the unit of the label, and the influence of a datum is bounded.
-    The sum over outputs is taken in the eigenbasis, where no ``[N, R, d]`` tensor is needed.
+    ``ρ = (ν + 1) / 2 (ν τ² + e²)``; for ``e²`` its expectation ``r'² + τ² κ ℓ`` is taken, with
+    ``w κ ℓ = κ - 1``. The gradient is in nats, whatever the unit of the label, and the influence of
+    a datum is bounded. The sum over outputs is taken in the eigenbasis, where no ``[N, R, d]``
+    tensor is needed.
 
     Args:
         left: of :func:`leave_one_out`.
@@ -176,21 +179,29 @@ def student_gradient(
         noise_variance: τ², ``[G, R]``.
         factor: of the loss, ``[G, N or 1, R]``; 0 for a label that is missing.
         degrees_of_freedom: ν.
-        weights: as in :func:`leave_one_out`.
+        weights: as in :func:`leave_one_out`; 0 for a label that is missing.
 
     Returns:
         the gradient summed over outputs, ``[G, N, d]``, and ρ, ``[G, N, R]``.
     """
     posterior = posterior.first(left.residual.shape[2])
     # In place where it can be: with many outputs the memory that is touched is the time.
-    tau2, nu = noise_variance[:, None], degrees_of_freedom
-    spread = left.kappa * tau2
-    rho = (spread * left.leverage).addcmul_(left.residual, left.residual).add_(tau2 * nu)
-    rho = rho.reciprocal_().mul_((nu + 1) / 2)
-    scaled = rho * (factor * 2.0)
-    along = (left.residual * left.kappa).mul_(left.own)
-    along = (along if weights is None else along * weights).add_(spread).mul_(scaled)
+    r, tau2, nu = left.residual, noise_variance[:, None], degrees_of_freedom
+    unit = 2 / (nu + 1)
+    rho = (tau2 * unit) / left.rest
+    if weights is None:
+        rho = rho.addcmul_(r, r, value=unit).add_(tau2 * (unit * (nu - 1))).reciprocal_()
+        scaled = rho * (factor * 2.0)
+        # As τ² κ + r'² is what ρ has below the line but for (ν - 1) τ².
+        along = torch.addcmul(factor * (nu + 1), scaled, tau2 * (1 - nu))
+    else:
+        square = (r * r).mul_(weights).addcdiv_(tau2, left.rest)
+        least = torch.finfo(rho.dtype).eps ** 0.5  # κ - 1 of less is rounding
+        rho = rho.sub_(tau2 * unit).div_(weights.clamp_min(least)).addcmul_(r, r, value=unit)
+        rho = rho.add_(tau2 * (unit * nu)).reciprocal_()
+        scaled = rho * (factor * 2.0)
+        along = square.mul_(scaled)
     uncertain = torch.bmm(along, posterior.inverse).mul_(left.rotated)
-    plain = torch.bmm(scaled.mul_(left.residual), posterior.mean)
+    plain = torch.bmm(scaled.mul_(r), posterior.mean)
     gradient = torch.baddbmm(plain, uncertain, posterior.vectors.transpose(1, 2))
     return gradient[..., :d] if gradient.shape[2] > d else gradient, rho

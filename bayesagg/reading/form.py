@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections import deque
 from collections.abc import Container, Iterable
 
 from torch import Tensor
@@ -36,18 +35,21 @@ def form_of(loss: Tensor, own: Container[Node], others: Container[Node]) -> tupl
     names: list[str] = []
     alone = True
     seen: set[Node] = set()
-    queue = deque([loss.grad_fn])
-    while queue and len(names) < _MANY:
-        node = queue.popleft()
+    queue = [loss.grad_fn]
+    for node in queue:  # which grows meanwhile
         if node is None or node in seen:
             names.append("-")
-            continue
-        seen.add(node)
-        if node in others:
-            names.append("own" if node in own else "other")
-            alone &= names[-1] == "own"
-            continue
-        names.append(node.name())
-        alone &= not names[-1].endswith("AccumulateGrad")
-        queue.extend(following for following, _ in node.next_functions)
-    return zlib.crc32(" ".join(names).encode()), alone and not queue
+        elif node in others:
+            seen.add(node)
+            own_one = node in own
+            alone &= own_one
+            names.append("own" if own_one else "other")
+        else:
+            seen.add(node)
+            name = node.name()
+            alone &= not name.endswith("AccumulateGrad")
+            names.append(name)
+            queue += [following for following, _ in node.next_functions]
+        if len(names) == _MANY:
+            break
+    return zlib.crc32(" ".join(names).encode()), alone and len(names) == len(queue)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayesagg.heads import Head, stacked
 from bayesagg.likelihoods.bounds import BOUNDS, floored
-from bayesagg.memory import Basis, FadingMemory, Unit, means_of, running_mean
+from bayesagg.memory import Basis, FadingMemory, Frame, Unit, means_of, running_mean
 from bayesagg.moments import Spectrum, leave_one_out, student_gradient
 from bayesagg.parallel import Exchange
 from bayesagg.reading import Labels, Part
@@ -35,6 +35,7 @@ class Inference:
 
     Attributes:
         stack: whose heads these are.
+        frame: of the stack.
         gram: ``[G, D, D]``, after the step; shift too.
         shift: ``[G, P, D]``.
         seen: data of the step, ``[G]``, or their number where no label is missing.
@@ -47,6 +48,7 @@ class Inference:
     """
 
     stack: Stack
+    frame: Frame
     gram: Tensor
     shift: Tensor
     seen: Tensor | float
@@ -87,23 +89,13 @@ class Inference:
             for unit, gram, shift, own, basis in parts
         ]
 
-    def by_head(self, values: Tensor, heads: Mapping[str, Head], tasks: bool) -> dict[str, Tensor]:
-        """Rows ``[G, P, …]`` of all columns, or ``[G, T, …]`` of all tasks, by head."""
-        found: dict[str, Tensor] = {}
-        for unit, part in zip(self.stack.units, _split(values, self.stack.sizes), strict=True):
-            rows = part[:, 0] if unit.wide else part[0]
-            sizes = [heads[n].num_tasks if tasks else heads[n].out_features for n in unit.names]
-            found.update(zip(unit.names, _split(rows, sizes), strict=True))
-        return found
-
     def module_weights(self, heads: Mapping[str, Head]) -> dict[str, Tensor]:
         """Posterior mean of every head, ``[o, D]``; its own weights without a label in the step."""
-        found = self.by_head(self.posterior.mean, heads, False)
+        found = self.frame.by_head(self.posterior.mean, False)
         if self.stack.units[0].weighted:
             evidence = torch.as_tensor(self.seen) > 0
-            known = self.by_head(
-                evidence[:, None].expand(self.posterior.mean.shape[:2]), heads, False
-            )
+            shape = self.posterior.mean.shape[:2]
+            known = self.frame.by_head(evidence[:, None].expand(shape), False)
             for name, mean in found.items():
                 own = stacked(heads[name]).to(mean.dtype)
                 found[name] = torch.where(known[name][:, None], mean, own)
@@ -180,7 +172,7 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
 def _posterior(
     rule: LikelihoodRule, memory: FadingMemory, stack: Stack, new: Evidence
 ) -> Inference:
-    units, seen = stack.units, new.seen
+    units, seen, frame = stack.units, new.seen, _frame(rule, memory, stack, new.gram)
     before = [_cat([getattr(unit, key) for unit in units]) for key in ("gram", "shift", "scale")]
     misfit, length = new.misfit, rule.memory_of(new.gram.shape[-1])
     fade: Tensor | float
@@ -196,18 +188,14 @@ def _posterior(
         misfit = misfit / seen if misfit.shape[1] else misfit
     tasks = before[2].shape[2]
     misfit, levels = misfit[:, :tasks], misfit[:, tasks:]
-    current, ridge = _ridge(rule, memory, stack, before[2], misfit, levels)
+    current, ridge = _ridge(frame, stack, before[2], misfit, levels)
     posterior, bases = _spectrum(stack, gram, shift, ridge, new, fade, length)
-    return Inference(stack, gram, shift, seen, misfit, before[2], current, posterior, bases, fade)
+    state = (gram, shift, seen, misfit, before[2], current)
+    return Inference(stack, frame, *state, posterior, bases, fade)
 
 
 def _ridge(
-    rule: LikelihoodRule,
-    memory: FadingMemory,
-    stack: Stack,
-    scale: Tensor,
-    misfit: Tensor,
-    levels: Tensor,
+    frame: Frame, stack: Stack, scale: Tensor, misfit: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scales of all tasks, ``[G, T]``, and ridges of all columns, ``[G, P]``.
 
@@ -222,7 +210,7 @@ def _ridge(
         first = torch.cat([levels, torch.ones_like(misfit[:, r:])], 1)  # 1: they have no unit
         current, level = means_of(scale, (misfit, first))
         relative = current / level.clamp_min(torch.finfo(level.dtype).tiny)
-    noise, ridge = _constants(rule, memory, stack, current)
+    noise, ridge = frame.noise, frame.ridge
     if noise is not None:
         fixed = torch.where(noise > 0, noise, current[:, :r])
         relative = _cat([relative[:, :r] * (fixed / current[:, :r]), relative[:, r:]], 1)
@@ -282,27 +270,33 @@ def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [values] if len(sizes) == 1 else values.split(sizes)
 
 
-def _constants(
-    rule: LikelihoodRule, memory: FadingMemory, stack: Stack, like: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """Fixed noise variances ``[G, R]`` (0: learned), and ridges ``[G, P]`` per unit of noise.
-
-    Heads and rules are frozen, so these are made once.
-    """
-    shape = (like.shape[0], stack.responses.shape[2])
+def _frame(rule: LikelihoodRule, memory: FadingMemory, stack: Stack, like: Tensor) -> Frame:
+    """Heads and rules are frozen, so this is made once."""
+    shape = (len(like), stack.responses.shape[2])
     key = (shape, like.device, *(unit.names for unit in stack.units))
-    if key not in memory.constants:
-        heads = [memory.heads[name] for unit in stack.units for name in unit.names]
-        columns = [head for head in heads for _ in range(head.out_features)]
-        ridges = [
-            1 / (BOUNDS[head.kind].curvature * (head.prior_variance or rule.prior_variance))
-            for head in columns
-        ]
-        noises = [getattr(head, "noise_variance", None) for head in columns]
-        fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
-        noise = like.new_tensor(fixed).view(shape)[:, : stack.exact] if any(fixed) else None
-        memory.constants[key] = (noise, like.new_tensor(ridges).view(shape))
-    return memory.constants[key]
+    frame = memory.frames.get(key)
+    if frame is not None:
+        return frame
+    heads = [memory.heads[name] for unit in stack.units for name in unit.names]
+    columns = [head for head in heads for _ in range(head.out_features)]
+    ridges = [
+        1 / (BOUNDS[head.kind].curvature * (head.prior_variance or rule.prior_variance))
+        for head in columns
+    ]
+    noises = [getattr(head, "noise_variance", None) for head in columns]
+    fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
+    noise = like.new_tensor(fixed).view(shape)[:, : stack.exact] if any(fixed) else None
+    units = [[memory.heads[name] for name in unit.names] for unit in stack.units]
+    frame = memory.frames[key] = Frame(
+        [unit.names for unit in stack.units],
+        stack.sizes if stack.units[0].wide else None,
+        [[head.num_tasks for head in some] for some in units],
+        [[head.out_features for head in some] for some in units],
+        noise,
+        like.new_tensor(ridges).view(shape),
+        max(BOUNDS[head.kind].least_scale for head in heads),
+    )
+    return frame
 
 
 @dataclass
