@@ -115,8 +115,10 @@ class BayesAgg(nn.Module):
         if self._weigh is not None:
             with torch.no_grad():
                 found, self._weigh = self._weigh(), None
+            like = next(iter(found.values()), None)
+            dtype = None if like is None else like.dtype
             self._weights = {  # a task that took no part has no weight
-                name: found[name] if name in found else torch.zeros_like(weight)
+                name: found[name] if name in found else torch.zeros_like(weight, dtype=dtype)
                 for name, weight in self._weights.items()
             }
         return self._weights

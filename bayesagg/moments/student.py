@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,20 +22,29 @@ class Spectrum:
     ``A_k⁻¹ = Q diag(1 / (ω + λ_k)) Qᵀ``, and the mean is ``m_k = A_k⁻¹ η_k``.
 
     Attributes:
-        vectors: ``Q``, ``[G, D, D]``.
+        vectors: ``Q``, ``[G, D, D]``; of a basis that is kept, perhaps in less precision.
         inverse: ``1 / (ω + λ_k)``, ``[G, P, D]``.
         mean: ``[G, P, D]``.
+        values: ``ω``, the diagonal of ``QᵀΛQ``, ``[G, D]``.
     """
 
     vectors: Tensor
     inverse: Tensor
     mean: Tensor
+    values: Tensor
 
     def first(self, outputs: int) -> Spectrum:
         """Of the first outputs alone."""
         if outputs == self.mean.shape[1]:
             return self
-        return Spectrum(self.vectors, self.inverse[:, :outputs], self.mean[:, :outputs])
+        return replace(self, inverse=self.inverse[:, :outputs], mean=self.mean[:, :outputs])
+
+    def to(self, dtype: torch.dtype) -> Spectrum:
+        """In another dtype."""
+        if dtype == self.mean.dtype:
+            return self
+        parts = (self.vectors, self.inverse, self.mean, self.values)
+        return Spectrum(*(part.to(dtype) for part in parts))
 
     @staticmethod
     def of(gram: Tensor, shift: Tensor, ridge: Tensor) -> Spectrum:
@@ -51,7 +60,7 @@ class Spectrum:
         ridge = torch.maximum(ridge, floor)
         inverse = torch.add(values.clamp_min_(0.0)[:, None], ridge[..., None]).reciprocal_()
         scaled = torch.bmm(shift, vectors).mul_(inverse)
-        return Spectrum(vectors, inverse, torch.bmm(scaled, vectors.transpose(1, 2)))
+        return Spectrum(vectors, inverse, torch.bmm(scaled, vectors.transpose(1, 2)), values)
 
     @staticmethod
     def near(
@@ -67,7 +76,8 @@ class Spectrum:
             gram: as in :meth:`of`; shift and ridge too.
             shift: likewise.
             ridge: likewise.
-            vectors: ``Q`` of earlier evidence, ``[G, D, D]``.
+            vectors: ``Q`` of earlier evidence, ``[G, D, D]``; their precision is that of the
+                preconditioner, not of the means.
             values: diagonal of ``QᵀΛQ``, ``[G, D]``.
             start: means of earlier evidence, ``[G, P, D]``.
         """
@@ -75,10 +85,10 @@ class Spectrum:
         floor = (values.amax(1, keepdim=True) * _LEAST_RIDGE).clamp_min_(tiny)
         ridge = torch.maximum(ridge, floor)[..., None]
         inverse = torch.add(values[:, None], ridge).reciprocal_()
-        back = vectors.transpose(1, 2)
+        back, light, dtype = vectors.transpose(1, 2), inverse.to(vectors.dtype), gram.dtype
 
         def precondition(x: Tensor) -> Tensor:
-            return torch.bmm(torch.bmm(x, vectors).mul_(inverse), back)
+            return torch.bmm(torch.bmm(x.to(light.dtype), vectors).mul_(light), back).to(dtype)
 
         mean = start
         residual = shift - torch.baddbmm(ridge * mean, mean, gram)
@@ -94,7 +104,7 @@ class Spectrum:
             better = precondition(residual)
             old, product = product, (residual * better).sum(2, keepdim=True)
             direction = torch.addcmul(better, product / old.clamp_min(tiny), direction)
-        return Spectrum(vectors, inverse, mean)
+        return Spectrum(vectors, inverse, mean, values)
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ def leave_one_out(
     posterior: Spectrum,
     weights: Tensor | None = None,
     rotated: Tensor | None = None,
+    light: Spectrum | None = None,
 ) -> LeaveOneOut:
     """Prediction of every datum by the posterior without that datum.
 
@@ -134,22 +145,27 @@ def leave_one_out(
         posterior: whose first ``R`` outputs these are; each datum is in it with its weight.
         weights: ``[G, N, 1]``, or ``None`` where all are one.
         rotated: ``h̃ᵀQ``, ``[G, N, D]``, if it is known.
+        light: the posterior in the dtype of the results; residuals, small differences of large
+            numbers, are found in that of ``posterior``.
 
     Returns:
         leverages times weights are taken as 0.9 at most.
     """
     posterior = posterior.first(targets.shape[2])
+    light = posterior if light is None else light.first(targets.shape[2])
+    dtype = light.mean.dtype
     features = features.expand(len(posterior.vectors), -1, -1)
     if rotated is None:
         rotated = torch.bmm(features, posterior.vectors)
+    rotated = rotated.to(dtype)
     square = rotated * rotated
     rest = torch.baddbmm(
         square.new_ones(1),
         square if weights is None else square * weights,
-        posterior.inverse.transpose(1, 2),
+        light.inverse.transpose(1, 2),
         alpha=-1,
     ).clamp_min_(1 - _MAX_LEVERAGE)
-    own = torch.baddbmm(targets, features, posterior.mean.transpose(1, 2), beta=-1)
+    own = torch.baddbmm(targets, features, posterior.mean.transpose(1, 2), beta=-1).to(dtype)
     return LeaveOneOut(own / rest, own, rest, rotated)
 
 

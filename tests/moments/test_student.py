@@ -41,7 +41,10 @@ def gradient_of(features, y, posterior, noise, weights=None, factor=None):
     w = None if weights is None else weights[None]
     for j in range(k):
         one = Spectrum(
-            posterior.vectors, posterior.inverse[:, j : j + 1], posterior.mean[:, j : j + 1]
+            posterior.vectors,
+            posterior.inverse[:, j : j + 1],
+            posterior.mean[:, j : j + 1],
+            posterior.values,
         )
         left = leave_one_out(features[None], y[None, :, j : j + 1], one, w)
         ones = y.new_ones(1, n, 1) if factor is None else factor[None]
@@ -105,7 +108,7 @@ def test_is_the_gradient_of_a_student_t_where_the_weights_are_certain(device):
     features, y, _ = problem(3, 8, 3, 2, device)
     noise = y.new_tensor([0.5, 4.0])
     mean = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0)).double().to(device)
-    sure = Spectrum(torch.eye(4).to(y)[None], torch.full_like(mean, 1e-16), mean)
+    sure = Spectrum(torch.eye(4).to(y)[None], torch.full_like(mean, 1e-16), mean, mean[:, 0])
     gradient, _ = gradient_of(features, y, sure, noise)
     h = features.clone().requires_grad_()
     density = torch.distributions.StudentT(NU, h @ mean[0].mT, noise.sqrt())
