@@ -5,10 +5,15 @@ Numbers only; :mod:`bayesagg.plots` draws them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bayesagg.predicting import RegressionPrediction
 
 __all__ = [
     "Reliability",
@@ -16,6 +21,7 @@ __all__ = [
     "expected_calibration_error",
     "gradient_certainty",
     "gradient_conflict",
+    "interval_coverage",
     "reliability",
 ]
 
@@ -62,6 +68,37 @@ def gradient_certainty(mean: Tensor, variance: Tensor) -> Tensor:
     noise = variance.sum(-1).sqrt().clamp(min=torch.finfo(mean.dtype).tiny)
     ratio: Tensor = torch.linalg.vector_norm(mean, dim=-1) / noise
     return ratio.median(0).values
+
+
+def interval_coverage(
+    prediction: RegressionPrediction, targets: Tensor, levels: Sequence[float]
+) -> Tensor:
+    """Share of the labels that lie in the predicted intervals; calibrated: the level itself.
+
+    Args:
+        prediction: of a regression.
+        targets: of the shape of its mean; NaN where missing.
+        levels: of the intervals, ``L`` numbers between 0 and 1.
+
+    Returns:
+        by level and output of the head, ``[L, o]``; NaN of an output without labels.
+
+    Raises:
+        ValueError: for another shape, or a level out of range.
+    """
+    if targets.shape != prediction.mean.shape:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}, the prediction "
+            f"{tuple(prediction.mean.shape)}"
+        )
+    first = prediction.posterior.layout.channels_first
+    seen, shares = ~targets.isnan(), []
+    for level in levels:
+        low, high = prediction.interval(level)
+        inside = (targets >= low) & (targets <= high)
+        rows = [(x.movedim(1, -1) if first else x).flatten(0, -2) for x in (inside, seen)]
+        shares.append((rows[0] & rows[1]).sum(0) / rows[1].sum(0))
+    return torch.stack(shares)
 
 
 @dataclass(frozen=True)

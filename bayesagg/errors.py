@@ -11,6 +11,7 @@ __all__ = [
     "LossError",
     "NumericalError",
     "NumericalWarning",
+    "PredictionError",
     "RankError",
     "TargetError",
     "UnknownTaskError",
@@ -54,6 +55,10 @@ class CheckpointError(BayesAggError, ValueError):
 
 class NumericalError(BayesAggError, ArithmeticError):
     """A posterior precision could not be factorized."""
+
+
+class PredictionError(BayesAggError, RuntimeError):
+    """There is nothing to predict with: no evidence of a head, or a predictor without a state."""
 
 
 class RankError(BayesAggError, RuntimeError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from bayesagg.engine import BayesAgg, Losses
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head, LossTask
 from bayesagg.parallel import ProcessGroup
+from bayesagg.predicting import Predictor
 from bayesagg.rules import Rule
 
 __all__ = ["BayesAggWrapper"]
@@ -211,6 +212,22 @@ class BayesAggWrapper(Optimizer):
             stepped = self.base_optimizer.step(closure)
         self.engine.stepped()
         return stepped if result is None else result
+
+    def predictor(
+        self, model: nn.Module, data: Iterable[Any] | None = None, **settings: Any
+    ) -> Predictor:
+        """Predictive distributions of every task: :meth:`bayesagg.BayesAgg.predictor`.
+
+        Args:
+            model: the network that has the heads.
+            data: for exact posteriors, pairs of inputs and targets by task, such as the training
+                loader; ``None``: those of training.
+            settings: as there.
+
+        Raises:
+            BayesAggError: as there.
+        """
+        return self.engine.predictor(model, data, **settings)
 
     def end_epoch(self) -> None:
         """Of ``PaperRule`` without ``steps_per_epoch``: see :meth:`bayesagg.BayesAgg.end_epoch`."""

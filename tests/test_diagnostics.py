@@ -10,8 +10,12 @@ from bayesagg.diagnostics import (
     expected_calibration_error,
     gradient_certainty,
     gradient_conflict,
+    interval_coverage,
     reliability,
 )
+from bayesagg.predicting import Predictor
+from tests.helpers import make_batch, plain_net
+from tests.predicting.cases import heads_of, loader
 
 
 def test_conflict_counts_pairs_that_point_apart():
@@ -85,3 +89,16 @@ def test_perfect_and_worst_scores():
 def test_wrong_shapes_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_interval_coverage_counts_labels_inside():
+    net = plain_net()
+    predictor = Predictor.fit(net, heads_of(net), loader())
+    p = predictor(make_batch(seed=9)[0])["reg"]
+    low, high = p.interval(0.5)
+    targets = torch.stack([(low + high)[:, 0] / 2, high[:, 1] + 1], 1)
+    targets[0, 1] = torch.nan
+    shares = interval_coverage(p, targets, (0.5, 0.999999))
+    assert shares.tolist() == [[1, 0], [1, 1]]
+    with pytest.raises(ValueError, match="shape"):
+        interval_coverage(p, targets[:1], (0.5,))

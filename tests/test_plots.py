@@ -15,6 +15,8 @@ from bayesagg.plots import (
     plot_calibration,
     plot_certainty,
     plot_conflict,
+    plot_coverage,
+    plot_predictions,
     plot_reliability,
     plot_task_weights,
     plot_update,
@@ -265,3 +267,27 @@ except ImportError as error:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "bayesagg[plots]" in run.stdout
+
+
+# --- predictions ---------------------------------------------------------------------------------
+
+
+def test_predictions_with_intervals():
+    y = np.array([0.0, 1.0, 2.0, 3.0])
+    ax = drawn(plot_predictions(y, y + 0.1, y - 0.2, y + np.array([0.3, 0.3, -0.1, 0.3]), unit="m"))
+    assert ax.get_title() == "25 % of the intervals miss"
+    assert {t.get_text() for t in ax.get_legend().get_texts()} == {"holds the truth", "misses it"}
+    assert ax.get_xlabel() == "truth [m]"
+    with pytest.raises(ValueError, match="3 targets"):
+        plot_predictions(y[:3], y, y, y)
+
+
+def test_coverage_against_the_nominal_level():
+    levels = [0.5, 0.8, 0.9]
+    ax = drawn(plot_coverage({"before": [0.4, 0.6, 0.7], "after": levels}, levels))
+    lines = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+    assert lines["before"] == [0.4, 0.6, 0.7] and lines["after"] == levels
+    with pytest.raises(ValueError, match="'a': 2 shares for 3 levels"):
+        plot_coverage({"a": [0.1, 0.2]}, levels)
+    with pytest.raises(ValueError, match="no coverage"):
+        plot_coverage({}, levels)

@@ -21,8 +21,8 @@ PUBLIC = [
     *(
         f"bayesagg.{module}"
         for module in (
-            *("aggregation", "diagnostics", "errors", "lightning", "logging"),
-            *("metrics", "moments", "plots", "posterior", "presets"),
+            *("acquisition", "aggregation", "diagnostics", "errors", "lightning", "logging"),
+            *("metrics", "moments", "plots", "posterior", "predicting", "presets"),
         )
     ),
 ]

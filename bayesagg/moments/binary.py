@@ -13,7 +13,7 @@ from bayesagg.moments.log_moments import LogMoments, variance_of
 from bayesagg.moments.whitened import whitened
 from bayesagg.posterior import Gaussian
 
-__all__ = ["binary_log_moments", "binary_moments", "gaussian_nodes"]
+__all__ = ["binary_log_moments", "binary_moments", "gaussian_nodes", "panel_nodes"]
 
 # Gauss-Hermite nodes up to a standard deviation of the logit: relative error of all moments
 # at most 1e-6 to 1e-5, in the tails of the sigmoid too (measured against 150 nodes).
@@ -67,16 +67,27 @@ def gaussian_nodes(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
         if widest <= bound:
             x, w = _constants(hermite_rule, count, mean.dtype, mean.device)
             return x.expand(*mean.shape, -1), w
-    t, tw = _constants(_legendre, _PANEL_NODES, mean.dtype, mean.device)
     x, w = _constants(hermite_rule, _PANELS * _PANEL_NODES, mean.dtype, mean.device)
     wide = sd > _HERMITE[-1][0]
-    edges = _panel_edges(mean[wide], sd[wide])
+    nodes, weights = x.repeat(*mean.shape, 1), w.repeat(*mean.shape, 1)
+    nodes[wide], weights[wide] = panel_nodes(mean[wide], sd[wide])
+    return nodes, weights
+
+
+def panel_nodes(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
+    """The panels of :func:`gaussian_nodes` for all, however narrow: 64 nodes, no look at the data.
+
+    Args:
+        mean: as there.
+        sd: as there, positive.
+    """
+    t, tw = _constants(_legendre, _PANEL_NODES, mean.dtype, mean.device)
+    edges = _panel_edges(mean.flatten(), sd.flatten())
     length = edges.diff(dim=-1)[..., None]
     panel = (edges[:, :-1, None] + length * t).flatten(-2)
     density = torch.exp(-0.5 * panel.square()) / (2 * torch.pi) ** 0.5
-    nodes, weights = x.repeat(*mean.shape, 1), w.repeat(*mean.shape, 1)
-    nodes[wide], weights[wide] = panel, (length * tw).flatten(-2) * density
-    return nodes, weights
+    weights = (length * tw).flatten(-2) * density
+    return panel.view(*mean.shape, -1), weights.view(*mean.shape, -1)
 
 
 def _panel_edges(m: Tensor, s: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ class Batch:
         tasks: names of the heads that take part.
         overflowed: the losses are finite and a gradient is infinite (a scaled loss under a
             ``GradScaler``).
+        alone: heads whose losses depend on nothing but their outputs.
     """
 
     parts: list[Part]
@@ -131,3 +132,4 @@ class Batch:
     losses: dict[str, Tensor]
     tasks: list[str]
     overflowed: bool = False
+    alone: frozenset[str] = frozenset()

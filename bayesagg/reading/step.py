@@ -31,6 +31,7 @@ class Group:
 
     Attributes:
         saids: of every head.
+        names: of the heads.
         known: what was verified of any of them earlier.
         own: the losses are known not to be the likelihood, and may be.
         likelihood: of the heads.
@@ -45,6 +46,7 @@ class Group:
     known: list[Known | None]
     own: bool
     partial: bool
+    names: tuple[str, ...] = field(init=False)
     likelihood: Likelihood = field(init=False)
     observed: Observed = field(init=False)
     usable: Tensor | None = None
@@ -52,6 +54,7 @@ class Group:
     complete: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.names = tuple([said.name for said in self.saids])
         self.likelihood = LIKELIHOODS[self.saids[0].layout.kind]
         self.observed = join(self.saids)
         if self.saids[0].target is not None and not self.own:
@@ -72,18 +75,26 @@ def group_heads(saids: Sequence[Said], known: Mapping[str, Known]) -> list[Group
     """Groups in the order of their first heads."""
     groups: dict[tuple[object, ...], list[Said]] = {}
     for said in saids:
-        layout, form = said.layout, known.get(said.name, Known())
-        flags = (said.target is not None, form.own, form.weighted, form.masked)
-        what = (layout.kind, layout.classes, said.calls[0].output.dtype, said.key)
-        groups.setdefault((*what, *flags), []).append(said)
+        layout, form = said.layout, known.get(said.name, _NEW)
+        what = (
+            *(layout.kind, layout.classes, said.calls[0].output.dtype, said.key),
+            *(said.target is not None, form.own, form.weighted, form.masked),
+        )
+        if what in groups:
+            groups[what].append(said)
+        else:
+            groups[what] = [said]
     made = []
     for group in groups.values():
         forms = [known.get(said.name) for said in group]
         first = forms[0]
         own = first is not None and first.own and group[0].target is not None
-        partial = any(form is None or form.weighted or form.masked for form in forms)
-        made.append(Group(group, forms, own, partial))
+        uncertain = first is not None and (first.weighted or first.masked)
+        made.append(Group(group, forms, own, uncertain or None in forms))
     return made
+
+
+_NEW = Known()
 
 
 class Features:
@@ -166,9 +177,11 @@ def make_parts(
 
 
 def _part(group: Group, indices: list[int], labels: Labels | None, features: Features) -> Part:
-    saids = [group.saids[i] for i in indices]
+    saids, names = group.saids, group.names
     gradient, losses = _data_first(group.observed.gradient), group.observed.losses
-    if len(saids) < len(group.saids):
+    if len(indices) < len(saids):
+        saids = [saids[i] for i in indices]
+        names = tuple(said.name for said in saids)
         columns, start = [], 0
         for i, said in enumerate(group.saids):
             stop = start + said.layout.tasks
@@ -176,16 +189,16 @@ def _part(group: Group, indices: list[int], labels: Labels | None, features: Fea
                 columns.append(gradient[:, start:stop])
             start = stop
         gradient, losses = torch.cat(columns, 1), torch.stack([losses[i] for i in indices])
-    slices, start = {}, 0
+    slices, calls, start = {}, {}, 0
     for said in saids:
-        slices[said.name] = slice(start, start + said.layout.tasks)
-        start += said.layout.tasks
+        stop = start + said.layout.tasks
+        slices[said.name], calls[said.name], start = slice(start, stop), said.calls, stop
     return Part(
         group.likelihood.kind,
-        tuple(said.name for said in saids),
-        tuple(said.head for said in saids),
+        names,
+        tuple([said.head for said in saids]),
         saids[0].key,
-        {said.name: said.calls for said in saids},
+        calls,
         features.of(saids[0]),
         gradient,
         labels,

@@ -14,8 +14,10 @@ See docs/theory.md for the derivation. One step, for the heads that read one ten
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -24,10 +26,13 @@ from torch import Tensor
 from bayesagg.errors import HeadError
 from bayesagg.heads import Head
 from bayesagg.likelihoods.bounds import BOUNDS
-from bayesagg.memory import FadingMemory, Update, means_of, running_mean
+from bayesagg.memory import FadingMemory, Frame, Update, means_of, running_mean
 from bayesagg.parallel import Exchange
+from bayesagg.predicting.regression import Prior
+from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
 from bayesagg.rules.base import Key, Plan, Tasks
+from bayesagg.rules.inferred import of_fading
 from bayesagg.rules.stack import arrange, make_stacks
 from bayesagg.rules.streaming import (
     Exact,
@@ -88,6 +93,14 @@ class LikelihoodRule:
         """N for outputs of ``width`` weights."""
         return float(self.memory or 20 * width)
 
+    def prior_of(self, head: Head) -> Prior:
+        """Of the weights of a head, for predictions."""
+        return Prior(head.prior_variance or self.prior_variance, relative=True)
+
+    def inferred(self, memory: FadingMemory) -> dict[str, Inferred]:
+        """Posteriors of all heads of which there is evidence, for predictions."""
+        return of_fading(self, memory)
+
     @property
     def decay(self) -> float:
         """Weight of the past in the running means."""
@@ -114,24 +127,22 @@ class LikelihoodRule:
 
     def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:
         """Of every head: whether it takes part, cannot share Gram matrices, is not inferred."""
-        here = {name: part for part in batch.parts for name in part.names}
-        found = []
-        for name in memory.heads:
-            part = here.get(name)
-            labels = None if part is None else part.labels
+        here = {}
+        for part in batch.parts:
+            labels = part.labels
             alone = labels is not None and (labels.present is not None or len(labels.factor) > 1)
-            own = part is not None and (labels is None or not memory.heads[name].writable)
-            found += [part is not None, part is None or alone, own]
-        return found
+            for name, head in zip(part.names, part.heads, strict=True):
+                here[name] = True, alone, labels is None or not head.writable
+        return [flag for name in memory.heads for flag in here.get(name, (False, True, False))]
 
     @torch.no_grad()
     def plan(
         self, memory: FadingMemory, batch: Batch, flags: list[bool], exchange: Exchange
     ) -> Plan:
         """Gradients at every head's features, weights, and what the step adds to the memory."""
-        present, alone, owning = ({*_marked(memory, flags, i)} for i in range(3))
+        present, alone, owning = ({*compress(memory.heads, flags[i::3])} for i in range(3))
         parts = {name: part for part in batch.parts for name in part.names}
-        like = torch.zeros((), dtype=memory.dtype, device=batch.total.device)
+        like = memory.zero(batch.total.device)
         here = {
             name: parts[name] if name in parts else blank_part(name, memory.heads[name], like)
             for name in memory.heads
@@ -141,33 +152,26 @@ class LikelihoodRule:
         found = infer(self, memory, make_stacks(active, here, memory.dtype), exchange)
         exact = [exact_gradients(self, part) for part in found]
         others = self._others(memory, batch, owning, like, exchange)
-        values = [self._ratios(memory, one, own) for one, own in zip(found, exact, strict=True)]
+        values = [self._ratios(one, own) for one, own in zip(found, exact, strict=True)]
         ratios = {name: ratio for name, (ratio, _) in others.items() if name in memory.heads}
         for one, value in zip(found, values, strict=True):
             if one.stack.exact < value.shape[1]:
-                ratios |= one.by_head(value, memory.heads, True)
+                ratios |= one.frame.by_head(value, True)
         # Of all heads on every rank: weights that are sharded are gathered.
         weights = {n: h.weights() for n, h in memory.heads.items() if n in present}
         planned, plain = _gradients(batch.parts, here, exact, ratios, weights)
         squares, lengths, misses = _totals(exact, others, planned, plain, like, exchange)
         length = _moved(memory.length, lengths, self.decay)
         units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
-        before = [unit for one in found for unit in one.stack.units]
-        fades = [fade for one in found for fade in one.fades()]
-        update = Update(
-            idle + units,
-            self._scales(memory, misses),
-            length,
-            memory.steps,
-            list(zip(before, fades, strict=True)),
-            self.decay,
-        )
-        plan = Plan(update=update)
+        before = [pair for one in found for pair in zip(one.stack.units, one.fades(), strict=True)]
+        scales = self._scales(memory, misses)
+        plan = Plan(update=Update(idle + units, scales, length, memory.steps, before, self.decay))
         if memory.steps < self.warmup:
             plan.weights = _uniform(memory, like)
             return plan
         own = {name: ratios[name] for name in parts if name not in here}
-        plan.weights = _shares(memory, parts, found, values, own)
+        frames = [one.frame for one in found]
+        plan.weights = partial(_shares, list(parts), frames, values, own)
         scale = self._length_scale(memory, length)
         plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
         plan.loss_weights = {
@@ -178,14 +182,12 @@ class LikelihoodRule:
         plan.spared = tuple(plan.heads)
         return plan
 
-    def _ratios(self, memory: FadingMemory, found: Inference, exact: Exact) -> Tensor:
+    def _ratios(self, found: Inference, exact: Exact) -> Tensor:
         """What the losses of a stack's tasks are multiplied by on average, ``[G, T]``."""
         r = found.stack.exact
         if r == found.current.shape[1]:
             return exact.ratio
-        names = found.stack.units[0].names
-        least = max(BOUNDS[memory.heads[name].kind].least_scale for name in names)
-        inverse = found.current[:, r:].clamp_min(least).reciprocal_()
+        inverse = found.current[:, r:].clamp_min(found.frame.least_scale).reciprocal_()
         if found.stack.weights is not None:  # a task without a label in this batch has none
             inverse = inverse * (found.stack.weights.sum((1, 2)) > 0)[:, None]
         return torch.cat([exact.ratio, inverse], 1) if r else inverse
@@ -237,11 +239,10 @@ class LikelihoodRule:
         """What the aggregate is multiplied by."""
         if not self.keep_length:
             return torch.ones_like(length[0])
-        ours, plain = length.unbind()
-        ratio = (ours / plain).sqrt_()
-        within = _INVARIANT if memory.invariant else _OTHER
+        square = length[0] / length[1]
+        within = (_INVARIANT if memory.invariant else _OTHER) ** 2
         # No gradient at all: 0 / 0.
-        return (ratio.clamp(1 / within, within) / ratio).nan_to_num_(1.0, 1.0, 1.0)
+        return (square.clamp(1 / within, within) / square).sqrt_().nan_to_num_(1.0, 1.0, 1.0)
 
 
 def _warn_of_unused(name: str, head: Head) -> None:
@@ -267,11 +268,6 @@ def _warn_of_unused(name: str, head: Head) -> None:
             f"rule='paper' uses such settings.",
             stacklevel=6,
         )
-
-
-def _marked(memory: FadingMemory, flags: Sequence[bool], which: int) -> Iterator[str]:
-    """Heads with a flag."""
-    return (name for name, flag in zip(memory.heads, flags[which::3], strict=True) if flag)
 
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -332,7 +328,7 @@ def _totals(
     exchange: Exchange,
 ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
     """Sums over all ranks: squared residuals by stack, squared lengths, values of losses."""
-    lengths = torch.stack([_square(planned, like), _square(plain, like)])
+    lengths = _square([*planned.values()], [*plain.values()], like)
     if exchange.size > 1:  # the gradients of ranks are averaged
         lengths = lengths / exchange.size**2
     parts = [one.sums for one in exact] + [lengths] + [value for _, value in others.values()]
@@ -341,11 +337,13 @@ def _totals(
     return sums[:n], sums[n], dict(zip(others, sums[n + 1 :], strict=True))
 
 
-def _square(gradients: Mapping[Key, Tensor], like: Tensor) -> Tensor:
-    norms = [torch.linalg.vector_norm(g).to(like.dtype) for g in gradients.values()]
-    if not norms:
-        return like
-    return norms[0] * norms[0] if len(norms) == 1 else torch.stack(norms).square().sum()
+def _square(planned: list[Tensor], plain: list[Tensor], like: Tensor) -> Tensor:
+    """Squared lengths of the gradients, of both kinds at the same keys, ``[2]``."""
+    if not planned:
+        return like.expand(2)
+    norms = torch.stack([torch.linalg.vector_norm(g).to(like.dtype) for g in planned + plain])
+    squares = norms * norms
+    return squares if len(squares) == 2 else squares.view(2, -1).sum(1)
 
 
 def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:
@@ -360,27 +358,26 @@ def _uniform(memory: FadingMemory, like: Tensor) -> dict[str, Tensor]:
 
 
 def _shares(
-    memory: FadingMemory,
-    parts: Mapping[str, Part],
-    found: Sequence[Inference],
+    names: Sequence[str],
+    frames: Sequence[Frame],
     values: Sequence[Tensor],
     others: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Ratios of the tasks of this rank's batch as shares of their sum; 0 without any label."""
-    pieces = [*values, *(ratio[None] for ratio in others.values())]
-    if not pieces:
+    """Ratios of the tasks of this rank's batch as shares of their sum; 0 without any label.
+
+    Args:
+        names: of the heads in the batch.
+        frames: of the stacks.
+        values: ratios by stack, ``[G, T]``.
+        others: ratios by head that is in no stack, ``[o]``.
+    """
+    found = dict(others)
+    for frame, value in zip(frames, values, strict=True):
+        found |= frame.by_head(value, True)
+    here = {name: found[name] for name in names if name in found}
+    if not here:
         return {}
-    sums = [piece.sum() for piece in pieces]
-    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    least = torch.finfo(total.dtype).tiny
-    total = total.clamp_min(least)
-    shares: dict[str, Tensor] = {}
-    for one, piece in zip(found, pieces, strict=False):
-        shares |= one.by_head(piece / total, memory.heads, True)
-    for name, piece in zip(others, pieces[len(values) :], strict=True):
-        shares[name] = piece[0] / total
-    present = {name: shares[name] for name in parts if name in shares}
-    if len(present) < len(shares) and present:  # the others are those of other ranks alone
-        rest = torch.stack([share.sum() for share in present.values()]).sum()
-        present = {name: share / rest.clamp_min(least) for name, share in present.items()}
-    return present
+    together = torch.cat(list(here.values()))
+    shares = together / together.sum().clamp_min(torch.finfo(together.dtype).tiny)
+    sizes = [len(value) for value in here.values()]
+    return dict(zip(here, shares.split(sizes), strict=True))

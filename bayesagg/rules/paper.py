@@ -19,11 +19,14 @@ from bayesagg.heads import Head
 from bayesagg.likelihoods import Evidence
 from bayesagg.parallel import Exchange
 from bayesagg.posterior import Gaussian
+from bayesagg.predicting.regression import Prior
+from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
 from bayesagg.rules.base import Plan, Tasks
 from bayesagg.rules.combine import combine
 from bayesagg.rules.epochs import PaperMemory, Update
 from bayesagg.rules.groups import make_groups
+from bayesagg.rules.inferred import of_paper
 from bayesagg.rules.sample import Sample
 from bayesagg.rules.subset import extend
 
@@ -101,6 +104,14 @@ class PaperRule:
             )
         groups = make_groups(heads)
         return PaperMemory(groups, dtype, seed, self.pretrain_epochs, steps_per_epoch)
+
+    def prior_of(self, head: Head) -> Prior:
+        """Of the weights of a head, for predictions."""
+        return Prior(head.prior_variance or 1.0)
+
+    def inferred(self, memory: PaperMemory) -> dict[str, Inferred]:
+        """Posteriors of all heads of which there is evidence, for predictions."""
+        return of_paper(memory)
 
     def flags(self, memory: PaperMemory, batch: Batch) -> list[bool]:
         """Of every head: whether its data do not all count alike, whether its loss is its own.

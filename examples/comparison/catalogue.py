@@ -25,6 +25,14 @@ from examples.comparison.gradients import (
     PCGrad,
 )
 from examples.comparison.readout import Readout
+from examples.comparison.recent import (
+    DBMTL,
+    NTKMTL,
+    STCH,
+    ExcessMTL,
+    GO4Align,
+    UncertaintySoftOptimal,
+)
 from examples.comparison.weighting import (
     FAMO,
     DynamicWeightAverage,
@@ -162,6 +170,12 @@ def methods(preset: str) -> dict[str, Method]:
         "nash-mtl": Method("Nash-MTL", FairGrad, {"alpha": 1.0}),
         "fairgrad": Method("FairGrad", FairGrad, space={"alpha": (2.0, 0.5, 5.0)}),
         "aligned-mtl": Method("Aligned-MTL", AlignedMTL),
+        "uw-so": Method("UW-SO", UncertaintySoftOptimal, space={"temperature": (20.0, 5.0, 100.0)}),
+        "stch": Method("STCH", STCH, space={"mu": (1.0, 0.5, 0.1)}),
+        "go4align": Method("GO4Align", GO4Align, space={"groups": (2, 3, 5)}),
+        "excess-mtl": Method("ExcessMTL", ExcessMTL, space={"rate": (0.01, 0.1, 1.0)}),
+        "db-mtl": Method("DB-MTL", DBMTL, space={"decay": (0.9, 0.5, 0.1)}),
+        "ntkmtl-sr": Method("NTKMTL-SR", NTKMTL),
         "mgda-ub": Method("MGDA-UB", MGDA, _UB, space={"normalize": (False, True)}),
         "imtl-g-ub": Method("IMTL-G-UB", IMTLG, _UB),
         "aligned-mtl-ub": Method("Aligned-MTL-UB", AlignedMTL, _UB),

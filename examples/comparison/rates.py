@@ -161,25 +161,27 @@ def plot_rates(path: Path, outcome: Outcome, labels: Mapping[str, str], title: s
     if max((len(names) for names in found.values()), default=0) < 2:
         return False
     with matplotlib.rc_context({"font.size": 12}):
-        figure = Figure(figsize=(7.5, 5), layout="constrained")
+        figure = Figure(figsize=(6.5, 4.6), layout="constrained")
         axes = figure.subplots()
+        means: list[float] = []
         for (_, names), style in zip(found.items(), _STYLES * len(found), strict=False):
             rates = sorted(names)
             deltas = [outcome.standings[names[rate]].delta for rate in rates]
             errors = [stdev(d) if len(d) > 1 else 0.0 for d in deltas]
-            axes.errorbar(
-                rates, [mean(d) for d in deltas], errors, fmt=style, label=_label(labels, names)
-            )
+            own = [mean(d) for d in deltas]
+            axes.errorbar(rates, own, errors, fmt=style, label=_label(labels, names))
+            means += own
         axes.set_xscale("log")
         every = sorted({rate for names in found.values() for rate in names})
         axes.set_xticks(every, [f"{rate:g}" for rate in every], minor=False)
         axes.set_xticks([], minor=True)
-        axes.set_yscale("symlog", linthresh=20)
+        if max(means) - min(means) > 60:  # linear scalarization is far off where scales differ
+            axes.set_yscale("symlog", linthresh=20)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("learning rate")
         axes.set_ylabel("Δm [%], lower is better")
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right upper", frameon=False)
-        figure.suptitle(title)
+        axes.legend(frameon=False)
+        axes.set_title(title)
         figure.savefig(path, dpi=150)
     return True

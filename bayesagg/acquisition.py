@@ -1,0 +1,143 @@
+"""What to measure next: functions of predictions, the larger the more worthwhile.
+
+Each takes a :class:`bayesagg.predicting.Prediction` of one task at the candidates; several tasks
+are added up by the caller, who knows what they are worth.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bayesagg.predicting import MulticlassPrediction, Prediction, RegressionPrediction
+from bayesagg.predicting.student import NORMAL, student_cdf, student_density
+
+__all__ = ["bald", "expected_improvement", "variance"]
+
+
+def variance(prediction: Prediction) -> Tensor:
+    """Epistemic variance, summed over the outputs of the head (the classes).
+
+    Args:
+        prediction: of one task.
+
+    Returns:
+        a number for each datum (position), in squared units of the labels.
+    """
+    return prediction.epistemic.sum(_outputs(prediction))
+
+
+def bald(
+    prediction: Prediction,
+    *,
+    joint: bool = False,
+    samples: int = 256,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Information that the labels would give of the weights, in nats (Houlsby et al., 2011).
+
+    Regressions in closed form, ``1/2 log(1 + h̃ᵀSh̃ / τ²)``, jointly ``1/2 log det(1 + H̃SH̃ᵀ / τ²)``,
+    given the scale of the noise. Classifications by drawing weights; jointly (Kirsch et al., 2019)
+    the entropy of all labels together is estimated from as many draws of them, which bounds it by
+    ``log samples``.
+
+    Args:
+        prediction: of one task.
+        joint: of all data of the prediction together, a scalar; data that repeat each other then
+            count once.
+        samples: draws of the weights of a classification.
+        generator: of them.
+
+    Returns:
+        a number for each datum (position), summed over outputs, or a scalar.
+    """
+    if isinstance(prediction, RegressionPrediction):
+        return _regression_information(prediction, joint)
+    p = prediction.sample(samples, generator=generator)  # [n, …, o]
+    dimension = _outputs(prediction)
+    if not isinstance(prediction, MulticlassPrediction):
+        p = torch.stack([1 - p, p], -1)
+    elif dimension == 1:
+        p = p.movedim(2, -1)
+    entropy = _entropy(p).mean(0)  # expected, of every datum
+    if joint:
+        outputs = (
+            [p.flatten(1, -2)]
+            if isinstance(prediction, MulticlassPrediction)
+            else (p.movedim(2 if dimension == 1 else -2, 0).flatten(2, -2).unbind())
+        )
+        total = sum(_joint_entropy(part, generator) for part in outputs)
+        return torch.as_tensor(total - entropy.sum()).clamp_min(0)
+    gain = (_entropy(p.mean(0)) - entropy).clamp_min(0)
+    return gain if isinstance(prediction, MulticlassPrediction) else gain.sum(dimension)
+
+
+def expected_improvement(
+    prediction: Prediction, best: Tensor | float, *, maximize: bool = True
+) -> Tensor:
+    """How far a regression's value is expected to exceed the best one known (Jones et al., 1998).
+
+    With location ``m``, scale ``s`` and ``u = (m - best)/s`` it is ``s (u Φ(u) + φ(u))`` of a
+    normal, and ``s (u F(u) + f(u) (ν + u²)/(ν - 1))`` of a Student-t value. The value is that of
+    the function, without the noise of a label.
+
+    Args:
+        prediction: of a regression.
+        best: value to exceed, a number or one for each output.
+        maximize: whether larger values are better.
+
+    Returns:
+        of the shape of the head's output, in units of the labels.
+
+    Raises:
+        TypeError: for a classification.
+    """
+    if not isinstance(prediction, RegressionPrediction):
+        raise TypeError(
+            f"expected_improvement needs a regression, got a {type(prediction).__name__}: rank "
+            f"candidates of a classification by its mean."
+        )
+    scale = prediction.output_variance.sqrt().clamp_min(torch.finfo(prediction.mean.dtype).tiny)
+    gain = prediction.mean - best
+    u = (gain if maximize else -gain) / scale
+    nu = prediction.dof.expand_as(u)
+    tail = torch.where(nu < NORMAL, (nu + u.square()) / (nu - 1), 1.0)
+    return scale * (u * student_cdf(u, nu) + tail * student_density(u, nu)).clamp_min(0)
+
+
+def _outputs(prediction: Prediction) -> int:
+    """The dimension of the outputs."""
+    return 1 if prediction.posterior.layout.channels_first else -1
+
+
+def _regression_information(prediction: RegressionPrediction, joint: bool) -> Tensor:
+    posterior = prediction.posterior
+    noise = posterior.noise.to(prediction.mean.dtype)
+    if not joint:
+        # The calibration scales either alike.
+        ratio = prediction.epistemic / prediction.aleatoric
+        return 0.5 * ratio.log1p().sum(_outputs(prediction))
+    ratio = posterior.covariance(prediction.rows) / noise[:, None, None]
+    identity = torch.eye(ratio.shape[1], dtype=ratio.dtype, device=ratio.device)
+    return 0.5 * torch.logdet(identity + ratio).sum()
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """In nats, over the last dimension."""
+    entropy: Tensor = torch.special.entr(p).sum(-1)
+    return entropy
+
+
+def _joint_entropy(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Of labels of all data, from probabilities under drawn weights, ``[n, N, C]``."""
+    number, data, _ = p.shape
+    labels = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(number, data)
+    logs = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+    # Of every drawn labelling its probability under every draw of the weights.
+    each = torch.stack(
+        [logs.gather(2, y[None, :, None].expand(number, -1, 1))[..., 0].sum(1) for y in labels]
+    )
+    entropy: Tensor = -(each.logsumexp(1) - math.log(number)).mean()
+    return entropy

@@ -1,0 +1,110 @@
+"""Curvatures of classifications at a point, and the posteriors around a mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bayesagg.posterior import contrast_basis
+from bayesagg.predicting.state import Inferred
+
+__all__ = ["Contrasts", "Curvature", "Kronecker", "Outputs"]
+
+
+class Curvature(Protocol):
+    """Of ``G`` independent problems of ``M`` weights."""
+
+    def solve(self, gradient: Tensor, precision: Tensor) -> Tensor:
+        """``(Λ + precision)⁻¹ gradient``, ``[G, M]``; ``precision``: of the prior, ``[G]``."""
+
+    def determined(self, precision: Tensor) -> Tensor:
+        """``tr Λ (Λ + precision)⁻¹``, ``[G]``."""
+
+    def inferred(self, mean: Tensor, precision: Tensor) -> Inferred:
+        """The posterior around a mode ``[G, M]``."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Of binary outputs, ``[o, D, D]``."""
+
+    matrix: Tensor
+
+    def solve(self, gradient: Tensor, precision: Tensor) -> Tensor:
+        """As of :class:`Curvature`."""
+        factor = torch.linalg.cholesky(_with(self.matrix, precision))
+        solved: Tensor = torch.cholesky_solve(gradient[..., None], factor)
+        return solved[..., 0]
+
+    def determined(self, precision: Tensor) -> Tensor:
+        """As of :class:`Curvature`."""
+        omega = torch.linalg.eigvalsh(self.matrix).clamp_min(0)
+        share: Tensor = omega / (omega + precision[:, None])
+        return share.sum(1)
+
+    def inferred(self, mean: Tensor, precision: Tensor) -> Inferred:
+        """As of :class:`Curvature`."""
+        omega, vectors = torch.linalg.eigh(self.matrix)
+        variances = 1 / (omega.clamp_min(0) + precision[:, None])
+        return Inferred(mean, vectors, variances[:, None])
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Of classes, one matrix over all contrasts, ``[1, E·D, E·D]``."""
+
+    matrix: Tensor
+    classes: int
+
+    solve, determined = Outputs.solve, Outputs.determined
+
+    def inferred(self, mean: Tensor, precision: Tensor) -> Inferred:
+        """As of :class:`Curvature`."""
+        basis = contrast_basis(self.classes, mean)
+        factor = torch.linalg.cholesky(_with(self.matrix, precision))[0]
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        root = torch.linalg.solve_triangular(factor, identity, upper=False)
+        contrasts = mean.view(len(basis), -1)
+        return Inferred(
+            basis.mT @ contrasts,
+            rotation=basis.mT,
+            root=root.view(len(root), len(basis), -1),
+        )
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """Of classes, ``C̄ ⊗ H̃ᵀH̃`` by the eigenvalues of both."""
+
+    left: tuple[Tensor, Tensor]  # values [E], vectors [E, E]
+    right: tuple[Tensor, Tensor]  # values [D], vectors [D, D]
+
+    def _values(self) -> Tensor:
+        return self.left[0][:, None] * self.right[0]
+
+    def solve(self, gradient: Tensor, precision: Tensor) -> Tensor:
+        """As of :class:`Curvature`."""
+        u, q = self.left[1], self.right[1]
+        turned = u.mT @ gradient.view(len(u), -1) @ q / (self._values() + precision)
+        return (u @ turned @ q.mT).reshape(1, -1)
+
+    def determined(self, precision: Tensor) -> Tensor:
+        """As of :class:`Curvature`."""
+        values = self._values()
+        return (values / (values + precision)).sum().view(1)
+
+    def inferred(self, mean: Tensor, precision: Tensor) -> Inferred:
+        """As of :class:`Curvature`."""
+        u, q = self.left[1], self.right[1]
+        basis = contrast_basis(len(u) + 1, mean)
+        variances = 1 / (self._values() + precision)
+        return Inferred(basis.mT @ mean.view(len(u), -1), q[None], variances[None], basis.mT @ u)
+
+
+def _with(matrix: Tensor, precision: Tensor) -> Tensor:
+    total = matrix.clone()
+    total.diagonal(dim1=-2, dim2=-1).add_(precision[:, None])
+    return total

@@ -1,0 +1,149 @@
+"""Running a user's network as it is for prediction, and what its heads read in that pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesagg.errors import CaptureError, FeatureError, HeadError
+from bayesagg.heads import Head
+from bayesagg.predicting.state import Layout
+
+__all__ = ["Heads", "call", "check_finite", "evaluating", "moved", "paths_of"]
+
+
+def paths_of(model: nn.Module, heads: Mapping[str, Head]) -> dict[str, str]:
+    """Where in the model the last linear layer of every head is.
+
+    Raises:
+        HeadError: if it is not there.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for task, head in heads.items():
+        if id(head.watched) not in names:
+            raise HeadError(
+                f"task {task!r}: its head is no module of this model. Pass the model that was "
+                f"wrapped; where heads were replaced or the model was built anew since, wrap it "
+                f"again, or fit anew with Predictor.fit(model, heads, loader)."
+            )
+        found[task] = names[id(head.watched)]
+    return found
+
+
+class Heads:
+    """The heads of a model by path, and their features in a forward pass.
+
+    Args:
+        model: that has them.
+        paths: by task.
+        layouts: by task.
+    """
+
+    def __init__(
+        self, model: nn.Module, paths: Mapping[str, str], layouts: Mapping[str, Layout]
+    ) -> None:
+        self.model, self.paths, self.layouts = model, paths, layouts
+        self.seen: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[str, list[Tensor]]]:
+        """What every head receives while the context lasts."""
+        self.seen = {task: [] for task in self.paths}
+        handles = []
+        try:
+            for task, path in self.paths.items():
+                module = self._module(task, path)
+                handles.append(module.register_forward_pre_hook(self._hook(task), with_kwargs=True))
+            yield self.seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _module(self, task: str, path: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            raise HeadError(
+                f"task {task!r}: the model has no module {path!r} any more. Its heads were "
+                f"changed after the predictor was made: make a new one."
+            ) from None
+
+    def _hook(self, task: str) -> Any:
+        seen = self.seen[task]
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["input"])
+
+        return note
+
+    def features(self, task: str) -> Tensor:
+        """What a head received in its one call.
+
+        Raises:
+            CaptureError: if it was not called, or several times.
+            HeadError: if it received another width than before.
+        """
+        calls = self.seen[task]
+        if len(calls) != 1:
+            how = "was not used" if not calls else f"was used {len(calls)} times"
+            raise CaptureError(
+                f"task {task!r}: its head {how} in the forward pass. A prediction needs one call "
+                f"of every head: pass inputs for which the model runs all of them, once each."
+            )
+        layout = self.layouts[task]
+        width = calls[0].shape[1 if layout.channels_first else -1]
+        if width != layout.inputs:
+            raise HeadError(
+                f"task {task!r}: its head received {width} features, the predictor knows "
+                f"{layout.inputs}. Heads were changed after it was made: make a new one."
+            )
+        return calls[0]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Tuples and lists unpacked, dicts passed by keyword, anything else as it is."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors in nested containers, or an object that has ``to``, on a device."""
+    if isinstance(value, Mapping):
+        return {key: moved(part, device) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [moved(part, device) for part in value]
+    return value.to(device) if hasattr(value, "to") else value
+
+
+def check_finite(task: str, features: Tensor) -> None:
+    """Raise for features that are not finite.
+
+    Raises:
+        FeatureError: if one is not.
+    """
+    if not bool(torch.isfinite(features).all()):
+        raise FeatureError(
+            f"task {task!r}: what its head received is not finite. Check the inputs, and the "
+            f"network's weights, for NaN and infinity."
+        )

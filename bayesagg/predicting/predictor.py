@@ -1,0 +1,312 @@
+"""A network and the posteriors of its heads, as one module that predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bayesagg.errors import CheckpointError, PredictionError
+from bayesagg.heads import Head, LossTask, named_heads
+from bayesagg.predicting.calibration import Collected, calibrate_head
+from bayesagg.predicting.classification import MAX_PARAMETERS
+from bayesagg.predicting.data import Source
+from bayesagg.predicting.fit import fit_heads
+from bayesagg.predicting.labels import BinaryPrediction, MulticlassPrediction
+from bayesagg.predicting.network import Heads, check_finite, evaluating, paths_of
+from bayesagg.predicting.prediction import Prediction
+from bayesagg.predicting.regression import Prior
+from bayesagg.predicting.state import HeadPosterior, Inferred, Layout
+from bayesagg.predicting.values import RegressionPrediction
+
+if TYPE_CHECKING:
+    from bayesagg.engine import BayesAgg
+
+__all__ = ["MeanAndStddev", "Predictor", "PriorVariance"]
+
+_KINDS: dict[str, type[Prediction]] = {
+    "regression": RegressionPrediction,
+    "binary": BinaryPrediction,
+    "multiclass": MulticlassPrediction,
+}
+PriorVariance = float | Literal["marginal_likelihood"] | None
+
+
+class Predictor(nn.Module):
+    """Predictive distributions of every task by the posteriors of a network's last layers.
+
+    Made by ``optimizer.predictor(model)``, ``optimizer.predictor(model, loader)`` or
+    :meth:`fit`. To load one that was saved, build it from the model and the heads alone::
+
+        predictor = Predictor(model, {"age": RegressionHead(model.age)})
+        predictor.load_state_dict(torch.load("predictor.pt", weights_only=True))
+        p = predictor(x)["age"]
+
+    The network is shared, not copied: train it further, and the posteriors no longer fit it. It
+    runs in evaluation mode, whatever mode it is in, and without gradients unless asked for.
+
+    Args:
+        model: the network; its ``state_dict`` is part of this one's, under ``model.``.
+        heads: heads by name, or a sequence of them, of modules of the model.
+
+    Attributes:
+        model: the network.
+        tasks: names of the heads.
+        posteriors: one for each head, in that order.
+
+    Raises:
+        HeadError: if a head is no module of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: Mapping[str, Head | LossTask] | Sequence[Head | LossTask],
+    ) -> None:
+        super().__init__()
+        named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
+        self._paths = paths_of(model, named)
+        self._layouts = {name: Layout.of(head) for name, head in named.items()}
+        self.model, self.tasks = model, tuple(named)
+        self.posteriors = nn.ModuleList(HeadPosterior(head) for head in named.values())
+
+    @classmethod
+    def fit(
+        cls,
+        model: nn.Module,
+        heads: Mapping[str, Head | LossTask] | Sequence[Head | LossTask],
+        data: Iterable[Any],
+        *,
+        prior_variance: PriorVariance = None,
+        passes: int = 30,
+        max_parameters: int = MAX_PARAMETERS,
+    ) -> Predictor:
+        """Last-layer posteriors of a network that was trained in any way.
+
+        One pass over the data in evaluation mode. Regressions are solved in closed form, with
+        their noise learned unless the head gives it; classifications by Laplace, whose Newton
+        passes run on the features of that pass, kept up to 512 MiB.
+
+        Args:
+            model: the network.
+            heads: as of the class.
+            data: pairs of inputs and targets by task. Inputs that are tuples are unpacked, dicts
+                passed by keyword. ``NaN`` or class -100 marks a missing label.
+            prior_variance: γ of the prior ``N(0, γ I)`` of all weights, bias included; in squared
+                units of the labels over those of the features. ``"marginal_likelihood"``: learned,
+                by output (by head of classes). ``None``: that of each head, or 1.
+            passes: Newton passes, at most.
+            max_parameters: rows of an exact curvature of classes, (C - 1) D; beyond, a Kronecker
+                product.
+
+        Raises:
+            BayesAggError: a specific subclass for each kind of bad data, which names the task.
+        """
+        named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
+        priors = {name: Prior(head.prior_variance or 1.0) for name, head in named.items()}
+        return cls(model, named)._fit(named, data, priors, prior_variance, passes, max_parameters)
+
+    @classmethod
+    def of_engine(
+        cls,
+        engine: BayesAgg,
+        model: nn.Module,
+        data: Iterable[Any] | None = None,
+        *,
+        prior_variance: PriorVariance = None,
+        passes: int = 30,
+        max_parameters: int = MAX_PARAMETERS,
+    ) -> Predictor:
+        """What :meth:`bayesagg.BayesAgg.predictor` returns.
+
+        Raises:
+            PredictionError: without data, if a head has no evidence.
+            BayesAggError: as of :meth:`fit`.
+        """
+        predictor, rule = cls(model, engine.heads), engine.rule
+        if data is not None:
+            own = getattr(rule, "prior_of", None)
+            priors = {
+                name: Prior(head.prior_variance or 1.0) if own is None else own(head)
+                for name, head in engine.heads.items()
+            }
+            settings = (prior_variance, passes, max_parameters)
+            return predictor._fit(engine.heads, data, priors, *settings)
+        inferred = getattr(rule, "inferred", None)
+        if inferred is None:
+            raise PredictionError(
+                f"{type(rule).__name__} does not say what it inferred of the heads: pass data, as "
+                f"in predictor(model, train_loader)."
+            )
+        found = inferred(engine._memory)
+        for name in engine.heads:
+            if name not in found:
+                raise PredictionError(
+                    f"task {name!r}: there is no evidence of training for its head. The engine has "
+                    f"not been trained yet, or the task's loss is not the head's likelihood; take "
+                    f"steps first, or pass data, as in predictor(model, train_loader)."
+                )
+        return predictor._set(found)
+
+    def forward(
+        self, *inputs: Any, differentiable: bool = False, **keywords: Any
+    ) -> dict[str, Prediction]:
+        """Predictions by task.
+
+        Args:
+            inputs: of the network.
+            differentiable: keep the graph, for gradients with respect to the inputs.
+            keywords: of the network.
+
+        Returns:
+            a :class:`~bayesagg.predicting.Prediction` for each task.
+
+        Raises:
+            PredictionError: if there is nothing to predict with yet.
+            CaptureError: if a head was not used once.
+            FeatureError: if what a head received is not finite.
+        """
+        features = self._features(inputs, keywords, differentiable)
+        return {
+            name: _KINDS[posterior.layout.kind](posterior, features[name])
+            for name, posterior in self._named()
+        }
+
+    def calibrate(self, data: Iterable[Any]) -> Predictor:
+        """Fit one number a task to data that were not trained on, by maximum likelihood.
+
+        A regression's predictive scale is multiplied by it, output by output, and the degrees of
+        freedom of a Student-t are set to those of its residuals; logits are divided by it, those
+        of binary outputs one by one.
+
+        Args:
+            data: as of :meth:`fit`.
+
+        Returns:
+            this predictor, changed.
+
+        Raises:
+            BayesAggError: as of :meth:`fit`; nothing has changed then.
+        """
+        self._check_known()
+        collected = {name: Collected(posterior) for name, posterior in self._named()}
+        source = Source(self.model, self._paths, self._layouts, data, cache=0)
+        for batch in source.batches():
+            for name, rows in batch.items():
+                collected[name].add(rows)
+        for part in collected.values():
+            calibrate_head(part)
+        return self
+
+    def exportable(self) -> MeanAndStddev:
+        """A module that maps inputs to ``(mean, stddev)`` by task, for ``torch.export`` and ONNX.
+
+        Raises:
+            PredictionError: if there is nothing to predict with yet.
+        """
+        self._check_known()
+        return MeanAndStddev(self)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Names and kinds of the tasks, to be compared with those of a state."""
+        return {"tasks": [[name, p.layout.kind] for name, p in self._named()]}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Compare the tasks with those of a state.
+
+        Raises:
+            CheckpointError: if they differ.
+        """
+        own = self.get_extra_state()
+        if not isinstance(state, dict) or state.get("tasks") != own["tasks"]:
+            raise CheckpointError(
+                f"the state is that of a predictor of {state!r}, here the tasks are {own!r}: build "
+                f"it with the heads that it was saved with, in their order."
+            )
+
+    def _named(self) -> list[tuple[str, HeadPosterior]]:
+        return list(zip(self.tasks, self.posteriors, strict=True))  # type: ignore[arg-type]
+
+    def _features(
+        self, inputs: tuple[Any, ...], keywords: dict[str, Any], differentiable: bool
+    ) -> dict[str, Tensor]:
+        self._check_known()
+        watch = Heads(self.model, self._paths, self._layouts)
+        with torch.set_grad_enabled(differentiable), evaluating(self.model):
+            with watch.watched():
+                self.model(*inputs, **keywords)
+            found = {name: watch.features(name) for name in self.tasks}
+        if not torch.compiler.is_compiling():
+            for name, features in found.items():
+                check_finite(name, features)
+        return found
+
+    def _check_known(self) -> None:
+        if not all(posterior.known for _, posterior in self._named()):
+            raise PredictionError(
+                "the predictor has no posterior yet: load a state with load_state_dict, or make "
+                "one with Predictor.fit(model, heads, loader) or optimizer.predictor(model)."
+            )
+
+    def _fit(
+        self,
+        heads: Mapping[str, Head],
+        data: Iterable[Any],
+        priors: Mapping[str, Prior],
+        prior_variance: PriorVariance,
+        passes: int,
+        max_parameters: int,
+    ) -> Predictor:
+        keep = [name for name, head in heads.items() if head.kind != "regression"]
+        source = Source(self.model, self._paths, self._layouts, data, keep)
+        found = fit_heads(
+            source,
+            heads,
+            {name: _prior(prior, prior_variance) for name, prior in priors.items()},
+            passes=passes,
+            max_parameters=max_parameters,
+        )
+        return self._set(found)
+
+    def _set(self, found: Mapping[str, Inferred]) -> Predictor:
+        for name, posterior in self._named():
+            posterior.set(found[name])
+        return self
+
+
+class MeanAndStddev(nn.Module):
+    """Mean and standard deviation of every task as plain tensors, without any look at the data.
+
+    Args:
+        predictor: whose network and posteriors these are.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self.predictor = predictor
+        predictor.model.eval()  # an exported graph has one mode
+
+    def forward(self, *inputs: Any, **keywords: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """``(mean, stddev)`` by task, in the shape of the head's output."""
+        found = self.predictor(*inputs, **keywords)
+        return {name: (p.mean, p.stddev) for name, p in found.items()}
+
+
+def _prior(own: Prior, given: PriorVariance) -> Prior:
+    """That of the head, unless another is given.
+
+    Raises:
+        ValueError: for a variance that is not positive.
+    """
+    if given is None:
+        return own
+    if given == "marginal_likelihood":
+        return Prior(own.variance, own.relative, learned=True)
+    if not isinstance(given, int | float) or not 0 < given < float("inf"):
+        raise ValueError(
+            f"prior_variance must be a positive number, 'marginal_likelihood' or None, got "
+            f"{given!r}."
+        )
+    return Prior(float(given))

@@ -1,0 +1,79 @@
+"""Expected probabilities of logits that are normally distributed, and their variance."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bayesagg.moments.binary import gaussian_nodes, panel_nodes
+from bayesagg.moments.multiclass import standard_normal_nodes
+
+__all__ = ["class_probabilities", "sigmoid_moments", "softmax_nodes"]
+
+_HERMITE = {1: 48, 2: 20}  # nodes a dimension, by the number of dimensions
+_SOBOL, _WHITENED = 512, 128
+
+
+def sigmoid_moments(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``p = σ(z)``, ``z ~ N(mean, sd²)``.
+
+    Args:
+        mean: of any shape.
+        sd: of the same shape.
+
+    Returns:
+        ``E[p]``, ``E[1 - p]``, so that neither loses digits near 0, and ``Var[p]``.
+    """
+    sd = sd.clamp_min(1e-6 if sd.dtype == torch.float64 else 1e-4)
+    # Where a graph is traced, the one rule that serves all spreads.
+    nodes = panel_nodes if torch.compiler.is_compiling() else gaussian_nodes
+    x, w = nodes(mean.detach(), sd.detach())
+    z = torch.addcmul(mean[..., None], sd[..., None], x)
+    p = z.sigmoid()
+    first, other = (p * w).sum(-1), ((-z).sigmoid() * w).sum(-1)
+    total = first + other  # 1 but for the error of the quadrature
+    first, other = first / total, other / total
+    return first, other, ((p - first[..., None]).square() * w).sum(-1)
+
+
+def softmax_nodes(dimensions: int, like: Tensor, even: bool = False) -> tuple[Tensor, Tensor]:
+    """Cubature for a standard normal, ``[P, J]`` and ``[J]``.
+
+    Hermite nodes of one or two dimensions, otherwise 512 symmetric Sobol points, which are of
+    equal weight; ``even``: always them.
+    """
+    if dimensions in _HERMITE and not even:
+        count, sobol = _HERMITE[dimensions], False
+    elif dimensions <= _WHITENED:
+        count, sobol = _SOBOL, True
+    else:
+        return _plain_nodes(dimensions, like.dtype, like.device)
+    nodes, weights = standard_normal_nodes(dimensions, count, sobol, like.dtype, like.device)
+    return nodes, weights[0]
+
+
+@lru_cache
+def _plain_nodes(
+    dimensions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0)
+    half = torch.special.ndtri(engine.draw(_SOBOL // 2, dtype=torch.float64).clamp_(1e-9, 1 - 1e-9))
+    nodes = torch.cat([half, -half]).mT.to(device, dtype).contiguous()
+    return nodes, torch.full((_SOBOL,), 1 / _SOBOL, dtype=dtype, device=device)
+
+
+def class_probabilities(mean: Tensor, factor: Tensor, even: bool = False) -> tuple[Tensor, Tensor]:
+    """Logarithms of the probabilities of all classes at the nodes of :func:`softmax_nodes`.
+
+    Args:
+        mean: of the logits, ``[N, C]``.
+        factor: ``F``, with ``F Fᵀ`` their covariance, ``[N, C, P]``.
+        even: nodes of equal weight, for quantiles.
+
+    Returns:
+        ``[N, C, J]``, and the weights of the nodes, ``[J]``.
+    """
+    nodes, weights = softmax_nodes(factor.shape[2], mean, even)
+    return (mean[..., None] + factor @ nodes).log_softmax(1), weights

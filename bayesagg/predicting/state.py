@@ -1,0 +1,218 @@
+"""The posterior of one head as it is kept for predictions: a module of buffers.
+
+Two forms hold every covariance. *By eigenvectors*: columns ``w_p ~ N(m_p, Q diag(s_p) Qᵀ)``, one
+``Q`` for all or one for each, so that an output costs ``D²`` however many there are. *By a root*:
+``Cov(vec W) = RᵀR`` of all columns together. Columns are the outputs, or what a rotation turns into
+them (contrasts of classes, eigenvectors of a Kronecker factor).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesagg.errors import CheckpointError
+from bayesagg.heads import Head
+
+__all__ = ["HeadPosterior", "Inferred", "Layout"]
+
+_BUFFERS = ("mean", "vectors", "variances", "rotation", "root", "noise", "dof", "scale")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and kind of a head, which is all that predictions keep of its description.
+
+    Attributes:
+        kind: ``"regression"``, ``"binary"`` or ``"multiclass"``.
+        inputs: features, ``d``.
+        outputs: ``o``.
+        tasks: ``o``, or 1 of classes.
+        bias: whether the last weight is that of a constant.
+        channels_first: whether features are dimension 1, or the last.
+    """
+
+    kind: str
+    inputs: int
+    outputs: int
+    tasks: int
+    bias: bool
+    channels_first: bool
+
+    @staticmethod
+    def of(head: Head) -> Layout:
+        """That of a head."""
+        return Layout(
+            head.kind,
+            head.in_features,
+            head.out_features,
+            head.num_tasks,
+            head.has_bias,
+            head.channels_first,
+        )
+
+    def flat(self, features: Tensor) -> Tensor:
+        """Every position a datum, ``[N, d]``."""
+        moved = features.movedim(1, -1) if self.channels_first else features
+        return moved.reshape(-1, moved.shape[-1])
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """What is known of the weights of a head with ``o`` outputs (classes).
+
+    Attributes:
+        mean: ``[o, D]``, bias last.
+        vectors: ``Q``, ``[G, D, D]``, one for all columns or one for each.
+        variances: ``s``, ``[G, P, D]``; of ``P`` columns for each ``Q``.
+        rotation: outputs from columns, ``[o, P]``; ``None``: they are the columns.
+        root: ``R``, ``[M, P, D]``, in place of vectors and variances.
+        noise: ``τ²`` of regressions, ``[o]``.
+        dof: ν of their Student-t predictions, ``[o]``; infinite where the noise is given.
+    """
+
+    mean: Tensor
+    vectors: Tensor | None = None
+    variances: Tensor | None = None
+    rotation: Tensor | None = None
+    root: Tensor | None = None
+    noise: Tensor | None = None
+    dof: Tensor | None = None
+
+
+class HeadPosterior(nn.Module):
+    """Weights of a head, ``N(m, S)``, the noise of its labels and how it was calibrated.
+
+    Args:
+        head: whose weights these are; only its shape and kind are kept.
+
+    Attributes:
+        layout: of the head.
+    """
+
+    mean: Tensor
+    vectors: Tensor
+    variances: Tensor
+    rotation: Tensor
+    root: Tensor
+    noise: Tensor
+    dof: Tensor
+    scale: Tensor
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.layout, weight = Layout.of(head), head.linear.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        for name in _BUFFERS:
+            self.register_buffer(name, torch.empty(0, dtype=dtype, device=weight.device))
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to predict with."""
+        return self.mean.numel() > 0
+
+    def set(self, inferred: Inferred) -> HeadPosterior:
+        """Take over a posterior; what calibration found is forgotten."""
+        for name in _BUFFERS[:-1]:
+            value = getattr(inferred, name)
+            own = getattr(self, name)
+            setattr(self, name, own.new_empty(0) if value is None else value.detach().to(own))
+        self.scale = torch.ones_like(self.mean[: self.layout.tasks, 0])
+        return self
+
+    def augmented(self, features: Tensor) -> Tensor:
+        """``h̃`` of flattened features, ``[N, d]`` to ``[N, D]``, in the precision of predictions.
+
+        At least float32: the weights' own precision, or that of the features if it is higher.
+        """
+        h = features.to(torch.promote_types(features.dtype, self.mean.dtype))
+        return torch.cat([h, torch.ones_like(h[:, :1])], 1) if self.layout.bias else h
+
+    def location(self, h: Tensor) -> Tensor:
+        """Mean of the outputs, ``[N, o]``."""
+        return h @ self.mean.to(h.dtype).mT
+
+    def variance(self, h: Tensor) -> Tensor:
+        """Variance of every output, ``h̃ᵀ S h̃``, ``[N, o]``."""
+        if self.root.numel():
+            return self.factor(h).square().sum(2)
+        columns = self._column_variance(h)
+        if not self.rotation.numel():
+            return columns
+        return columns @ self.rotation.to(h.dtype).square().mT
+
+    def factor(self, h: Tensor) -> Tensor:
+        """``F`` with ``F Fᵀ`` the covariance of a datum's outputs, ``[N, o, P]``."""
+        if self.root.numel():
+            m, p, d = self.root.shape
+            u = (h @ self.root.to(h.dtype).reshape(m * p, d).mT).view(-1, m, p)
+            factor = _cholesky(u.mT @ u)
+        else:
+            factor = torch.diag_embed(self._column_variance(h).sqrt())
+        return self.rotation.to(h.dtype) @ factor if self.rotation.numel() else factor
+
+    def covariance(self, h: Tensor) -> Tensor:
+        """Covariances of independent outputs between the data, ``h̃ᵢᵀ S h̃ⱼ``, ``[o, N, N]``."""
+        vectors, variances = self.vectors.to(h.dtype), self.variances.to(h.dtype)
+        rotated = (h @ vectors)[:, None]  # [G, 1, N, D]
+        return ((rotated * variances[:, :, None]) @ rotated.mT).flatten(0, 1)
+
+    def draw(self, number: int, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Outputs under ``number`` draws of the weights, the same for all data, ``[n, N, o]``."""
+        weights = self._deviations(number, h, generator)
+        return self.location(h) + h @ weights.mT
+
+    def _deviations(self, number: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Weights less their mean, ``[n, o, D]``."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+        if self.root.numel():
+            m, p, d = self.root.shape
+            columns = (normal(number, m) @ self.root.to(like.dtype).view(m, p * d)).view(-1, p, d)
+        else:
+            spread = self.variances.to(like.dtype).sqrt()
+            noise = normal(number, *spread.shape) * spread
+            columns = (noise @ self.vectors.to(like.dtype).mT).flatten(1, 2)
+        return self.rotation.to(like.dtype) @ columns if self.rotation.numel() else columns
+
+    def _column_variance(self, h: Tensor) -> Tensor:
+        """``[N, G P]``."""
+        square = (h @ self.vectors.to(h.dtype)).square()  # [G, N, D]
+        return (square @ self.variances.to(h.dtype).mT).transpose(0, 1).flatten(1)
+
+    def per_row(self) -> int:
+        """Numbers that an intermediate of :meth:`variance` has for each datum."""
+        if self.root.numel():
+            return int(self.root.shape[0] * self.root.shape[1])
+        return int(self.vectors.shape[0] * self.vectors.shape[1])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Buffers take the shapes of the state, which depend on how it was fitted."""
+        for name in _BUFFERS:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor):
+                setattr(self, name, getattr(self, name).new_empty(value.shape))
+        expected = (self.layout.outputs, self.layout.inputs + self.layout.bias)
+        found = state_dict.get(prefix + "mean")
+        if isinstance(found, Tensor) and found.numel() and tuple(found.shape) != expected:
+            raise CheckpointError(
+                f"the predictor was saved from a head of {tuple(found.shape)} weights, here it "
+                f"has {expected}: build the model and its heads as they were."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Lower factor of ``[N, P, P]``; a zero matrix has one of rounding."""
+    size = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None] + torch.finfo(matrix.dtype).tiny
+    jitter = 4 * torch.finfo(matrix.dtype).eps * size
+    factor: Tensor
+    factor, _ = torch.linalg.cholesky_ex(
+        matrix + torch.diag_embed(jitter.expand(-1, matrix.shape[-1]))
+    )
+    return factor

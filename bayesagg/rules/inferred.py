@@ -1,0 +1,144 @@
+"""What each rule's memory says of the heads' weights, for predictions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bayesagg.heads import Head, stacked
+from bayesagg.likelihoods.bounds import BOUNDS
+from bayesagg.memory import FadingMemory, Unit, means_of
+from bayesagg.moments import Spectrum
+from bayesagg.posterior import Gaussian, contrast_basis
+from bayesagg.predicting.state import Inferred
+
+if TYPE_CHECKING:
+    from bayesagg.rules.epochs import PaperMemory
+    from bayesagg.rules.groups import Group
+    from bayesagg.rules.likelihood import LikelihoodRule
+
+__all__ = ["of_fading", "of_paper"]
+
+
+@torch.no_grad()
+def of_fading(rule: LikelihoodRule, memory: FadingMemory) -> dict[str, Inferred]:
+    """From evidence that fades.
+
+    ``S = τ² (Λ + λ)⁻¹`` of a regression, ``(cΛ + 1/γ)⁻¹`` under a bound of curvature c.
+
+    The mean are the weights that the head has: the posterior mean that the last step has set, or
+    those of its own gradient. Before the rule is at work, it is the mean of the evidence.
+    """
+    found: dict[str, Inferred] = {}
+    for unit in memory.units:
+        if unit.gram.diagonal(dim1=1, dim2=2).sum() > 0:
+            found |= _of_unit(rule, memory, unit)
+    return found
+
+
+def _of_unit(rule: LikelihoodRule, memory: FadingMemory, unit: Unit) -> dict[str, Inferred]:
+    noise, ridge, spread = _columns(rule, memory, unit)
+    posterior = Spectrum.of(unit.gram, unit.shift, ridge)
+    variances = posterior.inverse * spread[..., None]
+    found, start, written = {}, 0, memory.steps > rule.warmup
+    for name in unit.names:
+        head = memory.heads[name]
+        own = slice(start, start + head.out_features)
+        start += head.out_features
+        rows = posterior.mean.flatten(0, 1)[own]
+        exact = BOUNDS[head.kind].exact
+        tau2 = noise.flatten()[own]
+        found[name] = Inferred(
+            stacked(head).to(rows) if written or head.readout == "gradient" else rows,
+            posterior.vectors,
+            variances if unit.wide else variances[:, own],
+            noise=tau2 if exact else None,
+            dof=_dof(head, tau2, rule.degrees_of_freedom) if exact else None,
+        )
+    return found
+
+
+def _dof(head: Head, like: Tensor, learned: float) -> Tensor:
+    given = isinstance(getattr(head, "noise_variance", None), int | float)
+    return torch.full_like(like, torch.inf if given else learned)
+
+
+def _columns(
+    rule: LikelihoodRule, memory: FadingMemory, unit: Unit
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every column: noise, ridge, and what the inverse is multiplied by, ``[G, P]`` each."""
+    ones = torch.ones_like(unit.scale[:, 0])
+    current, level = means_of(unit.scale, (ones, ones))
+    groups, columns = unit.shift.shape[:2]
+    noise, ridge, spread = (unit.shift.new_ones(groups, columns) for _ in range(3))
+    column = task = 0
+    for name in unit.names:
+        head = memory.heads[name]
+        outputs, tasks = (1, 1) if unit.wide else (head.out_features, head.num_tasks)
+        own, bound = slice(column, column + outputs), BOUNDS[head.kind]
+        gamma = head.prior_variance or rule.prior_variance
+        if bound.exact:
+            tau2, unit_of = (x[:, task : task + tasks] for x in (current, level))
+            given = getattr(head, "noise_variance", None)
+            if isinstance(given, int | float):
+                tau2 = torch.full_like(tau2, float(given))
+            noise[:, own] = spread[:, own] = tau2
+            ridge[:, own] = tau2 / (gamma * unit_of.clamp_min(torch.finfo(tau2.dtype).tiny))
+        else:
+            spread[:, own] = 1 / bound.curvature
+            ridge[:, own] = 1 / (bound.curvature * gamma)
+        column, task = column + outputs, task + tasks
+    return noise, ridge, spread
+
+
+@torch.no_grad()
+def of_paper(memory: PaperMemory) -> dict[str, Inferred]:
+    """From the full-data posterior, or what has faded where no epoch ended.
+
+    Classifications that keep their own gradient have their own weights as the mean.
+    """
+    found: dict[str, Inferred] = {}
+    for group, state in zip(memory.groups, memory.states, strict=True):
+        evidence = state.full or state.faded or state.running
+        if evidence is None:
+            continue
+        learned = state.learned(None, evidence.count) if group.learns else None
+        posterior = group.posterior(evidence, learned)
+        noise = group.scales(evidence.count if learned is None else learned)
+        counts = evidence.count.tolist()
+        for name, own in group.slices.items():
+            if name not in memory.owning and min(counts[own]) > 0:
+                found[name] = _of_group(group, posterior, name, own, noise, evidence.count)
+    return found
+
+
+def _of_group(
+    group: Group, posterior: Gaussian, name: str, own: slice, noise: Tensor, count: Tensor
+) -> Inferred:
+    head, likelihood = group.heads[name], group.likelihood
+    mean = group.means(posterior)[name]
+    if name not in group.inferred:
+        mean = stacked(head).to(mean)
+    whitener = posterior.whitener
+    if (
+        head.kind == "multiclass" and likelihood.rows == 1
+    ):  # contrasts of classes, all in one Gaussian
+        basis = contrast_basis(likelihood.classes, mean)
+        root = whitener[0].view(-1, len(basis), likelihood.width)
+        return Inferred(mean, rotation=basis.mT, root=root)
+    whitener = whitener if len(whitener) == 1 else whitener[own]
+    _, values, rows = torch.linalg.svd(whitener)
+    variances = values.square()[:, None]
+    if len(whitener) == 1:
+        variances = variances.expand(-1, head.out_features, -1)
+    fields = {}
+    if head.kind == "regression":
+        free = torch.tensor([group.scale[k] is None for k in range(own.start, own.stop)])
+        fields["noise"] = noise[own]
+        # Labels less the weights that they determine, as of a fit to data.
+        free = free.to(noise.device)
+        dof = (count[own] - likelihood.width).clamp_min(3.0)
+        fields["dof"] = torch.where(free, dof, torch.inf)
+    return Inferred(mean, rows.mT, variances, **fields)

@@ -1,0 +1,1 @@
+"""How sure predictions are, against other methods: ``python -m examples.uncertainty``."""

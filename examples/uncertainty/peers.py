@@ -1,0 +1,175 @@
+"""Other libraries' last layers on the same networks: laplace-torch, VBLL."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from examples.comparison.benchmark import Benchmark
+from examples.comparison.tasks import Task
+from examples.methods import LinearScalarization
+from examples.training import TrainSettings, train
+from examples.uncertainty.scores import Belief, Beliefs
+
+Part = str
+
+
+def _package(name: str) -> Any:
+    import importlib
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"this arm needs {name}: pip install 'bayesagg[peers]', or leave it out by --without."
+        ) from error
+
+
+@torch.no_grad()
+def features(model: Any, data: Benchmark, part: Part) -> Tensor:
+    """What the heads read, ``(n, d)``, in float64."""
+    own = getattr(data, part)
+    return model.backbone(own.batch(torch.arange(len(own)))[0]).double()
+
+
+def _linear(rows: Tensor, bias: Tensor) -> nn.Sequential:
+    """A network of a last layer alone, as laplace-torch takes it."""
+    layer = nn.Linear(rows.shape[1], len(rows)).double()
+    layer.load_state_dict({"weight": rows.double(), "bias": bias.double()})
+    return nn.Sequential(nn.Identity(), layer)
+
+
+def laplace(data: Benchmark, model: Any) -> Callable[[Part], Beliefs]:
+    """laplace-torch, a model for each task: full covariance, prior and noise by its evidence.
+
+    It knows no binary likelihood: logits ``(-z/2, z/2)`` of two classes stand for one.
+    """
+    library = _package("laplace")
+    h = features(model, data, "train")
+    y = data.train.batch(torch.arange(len(data.train)))[1]
+    fitted, k = [], 0
+    for group in model.groups:
+        w, b = group.module.weight.detach(), group.module.bias.detach()
+        for i in range(group.tasks):
+            target = y[:, k]
+            k += 1
+            if group.kind == "regression":
+                net, kind, label = (
+                    _linear(w[i : i + 1], b[i : i + 1]),
+                    "regression",
+                    target[:, None],
+                )
+            elif group.kind == "binary":
+                half = torch.tensor([[-0.5], [0.5]])
+                net = _linear(half * w[i : i + 1], half[:, 0] * b[i : i + 1])
+                kind, label = "classification", target.long()
+            else:
+                net, kind, label = _linear(w, b), "classification", target.long()
+            label = label.double() if kind == "regression" else label
+            fitted.append(_fit(library, net, kind, h, label))
+
+    def believed(part: Part) -> Beliefs:
+        new = features(model, data, part)
+        found = []
+        for own, task in zip(fitted, data.tasks, strict=True):
+            if task.kind == "regression":
+                mean, variance = own(new)
+                total = variance[:, 0, 0] + own.sigma_noise.square()
+                found.append(Belief(mean[:, 0].detach(), total.sqrt().detach()))
+            else:
+                found.append(Belief(own(new, link_approx="probit").detach().log()))
+        return found
+
+    return believed
+
+
+def _fit(library: Any, net: nn.Module, kind: str, h: Tensor, y: Tensor) -> Any:
+    own = library.Laplace(net, kind, subset_of_weights="last_layer", hessian_structure="full")
+    own.fit(DataLoader(TensorDataset(h, y), batch_size=1024))
+    logs = [torch.zeros(1, dtype=torch.float64, requires_grad=True)]
+    if kind == "regression":
+        logs.append(torch.full((1,), -1.0, dtype=torch.float64, requires_grad=True))
+    optimizer = torch.optim.Adam(logs, lr=0.1)
+    for _ in range(100):  # as its documentation tunes them
+        optimizer.zero_grad()
+        loss = -own.log_marginal_likelihood(*(log.exp() for log in logs))
+        loss.backward()
+        optimizer.step()
+    own.prior_precision = logs[0].detach().exp()
+    if kind == "regression":
+        own.sigma_noise = logs[1].detach().exp()
+    return own
+
+
+class VariationalNet(nn.Module):
+    """The benchmark's backbone with a VBLL head for each task.
+
+    Args:
+        backbone: of the network.
+        width: of what it gives.
+        tasks: of the benchmark.
+        data: training data, whose number weighs the KL divergence.
+    """
+
+    def __init__(self, backbone: nn.Module, width: int, tasks: Sequence[Task], data: int) -> None:
+        super().__init__()
+        library = _package("vbll")
+        self.backbone = backbone
+        self.heads = nn.ModuleList()
+        for task in tasks:
+            if task.kind == "regression":
+                head = library.Regression(width + 1, 1, 1 / data)
+            else:
+                classes = 2 if task.kind == "binary" else task.classes
+                head = library.DiscClassification(width + 1, classes, 1 / data)
+            self.heads.append(head)
+
+    def forward(self, x: Tensor) -> list[Any]:
+        h = self.backbone(x)
+        h = torch.cat([h, torch.ones_like(h[:, :1])], 1)  # its heads have no bias
+        return [head(h) for head in self.heads]
+
+
+def vbll(data: Benchmark, settings: TrainSettings) -> Callable[[Part], Beliefs]:
+    """Trained by the sum of the tasks' bounds, with everything else as for the others."""
+    torch.manual_seed(settings.seed)
+    plain = data.model()
+    width = plain.groups[0].module.in_features  # type: ignore[index, union-attr]
+    model = VariationalNet(plain.backbone, width, data.tasks, len(data.train))  # type: ignore[arg-type]
+
+    def criterion(outputs: list[Any], y: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for k, (task, out) in enumerate(zip(data.tasks, outputs, strict=True)):
+            label = y[:, k : k + 1] if task.kind == "regression" else y[:, k].long()
+            found[task.name] = out.train_loss_fn(label)
+        return found
+
+    update = LinearScalarization(model, settings, settings.steps_per_epoch(data))
+    train(model, update, data, criterion, settings)
+    model.eval()
+
+    @torch.no_grad()
+    def believed(part: Part) -> Beliefs:
+        own = getattr(data, part)
+        outputs = model(own.batch(torch.arange(len(own)))[0])
+        found = []
+        for task, out in zip(data.tasks, outputs, strict=True):
+            predictive = out.predictive
+            if task.kind == "regression":
+                mean, scale = predictive.mean[:, 0].double(), predictive.scale[:, 0].double()
+                found.append(Belief(mean, scale))
+            else:
+                found.append(Belief(predictive.probs.double().clamp_min(1e-30).log()))
+        return found
+
+    return believed
+
+
+__all__ = ["laplace", "vbll"]

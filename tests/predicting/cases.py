@@ -1,0 +1,47 @@
+"""Networks whose features are known, and naive formulas over them, in float64."""
+
+import torch
+from torch import nn
+
+from bayesagg import BinaryHead, MulticlassHead, RegressionHead
+from tests.helpers import make_batch, plain_net
+
+KINDS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
+
+
+def heads_of(net, **settings):
+    return {n: KINDS[n](m, **settings.get(n, {})) for n, m in net.heads.items()}
+
+
+def loader(batches=8, size=30, **kwargs):
+    return [make_batch(seed=50 + i, size=size, **kwargs) for i in range(batches)]
+
+
+def all_of(data):
+    x = torch.cat([x for x, _ in data])
+    return x, {n: torch.cat([y[n] for _, y in data]) for n in data[0][1]}
+
+
+def features_of(net, x, bias=True):
+    with torch.no_grad():
+        h = net.trunk(x)
+    return torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype)], 1) if bias else h
+
+
+def fixed(head, value):
+    """A head's own weights as one tensor, bias last."""
+    return torch.cat([head.weight, head.bias[:, None]], 1).detach() if value is None else value
+
+
+class Single(nn.Module):
+    """One head on a trunk, as other libraries want it: outputs as a tensor."""
+
+    def __init__(self, net, task):
+        super().__init__()
+        self.trunk, self.head = net.trunk, net.heads[task]
+
+    def forward(self, x):
+        return self.head(self.trunk(x))
+
+
+__all__ = ["KINDS", "Single", "all_of", "features_of", "heads_of", "loader", "plain_net"]

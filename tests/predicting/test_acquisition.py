@@ -1,0 +1,81 @@
+"""What to measure next, against formulas and sampling."""
+
+import math
+
+import pytest
+import torch
+
+from bayesagg import acquisition
+from bayesagg.predicting import Predictor
+from tests.helpers import make_batch
+from tests.predicting.cases import heads_of, loader, plain_net
+
+
+@pytest.fixture(scope="module")
+def predictions():
+    net = plain_net()
+    predictor = Predictor.fit(net, heads_of(net), loader(batches=3, size=20)).calibrate(loader())
+    return predictor(make_batch(seed=3, size=5)[0])
+
+
+def test_variance(predictions):
+    for p in predictions.values():
+        torch.testing.assert_close(acquisition.variance(p), p.epistemic.sum(-1))
+
+
+def test_bald_of_a_regression(predictions):
+    p = predictions["reg"]
+    ratio = p.epistemic / p.aleatoric
+    torch.testing.assert_close(acquisition.bald(p), 0.5 * ratio.log1p().sum(1))
+    joint = acquisition.bald(p, joint=True)
+    eye = torch.eye(5).double()
+    # Both carry the factor of the Student-t distribution, so the ratio is that of the model.
+    expected = sum(
+        0.5 * torch.logdet(eye + p.covariance()[k] / p.aleatoric[0, k]) for k in range(2)
+    )
+    torch.testing.assert_close(joint, expected)
+    assert joint < acquisition.bald(p).sum()  # they tell partly the same
+
+
+@pytest.mark.parametrize("task", ["bin", "cls"])
+def test_bald_of_a_classification(predictions, task):
+    p, generator = predictions[task], torch.Generator().manual_seed(0)
+    gain = acquisition.bald(p, samples=20_000, generator=generator)
+    drawn = p.sample(50_000)
+    both = torch.stack([drawn, 1 - drawn], -1) if task == "bin" else drawn
+    entropy = torch.special.entr(both).sum(-1).mean(0)
+    marginal = torch.special.entr(both.mean(0)).sum(-1)
+    expected = marginal - entropy
+    torch.testing.assert_close(
+        gain, expected.sum(-1) if task == "bin" else expected, rtol=0.05, atol=2e-4
+    )
+    joint = acquisition.bald(p, joint=True, samples=2000, generator=generator)
+    assert 0 < joint < gain.sum() * 1.2 + 0.05
+
+
+def test_joint_bald_of_one_datum_is_its_own():
+    net = plain_net()
+    predictor = Predictor.fit(net, heads_of(net), loader(batches=1, size=10), prior_variance=20.0)
+    p = predictor(make_batch(seed=3, size=1)[0])["cls"]
+    generator = torch.Generator().manual_seed(0)
+    alone = acquisition.bald(p, samples=4000, generator=generator)
+    joint = acquisition.bald(p, joint=True, samples=4000, generator=generator)
+    assert float(joint) == pytest.approx(float(alone[0]), abs=0.03)
+
+
+@pytest.mark.parametrize("nu", [5.0, math.inf])
+@pytest.mark.parametrize("maximize", [True, False])
+def test_expected_improvement(nu, maximize):
+    net = plain_net()
+    predictor = Predictor.fit(net, heads_of(net), loader(batches=1, size=20))
+    predictor.posteriors[0].dof.fill_(nu)
+    p = predictor(make_batch(seed=3, size=5)[0])["reg"]
+    found = acquisition.expected_improvement(p, 0.1, maximize=maximize)
+    drawn = p.sample(400_000, generator=torch.Generator().manual_seed(0))
+    gain = (drawn - 0.1) if maximize else (0.1 - drawn)
+    torch.testing.assert_close(found, gain.clamp(min=0).mean(0), rtol=0.03, atol=1e-3)
+
+
+def test_expected_improvement_is_for_regressions(predictions):
+    with pytest.raises(TypeError, match="regression"):
+        acquisition.expected_improvement(predictions["bin"], 0.5)

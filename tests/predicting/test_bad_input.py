@@ -1,0 +1,176 @@
+"""What cannot be predicted is refused with the task and the remedy."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bayesagg import BayesAggWrapper, RegressionHead
+from bayesagg.errors import (
+    CaptureError,
+    CheckpointError,
+    FeatureError,
+    HeadError,
+    NumericalWarning,
+    PredictionError,
+    TargetError,
+    UnknownTaskError,
+)
+from bayesagg.predicting import Predictor
+from tests.helpers import make_batch, plain_net, train, wrap
+from tests.predicting.cases import heads_of, loader
+
+
+def fit(data, net=None):
+    net = plain_net() if net is None else net
+    return Predictor.fit(net, heads_of(net), data)
+
+
+def changed(**targets):
+    return [(x, {**y, **targets}) for x, y in loader(batches=2)]
+
+
+def test_an_untrained_engine(rule):
+    net = plain_net()
+    optimizer = wrap(net, rule=rule)
+    with pytest.raises(PredictionError, match=r"'reg'.*pass data"):
+        optimizer.predictor(net)
+    optimizer.predictor(net, loader())  # with data there is something to go by
+
+
+@pytest.mark.filterwarnings("ignore:task 'reg'. its loss is not the likelihood")
+def test_a_head_whose_loss_is_another():
+    net = plain_net(outputs={"reg": 1})
+    optimizer = BayesAggWrapper(
+        torch.optim.Adam(net.parameters()), None, {"reg": RegressionHead(net.heads["reg"])}
+    )
+    for i in range(3):
+        x, y = make_batch(seed=i, outputs={"reg": 1})
+        optimizer.step({"reg": F.l1_loss(net(x)["reg"], y["reg"])}, targets=y)
+    with pytest.raises(PredictionError, match=r"'reg'.*not the head's likelihood"):
+        optimizer.predictor(net)
+
+
+def test_a_model_without_the_heads(rule):
+    net = plain_net()
+    optimizer = wrap(net, rule=rule)
+    train(net, optimizer, 4)
+    with pytest.raises(HeadError, match=r"'reg'.*wrap it"):
+        optimizer.predictor(plain_net())
+    net.heads["bin"] = nn.Linear(4, 2).double()
+    with pytest.raises(HeadError, match="'bin'"):
+        optimizer.predictor(net)
+
+
+def test_heads_that_change_later():
+    net = plain_net()
+    predictor = fit(loader(), net)
+    x = make_batch()[0]
+    net.heads["bin"] = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    assert predictor(x)  # reads the same features
+    net.trunk = nn.Linear(5, 7).double()
+    net.heads = nn.ModuleDict({n: nn.Linear(7, 2).double() for n in ("reg", "bin", "cls")})
+    with pytest.raises(HeadError, match="received 7 features"):
+        predictor(x)
+    del net.heads["cls"]
+    with pytest.raises(HeadError, match=r"'cls'.*no module"):
+        predictor(x)
+
+
+class Uses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, x, a=1, b=1):
+        out = [self.a(x) for _ in range(a)] + [self.b(x) for _ in range(b)]
+        return sum(out)
+
+
+def test_a_head_used_several_times_or_never():
+    net = Uses()
+    heads = {"a": RegressionHead(net.a), "b": RegressionHead(net.b)}
+    x, y = torch.randn(20, 3), {"a": torch.randn(20, 1), "b": torch.randn(20)}
+    predictor = Predictor.fit(net, heads, [(x, y)])
+    with pytest.raises(CaptureError, match="'b': its head was used 2 times"):
+        predictor(x, b=2)
+    with pytest.raises(CaptureError, match="'a': its head was not used"):
+        predictor(x, a=0)
+    with pytest.raises(CaptureError, match="'a'"):
+        Predictor.fit(net, heads, [((x, 0), y)])
+    # In a fit, a head without targets in a batch need not run.
+    Predictor.fit(net, heads, [((x, 0), {"b": y["b"]}), ((x, 1, 0), {"a": y["a"]})])
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "match"),
+    [
+        ([], TargetError, "'reg': the loader has no label"),
+        (changed(other=torch.zeros(30)), UnknownTaskError, "'other'.*'reg', 'bin', 'cls'"),
+        (changed(bin=torch.full((30, 2), torch.nan)), TargetError, "'bin': the loader has no"),
+        (changed(cls=torch.full((30,), -100)), TargetError, "'cls': the loader has no"),
+        (changed(reg=torch.zeros(30, 3)), TargetError, r"'reg': \[30, 3\] targets for 30 data"),
+        (changed(reg=torch.full((30, 2), torch.inf)), TargetError, "'reg': targets must be finite"),
+        (changed(bin=torch.full((30, 2), 2.0)), TargetError, "'bin': targets must be between"),
+        (changed(cls=torch.full((30,), 3)), TargetError, "'cls': class indices"),
+        (changed(cls=torch.zeros(29).long()), TargetError, r"'cls': \[29\] targets"),
+        ([torch.zeros(3, 5)], TargetError, "must be a pair"),
+        ([(torch.zeros(3, 5), torch.zeros(3))], TargetError, "must be a mapping"),
+    ],
+)
+def test_bad_data(data, error, match):
+    with pytest.raises(error, match=match):
+        fit(data)
+    predictor = fit(loader())
+    before = {k: v for k, v in predictor.state_dict().items() if k.startswith("post")}
+    with pytest.raises(error, match=match):
+        predictor.calibrate(data)
+    assert all(torch.equal(before[k], predictor.state_dict()[k]) for k in before)
+
+
+def test_a_task_that_the_loader_lacks():
+    data = [(x, {"reg": y["reg"], "cls": y["cls"]}) for x, y in loader(batches=2)]
+    with pytest.raises(TargetError, match="'bin': the loader has no label"):
+        fit(data)
+
+
+def test_values_that_are_not_finite():
+    predictor = fit(loader())
+    x = make_batch()[0]
+    x[0, 0] = torch.nan
+    with pytest.raises(FeatureError, match=r"'reg'.*not finite"):
+        predictor(x)
+    with pytest.raises(FeatureError, match="not finite"):
+        fit([(x, make_batch()[1])])
+
+
+def test_nothing_to_predict_with():
+    net = plain_net()
+    predictor = Predictor(net, heads_of(net))
+    for use in (lambda: predictor(make_batch()[0]), lambda: predictor.calibrate(loader())):
+        with pytest.raises(PredictionError, match="load_state_dict"):
+            use()
+
+
+def test_a_state_of_other_heads():
+    net = plain_net()
+    state = fit(loader(), net).state_dict()
+    fewer = Predictor(net, {"reg": RegressionHead(net.heads["reg"])})
+    with pytest.raises(CheckpointError, match="tasks"):
+        fewer.load_state_dict(state, strict=False)
+    wider = plain_net(width=6)
+    with pytest.raises(CheckpointError, match="weights"):
+        Predictor(wider, heads_of(wider)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "ml"])
+def test_a_prior_out_of_range(value):
+    net = plain_net()
+    with pytest.raises(ValueError, match="prior_variance"):
+        Predictor.fit(net, heads_of(net), loader(), prior_variance=value)
+
+
+def test_too_few_passes_are_told():
+    net = plain_net()
+    with pytest.warns(NumericalWarning, match=r"'(bin|cls)'.*passes="):
+        Predictor.fit(net, heads_of(net), loader(), passes=1)

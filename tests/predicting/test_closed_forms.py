@@ -1,0 +1,309 @@
+"""Posteriors and predictions against naive formulas and against sampling."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bayesagg.predicting import Predictor
+from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
+from bayesagg.predicting.student import student_cdf, student_density, student_quantile
+from tests.helpers import make_batch
+from tests.predicting.cases import all_of, features_of, heads_of, loader, plain_net
+
+GAMMA = 0.3
+
+
+def fitted(data, net=None, **kwargs):
+    net = plain_net() if net is None else net
+    kwargs.setdefault("prior_variance", GAMMA)
+    return net, Predictor.fit(net, heads_of(net, **kwargs.pop("settings", {})), data, **kwargs)
+
+
+# --- regression ----------------------------------------------------------------------------------
+
+
+def test_a_given_noise_gives_the_textbook_posterior():
+    data = loader()
+    net, predictor = fitted(data, settings={"reg": {"noise_variance": 0.7}})
+    x, y = all_of(data)
+    h, new = features_of(net, x), make_batch(seed=1, size=9)[0]
+    covariance = torch.linalg.inv(h.mT @ h / 0.7 + torch.eye(h.shape[1]).double() / GAMMA)
+    mean = covariance @ h.mT @ y["reg"] / 0.7
+    p, g = predictor(new)["reg"], features_of(net, new)
+    epistemic = ((g @ covariance) * g).sum(1)[:, None].expand(-1, 2)
+    torch.testing.assert_close(p.mean, g @ mean)
+    torch.testing.assert_close(p.epistemic, epistemic)
+    torch.testing.assert_close(p.aleatoric, torch.full_like(epistemic, 0.7))
+    torch.testing.assert_close(p.stddev, (epistemic + 0.7).sqrt())
+    assert isinstance(p.distribution, torch.distributions.Normal)
+    torch.testing.assert_close(p.covariance()[1], g @ covariance @ g.mT)
+
+
+def test_learned_noise_is_where_the_marginal_likelihood_is_greatest():
+    data = loader()
+    net, predictor = fitted(data)
+    x, y = all_of(data)
+    h = features_of(net, x)
+    posterior = predictor.posteriors[0]
+
+    def evidence(tau2, k):
+        covariance = GAMMA * h @ h.mT + tau2 * torch.eye(len(h)).double()
+        normal = torch.distributions.MultivariateNormal(torch.zeros(len(h)).double(), covariance)
+        return float(normal.log_prob(y["reg"][:, k]))
+
+    for k, tau2 in enumerate(posterior.noise.tolist()):
+        best = evidence(tau2, k)
+        assert best > max(evidence(tau2 * 1.01, k), evidence(tau2 / 1.01, k))
+        m = posterior.mean[k]
+        rest = (y["reg"][:, k] - h @ m).square().sum()
+        assert tau2 == pytest.approx(float(rest / posterior.dof[k]))
+
+
+def test_a_prior_by_marginal_likelihood_is_better_than_its_neighbours():
+    data = loader()
+    for x, y in data:  # a signal, or else no prior is too narrow
+        y["reg"] += 2 * x[:, :2]
+    net, predictor = fitted(
+        data, settings={"reg": {"noise_variance": 1.0}}, prior_variance="marginal_likelihood"
+    )
+    x, y = all_of(data)
+    h, posterior = features_of(net, x), predictor.posteriors[0]
+    omega = torch.linalg.eigvalsh(h.mT @ h)
+
+    def evidence(gamma, k):
+        covariance = gamma * h @ h.mT + torch.eye(len(h)).double()
+        normal = torch.distributions.MultivariateNormal(torch.zeros(len(h)).double(), covariance)
+        return float(normal.log_prob(y["reg"][:, k]))
+
+    for k in range(2):
+        variances = posterior.variances[0, k]
+        gamma = float(1 / (1 / variances - omega).mean())
+        assert evidence(gamma, k) > max(evidence(gamma * 1.1, k), evidence(gamma / 1.1, k))
+
+
+def test_missing_labels_are_left_out():
+    data = loader()
+    for _, y in data:
+        y["reg"][torch.rand(len(y["reg"]), 2) < 0.3] = torch.nan
+    net, predictor = fitted(data)
+    x, y = all_of(data)
+    new = make_batch(seed=1)[0]
+    for k in range(2):
+        seen = ~y["reg"][:, k].isnan()
+        one = {"reg": y["reg"][seen], "bin": y["bin"][seen], "cls": y["cls"][seen]}
+        one["reg"] = one["reg"].nan_to_num(0.0)
+        alone = fitted([(x[seen], one)], net=net)[1]
+        a, b = predictor(new)["reg"], alone(new)["reg"]
+        torch.testing.assert_close(a.mean[:, k], b.mean[:, k])
+        torch.testing.assert_close(a.stddev[:, k], b.stddev[:, k])
+
+
+def test_samples_have_the_formulas_covariance_jointly():
+    data = loader()
+    _, predictor = fitted(data)
+    predictor.posteriors[0].dof.fill_(7.0)  # Student-t of heavy tails
+    predictor.posteriors[0].scale.fill_(1.5)
+    p = predictor(make_batch(seed=1, size=4)[0])["reg"]
+    generator = torch.Generator().manual_seed(0)
+    drawn = p.sample(400_000, generator=generator)
+    for k in range(2):
+        found, expected = torch.cov(drawn[..., k].mT), p.covariance()[k]
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * float(expected.max()))
+    labels = p.sample(400_000, noise=True, generator=generator)
+    torch.testing.assert_close(labels.std(0), p.stddev, rtol=0.02, atol=0)
+    torch.testing.assert_close(p.distribution.stddev, p.stddev)
+
+
+def test_intervals_hold_what_they_say():
+    _, predictor = fitted(loader())
+    predictor.posteriors[0].dof.fill_(4.0)
+    p = predictor(make_batch(seed=1)[0])["reg"]
+    labels = p.distribution.sample((100_000,))
+    for level in (0.5, 0.9):
+        low, high = p.interval(level)
+        inside = ((labels > low) & (labels < high)).double().mean(0)
+        assert (inside - level).abs().max() < 0.01
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        p.interval(1.0)
+
+
+@pytest.mark.parametrize("nu", [2.5, 4.0, 29.0, 31.0, 1e4, math.inf])
+def test_student_functions_against_scipy(nu):
+    stats = pytest.importorskip("scipy.stats")
+    t = torch.linspace(-30, 30, 101).double()
+    dof = torch.tensor(nu).double()
+    expected = stats.norm if nu == math.inf else stats.t(nu)
+    torch.testing.assert_close(
+        student_cdf(t, dof), torch.from_numpy(expected.cdf(t.numpy())), rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(
+        student_density(t, dof), torch.from_numpy(expected.pdf(t.numpy())), rtol=1e-7, atol=1e-12
+    )
+    for probability in (0.025, 0.5, 0.8, 0.995):
+        found = float(student_quantile(probability, dof))
+        assert found == pytest.approx(expected.ppf(probability), abs=1e-7)
+
+
+# --- classification ------------------------------------------------------------------------------
+
+
+def naive_mode(loss, start):
+    w = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-12, tolerance_change=0)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(w)
+        value.backward()
+        return value
+
+    for _ in range(5):
+        optimizer.step(closure)
+    return w.detach()
+
+
+@pytest.mark.parametrize("far", [1.0, 50.0])
+def test_binary_outputs_are_laplace_at_the_mode(far):
+    data, net = loader(), plain_net()
+    with torch.no_grad():
+        net.heads["bin"].weight.mul_(far)
+    net, predictor = fitted(data, net=net)
+    x, y = all_of(data)
+    h, new = features_of(net, x), make_batch(seed=1, size=9)[0]
+    g = features_of(net, new)
+    p = predictor(new)["bin"]
+    for k in range(2):
+
+        def loss(w, y=y["bin"][:, k]):
+            fit = F.binary_cross_entropy_with_logits(h @ w, y, reduction="sum")
+            return fit + w.square().sum() / (2 * GAMMA)
+
+        w = naive_mode(loss, torch.zeros(h.shape[1]).double())
+        covariance = torch.linalg.inv(torch.autograd.functional.hessian(loss, w))
+        torch.testing.assert_close(p.output[:, k], g @ w, rtol=1e-5, atol=1e-6)
+        variance = ((g @ covariance) * g).sum(1)
+        torch.testing.assert_close(p.output_variance[:, k], variance, rtol=1e-5, atol=1e-8)
+        z = g @ w + variance.sqrt() * torch.randn(400_000, 1).double()
+        torch.testing.assert_close(p.mean[:, k], z.sigmoid().mean(0), rtol=0, atol=3e-3)
+        found, expected = p.epistemic[:, k], z.sigmoid().var(0)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-5)
+
+
+def test_classes_are_laplace_at_the_mode():
+    data = loader()
+    net, predictor = fitted(data)
+    x, y = all_of(data)
+    h, new = features_of(net, x), make_batch(seed=1, size=9)[0]
+    g, shape = features_of(net, new), (3, h.shape[1])
+
+    def loss(w):
+        fit = F.cross_entropy(h @ w.view(shape).mT, y["cls"], reduction="sum")
+        return fit + w.square().sum() / (2 * GAMMA)
+
+    w = naive_mode(loss, torch.zeros(shape[0] * shape[1]).double())
+    covariance = torch.linalg.inv(torch.autograd.functional.hessian(loss, w))
+    p = predictor(new)["cls"]
+    torch.testing.assert_close(p.output, g @ w.view(shape).mT, rtol=1e-5, atol=1e-6)
+    draws = torch.distributions.MultivariateNormal(w, covariance).sample((200_000,))
+    probabilities = (g @ draws.view(-1, *shape).mT).softmax(-1)
+    torch.testing.assert_close(p.mean, probabilities.mean(0), rtol=0, atol=2e-3)
+    torch.testing.assert_close(p.epistemic, probabilities.var(0), rtol=0.03, atol=1e-5)
+    own = p.sample(200_000, generator=torch.Generator().manual_seed(0))
+    centred, expected = own - own.mean(0), probabilities - probabilities.mean(0)
+    torch.testing.assert_close(
+        torch.einsum("sic,sjc->ij", centred, centred),
+        torch.einsum("sic,sjc->ij", expected, expected),
+        rtol=0.05,
+        atol=0.02 * float(expected[:, 0].square().sum()),
+    )
+    total = p.epistemic + p.aleatoric
+    torch.testing.assert_close(total, p.mean * (1 - p.mean))
+    torch.testing.assert_close(p.stddev.square(), total)
+    low, high = p.interval(0.8)
+    inside = ((probabilities > low) & (probabilities < high)).double().mean(0)
+    assert (inside - 0.8).abs().max() < 0.02
+
+
+def test_a_kronecker_product_beyond_the_size_is_the_formula():
+    data = loader()
+    net, predictor = fitted(data, max_parameters=1, passes=200)
+    h, new = features_of(net, all_of(data)[0]), make_batch(seed=1, size=9)[0]
+    p, g = predictor(new)["cls"], features_of(net, new)
+    exact = fitted(data, net=net)[1](new)["cls"]
+    torch.testing.assert_close(p.output, exact.output, rtol=1e-3, atol=1e-4)  # the same mode
+    q = (h @ predictor.posteriors[2].mean.mT).softmax(1)
+    left = torch.diag_embed(q).mean(0) - q.mT @ q / len(q)
+    precision = torch.kron(left, h.mT @ h) + torch.eye(3 * h.shape[1]).double() / GAMMA
+    covariance = torch.linalg.inv(precision).view(3, h.shape[1], 3, h.shape[1])
+    logits = torch.einsum("nd,cdef,nf->nce", g, covariance, g)
+    centre = torch.eye(3).double() - 1 / 3  # without the common mode
+    expected = (centre @ logits @ centre).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(p.output_variance, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_missing_classes_and_binary_labels_are_left_out():
+    data = loader()
+    for _, y in data:
+        y["cls"][torch.rand(len(y["cls"])) < 0.3] = -100
+        y["bin"][torch.rand(len(y["bin"]), 2) < 0.3] = torch.nan
+    net, predictor = fitted(data)
+    x, y = all_of(data)
+    new = make_batch(seed=1)[0]
+    seen = y["cls"] != -100
+    some = {n: v[seen].nan_to_num(0.0) if n != "cls" else v[seen] for n, v in y.items()}
+    alone = fitted([(x[seen], some)], net=net)[1]
+    torch.testing.assert_close(predictor(new)["cls"].mean, alone(new)["cls"].mean)
+    seen = ~y["bin"][:, 1].isnan()
+    some = {
+        n: v[seen].nan_to_num(0.0) if n != "cls" else v[seen].clamp(min=0) for n, v in y.items()
+    }
+    alone = fitted([(x[seen], some)], net=net)[1]
+    torch.testing.assert_close(predictor(new)["bin"].mean[:, 1], alone(new)["bin"].mean[:, 1])
+
+
+def test_features_that_do_not_fit_the_cache_give_the_same():
+    data, net = loader(), plain_net()
+    from bayesagg.predicting import predictor as module
+
+    whole = fitted(data, net=net)[1]
+    source = module.Source
+
+    def without(*args, **kwargs):
+        return source(*args, **{**kwargs, "cache": 10})
+
+    module.Source = without
+    try:
+        again = fitted(data, net=net)[1]
+    finally:
+        module.Source = source
+    for key, value in whole.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, again.state_dict()[key]), key
+
+
+# --- quadrature ----------------------------------------------------------------------------------
+
+
+def test_sigmoid_moments_at_every_width():
+    mean = torch.tensor([-20.0, -3.0, 0.0, 0.5, 8.0]).double()[:, None]
+    sd = torch.tensor([1e-3, 0.3, 1.5, 5.0, 30.0]).double()
+    mean, sd = (value.flatten() for value in torch.broadcast_tensors(mean, sd))
+    x = torch.linspace(-9, 9, 200_001).double()
+    w = torch.exp(-x.square() / 2)
+    w = w / w.sum()
+    p = (mean[:, None] + sd[:, None] * x).sigmoid()
+    expected = (p * w).sum(1)
+    first, other, variance = sigmoid_moments(mean, sd)
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(first + other, torch.ones_like(first))
+    spread = ((p - expected[:, None]).square() * w).sum(1)
+    torch.testing.assert_close(variance, spread, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 150])
+def test_class_probabilities_of_narrow_logits_are_the_softmax(classes):
+    mean = torch.randn(4, classes).double()
+    logs, weights = class_probabilities(mean, torch.zeros(4, classes, classes - 1).double())
+    torch.testing.assert_close((logs.exp() * weights).sum(2), mean.softmax(1))

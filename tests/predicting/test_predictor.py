@@ -1,0 +1,338 @@
+"""The predictor as a module: after training under either rule, saved, moved, exported, dense."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.predicting import Predictor
+from tests.helpers import (
+    EPOCH,
+    assert_same,
+    make_batch,
+    make_heads,
+    make_net,
+    masked_losses,
+    plain_net,
+    snapshot,
+    train,
+    wrap,
+)
+from tests.predicting.cases import heads_of, loader
+
+STEPS = 2 * EPOCH + 2
+
+
+def trained(rule, net=None, steps=STEPS, **kwargs):
+    net = plain_net() if net is None else net
+    optimizer = wrap(net, rule=rule, **kwargs)
+    train(net, optimizer, steps)
+    return net, optimizer
+
+
+# --- after training ------------------------------------------------------------------------------
+
+
+def test_the_mean_of_a_regression_is_what_the_network_says(rule):
+    net, optimizer = trained(rule)
+    x = make_batch(seed=9)[0]
+    torch.testing.assert_close(optimizer.predictor(net)(x)["reg"].mean, net(x)["reg"])
+    torch.testing.assert_close(
+        optimizer.predictor(net)(x)["cls"].output.softmax(1), net(x)["cls"].softmax(1)
+    )
+
+
+def test_evidence_of_training_is_what_the_memory_holds():
+    net, optimizer = trained("likelihood")
+    memory, settings = optimizer.engine._memory, optimizer.engine.rule
+    g = torch.cat([net.trunk(make_batch(seed=9)[0]), torch.ones(6, 1).double()], 1).detach()
+    p = optimizer.predictor(net)(make_batch(seed=9)[0])
+    [unit] = memory.units
+    total, level, weight = unit.scale[0]
+    eye = torch.eye(5).double()
+    for k in range(2):
+        tau2, unit_of = total[k] / weight[k], level[k] / weight[k]
+        a = unit.gram[0] + tau2 / (settings.prior_variance * unit_of) * eye
+        variance = tau2 * ((g @ torch.linalg.inv(a)) * g).sum(1)
+        squared = p["reg"].scale.square()[:, k]
+        torch.testing.assert_close(squared, tau2 + variance)
+        assert p["reg"].dof[k] == settings.degrees_of_freedom
+    bound = torch.linalg.inv(unit.gram[0] / 4 + eye / settings.prior_variance)
+    torch.testing.assert_close(p["bin"].output_variance[:, 1], ((g @ bound) * g).sum(1))
+    bound = torch.linalg.inv(unit.gram[0] / 2 + eye / settings.prior_variance)
+    torch.testing.assert_close(p["cls"].output_variance[:, 1], ((g @ bound) * g).sum(1))
+
+
+def test_the_papers_posterior_is_that_of_the_last_epoch():
+    net, optimizer = trained("paper")
+    memory = optimizer.engine._memory
+    g = torch.cat([net.trunk(make_batch(seed=9)[0]), torch.ones(6, 1).double()], 1).detach()
+    p = optimizer.predictor(net)(make_batch(seed=9)[0])
+    for group, state in zip(memory.groups, memory.states, strict=True):
+        posterior = group.posterior(state.full, None)
+        [name] = group.heads
+        if name == "reg":
+            v = ((g @ posterior.covariance[0]) * g).sum(1)[:, None]
+            torch.testing.assert_close(p["reg"].epistemic, v.expand(-1, 2))
+            torch.testing.assert_close(p["reg"].aleatoric, torch.ones(6, 2).double())
+        elif name == "bin":
+            v = torch.stack([((g @ c) * g).sum(1) for c in posterior.covariance], 1)
+            torch.testing.assert_close(p["bin"].output_variance, v)
+        else:
+            from bayesagg.posterior import contrast_basis
+
+            basis = contrast_basis(3, g)
+            s = posterior.covariance[0].view(2, 5, 2, 5)
+            v = torch.einsum("ec,nd,edfg,ng,fc->nc", basis, g, s, g, basis)
+            torch.testing.assert_close(p["cls"].output_variance, v)
+
+
+def test_missing_labels_and_learned_noise(rule):
+    net = plain_net()
+    optimizer = wrap(net, rule=rule, settings={"reg": {"noise_variance": "learned"}})
+    for i in range(STEPS):
+        x, labels = make_batch(seed=i, size=20)
+        present = {n: torch.rand(y.shape) < 0.8 for n, y in labels.items()}
+        optimizer.zero_grad()
+        optimizer.step(masked_losses(net(x), labels, present))
+    p = optimizer.predictor(net)(make_batch(seed=9)[0])["reg"]
+    assert isinstance(p.distribution, torch.distributions.StudentT)
+    assert (p.epistemic > 0).all() and not torch.allclose(p.epistemic[:, 0], p.epistemic[:, 1])
+
+
+def test_exact_under_either_rule_is_its_prior_and_the_data(rule):
+    net, optimizer = trained(rule)
+    data = loader()
+    exact = optimizer.predictor(net, data)
+    gamma = 1.0 if rule == "paper" else optimizer.engine.rule.prior_variance
+    plain = Predictor.fit(net, heads_of(net), data, prior_variance=gamma)
+    x = make_batch(seed=9)[0]
+    for task in ("bin", "cls"):
+        torch.testing.assert_close(exact(x)[task].mean, plain(x)[task].mean)
+    if rule == "likelihood":  # in units of the labels
+        scaled = [(x, {**y, "reg": 1000 * y["reg"]}) for x, y in data]
+        again = optimizer.predictor(net, scaled)
+        torch.testing.assert_close(again(x)["reg"].stddev, 1000 * exact(x)["reg"].stddev)
+
+
+def test_towers_and_a_loss_without_a_head():
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = nn.Sequential(nn.Linear(5, 6), nn.Tanh())
+            self.a = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 1))
+            self.b = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2, bias=False))
+
+        def forward(self, x, shift=0.0):
+            h = self.trunk(x + shift)
+            return {"a": self.a(h), "b": self.b(h)}
+
+    net = Towers().double()
+    heads = {"a": RegressionHead(net.a), "b": MulticlassHead(net.b)}
+    optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters()), None, heads)
+    x, y = torch.randn(40, 5).double(), torch.randint(2, (40,))
+    for _ in range(60):
+        out = net(x)
+        optimizer.zero_grad()
+        losses = {"a": F.mse_loss(out["a"], x[:, :1]), "b": F.cross_entropy(out["b"], y)}
+        optimizer.step(losses)
+    predictor = optimizer.predictor(net)
+    torch.testing.assert_close(predictor(x)["a"].mean, net(x)["a"])
+    labels = {"a": x[:, :1], "b": y}
+    tuples = optimizer.predictor(net, [((x, 0.5), labels)])
+    keywords = optimizer.predictor(net, [({"x": x, "shift": 0.5}, labels)])
+    for p in (tuples(x), keywords(x=x)):
+        assert p["b"].mean.shape == (40, 2) and p["a"].stddev.shape == (40, 1)
+    assert torch.equal(tuples(x)["a"].mean, keywords(x)["a"].mean)
+
+
+# --- a module ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_behind(rule):
+    net, optimizer = trained(rule, make_net())  # batch normalisation has buffers
+    net.trunk.train()
+    net.heads.eval()
+    before = snapshot(net, optimizer)
+    hooks = [len(m._forward_pre_hooks) for m in net.modules()]
+    predictor = optimizer.predictor(net, loader())
+    predictor.calibrate(loader())
+    for p in predictor(make_batch(seed=9)[0]).values():
+        assert not p.mean.requires_grad and not p.stddev.requires_grad
+    assert_same(before, snapshot(net, optimizer))
+    assert hooks == [len(m._forward_pre_hooks) for m in net.modules()]
+    assert predictor(make_batch(seed=9, size=1)[0])["reg"].mean.shape == (1, 2)
+
+
+def test_gradients_when_asked_for():
+    net, optimizer = trained("likelihood")
+    x = make_batch(seed=9)[0].requires_grad_()
+    predictor = optimizer.predictor(net)
+    p = predictor(x, differentiable=True)
+    total = sum(q.mean.sum() + q.stddev.sum() + q.epistemic.sum() for q in p.values())
+    [gradient] = torch.autograd.grad(total, x)
+    assert gradient.isfinite().all()
+
+    def stddev(x):
+        return predictor(x, differentiable=True)["reg"].stddev
+
+    assert torch.autograd.gradcheck(stddev, x[:2])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_saved_predictor_needs_neither_engine_nor_data(rule, exact, tmp_path):
+    net, optimizer = trained(rule)
+    predictor = optimizer.predictor(net, loader() if exact else None).calibrate(loader())
+    x = make_batch(seed=9)[0]
+    torch.save(predictor.state_dict(), tmp_path / "predictor.pt")
+    other = plain_net(seed=5)
+    again = Predictor(other, heads_of(other))
+    again.load_state_dict(torch.load(tmp_path / "predictor.pt", weights_only=True))
+    for task, p in predictor(x).items():
+        q = again(x)[task]
+        assert torch.equal(p.mean, q.mean) and torch.equal(p.stddev, q.stddev)
+        assert torch.equal(p.epistemic, q.epistemic)
+    copied = copy.deepcopy(predictor)
+    assert torch.equal(copied(x)["cls"].mean, predictor(x)["cls"].mean)
+    assert copied.model is not predictor.model
+    single = copied.float()(x.float())["reg"].stddev
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), predictor(x)["reg"].stddev, rtol=1e-4, atol=1e-5)
+
+
+def test_the_device_is_that_of_the_module():
+    net = plain_net()
+    predictor = Predictor.fit(net, heads_of(net), loader()).to("meta")
+    assert {b.device.type for b in predictor.buffers()} == {"meta"}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own exporter warns of its parts
+def test_an_exported_graph_gives_mean_and_standard_deviation():
+    net = plain_net()
+    predictor = Predictor.fit(net, heads_of(net), loader()).calibrate(loader())
+    x = make_batch(seed=9, size=7)[0]
+    batch = torch.export.Dim("batch", min=2, max=512)
+    program = torch.export.export(predictor.exportable(), (x,), dynamic_shapes=(({0: batch},),))
+    for inputs in (x, make_batch(seed=8, size=40)[0]):
+        found = program.module()(inputs)
+        for task, p in predictor(inputs).items():
+            torch.testing.assert_close(found[task][0], p.mean, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(found[task][1], p.stddev, rtol=1e-5, atol=1e-7)
+
+
+# --- calibration ---------------------------------------------------------------------------------
+
+
+def test_calibration_finds_scale_shape_and_temperature():
+    net = plain_net()
+    predictor = Predictor.fit(net, heads_of(net), loader())
+    data = []
+    for x, _ in loader(batches=40, size=100):
+        p = predictor(x)
+        noise = torch.distributions.StudentT(torch.tensor(5.0).double()).sample(p["reg"].mean.shape)
+        labels = {
+            "reg": p["reg"].mean + 3 * p["reg"].scale * noise,
+            "bin": torch.bernoulli((p["bin"].output / 2).sigmoid()),
+            "cls": torch.distributions.Categorical(logits=p["cls"].output / 2).sample(),
+        }
+        data.append((x, labels))
+    predictor.calibrate(data)
+    scales = {task: post.scale for task, post in predictor._named()}
+    assert ((scales["reg"] - 3).abs() < 0.2).all()
+    assert ((predictor.posteriors[0].dof >= 4) & (predictor.posteriors[0].dof <= 6)).all()
+
+    def loss(task):
+        total = 0.0
+        for x, y in data:
+            total += float(predictor(x)[task].distribution.log_prob(y[task].squeeze()).sum())
+        return -total
+
+    for task, post in predictor._named():
+        best = loss(task)
+        for factor in (0.8, 1.25):
+            post.scale.mul_(factor)
+            assert loss(task) > best
+            post.scale.div_(factor)
+
+
+# --- dense heads ---------------------------------------------------------------------------------
+
+
+class Maps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh())
+        self.cls, self.reg = nn.Conv2d(4, 3, 1), nn.Conv2d(4, 2, 1)
+        self.bin, self.tokens = nn.Conv2d(4, 1, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.trunk(x)
+        out = {"cls": self.cls(h), "reg": self.reg(h), "bin": self.bin(h)}
+        return {**out, "tokens": self.tokens(h.movedim(1, -1))}
+
+
+def test_every_pixel_is_a_datum():
+    net = Maps().double()
+    heads = {
+        "cls": MulticlassHead(net.cls),
+        "reg": RegressionHead(net.reg),
+        "bin": BinaryHead(net.bin),
+        "tokens": RegressionHead(net.tokens),
+    }
+    x = torch.randn(6, 2, 4, 5).double()
+    labels = {
+        "cls": torch.randint(3, (6, 4, 5)),
+        "reg": torch.randn(6, 2, 4, 5).double(),
+        "bin": (torch.rand(6, 1, 4, 5) > 0.5).double(),
+        "tokens": torch.randn(6, 4, 5, 2).double(),
+    }
+    labels["cls"][:, 0], labels["reg"][:, 1, :, 2] = -100, torch.nan
+    predictor = Predictor.fit(net, heads, [(x, labels)]).calibrate([(x, labels)])
+    out, found = net(x), predictor(x)
+    for task, p in found.items():
+        for part in (p.mean, p.stddev, p.epistemic, p.aleatoric, *p.interval(0.8)):
+            assert part.shape == out[task].shape
+        assert p.sample(3).shape == (3, *out[task].shape)
+    assert found["cls"].distribution.log_prob(labels["cls"].clamp(min=0)).shape == (6, 4, 5)
+    assert found["cls"].sample(2, noise=True).shape == (2, 6, 4, 5)
+    assert found["reg"].distribution.log_prob(labels["reg"]).shape == (6, 2, 4, 5)
+    flat = nn.Module()
+    flat.trunk, flat.reg = nn.Identity(), nn.Linear(4, 2).double()
+    flat.forward = lambda h: flat.reg(flat.trunk(h))
+    rows = net.trunk(x).detach().movedim(1, -1).reshape(-1, 4)
+    y = {"reg": labels["reg"].movedim(1, -1).reshape(-1, 2)}
+    plain = Predictor.fit(flat, {"reg": RegressionHead(flat.reg)}, [(rows, y)]).calibrate(
+        [(rows, y)]
+    )
+    expected = plain(rows)["reg"].stddev.view(6, 4, 5, 2).movedim(-1, 1)
+    torch.testing.assert_close(found["reg"].stddev, expected)
+
+
+def test_large_maps_go_in_chunks(monkeypatch):
+    from bayesagg.predicting import calibration, fit, prediction
+
+    net = Maps().double()
+    heads = {"cls": MulticlassHead(net.cls), "reg": RegressionHead(net.reg)}
+    net.bin, net.tokens = nn.Identity(), nn.Identity()
+    x = torch.randn(3, 2, 6, 6).double()
+    labels = {"cls": torch.randint(3, (3, 6, 6)), "reg": torch.randn(3, 2, 6, 6).double()}
+    labels["reg"][:, 0, 0] = torch.nan
+
+    def results():
+        predictor = Predictor.fit(net, heads, [(x, labels)]).calibrate([(x, labels)])
+        found = predictor(x)
+        return [f(p) for p in found.values() for f in (lambda p: p.mean, lambda p: p.stddev)]
+
+    whole = results()
+    for module, name in ((prediction, "CHUNK"), (calibration, "CHUNK"), (fit, "_CHUNK")):
+        monkeypatch.setattr(module, name, 40)
+    for a, b in zip(whole, results(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_heads_of_the_helpers_serve(rule):
+    net, _ = trained(rule)
+    assert Predictor.fit(net, make_heads(net, rule), loader()).tasks == ("reg", "bin", "cls")
