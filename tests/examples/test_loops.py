@@ -1,4 +1,7 @@
-"""The scripts of other packages' loops, on their real data with few steps, under both rules."""
+"""The scripts of other packages' loops, on their real data with few steps.
+
+That every loop takes the steps of a plain one, under both rules: ``tests/loops``.
+"""
 
 from __future__ import annotations
 
@@ -84,8 +87,11 @@ def new_accelerator():
 
 
 @pytest.mark.usefixtures("new_accelerator")
-@pytest.mark.parametrize("options", [[], ["--accumulate", "2", "--precision", "bf16"]])
-def test_accelerate_loop(options, rule, tmp_path):
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("likelihood", ["--accumulate", "2", "--precision", "bf16"]), ("paper", [])],
+)
+def test_accelerate_loop(rule, options, tmp_path):
     """Two data sets in turn: all four tasks are learned."""
     loop = script("accelerate_loop", "accelerate")
     shared = ["--rule", rule, "--output", str(tmp_path), *options]
@@ -96,9 +102,9 @@ def test_accelerate_loop(options, rule, tmp_path):
 # --- chemprop ------------------------------------------------------------------------------------
 
 
-def test_chemprop_mpnn(rule, tmp_path):
+def test_chemprop_mpnn(tmp_path):
     chemprop = script("chemprop_mpnn", "chemprop")
-    args = ["--molecules", "200", "--epochs", "3", "--width", "32", "--rule", rule]
+    args = ["--molecules", "200", "--epochs", "3", "--width", "32"]
     trainer = chemprop.main([*args, "--output", str(tmp_path)])
     assert trainer.callback_metrics["test/mse"] < 1.5  # targets have a variance of one
     weights = trainer.lightning_module.engine.task_weights["properties"]
@@ -149,10 +155,7 @@ def test_rechub_mmoe(tmp_path):
 
 
 def test_ddp(tmp_path):
-    """Two processes of torchrun end where one does that has all of each batch.
-
-    Both rules, and much more of it: ``tests/loops/test_distributed.py``.
-    """
+    """Two processes of torchrun end where one does that has all of each batch."""
     ddp = script("ddp", "causaldata")
     args = ["--epochs", "4", "--output"]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -165,8 +168,8 @@ def test_ddp(tmp_path):
     torch.testing.assert_close(*(s["model"] for s in states), rtol=1e-3, atol=1e-4)
 
 
-def test_timm_images(rule, capsys):
+def test_timm_images(capsys):
     images = script("timm_images", "timm")
-    images.main(["--images", "400", "--epochs", "3", "--rule", rule])
+    images.main(["--images", "400", "--epochs", "3"])
     lines = capsys.readouterr().out.splitlines()
     falls([float(line.split()[-1]) for line in lines if line.startswith("epoch")])

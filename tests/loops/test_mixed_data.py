@@ -17,7 +17,7 @@ from tests.helpers import (
     wrap,
 )
 from tests.loops.clients import CLIENTS, plain, state_of
-from tests.loops.runs import plain_net, without
+from tests.loops.runs import without
 
 # Advice of Lightning's about speed, and of its dependencies about themselves.
 pytestmark = [
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 STEPS, EPOCHS = 4, 2
-CLIENT = pytest.mark.parametrize("client", sorted(CLIENTS))
 
 
 def missing(index):
@@ -69,7 +68,7 @@ def losses_of(net, batch):
     return losses
 
 
-@CLIENT
+@pytest.mark.parametrize("client", sorted(CLIENTS))
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_the_steps_are_those_of_a_plain_loop(kind, client, rule, tmp_path):
     batches = [KINDS[kind](index) for index in range(STEPS)]
@@ -77,19 +76,6 @@ def test_the_steps_are_those_of_a_plain_loop(kind, client, rule, tmp_path):
     for loop in (plain, CLIENTS[client]):
         net = make_net()
         wrapper = wrap(net, "adam", rule, settings=SAMPLED)
-        loop(net, wrapper, batches, losses_of, tmp_path, EPOCHS)
-        results.append(state_of(net, wrapper))
-    assert_same(*results)
-
-
-@CLIENT
-def test_towers_of_different_data_sets(client, tmp_path):
-    """A tower per task under the default rule: the paper's has no towers."""
-    batches = [alternating(index) for index in range(STEPS)]
-    results = []
-    for loop in (plain, CLIENTS[client]):
-        net = plain_net(towers=True)
-        wrapper = wrap(net, "adam", "likelihood", shared_rep_hook=None)
         loop(net, wrapper, batches, losses_of, tmp_path, EPOCHS)
         results.append(state_of(net, wrapper))
     assert_same(*results)
