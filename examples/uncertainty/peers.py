@@ -109,7 +109,9 @@ def _fit(library: Any, net: nn.Module, kind: str, h: Tensor, y: Tensor) -> Any:
 
 
 class VariationalNet(nn.Module):
-    """The benchmark's backbone with a VBLL head for each task.
+    """The benchmark's backbone with a VBLL head for each task, of diagonal covariance.
+
+    With a dense one a step on ten binary tasks takes fifty times that of a plain network.
 
     Args:
         backbone: of the network.
@@ -125,10 +127,10 @@ class VariationalNet(nn.Module):
         self.heads = nn.ModuleList()
         for task in tasks:
             if task.kind == "regression":
-                head = library.Regression(width + 1, 1, 1 / data)
+                head = library.Regression(width + 1, 1, 1 / data, "diagonal")
             else:
                 classes = 2 if task.kind == "binary" else task.classes
-                head = library.DiscClassification(width + 1, classes, 1 / data)
+                head = library.DiscClassification(width + 1, classes, 1 / data, "diagonal")
             self.heads.append(head)
 
     def forward(self, x: Tensor) -> list[Any]:
