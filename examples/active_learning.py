@@ -1,9 +1,9 @@
 """Which images to label next: ``python -m examples.active_learning``.
 
-MNIST, every digit against the rest: 10 binary tasks on one network, which starts with a few labels.
-In every round it is trained anew by BayesAgg, and more images of the pool get a label: those whose
-labels say most of the heads' weights (``bayesagg.acquisition.bald``, added up over the tasks), those
-that the network itself is least sure of, or random ones. Prints the area under the curve of Δm,
+MNIST, every digit against the rest: 10 binary tasks on one network that starts with a few labels.
+In every round it is trained anew by BayesAgg, and more images of the pool get a label: a batch
+whose labels together say most of the heads' weights (``bayesagg.acquisition.select``), those that
+the network itself is least sure of, or random ones. Prints the area under the curve of Δm,
 the mean relative loss of accuracy against a network trained on the whole pool, in percent.
 """
 
@@ -29,7 +29,7 @@ from examples.data import Split
 from examples.methods import BayesAggregation
 from examples.training import TrainSettings, train
 
-STYLES = {"random": "C7:o", "entropy of the network": "C1--s", "BALD": "C0-D"}
+STYLES = {"random": "C7:o", "entropy of the network": "C1--s", "joint information": "C0-D"}
 
 
 def trained(data: Benchmark, settings: TrainSettings) -> tuple[Any, Any]:
@@ -46,17 +46,15 @@ def accuracies(data: Benchmark, model: Any) -> list[float]:
     return primary(data.tasks, measure(data.tasks, *predict(model, data.test), data.scale))
 
 
-def worth(name: str, model: Any, method: Any, labelled: Split, pool: Tensor) -> Tensor:
-    """What the labels of the pool's images are worth, ``(n,)``."""
+def choice(name: str, model: Any, method: Any, pool: Tensor, count: int) -> Tensor:
+    """Places in the pool of the images to label next."""
     if name == "random":
-        return torch.rand(len(pool))
-    if name == "BALD":
-        loader = [(labelled.x, {"binary": labelled.y})]
-        predictor = method.optimizer.predictor(model, loader, prior_variance="marginal_likelihood")
-        return acquisition.bald(predictor(pool)["binary"], samples=200)
+        return torch.randperm(len(pool))[:count]
+    if name == "joint information":
+        return acquisition.select(method.optimizer.predictor(model)(pool)["binary"], count)
     with torch.no_grad():
         p = model.eval()(pool)["binary"].double().sigmoid()
-    return (torch.special.entr(p) + torch.special.entr(1 - p)).sum(1)
+    return (torch.special.entr(p) + torch.special.entr(1 - p)).sum(1).topk(count).indices
 
 
 def run(
@@ -74,8 +72,7 @@ def run(
         now = replace(data, train=labelled)
         model, method = trained(now, replace(settings, epochs=epochs))
         found.append(accuracies(data, model))
-        values = worth(name, model, method, labelled, data.train.x[pool])
-        best = values.topk(args.add).indices
+        best = choice(name, model, method, data.train.x[pool], args.add)
         keep = torch.ones(len(pool), dtype=torch.bool)
         keep[best] = False
         known, pool = torch.cat([known, pool[best]]), pool[keep]
