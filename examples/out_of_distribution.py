@@ -68,17 +68,11 @@ def scores(seed: int, args: argparse.Namespace) -> tuple[dict[str, dict[str, Ten
     shuffled = x[test][:500, torch.randperm(784)]
     kinds = {"seen": x[test], "8 and 9": x[y >= SEEN], "shuffled": shuffled, "photograph": squares}
     net = Net()
-    heads = {
-        "digit": MulticlassHead(net.digit),
-        "even": BinaryHead(net.even),
-        "ink": RegressionHead(net.ink),
-    }
+    heads = {"digit": MulticlassHead(net.digit), "even": BinaryHead(net.even)}
+    heads["ink"] = RegressionHead(net.ink)
     optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters(), 1e-3), net.backbone, heads)
-    loss_fn = {
-        "digit": F.cross_entropy,
-        "even": F.binary_cross_entropy_with_logits,
-        "ink": F.mse_loss,
-    }
+    loss_fn = {"digit": F.cross_entropy, "ink": F.mse_loss}
+    loss_fn["even"] = F.binary_cross_entropy_with_logits
     for _ in range(args.epochs):
         for rows in train[torch.randperm(len(train))].split(100):
             labels, out = targets(x[rows], y[rows]), net(x[rows])
@@ -107,7 +101,7 @@ def draw(path: Path, found: dict[str, dict[str, Tensor]], kinds: dict[str, Tenso
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 2])
     for ax, (kind, some) in zip(left.subplots(2, 2).flat, kinds.items(), strict=True):
-        ax.imshow(some[3].view(28, 28).numpy(), cmap="gray", vmin=0, vmax=1)
+        ax.imshow(some[len(some) // 2].view(28, 28).numpy(), cmap="gray", vmin=0, vmax=1)
         ax.set_title(kind, fontsize=11)
         ax.set_axis_off()
     ax = right.subplots()
@@ -117,7 +111,8 @@ def draw(path: Path, found: dict[str, dict[str, Tensor]], kinds: dict[str, Tenso
         )
     ax.set_xlabel("log₁₀ of the epistemic variance of the ink")
     ax.set_ylabel("density")
-    ax.legend(frameon=False)
+    ax.set_ylim(0, 1.4 * ax.get_ylim()[1])
+    ax.legend(frameon=False, ncols=2, loc="upper center")
     ax.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
