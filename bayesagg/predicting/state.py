@@ -1,9 +1,9 @@
 """The posterior of one head as it is kept for predictions: a module of buffers.
 
-Two forms hold every covariance. *By eigenvectors*: columns ``w_p ~ N(m_p, Q diag(s_p) Qᵀ)``, one
-``Q`` for all or one for each, so that an output costs ``D²`` however many there are. *By a root*:
-``Cov(vec W) = RᵀR`` of all columns together. Columns are the outputs, or what a rotation turns into
-them (contrasts of classes, eigenvectors of a Kronecker factor).
+Two forms hold every covariance. *By vectors*: columns ``w_p ~ N(m_p, Q diag(s_p) Qᵀ)``, one ``Q``
+(of eigenvectors) for all, so that they cost ``D²`` however many there are, or one for each. *By a
+root*: ``Cov(vec W) = RᵀR`` of all columns together. Columns are the outputs, or what a rotation
+turns into them (contrasts of classes, eigenvectors of a Kronecker factor).
 """
 
 from __future__ import annotations
