@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,12 +42,15 @@ Passes = Callable[[], Iterable[Rows]]  # over all data
 
 @dataclass(frozen=True)
 class _Point:
-    """Weights, the objective without the prior, its gradient and curvature there."""
+    """Weights, the objective without the prior, its gradient there, and a curvature."""
 
     weights: Tensor
     value: Tensor
     gradient: Tensor
     curvature: Curvature
+
+
+Evaluate = Callable[[Tensor, Curvature | None], _Point]  # with the curvature there, or a known one
 
 
 def laplace(
@@ -77,21 +80,21 @@ def laplace(
         NumericalWarning: if the mode was not reached.
     """
     weights = start.double()
-    evaluate: Callable[[Tensor], _Point]
+    evaluate: Evaluate
     if kind == "binary":
 
-        def evaluate(w: Tensor) -> _Point:
-            return _binary(w, bias, data())
+        def evaluate(w: Tensor, curvature: Curvature | None) -> _Point:
+            return _binary(w, bias, data(), curvature)
     else:
         basis = contrast_basis(len(start), weights)
         exact = len(basis) * start.shape[1] <= max_parameters
         weights = (basis @ weights).view(1, -1)
 
-        def evaluate(w: Tensor) -> _Point:
-            return _classes(w, basis, bias, data(), exact)
+        def evaluate(w: Tensor, curvature: Curvature | None) -> _Point:
+            return _classes(w, basis, bias, data(), exact, curvature)
 
     precision = weights.new_full((len(weights),), 1 / prior.variance)
-    point, reached = _mode(evaluate(weights), precision, evaluate, passes)
+    point, reached = _mode(evaluate(weights, None), precision, evaluate, passes)
     for _ in range(_PRIORS if prior.learned else 0):
         square = point.weights.square().sum(1).clamp_min(1e-12)
         new = (point.curvature.determined(precision) / square).clamp(1e-8, 1e8)
@@ -107,61 +110,64 @@ def laplace(
             NumericalWarning,
             stacklevel=4,
         )
-    return point.curvature.inferred(point.weights, precision)
+    mode = point.weights
+    if reached:  # one more step, which needs no pass
+        mode = mode - point.curvature.solve(point.gradient + precision[:, None] * mode, precision)
+    return point.curvature.inferred(mode, precision)
 
 
-def _mode(
-    point: _Point, precision: Tensor, evaluate: Callable[[Tensor], _Point], passes: int
-) -> tuple[_Point, bool]:
-    """Damped Newton steps from a point; each needs one pass, and one more for each halving."""
+def _mode(point: _Point, precision: Tensor, evaluate: Evaluate, passes: int) -> tuple[_Point, bool]:
+    """Damped Newton steps from a point, each with a pass for the gradient.
+
+    The curvature is the costly part of a pass. It serves on as long as every step leaves a tenth of
+    the expected decrease at most, and is that of the mode in the end.
+    """
 
     def objective(at: _Point) -> Tensor:
         return at.value + 0.5 * precision * at.weights.square().sum(1)
 
-    value, halved = objective(point), 0
-    length = torch.ones_like(value)
-    for left in range(passes, -1, -1):
+    value, halved, fresh = objective(point), 0, True
+    length, before = torch.ones_like(value), torch.full_like(value, torch.inf)
+    for _ in range(passes + 1):
         gradient = point.gradient + precision[:, None] * point.weights
         step = point.curvature.solve(gradient, precision)
         decrease = (gradient * step).sum(1)
-        if bool((decrease <= _TOLERANCE * (1 + value.abs())).all()):
-            return point, True
-        if left == 0:
-            break
-        trial = evaluate(point.weights - length[:, None] * step)
+        small = decrease <= _TOLERANCE * (1 + value.abs())
+        if bool(small.all()):
+            return (point if fresh else evaluate(point.weights, None)), True
+        if not fresh and halved == 0 and bool((~small & (decrease > 0.1 * before)).any()):
+            point, fresh = evaluate(point.weights, None), True
+            before = torch.full_like(value, torch.inf)
+            continue
+        trial = evaluate(point.weights - length[:, None] * step, point.curvature)
         found = objective(trial)
         better = found <= value + 1e-12 * value.abs()
         if bool(better.all()):
-            point, value, length, halved = trial, found, torch.ones_like(length), 0
+            point, value, fresh, halved = trial, found, False, 0
+            length, before = torch.ones_like(length), decrease
             continue
         halved += 1
         if halved > _HALVINGS:
             break
         # Of those that got better the step counts; the others try half of theirs again.
         length = torch.where(better, 1.0, length / 2)
-        stay = ~better
-        kept = torch.where(stay[:, None], point.weights, trial.weights)
-        point = _mixed(stay, kept, point, trial)
-        value = torch.where(stay, value, found)
-    return point, False
+        point, value = _mixed(~better, point, trial), torch.where(better, found, value)
+        fresh = fresh and not bool(better.any())
+    return (point if fresh else evaluate(point.weights, None)), False
 
 
-def _mixed(stay: Tensor, weights: Tensor, old: _Point, new: _Point) -> _Point:
-    """Old points where they stay, new ones elsewhere."""
-    if bool(stay.all()):
-        return old
-    assert isinstance(old.curvature, Outputs) and isinstance(new.curvature, Outputs)
+def _mixed(stay: Tensor, old: _Point, new: _Point) -> _Point:
+    """Old points where they stay, new ones elsewhere; both have the same curvature."""
     keep = stay[:, None]
-    matrix = torch.where(keep[..., None], old.curvature.matrix, new.curvature.matrix)
     return _Point(
-        weights,
+        torch.where(keep, old.weights, new.weights),
         torch.where(stay, old.value, new.value),
         torch.where(keep, old.gradient, new.gradient),
-        replace(old.curvature, matrix=matrix),
+        old.curvature,
     )
 
 
-def _binary(weights: Tensor, bias: bool, data: Iterable[Rows]) -> _Point:
+def _binary(weights: Tensor, bias: bool, data: Iterable[Rows], known: Curvature | None) -> _Point:
     value = weights.new_zeros(len(weights))
     gradient, matrix = torch.zeros_like(weights), None
     for rows in data:
@@ -172,14 +178,22 @@ def _binary(weights: Tensor, bias: bool, data: Iterable[Rows]) -> _Point:
         if rows.present is not None:
             loss, error, curvature = (part * rows.present for part in (loss, error, curvature))
         value, gradient = value + loss.sum(0), gradient + error.mT @ h
-        part = weighted_gram(h, curvature)
-        matrix = part if matrix is None else matrix + part
-    assert matrix is not None
-    return _Point(weights, value, gradient, Outputs(matrix))
+        if known is None:
+            part = weighted_gram(h, curvature)
+            matrix = part if matrix is None else matrix + part
+    if matrix is not None:
+        known = Outputs(matrix)
+    assert known is not None
+    return _Point(weights, value, gradient, known)
 
 
 def _classes(
-    weights: Tensor, basis: Tensor, bias: bool, data: Iterable[Rows], exact: bool
+    weights: Tensor,
+    basis: Tensor,
+    bias: bool,
+    data: Iterable[Rows],
+    exact: bool,
+    known: Curvature | None,
 ) -> _Point:
     value, gradient = weights.new_zeros(1), torch.zeros_like(weights).view(len(basis), -1)
     matrix: Tensor | None = None
@@ -194,6 +208,8 @@ def _classes(
         value = value - (y * z.log_softmax(1)).sum()
         p = z.softmax(1)
         gradient = gradient + ((p - y) @ basis.mT).mT @ h
+        if known is not None:
+            continue
         if exact:
             part = sum(
                 multiclass_statistics(hc, yc, zc)[0]
@@ -207,6 +223,8 @@ def _classes(
             sides = [a + b for a, b in zip(sides, new, strict=True)] if sides else new
             count = count + len(h)
     flat = gradient.view(1, -1)
+    if known is not None:
+        return _Point(weights, value, flat, known)
     if matrix is not None:
         return _Point(weights, value, flat, Contrasts(matrix[None], basis.shape[1]))
     left, right = torch.linalg.eigh(sides[0] / count), torch.linalg.eigh(sides[1])

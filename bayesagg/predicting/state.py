@@ -1,9 +1,9 @@
 """The posterior of one head as it is kept for predictions: a module of buffers.
 
-Two forms hold every covariance. *By eigenvectors*: columns ``w_p ~ N(m_p, Q diag(s_p) Qᵀ)``, one
-``Q`` for all or one for each, so that an output costs ``D²`` however many there are. *By a root*:
-``Cov(vec W) = RᵀR`` of all columns together. Columns are the outputs, or what a rotation turns into
-them (contrasts of classes, eigenvectors of a Kronecker factor).
+Two forms hold every covariance. *By vectors*: columns ``w_p ~ N(m_p, Q diag(s_p) Qᵀ)``, one ``Q``
+(of eigenvectors) for all, so that they cost ``D²`` however many there are, or one for each. *By a
+root*: ``Cov(vec W) = RᵀR`` of all columns together. Columns are the outputs, or what a rotation
+turns into them (contrasts of classes, eigenvectors of a Kronecker factor).
 """
 
 from __future__ import annotations
@@ -156,9 +156,13 @@ class HeadPosterior(nn.Module):
 
     def covariance(self, h: Tensor) -> Tensor:
         """Covariances of independent outputs between the data, ``h̃ᵢᵀ S h̃ⱼ``, ``[o, N, N]``."""
-        vectors, variances = self.vectors.to(h.dtype), self.variances.to(h.dtype)
-        rotated = (h @ vectors)[:, None]  # [G, 1, N, D]
-        return ((rotated * variances[:, :, None]) @ rotated.mT).flatten(0, 1)
+        rows = self.whitened(h)
+        return rows @ rows.mT
+
+    def whitened(self, h: Tensor) -> Tensor:
+        """Rows whose inner products are ``h̃ᵢᵀ S h̃ⱼ``, of independent outputs, ``[o, N, D]``."""
+        rotated = (h @ self.vectors.to(h.dtype))[:, None]
+        return (rotated * self.variances.to(h.dtype).sqrt()[:, :, None]).flatten(0, 1)
 
     def draw(self, number: int, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Outputs under ``number`` draws of the weights, the same for all data, ``[n, N, o]``."""

