@@ -68,6 +68,12 @@ class Labels:
             present,
         )
 
+    def split(self, sizes: Sequence[int]) -> list[Labels]:
+        """The labels of some tasks, and of those that follow, and so on."""
+        parts = [part.split(sizes, 1) for part in (self.outputs, self.targets, self.factor)]
+        present = [None] * len(sizes) if self.present is None else self.present.split(sizes, 1)
+        return [Labels(*some) for some in zip(*parts, present, strict=True)]
+
     def rows(self, start: int, stop: int) -> Labels:
         """The labels of data ``start`` to ``stop``."""
         if start == 0 and stop >= len(self.outputs):
@@ -97,7 +103,6 @@ class Part:
         gradient: of the sum of all losses at the outputs, ``[N, K]`` or ``[N, K, C]``.
         labels: ``None``: the losses are not the heads' likelihood, and all that is known of them
             is their gradient.
-        losses: value of every head's loss, ``[H]``, detached.
         slices: columns, of ``K``, of every head.
     """
 
@@ -109,7 +114,6 @@ class Part:
     features: Tensor
     gradient: Tensor
     labels: Labels | None
-    losses: Tensor
     slices: Mapping[str, slice]
 
 

@@ -379,7 +379,6 @@ def blank_part(name: str, head: Head, like: Tensor) -> Part:
         features=like.new_zeros(0, head.in_features),
         gradient=none,
         labels=Labels(none, none, like.new_ones(1, head.num_tasks), None),
-        losses=like.new_zeros(1),
         slices={name: slice(0, head.num_tasks)},
     )
 
