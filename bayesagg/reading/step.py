@@ -81,7 +81,7 @@ def group_heads(saids: Sequence[Said], known: Mapping[str, Known]) -> list[Group
         output = said.calls[0].output
         plain = len(said.calls) == 1 and output.dim() == 2
         what = (
-            *(layout.kind, layout.classes, output.dtype, len(output) if plain else said.key),
+            *(layout.kind, layout.classes, output.dtype, output.shape[0] if plain else said.key),
             *(said.target is not None, form.own, form.weighted, form.masked),
         )
         if what in groups:
@@ -115,7 +115,7 @@ class Features:
         """
         if said.key not in self._rows:
             rows = said.rows([call.features.detach() for call in said.calls])
-            if len(rows) == 0:
+            if rows.shape[0] == 0:
                 raise FeatureError(
                     f"task {said.name!r}: the batch is empty: skip it, or drop the last batch of "
                     f"the loader."
@@ -156,7 +156,9 @@ def _data_first(tensor: Tensor) -> Tensor:
 def labels_of(observed: Observed, found: Found | Read, complete: bool) -> Labels:
     """Labels in the layout that the rest of the library takes."""
     present = None if complete else found.present
-    return Labels(_data_first(observed.output), _data_first(found.target), found.factor, present)
+    nll = found.nll if complete and isinstance(found, Read) else None
+    output, target = _data_first(observed.output), _data_first(found.target)
+    return Labels(output, target, found.factor, present, nll)
 
 
 def make_parts(
@@ -178,7 +180,7 @@ def make_parts(
         labels = [None] * len(saids) if labels is None else labels.split(sizes)  # type: ignore[union-attr]
     kinds: dict[tuple[object, ...], list[int]] = {}
     for index, (said, one) in enumerate(zip(saids, labels, strict=True)):  # type: ignore[arg-type]
-        partial = one is not None and (one.present is not None or len(one.factor) > 1)
+        partial = one is not None and (one.present is not None or one.factor.shape[0] > 1)
         kinds.setdefault((said.key, one is None, partial), []).append(index)
     parts, pieces = [], gradient.split(sizes, 1)
     for indices in kinds.values():
