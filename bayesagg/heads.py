@@ -223,8 +223,9 @@ def _last(module: nn.Module) -> nn.Module:
 
 def _whole(parameter: Tensor) -> Tensor:
     """A tensor that may be sharded (a ``DTensor``), gathered."""
-    gather = None if type(parameter) is nn.Parameter else getattr(parameter, "full_tensor", None)
-    return parameter.detach() if gather is None else cast("Tensor", gather()).detach()
+    if type(parameter) is not nn.Parameter and hasattr(parameter, "full_tensor"):
+        parameter = parameter.full_tensor()
+    return parameter.detach()
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -140,7 +140,10 @@ class Frame:
         found: dict[str, Tensor] = {}
         sizes = self.tasks if tasks else self.columns
         for names, some, part in zip(self.names, sizes, rows, strict=True):
-            found.update(zip(names, part.split(some) if len(some) > 1 else (part,), strict=True))
+            if len(some) == 1:
+                found[names[0]] = part
+            else:
+                found.update(zip(names, part.split(some), strict=True))
         return found
 
 

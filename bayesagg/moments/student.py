@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,14 +37,15 @@ class Spectrum:
         """Of the first outputs alone."""
         if outputs == self.mean.shape[1]:
             return self
-        return replace(self, inverse=self.inverse[:, :outputs], mean=self.mean[:, :outputs])
+        inverse, mean = self.inverse[:, :outputs], self.mean[:, :outputs]
+        return Spectrum(self.vectors, inverse, mean, self.values)
 
     def to(self, dtype: torch.dtype) -> Spectrum:
         """In another dtype."""
         if dtype == self.mean.dtype:
             return self
-        parts = (self.vectors, self.inverse, self.mean, self.values)
-        return Spectrum(*(part.to(dtype) for part in parts))
+        vectors, inverse, mean = (p.to(dtype) for p in (self.vectors, self.inverse, self.mean))
+        return Spectrum(vectors, inverse, mean, self.values)
 
     @staticmethod
     def of(gram: Tensor, shift: Tensor, ridge: Tensor) -> Spectrum:
@@ -154,7 +155,7 @@ def leave_one_out(
     posterior = posterior.first(targets.shape[2])
     light = posterior if light is None else light.first(targets.shape[2])
     dtype = light.mean.dtype
-    features = features.expand(len(posterior.vectors), -1, -1)
+    features = features.expand(posterior.vectors.shape[0], -1, -1)
     if rotated is None:
         rotated = torch.bmm(features, posterior.vectors)
     rotated = rotated.to(dtype)

@@ -172,12 +172,14 @@ class Read:
         factor: ``[N, K]`` or ``[1, K]``.
         present: ``[N, K]``; ``None``: all.
         checks: vectors of booleans.
+        nll: the loss of factor one by datum and task, ``[N, K]``; ``None``: not at hand.
     """
 
     target: Tensor
     factor: Tensor
     present: Tensor | None
     checks: tuple[Tensor, ...]
+    nll: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def join(saids: Sequence[Said]) -> Observed:
             wide = wide.to(work)
         if classes:
             # Data innermost: a plain transpose, which is many times as fast as other copies.
-            shape = (wide.shape[1] // classes, classes, len(wide))
+            shape = (wide.shape[1] // classes, classes, wide.shape[0])
             wide = wide.mT.contiguous().view(shape).permute(1, 2, 0)
         return wide
 

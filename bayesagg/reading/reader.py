@@ -153,8 +153,9 @@ class Reader:
         features = Features()
         with torch.no_grad():
             groups = group_heads(saids, self.known)
+            for said in saids:
+                features.of(said)
             for group in groups:
-                features.of(group.saids[0])
                 read_group(group, self._factors)
             if not look(groups, features, total):
                 raise_not_finite(named)

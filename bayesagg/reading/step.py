@@ -19,6 +19,8 @@ from bayesagg.reading.regression import Regression
 
 __all__ = ["LIKELIHOODS", "Features", "Group", "group_heads", "labels_of", "make_parts"]
 
+_MANY = 8  # tensors that are better copied together than looked at one by one
+
 LIKELIHOODS: dict[str, Likelihood] = {
     likelihood.kind: likelihood for likelihood in (Regression(), Binary(), Multiclass())
 }
@@ -27,7 +29,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
 
 @dataclass
 class Group:
-    """Heads that are read at once: of one kind, on the same tensors, known in the same way.
+    """Heads that are read at once: of one kind, with as many data, known in the same way.
 
     Attributes:
         saids: of every head.
@@ -76,8 +78,10 @@ def group_heads(saids: Sequence[Said], known: Mapping[str, Known]) -> list[Group
     groups: dict[tuple[object, ...], list[Said]] = {}
     for said in saids:
         layout, form = said.layout, known.get(said.name, _NEW)
+        output = said.calls[0].output
+        plain = len(said.calls) == 1 and output.dim() == 2
         what = (
-            *(layout.kind, layout.classes, said.calls[0].output.dtype, said.key),
+            *(layout.kind, layout.classes, output.dtype, output.shape[0] if plain else said.key),
             *(said.target is not None, form.own, form.weighted, form.masked),
         )
         if what in groups:
@@ -111,7 +115,7 @@ class Features:
         """
         if said.key not in self._rows:
             rows = said.rows([call.features.detach() for call in said.calls])
-            if len(rows) == 0:
+            if rows.shape[0] == 0:
                 raise FeatureError(
                     f"task {said.name!r}: the batch is empty: skip it, or drop the last batch of "
                     f"the loader."
@@ -121,7 +125,10 @@ class Features:
 
     def sums(self) -> list[Tensor]:
         """One number each that is finite if, but for overflow, all features are."""
-        return [rows.sum(dtype=_wide(rows)) for _, rows in self._rows.values()]
+        some = [rows for _, rows in self._rows.values()]
+        if len(some) > _MANY:
+            some = [torch.cat([rows.flatten() for rows in some])]
+        return [rows.sum(dtype=_wide(rows)) for rows in some]
 
     def raise_not_finite(self) -> None:
         """Name a head that reads non-finite features; looks at the device.
@@ -149,7 +156,9 @@ def _data_first(tensor: Tensor) -> Tensor:
 def labels_of(observed: Observed, found: Found | Read, complete: bool) -> Labels:
     """Labels in the layout that the rest of the library takes."""
     present = None if complete else found.present
-    return Labels(_data_first(observed.output), _data_first(found.target), found.factor, present)
+    nll = found.nll if complete and isinstance(found, Read) else None
+    output, target = _data_first(observed.output), _data_first(found.target)
+    return Labels(output, target, found.factor, present, nll)
 
 
 def make_parts(
@@ -162,46 +171,42 @@ def make_parts(
         labels: of every head; or of all of them together, ``None`` if they have none.
         features: that the heads read.
     """
-    heads = len(group.saids)
-    if labels is None or isinstance(labels, Labels):
-        return [_part(group, list(range(heads)), labels, features)]
-    kinds: dict[int, list[int]] = {}
-    for index, one in enumerate(labels):
-        partial = one is not None and (one.present is not None or len(one.factor) > 1)
-        kinds.setdefault(2 if one is None else int(partial), []).append(index)
-    parts = []
+    saids, gradient = group.saids, _data_first(group.observed.gradient)
+    together = labels is None or isinstance(labels, Labels)
+    if together and all([said.key == saids[0].key for said in saids]):
+        return [_part(group, saids, gradient, labels, features)]  # type: ignore[arg-type]
+    sizes = [said.layout.tasks for said in saids]
+    if together:
+        labels = [None] * len(saids) if labels is None else labels.split(sizes)  # type: ignore[union-attr]
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for index, (said, one) in enumerate(zip(saids, labels, strict=True)):  # type: ignore[arg-type]
+        partial = one is not None and (one.present is not None or one.factor.shape[0] > 1)
+        kinds.setdefault((said.key, one is None, partial), []).append(index)
+    parts, pieces = [], gradient.split(sizes, 1)
     for indices in kinds.values():
-        chosen = [one for i in indices if (one := labels[i]) is not None]
-        parts.append(_part(group, indices, Labels.join(chosen) if chosen else None, features))
+        chosen = [one for i in indices if (one := labels[i]) is not None]  # type: ignore[index]
+        some = [pieces[i] for i in indices]
+        own = some[0] if len(some) == 1 else torch.cat(some, 1)
+        joined = Labels.join(chosen) if chosen else None
+        parts.append(_part(group, [saids[i] for i in indices], own, joined, features))
     return parts
 
 
-def _part(group: Group, indices: list[int], labels: Labels | None, features: Features) -> Part:
-    saids, names = group.saids, group.names
-    gradient, losses = _data_first(group.observed.gradient), group.observed.losses
-    if len(indices) < len(saids):
-        saids = [saids[i] for i in indices]
-        names = tuple(said.name for said in saids)
-        columns, start = [], 0
-        for i, said in enumerate(group.saids):
-            stop = start + said.layout.tasks
-            if i in indices:
-                columns.append(gradient[:, start:stop])
-            start = stop
-        gradient, losses = torch.cat(columns, 1), torch.stack([losses[i] for i in indices])
+def _part(
+    group: Group, saids: list[Said], gradient: Tensor, labels: Labels | None, features: Features
+) -> Part:
     slices, calls, start = {}, {}, 0
     for said in saids:
         stop = start + said.layout.tasks
         slices[said.name], calls[said.name], start = slice(start, stop), said.calls, stop
     return Part(
         group.likelihood.kind,
-        names,
+        tuple(calls),
         tuple([said.head for said in saids]),
         saids[0].key,
         calls,
         features.of(saids[0]),
         gradient,
         labels,
-        losses,
         slices,
     )

@@ -130,7 +130,9 @@ class LikelihoodRule:
         here = {}
         for part in batch.parts:
             labels = part.labels
-            alone = labels is not None and (labels.present is not None or len(labels.factor) > 1)
+            alone = labels is not None and (
+                labels.present is not None or labels.factor.shape[0] > 1
+            )
             for name, head in zip(part.names, part.heads, strict=True):
                 here[name] = True, alone, labels is None or not head.writable
         return [flag for name in memory.heads for flag in here.get(name, (False, True, False))]
@@ -296,27 +298,29 @@ def _gradients(
     for part in parts:
         readers.setdefault(part.key, []).append(part)
     for key, some in readers.items():
-        gradient = _cat([part.gradient.flatten(1) for part in some], 1)
-        rows = _cat([weights[name] for part in some for name in part.names])
-        rows = rows.to(gradient.dtype)
+        flat = [p.gradient if p.gradient.dim() == 2 else p.gradient.flatten(1) for p in some]
+        gradient = _cat(flat, 1)
+        rows = _cat([weights[name] for part in some for name in part.names]).to(gradient.dtype)
         plain[key] = gradient @ rows
-        scales = [_scale(part, name, here, ratios) for part in some for name in part.names]
-        if any(scale is not None for scale in scales):
-            sizes = [head.out_features for part in some for head in part.heads]
-            nothing = torch.zeros_like(next(s for s in scales if s is not None)[:1])
-            columns = [
-                nothing.expand(size) if scale is None else scale.expand(size)
-                for scale, size in zip(scales, sizes, strict=True)
-            ]
-            add(key, (gradient * _cat(columns).to(gradient.dtype)) @ rows)
+        scales: list[Tensor] = []
+        kept: list[list[int]] = []  # columns from and to
+        at = 0
+        for part in some:
+            for name, head in zip(part.names, part.heads, strict=True):
+                start, at = at, at + head.out_features
+                if BOUNDS[part.kind].exact and name in here:
+                    continue  # replaced altogether
+                scales.append(ratios[name].expand(head.out_features))
+                if kept and kept[-1][1] == start:
+                    kept[-1][1] = at
+                else:
+                    kept.append([start, at])
+        if scales:
+            if kept != [[0, at]]:
+                gradient = _cat([gradient[:, i:j] for i, j in kept], 1)
+                rows = _cat([rows[i:j] for i, j in kept])
+            add(key, (gradient * _cat(scales).to(gradient.dtype)) @ rows)
     return planned, plain
-
-
-def _scale(
-    part: Part, name: str, here: Mapping[str, Part], ratios: Mapping[str, Tensor]
-) -> Tensor | None:
-    """What a head's own gradient is multiplied by; ``None``: it is replaced altogether."""
-    return None if BOUNDS[part.kind].exact and name in here else ratios[name]
 
 
 def _totals(
@@ -341,9 +345,9 @@ def _square(planned: list[Tensor], plain: list[Tensor], like: Tensor) -> Tensor:
     """Squared lengths of the gradients, of both kinds at the same keys, ``[2]``."""
     if not planned:
         return like.expand(2)
-    norms = torch.stack([torch.linalg.vector_norm(g).to(like.dtype) for g in planned + plain])
+    norms = torch.stack([torch.linalg.vector_norm(g) for g in planned + plain]).to(like.dtype)
     squares = norms * norms
-    return squares if len(squares) == 2 else squares.view(2, -1).sum(1)
+    return squares if len(plain) == 1 else squares.view(2, -1).sum(1)
 
 
 def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:

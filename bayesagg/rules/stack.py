@@ -69,7 +69,7 @@ class Stack:
     @property
     def sizes(self) -> list[int]:
         """Gram matrices of every unit."""
-        return [len(unit.gram) for unit in self.units]
+        return [unit.gram.shape[0] for unit in self.units]
 
     def precision(self, most: torch.dtype) -> torch.dtype:
         """That of the features, if it is enough for arithmetic, and ``most`` is not less."""
@@ -84,7 +84,7 @@ class Stack:
             self._kept = torch.ones(shape, dtype=dtype, device=self.responses.device)
             for one, part in zip(self._kept.unbind(), self.rows, strict=True):
                 (one[:, :width] if self.bias else one).copy_(
-                    part[rows] if data < len(part) else part
+                    part[rows] if data < part.shape[0] else part
                 )
         return self._kept
 
@@ -103,7 +103,7 @@ class Stack:
         if self._turned is not None and self._turned[0] == rows and self._turned[1] is vectors:
             return self._turned[2]
         h = self.features(rows, dtype).to(vectors.dtype)
-        found = torch.bmm(h.expand(len(vectors), -1, -1), vectors)
+        found = torch.bmm(h.expand(vectors.shape[0], -1, -1), vectors)
         self._turned = (rows, vectors, found)
         return found
 
@@ -296,5 +296,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 
 def _cat_rows(parts: list[Tensor]) -> Tensor:
-    rows = max(len(part) for part in parts)
-    return _cat([part if len(part) == rows else part.expand(rows, -1) for part in parts])
+    if len(parts) == 1:
+        return parts[0]
+    rows = max([part.shape[0] for part in parts])
+    return _cat([part if part.shape[0] == rows else part.expand(rows, -1) for part in parts])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,7 +85,7 @@ class Inference:
         state = (_split(t, sizes) for t in (self.gram, self.shift, scale))
         parts = zip(self.stack.units, *state, self.bases, strict=True)
         return [
-            replace(unit, started=not unit.weighted, gram=gram, shift=shift, scale=own, basis=basis)
+            Unit(unit.names, unit.wide, unit.weighted, not unit.weighted, gram, shift, own, basis)
             for unit, gram, shift, own, basis in parts
         ]
 
@@ -149,7 +149,7 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
         h, t = stack.features(rows, dtype), stack.responses[:, rows]
         weights = None if stack.weights is None else stack.weights[:, rows]
         weighted = h if weights is None else h * weights
-        h = h.expand(len(weighted), -1, -1)
+        h = h.expand(weighted.shape[0], -1, -1)
         new = [weighted.transpose(1, 2).bmm(h), t.transpose(1, 2).bmm(weighted)]
         if vectors is not None:
             rotated = stack.rotated(rows, dtype, vectors)
@@ -162,7 +162,7 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
         misfit = torch.cat([misfit, stack.responses[:, :, : stack.exact].square()], 2)
     if stack.weights is not None:
         misfit = misfit * stack.weights
-    total = misfit.sum(1) if misfit.shape[2] else misfit.new_zeros(len(misfit), 0)
+    total = misfit.sum(1) if misfit.shape[2] else misfit.new_zeros(misfit.shape[0], 0)
     if stack.weights is not None:
         return Evidence(gram, shift, total, stack.weights.sum((1, 2)), rest[0] if rest else None)
     number = gram.new_full((len(gram),), seen) if counted else seen
@@ -274,7 +274,7 @@ def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
 
 def _frame(rule: LikelihoodRule, memory: FadingMemory, stack: Stack, like: Tensor) -> Frame:
     """Heads and rules are frozen, so this is made once."""
-    shape = (len(like), stack.responses.shape[2])
+    shape = (like.shape[0], stack.responses.shape[2])
     key = (shape, like.device, *(unit.names for unit in stack.units))
     frame = memory.frames.get(key)
     if frame is not None:
@@ -339,7 +339,7 @@ def exact_gradients(rule: LikelihoodRule, found: Inference) -> Exact:
         gradient, rho = student_gradient(
             left, light, d, tau2, factor.to(dtype), rule.degrees_of_freedom, weights
         )
-        if len(stack.rows) == 1 and len(gradient) > 1:  # all read the same
+        if len(stack.rows) == 1 and gradient.shape[0] > 1:  # all read the same
             gradient = gradient.sum(0, keepdim=True)
         gradients.append(gradient)
         squares = [left.residual * left.residual, targets * targets]
@@ -348,9 +348,9 @@ def exact_gradients(rule: LikelihoodRule, found: Inference) -> Exact:
             labelled.append(known.sum(1))
             squares, rho = [square * weights for square in squares], rho * known
         sums.append((torch.stack([square.sum(1) for square in squares]), rho.sum(1)))
-    squared, ratio = (
-        part[0] if len(part) == 1 else torch.stack(part).sum(0) for part in zip(*sums, strict=True)
-    )
+    squared, ratio = sums[0]
+    if len(sums) > 1:
+        squared, ratio = (torch.stack(part).sum(0) for part in zip(*sums, strict=True))
     count = (
         torch.stack(labelled).sum(0).clamp(min=1.0) if labelled else float(stack.responses.shape[1])
     )
@@ -361,7 +361,7 @@ def _by_key(stack: Stack, gradient: Tensor) -> list[tuple[Key, Tensor]]:
     if len(stack.rows) == 1:
         return [(stack.parts[0].key, gradient[0])]
     pieces = zip(stack.parts, gradient.split(stack.sizes), strict=True)
-    return [(part.key, g[0] if len(g) == 1 else g.sum(0)) for part, g in pieces]
+    return [(part.key, g[0] if g.shape[0] == 1 else g.sum(0)) for part, g in pieces]
 
 
 def blank_part(name: str, head: Head, like: Tensor) -> Part:
@@ -379,7 +379,6 @@ def blank_part(name: str, head: Head, like: Tensor) -> Part:
         features=like.new_zeros(0, head.in_features),
         gradient=none,
         labels=Labels(none, none, like.new_ones(1, head.num_tasks), None),
-        losses=like.new_zeros(1),
         slices={name: slice(0, head.num_tasks)},
     )
 

@@ -34,10 +34,7 @@ def test_parts_measure_every_arm(name):
     assert report.markdown(rows).count("\n") == len(rows) + 1
 
 
-_TO_DO = pytest.mark.xfail(reason="the aim is not reached yet: take the mark away once it is")
-
-
-@pytest.mark.parametrize("name", ["regressions", pytest.param("mixture", marks=_TO_DO), "binaries"])
+@pytest.mark.parametrize("name", ["regressions", "mixture", "binaries"])
 def test_counts_of_a_step_are_within_their_aims(name):
     rows = parts.count_rows(CASES[name])
     assert len(rows) == 8
