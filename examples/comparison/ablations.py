@@ -47,7 +47,7 @@ class PriorInNoiseRule(_Replaced):
     function: ClassVar = "_ridge"
 
     @staticmethod
-    def change(found: Any, rule: Any, memory: Any, stack: Any, *given: Any) -> Any:
+    def change(found: Any, frame: Any, stack: Any, *given: Any) -> Any:
         """A ridge of 1 for every regression, however noisy."""
         scale, ridge = found
         fixed = torch.ones_like(ridge[:, : stack.exact])

@@ -44,7 +44,10 @@ TASKS = (
 )
 AT_ONCE = TrainSettings(warmup_steps=0)  # no warm-up
 CATALOGUE = methods("utkface")
-ALL = CATALOGUE | {n: m for n, m in more_methods("utkface").items() if "ensemble" not in n}
+# Ensembles and torch-rechub's methods have networks of their own.
+ALL = CATALOGUE | {
+    n: m for n, m in more_methods("utkface").items() if not n.startswith(("ensemble", "rechub"))
+}
 GRADIENT = [n for n, m in CATALOGUE.items() if issubclass(m.update, GradientWeighting)]
 
 
