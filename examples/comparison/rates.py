@@ -55,7 +55,10 @@ def best_rates(outcome: Outcome, data: Benchmark) -> dict[str, str]:
         return mean(delta_m(run, single, data.higher_is_better) for run in runs)
 
     return {
-        method: min(names.values(), key=validation) for method, names in by_method(outcome).items()
+        method: min(names.values(), key=validation)
+        if len(names) > 1
+        else next(iter(names.values()))
+        for method, names in by_method(outcome).items()
     }
 
 
