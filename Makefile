@@ -76,10 +76,13 @@ $(VENV)/ready:
 $(VENV)/installed-demo: EXTRAS := demo
 $(VENV)/installed-examples: EXTRAS := examples
 $(VENV)/installed-docs: EXTRAS := examples,docs
-$(VENV)/installed-test: EXTRAS := examples,test,docs
+$(VENV)/installed-test: EXTRAS := examples,loops,test,docs
+# Only a data file of it is read, and its requirements (an old ray, colorama 0.4.4) fit no other's.
+$(VENV)/installed-examples $(VENV)/installed-docs $(VENV)/installed-test: ALONE := recbole==1.2.1
 
 $(VENV)/installed-%: pyproject.toml $(VENV)/ready
 	@echo "Installing bayesagg[$(EXTRAS)] into $(VENV); the first time, PyTorch makes this a download of several minutes"
 	@touch $(VENV)/installing
-	@$(PY) -m pip install --editable '.[$(EXTRAS)]'; status=$$?; rm -f $(VENV)/installing; exit $$status
+	@$(PY) -m pip install --editable '.[$(EXTRAS)]' && \
+	  { [ -z '$(ALONE)' ] || $(PY) -m pip install --no-deps $(ALONE); }; status=$$?; rm -f $(VENV)/installing; exit $$status
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -101,12 +102,27 @@ class BayesAgg(nn.Module):
         self._modules_of_ranks = (*modules, *([shared_rep_hook] if shared_rep_hook else []))
         self._exchange.start(None, self._modules_of_ranks)  # sharding shows before a forward pass
         self._optimizer_known = False
-        self.task_weights = self._uniform()
+        self._weights = self._uniform()
+        self._weigh: Callable[[], Mapping[str, Tensor]] | None = None
         _meet_optimizer(self)
 
     def _uniform(self) -> dict[str, Tensor]:
         share = 1 / sum(head.num_tasks for head in self.heads.values())
         return {name: torch.full((head.num_tasks,), share) for name, head in self.heads.items()}
+
+    @property
+    def task_weights(self) -> dict[str, Tensor]:
+        """As above; worked out when somebody asks."""
+        if self._weigh is not None:
+            with torch.no_grad():
+                found, self._weigh = self._weigh(), None
+            like = next(iter(found.values()), None)
+            dtype = None if like is None else like.dtype
+            self._weights = {  # a task that took no part has no weight
+                name: found[name] if name in found else torch.zeros_like(weight, dtype=dtype)
+                for name, weight in self._weights.items()
+            }
+        return self._weights
 
     def forward(self, losses: Losses, targets: Losses | None = None) -> Tensor:
         """One scalar of the value of ``sum(losses)``, whose backward pass carries the aggregate.
@@ -134,7 +150,8 @@ class BayesAgg(nn.Module):
         """
         device = next(iter(self.heads.values())).linear.weight.device
         self._exchange.start(self._capture.group, self._modules_of_ranks)
-        with torch.autocast(device.type, enabled=False):  # which the caller may be under
+        under = torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=False) if under else nullcontext():
             try:
                 batch = self._reader.read(self._capture, losses, targets)
                 flags = self.rule.flags(self._memory, batch)
@@ -147,9 +164,10 @@ class BayesAgg(nn.Module):
             plan = Plan()
             if not overflowed:
                 plan = self.rule.plan(self._memory, batch, flags, self._exchange)
-            calls = dict(self._capture.calls)
+            calls, watched = dict(self._capture.calls), self._capture.group is not None
             self._capture.clear()
-            return scalar_of(Step(self, plan, batch, known), batch, self._waiting(batch, calls))
+            step = Step(self, plan, batch, known, watched or self._exchange.ranks is not None)
+            return scalar_of(step, batch, self._waiting(batch, calls))
 
     def _waiting(self, batch: Batch, calls: Mapping[str, list[Call]]) -> list[Tensor]:
         """Outputs of absent tasks: every rank's gradients are waited for, also of these."""
@@ -182,7 +200,8 @@ class BayesAgg(nn.Module):
 
     def stepped(self) -> None:
         """Tell the engine of an optimizer step; ``PaperRule`` with ``steps_per_epoch`` counts."""
-        self._write(self._memory.stepped())
+        if weights := self._memory.stepped():
+            self._write(weights)
 
     @torch.no_grad()
     def _write(self, weights: Mapping[str, Tensor]) -> None:
@@ -213,11 +232,10 @@ class BayesAgg(nn.Module):
         self._reader.known.update(known)
         if plan.update is not None:
             self._memory.commit(plan.update)
-        if plan.weights:  # a task that took no part has no weight
-            self.task_weights = {
-                name: plan.weights[name] if name in plan.weights else torch.zeros_like(weight)
-                for name, weight in self.task_weights.items()
-            }
+        if callable(plan.weights):
+            self._weigh = plan.weights
+        elif plan.weights:
+            self._weigh = lambda found=plan.weights: found
         self._write(plan.heads)
         for name in plan.spared:
             for parameter in self.heads[name].parameters():
@@ -254,9 +272,10 @@ class BayesAgg(nn.Module):
     def _install(self, parts: Mapping[str, Any]) -> None:
         self._memory, self._reader = parts["memory"], parts["reader"]
         self._optimizer_known = parts["optimizer_known"]
-        self.task_weights = dict(parts["task_weights"])
+        self._weights, self._weigh = dict(parts["task_weights"]), None
 
     def __getstate__(self) -> dict[str, Any]:
+        assert self.task_weights  # what is left to work out cannot be pickled
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -140,8 +140,10 @@ class Head:
     @property
     def writable(self) -> bool:
         """Whether a posterior mean may be written: parameters that train, none of them computed."""
-        own = list(self.linear.parameters())
-        return all(p.requires_grad for p in own) and not is_parametrized(self.linear)
+        linear = self.linear
+        if "parametrizations" in linear._modules:
+            return False
+        return all(p is None or p.requires_grad for p in linear._parameters.values())
 
     @cached_property
     def channels_first(self) -> bool:
@@ -170,16 +172,20 @@ class Head:
 
     def parameters(self) -> list[nn.Parameter]:
         """Weight and bias parameters of the module; those that an optimizer holds under FSDP2."""
-        return self._sharded or list(self.linear.parameters())
+        if self._sharded or self.linear._modules:  # with parametrizations
+            return self._sharded or list(self.linear.parameters())
+        return [p for p in self.linear._parameters.values() if p is not None]
 
     def write(self, weights: Tensor) -> None:
         """Overwrite weight and bias with the rows of ``weights``, ``[o, D]``, bias last."""
-        weight, bias = self.linear.weight, self.linear.bias
+        own = self.linear._parameters.values()
         # FSDP2 swaps gathered weights for the sharded ones: either may be in place now.
-        for parameter in (weight, bias, *self._sharded):
+        for parameter in (*own, *self._sharded):
             if parameter is None:
                 continue
-            part = weights[:, : self.in_features] if parameter.dim() > 1 else weights[:, -1]
+            part = weights[:, -1] if parameter.dim() == 1 else weights
+            if parameter.dim() > 1 and self.has_bias:
+                part = weights[:, : self.in_features]
             if parameter.dim() > 2:
                 part = part.view(parameter.shape)
             parameter.copy_(_like(part, parameter))
@@ -189,7 +195,8 @@ class Head:
 
         Weights that are sharded over ranks are gathered: all ranks must call.
         """
-        return _whole(self.linear.weight).flatten(1)
+        weight = _whole(self.linear.weight)
+        return weight if weight.dim() == 2 else weight.flatten(1)
 
 
 def stacked(head: Head) -> Tensor:
@@ -216,13 +223,14 @@ def _last(module: nn.Module) -> nn.Module:
 
 def _whole(parameter: Tensor) -> Tensor:
     """A tensor that may be sharded (a ``DTensor``), gathered."""
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter.detach() if gather is None else cast("Tensor", gather()).detach()
+    if type(parameter) is not nn.Parameter and hasattr(parameter, "full_tensor"):
+        parameter = parameter.full_tensor()
+    return parameter.detach()
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
     """A value that every rank has, sharded as the parameter is."""
-    if not hasattr(parameter, "full_tensor"):
+    if type(parameter) is nn.Parameter or not hasattr(parameter, "full_tensor"):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 

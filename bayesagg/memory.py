@@ -20,7 +20,7 @@ from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head, LossTask
 from bayesagg.invariance import step_is_invariant
 
-__all__ = ["Basis", "FadingMemory", "Unit", "Update", "means_of", "running_mean"]
+__all__ = ["Basis", "FadingMemory", "Frame", "Unit", "Update", "means_of", "running_mean"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,41 @@ class Unit:
         return units
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What the rows of a stack of units belong to; the same in every step.
+
+    Attributes:
+        names: of the heads, by unit.
+        wide: Gram matrices of every unit, if these are wide; else ``None``, and each has one.
+        tasks: of every head, by unit.
+        columns: outputs (classes) of every head, by unit.
+        noise: fixed noise variances, ``[G, R]``, 0 where it is learned; ``None``: nowhere fixed.
+        ridge: ``1 / c γ``, per unit of noise, ``[G, P]``.
+        least_scale: of tasks that are not exact.
+    """
+
+    names: list[tuple[str, ...]]
+    wide: list[int] | None
+    tasks: list[list[int]]
+    columns: list[list[int]]
+    noise: Tensor | None
+    ridge: Tensor
+    least_scale: float
+
+    def by_head(self, values: Tensor, tasks: bool) -> dict[str, Tensor]:
+        """Rows ``[G, P, …]`` of all columns, or ``[G, T, …]`` of all tasks, by head."""
+        rows = values.unbind() if self.wide is None else values[:, 0].split(self.wide)
+        found: dict[str, Tensor] = {}
+        sizes = self.tasks if tasks else self.columns
+        for names, some, part in zip(self.names, sizes, rows, strict=True):
+            if len(some) == 1:
+                found[names[0]] = part
+            else:
+                found.update(zip(names, part.split(some), strict=True))
+        return found
+
+
 @dataclass
 class Update:
     """What a step has found of the units that took part.
@@ -169,7 +204,7 @@ class FadingMemory:
         length: running squared lengths of the aggregate and of the plain gradient, ``[2]``.
         steps: backward passes so far.
         invariant: whether the optimizer's step does not depend on the scale of the gradient.
-        constants: of the units' columns, which the rule makes once; no state.
+        frames: of stacks of units, which the rule makes once; no state.
     """
 
     def __init__(self, tasks: Mapping[str, Head | LossTask], dtype: torch.dtype) -> None:
@@ -179,7 +214,14 @@ class FadingMemory:
         self.others: dict[str, Tensor] = {}
         self.length: Tensor | None = None
         self.steps, self.invariant = 0, False
-        self.constants: dict[tuple[object, ...], tuple[Tensor | None, Tensor]] = {}
+        self.frames: dict[tuple[object, ...], Frame] = {}
+        self._zero = torch.zeros((), dtype=dtype)
+
+    def zero(self, device: torch.device) -> Tensor:
+        """A number of the evidence's dtype; it is not to be changed."""
+        if self._zero.device != device:
+            self._zero = self._zero.to(device)
+        return self._zero
 
     def commit(self, update: Update) -> None:
         """Take in what a step has found; its backward pass has run."""

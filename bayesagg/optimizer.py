@@ -289,6 +289,7 @@ def _warn_of_strangers(optimizer: Optimizer, engine: BayesAgg) -> None:
         if any(p.requires_grad and id(p) not in owned for p in head.parameters()):
             warnings.warn(
                 f"task {name!r}: the optimizer does not have the parameters of its head. Pass it "
-                f"all parameters of the model, or freeze the head (requires_grad_(False)).",
+                f"all parameters of the model, or freeze the head (requires_grad_(False)). Where "
+                f"several optimizers share the model, use the engine, bayesagg.BayesAgg, instead.",
                 stacklevel=3,
             )

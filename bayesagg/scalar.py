@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from bayesagg.heads import Head
 from bayesagg.reading import Batch
-from bayesagg.reading.hooks import Slot, unflatten
+from bayesagg.reading.hooks import Call, Slot, unflatten
 from bayesagg.rules import Plan
 
 if TYPE_CHECKING:
@@ -27,18 +28,49 @@ class Step:
         plan: of the rule.
         batch: whose calls receive the planned gradients.
         known: what reading it has verified of the losses.
+        watched: somebody waits for the gradients of all heads' parameters.
+
+    Attributes:
+        skipped: heads that the pass goes around: it starts at their features.
+        planned: what every tap hands on.
+        direct: features that receive a gradient from the scalar itself, and that gradient.
     """
 
     def __init__(
-        self, engine: BayesAgg, plan: Plan, batch: Batch, known: Mapping[str, Any]
+        self, engine: BayesAgg, plan: Plan, batch: Batch, known: Mapping[str, Any], watched: bool
     ) -> None:
         self.engine, self.plan, self.known = engine, plan, known
-        self._planned = _by_slot(plan, batch)
+        self.skipped = set() if watched else _skipped(plan, batch)
+        self.planned: list[tuple[Slot, Tensor | None]] = []
+        self.direct: list[tuple[Tensor, Tensor]] = []
+        carried = set()
+        for part in batch.parts:
+            if part.key not in plan.gradients:
+                continue
+            for name, head in zip(part.names, part.heads, strict=True):
+                first = part.key not in carried  # it carries the gradient of all that read the same
+                if not first and name in self.skipped:
+                    continue
+                carried.add(part.key)
+                calls = part.calls[name]
+                rows = (
+                    _rows(plan.gradients[part.key], calls, head) if first else [None] * len(calls)
+                )
+                if name in self.skipped:
+                    self.direct += [
+                        (call.features, gradient)
+                        for call, gradient in zip(calls, rows, strict=True)
+                        if gradient is not None
+                    ]
+                else:
+                    slots = (call.slot for call in calls)
+                    pairs = zip(slots, rows, strict=True)
+                    self.planned += [(slot, row) for slot, row in pairs if slot is not None]
         self._done = False
 
     def begin(self, factor: Tensor) -> None:
         """The backward pass has reached the scalar."""
-        for slot, gradient in self._planned:
+        for slot, gradient in self.planned:
             slot.planned, slot.gradient, slot.factor = True, gradient, factor
         engine = Variable._execution_engine
         # Behind the callbacks of DDP and FSDP2, which are queued while the pass runs.
@@ -46,15 +78,57 @@ class Step:
 
     def finish(self) -> None:
         """The backward pass has run; a second one through the same graph teaches nothing new."""
-        for slot, _ in self._planned:
+        for slot, _ in self.planned:
             slot.planned, slot.gradient, slot.factor = False, None, None
         if not self._done:
             self._done = True
             self.engine._adopt(self.plan, self.known)
 
 
+def _skipped(plan: Plan, batch: Batch) -> set[str]:
+    """Heads that nobody would notice if the backward pass went around them.
+
+    Their weights come from the posterior, their losses lead nowhere else, all that read the same
+    features are such, and no hook waits at them.
+    """
+    spared = batch.alone.intersection(plan.spared)
+    kept = {
+        part.key
+        for part in batch.parts
+        for name, head in zip(part.names, part.heads, strict=True)
+        if name not in spared
+        or head.linear._backward_hooks
+        or head.linear._backward_pre_hooks
+        or any(_noticed(call) for call in part.calls[name])
+    }
+    parts = (part for part in batch.parts if part.key in plan.gradients and part.key not in kept)
+    return {name for part in parts for name in part.names}
+
+
+def _noticed(call: Call) -> bool:
+    output = call.output
+    return call.slot is None or output.retains_grad or bool(output._backward_hooks)
+
+
+def _rows(gradient: Tensor, calls: Sequence[Call], head: Head) -> list[Tensor | None]:
+    """A gradient at the features of some calls, as they are; float32 at least."""
+    sizes = [call.features.numel() // head.in_features for call in calls]
+    pieces = gradient.split(sizes) if len(calls) > 1 else (gradient,)
+    return [
+        unflatten(
+            piece.to(torch.promote_types(call.features.dtype, torch.float32)),
+            call.features,
+            head.channels_first,
+        )
+        for call, piece in zip(calls, pieces, strict=True)
+    ]
+
+
 class _Scalar(torch.autograd.Function):
-    """The value of the sum; backward, every loss gets the incoming gradient times its weight."""
+    """The value of the sum; backward, every loss gets the incoming gradient times its weight.
+
+    Features that the pass starts at get their planned gradient times the incoming one.
+    """
 
     @staticmethod
     def forward(
@@ -66,13 +140,15 @@ class _Scalar(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Any, ...]:
-        ctx.step.begin(factor.detach())
-        losses = len(ctx.weights)
+        step, weights = ctx.step, ctx.weights
+        step.begin(factor.detach())
+        gradients = [factor if weight is None else factor * weight for weight in weights]
+        gradients += [planned * factor.to(planned.dtype) for _, planned in step.direct]
         gradients = [
-            (factor if weight is None else factor * weight).to(dtype)
-            for weight, (_, dtype, _) in zip(ctx.weights, ctx.like[:losses], strict=True)
+            gradient if gradient.dtype == dtype else gradient.to(dtype)
+            for gradient, (_, dtype, _) in zip(gradients, ctx.like, strict=False)
         ]
-        for shape, dtype, device in ctx.like[losses:]:
+        for shape, dtype, device in ctx.like[len(gradients) :]:
             gradients.append(torch.zeros(shape, dtype=dtype, device=device))
         return None, None, None, *gradients
 
@@ -85,38 +161,8 @@ def scalar_of(step: Step, batch: Batch, waiting: Sequence[Tensor]) -> Tensor:
         batch: its losses.
         waiting: tensors that take part with a gradient of zero.
     """
-    weights = [step.plan.loss_weights.get(name) for name in batch.losses]
-    scalar: Tensor = _Scalar.apply(
-        step, batch.total.detach(), weights, *batch.losses.values(), *waiting
-    )
+    losses = [name for name in batch.losses if name not in step.skipped]
+    weights = [step.plan.loss_weights.get(name) for name in losses]
+    inputs = [batch.losses[name] for name in losses] + [features for features, _ in step.direct]
+    scalar: Tensor = _Scalar.apply(step, batch.total.detach(), weights, *inputs, *waiting)
     return scalar
-
-
-def _by_slot(plan: Plan, batch: Batch) -> list[tuple[Slot, Tensor | None]]:
-    """Which gradient every tap hands on: the first head that reads a tensor carries that of all."""
-    found: list[tuple[Slot, Tensor | None]] = []
-    carried = set()
-    for part in batch.parts:
-        if part.key not in plan.gradients:
-            continue
-        for name, head in zip(part.names, part.heads, strict=True):
-            calls = part.calls[name]
-            rows: Sequence[Tensor | None] = [None] * len(calls)
-            if part.key not in carried:
-                carried.add(part.key)
-                sizes = [c.features.numel() // head.in_features for c in calls]
-                rows = (
-                    plan.gradients[part.key].split(sizes)
-                    if len(calls) > 1
-                    else [plan.gradients[part.key]]
-                )
-            for call, gradient in zip(calls, rows, strict=True):
-                if call.slot is None:
-                    continue
-                shaped = None
-                if gradient is not None:
-                    least = torch.promote_types(call.features.dtype, torch.float32)
-                    gradient = gradient.to(least)
-                    shaped = unflatten(gradient, call.features, head.channels_first)
-                found.append((call.slot, shaped))
-    return found

@@ -33,7 +33,11 @@ def write_all(folder: Path, plan: Plan, outcome: Outcome, costs: dict[str, Cost]
     labels |= {"ls": "LS", SINGLE_TASK: SINGLE_TASK_METHOD.label}
     title = f"{SOURCES[plan.data.benchmark].title}: {len(data.train):,} training data"
     files = [folder / f"results.{suffix}" for suffix in ("md", "csv", "json", "png")]
-    more = [*rates.rate_tables(outcome, labels, data), rates.pair_table(outcome, labels, data)]
+    more = [
+        *rates.rate_tables(outcome, labels, data),
+        rates.best_table(outcome, labels, data, plan.reference),
+        rates.pair_table(outcome, labels, data),
+    ]
     text = report.page(title, plan, outcome, labels, shared, costs, more)
     files[0].write_text(text, encoding="utf-8")
     report.write_csv(files[1], outcome, data, shared)

@@ -1,4 +1,4 @@
-"""Networks for images: the paper's CNN, and ResNets with its last shared layer."""
+"""Networks for images: the paper's CNN, and timm's ResNets with its last shared layer."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from torch import nn
 from examples.data import DataUnavailableError
 from examples.data.folder import DataFileError, data_folder
 
-_RESNET_FEATURES = 512
 
-
-def torchvision(module: str) -> ModuleType:
-    """A module of torchvision.
+def timm(module: str) -> ModuleType:
+    """A module of timm.
 
     Raises:
-        DataUnavailableError: If torchvision cannot be imported.
+        DataUnavailableError: If timm cannot be imported, or torchvision, which it needs.
     """
     try:
-        return importlib.import_module(f"torchvision.{module}")
+        return importlib.import_module(f"timm.{module}")
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         raise DataUnavailableError(
-            f"this benchmark needs torchvision in the version that fits torch {torch.__version__}; "
-            f"get it with: pip install torchvision ({error})"
+            f"this benchmark needs timm, and torchvision in the version that fits torch "
+            f"{torch.__version__}; get them with: pip install timm torchvision ({error})"
         ) from error
 
 
@@ -49,33 +47,33 @@ def resnet(name: str, width: int = 256, weights: Path | None = None) -> nn.Seque
     """A ResNet whose classifier is replaced by a linear layer and an ELU: to ``(B, width)``.
 
     Args:
-        name: ``"resnet18"`` or ``"resnet34"`` of torchvision.
+        name: ``"resnet18"``, or another that timm has under torchvision's weights too.
         width: Dimensions of the last layer.
         weights: File of torchvision's weights; ``None``: random initialisation.
 
     Raises:
-        DataUnavailableError: If torchvision is not installed.
+        DataUnavailableError: If timm is not installed.
         DataFileError: If the file does not hold the weights of that network.
     """
-    network = getattr(torchvision("models"), name)(weights=None)
+    network = timm("models").create_model(name, pretrained=False)
     if weights is not None:
         try:
             network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
             raise DataFileError(f"{weights} does not hold weights of {name}: {error}") from error
-    network.fc = nn.Linear(_RESNET_FEATURES, width)
+    network.reset_classifier(width)
     return nn.Sequential(network, nn.ELU())
 
 
 def imagenet_weights(name: str) -> Path | None:
-    """File of the ImageNet weights of a ResNet of torchvision.
+    """File of the ImageNet weights of a ResNet: torchvision's, which timm's registry names too.
 
     Taken from ``weights`` in the data folder, else from torch's cache, else downloaded into it.
 
     Returns:
         The file; ``None``, with a warning, where there is none and it cannot be downloaded.
     """
-    url = torchvision("models").get_model_weights(name).IMAGENET1K_V1.url
+    url = timm("models").get_pretrained_cfg(f"{name}.tv_in1k").url
     file = Path(url).name
     cached = Path(torch.hub.get_dir()) / "checkpoints" / file
     for path in (data_folder("weights") / file, cached):

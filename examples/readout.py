@@ -30,7 +30,8 @@ class ReadoutRule(LikelihoodRule):
         plan = super().plan(memory, batch, *others)
         if not plan.gradients:  # the warm-up
             return plan
-        ones = {name: torch.ones_like(weight) for name, weight in plan.weights.items()}
+        shares = plan.weights() if callable(plan.weights) else plan.weights
+        ones = {name: torch.ones_like(weight) for name, weight in shares.items()}
         found = self.weights() if self.weights else ones
         plan.gradients = {}
         for part in batch.parts:

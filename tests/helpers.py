@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -329,3 +330,17 @@ def assert_finite(value: Any) -> None:
     """Fail if any tensor in nested containers has a NaN or an infinity."""
     for tensor in tensors_of(value):
         assert bool(torch.isfinite(tensor).all()), tensor
+
+
+def skip_without_losses(dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Skip the test where this PyTorch has no squared or absolute errors in a precision."""
+    out = torch.ones(2, dtype=dtype, device=device, requires_grad=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that they are slow
+            loss = F.mse_loss(out, out.detach())
+            (loss + F.smooth_l1_loss(out, out.detach())).backward()
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        pytest.skip(str(error))

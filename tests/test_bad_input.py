@@ -227,8 +227,13 @@ def model_was_compiled_before_it_was_wrapped(bench):
     compiled = torch.compile(bench.net, backend="eager")
     compiled(bench.x)
     bench.use(bench.net)
+    late: list[int] = []
+    handle = bench.net.heads["reg"].register_forward_hook(lambda *_: late.append(1))
     losses = bench.losses(compiled(bench.x))
+    handle.remove()
     torch.compiler.reset()
+    if late:
+        pytest.skip("this PyTorch compiles anew where hooks were added")
     return bench.step(losses), bench.go_on
 
 

@@ -90,6 +90,20 @@ def test_a_formula_that_cannot_be_converted_is_reported(caplog):
     assert "nosuchcommand" in caplog.text
 
 
+# --- tests that pages name -----------------------------------------------------------------------
+
+
+def test_the_tests_that_pages_name_exist():
+    named = set()
+    for page in (ROOT / "docs").rglob("*.md"):
+        named |= set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text("utf-8")))
+    assert len(named) > 20
+    for file, test in sorted(named):
+        path = ROOT / file
+        assert path.is_file(), file
+        assert not test or f"\ndef {test}(" in path.read_text("utf-8"), f"{file}::{test}"
+
+
 # --- map of the code -----------------------------------------------------------------------------
 
 

@@ -916,8 +916,8 @@ def test_hundreds_of_steps_keep_no_more_than_a_few(rule, device, dtype):
     for index in range(260):
         train_step(net, optimizer, index)
         if index % (33 * EPOCH) == 55:
-            counts.append(live_tensors())
             sizes.append(sum(t.numel() for t in tensors_of(optimizer.state_dict())))
+            counts.append(live_tensors())
     assert counts[1:] == counts[:1] * 2
     assert sizes[1:] == sizes[:1] * 2
     assert_finite(snapshot(net, optimizer))

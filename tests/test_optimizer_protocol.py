@@ -283,6 +283,8 @@ SCHEDULERS = {
 }
 
 
+# SequentialLR of older versions passes the epoch on, which they deprecate themselves.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler:UserWarning")
 @pytest.mark.parametrize("base", ["momentum", "adam"])
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_schedulers_drive_the_base(name, base, rule, net, device, dtype):

@@ -234,6 +234,44 @@ def test_a_backward_pass_that_fails_teaches_nothing(start, batch):
     assert_same(snapshot(net, optimizer), snapshot(other_net, other))
 
 
+# --- heads that the pass goes around -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("watcher", ["nobody", "output", "retained", "module", "other loss"])
+def test_heads_are_passed_by_only_where_nobody_notices(watcher, monkeypatch, device, dtype):
+    """The default rule: all else receives the same gradient, bit for bit."""
+    x, labels = make_batch(device, dtype, seed=50)
+    found = []
+    for direct in (True, False):
+        seen: list[int] = []
+        net = make_net(device, dtype)
+        optimizer = wrap(net, "sgd", "likelihood")
+        train(net, optimizer, 4)
+        optimizer.zero_grad()
+        if watcher == "module":
+            net.heads["reg"].register_full_backward_hook(lambda *_, to=seen: to.append(1))
+        out = net(x)
+        if watcher == "output":
+            out["reg"].register_hook(lambda g, to=seen: to.append(1))
+        elif watcher == "retained":
+            out["reg"].retain_grad()
+        losses = make_losses(out, labels)
+        if watcher == "other loss":
+            scale = torch.ones((), device=device, dtype=dtype, requires_grad=True)
+            losses["reg"] = losses["reg"] * scale
+        with monkeypatch.context() as patch:
+            if not direct:
+                patch.setattr("bayesagg.scalar._skipped", lambda plan, batch: set())
+            optimizer.engine(losses).backward()
+        if watcher == "retained":
+            assert out["reg"].grad is not None
+        if watcher == "other loss":
+            assert scale.grad is not None
+        found.append([seen, [p.grad for p in net.parameters()]])
+    assert difference(*found) is None
+    assert bool(seen) == (watcher in ("output", "module"))
+
+
 # --- backward passes of others -------------------------------------------------------------------
 
 

@@ -83,6 +83,8 @@ class _Logistic:
         return torch.addcdiv(labels.outputs, gradient, labels.factor, value=value)
 
     def misfit(self, labels: Labels) -> Tensor:
+        if labels.nll is not None:
+            return labels.nll
         return F.binary_cross_entropy_with_logits(labels.outputs, labels.targets, reduction="none")
 
 
@@ -97,6 +99,8 @@ class _Softmax:
         return torch.addcdiv(labels.outputs, gradient, factor, value=value).flatten(1)
 
     def misfit(self, labels: Labels) -> Tensor:
+        if labels.nll is not None:
+            return labels.nll
         return -(labels.targets * labels.outputs.log_softmax(2)).sum(2)
 
 

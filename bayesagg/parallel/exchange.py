@@ -119,8 +119,6 @@ class Exchange:
 
 def running_group() -> ProcessGroup | None:
     """The group of the DistributedDataParallel module whose forward pass is running."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
     active = DistributedDataParallel._get_active_ddp_module()
     return None if active is None else active.process_group
 

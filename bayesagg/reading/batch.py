@@ -24,12 +24,14 @@ class Labels:
         factor: the loss per unit of likelihood, ``[N, K]`` or ``[1, K]``, positive: a mean over
             ``B`` data with task weight ``c`` has factor ``c / B``.
         present: ``[N, K]`` booleans, or ``None`` where every label is there.
+        nll: the loss of factor one, ``[N, K]``, where reading has come by it.
     """
 
     outputs: Tensor
     targets: Tensor
     factor: Tensor
     present: Tensor | None
+    nll: Tensor | None = None
 
     @staticmethod
     def join(parts: Sequence[Labels]) -> Labels:
@@ -56,6 +58,9 @@ class Labels:
             torch.cat([part.targets for part in parts], dim=1),
             torch.cat(factors, dim=1),
             present,
+            torch.cat([p.nll for p in parts], 1)  # type: ignore[misc]
+            if all(p.nll is not None for p in parts)
+            else None,
         )
 
     def columns(self, start: int, stop: int) -> Labels:
@@ -67,6 +72,15 @@ class Labels:
             self.factor[:, start:stop],
             present,
         )
+
+    def split(self, sizes: Sequence[int]) -> list[Labels]:
+        """The labels of some tasks, and of those that follow, and so on."""
+        parts = [part.split(sizes, 1) for part in (self.outputs, self.targets, self.factor)]
+        rest = (
+            [None] * len(sizes) if part is None else part.split(sizes, 1)
+            for part in (self.present, self.nll)
+        )
+        return [Labels(*some) for some in zip(*parts, *rest, strict=True)]
 
     def rows(self, start: int, stop: int) -> Labels:
         """The labels of data ``start`` to ``stop``."""
@@ -97,7 +111,6 @@ class Part:
         gradient: of the sum of all losses at the outputs, ``[N, K]`` or ``[N, K, C]``.
         labels: ``None``: the losses are not the heads' likelihood, and all that is known of them
             is their gradient.
-        losses: value of every head's loss, ``[H]``, detached.
         slices: columns, of ``K``, of every head.
     """
 
@@ -109,7 +122,6 @@ class Part:
     features: Tensor
     gradient: Tensor
     labels: Labels | None
-    losses: Tensor
     slices: Mapping[str, slice]
 
 
@@ -124,6 +136,7 @@ class Batch:
         tasks: names of the heads that take part.
         overflowed: the losses are finite and a gradient is infinite (a scaled loss under a
             ``GradScaler``).
+        alone: heads whose losses depend on nothing but their outputs.
     """
 
     parts: list[Part]
@@ -131,3 +144,4 @@ class Batch:
     losses: dict[str, Tensor]
     tasks: list[str]
     overflowed: bool = False
+    alone: frozenset[str] = frozenset()

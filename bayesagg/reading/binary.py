@@ -101,11 +101,11 @@ class Binary:
         least, largest = y.aminmax()
         checks = (shown.all(0), (least > -4 * tol).view(1), (largest < 1 + 4 * tol).view(1))
         y = _snapped(y, observed.eps)
-        value = (self.value(z, y) * factor).sum(0)
-        noise = None
+        nll, noise = self.value(z, y), None
+        value = (nll * factor).sum(0)
         if observed.eps > 1e-6:  # else it is nothing beside the tolerance
             noise = (factor * self.value_noise(z, observed.eps)).sum(0)
-        return Read(y, factor, None, (*checks, observed.agrees(value, 8 * tol, noise)))
+        return Read(y, factor, None, (*checks, observed.agrees(value, 8 * tol, noise)), nll)
 
     def recover(self, observed: Observed) -> Found:
         """The second derivative ``f σ(1-σ)`` gives the factor, as far as it can be seen."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections import deque
 from collections.abc import Container, Iterable
 
 from torch import Tensor
@@ -19,11 +18,14 @@ def nodes_of(outputs: Iterable[Tensor]) -> set[Node]:
     return {output.grad_fn for output in outputs if output.grad_fn is not None}
 
 
-def form_of(loss: Tensor, own: Container[Node], others: Container[Node]) -> int:
+def form_of(loss: Tensor, own: Container[Node], others: Container[Node]) -> tuple[int, bool]:
     """A number that another composition of operations is all but sure to change.
 
     A loss that was verified is trusted as long as its form stays: a pool over outputs that was not
     there has the value, too, that its labels seem to give.
+
+    Returns:
+        the number, and whether the loss depends on the outputs of its head and on nothing else.
 
     Args:
         loss: a scalar with its graph.
@@ -31,17 +33,23 @@ def form_of(loss: Tensor, own: Container[Node], others: Container[Node]) -> int:
         others: nodes of the outputs of all heads.
     """
     names: list[str] = []
+    alone = True
     seen: set[Node] = set()
-    queue = deque([loss.grad_fn])
-    while queue and len(names) < _MANY:
-        node = queue.popleft()
+    queue = [loss.grad_fn]
+    for node in queue:  # which grows meanwhile
         if node is None or node in seen:
             names.append("-")
-            continue
-        seen.add(node)
-        if node in others:
-            names.append("own" if node in own else "other")
-            continue
-        names.append(node.name())
-        queue.extend(following for following, _ in node.next_functions)
-    return zlib.crc32(" ".join(names).encode())
+        elif node in others:
+            seen.add(node)
+            own_one = node in own
+            alone &= own_one
+            names.append("own" if own_one else "other")
+        else:
+            seen.add(node)
+            name = node.name()
+            alone &= not name.endswith("AccumulateGrad")
+            names.append(name)
+            queue += [following for following, _ in node.next_functions]
+        if len(names) == _MANY:
+            break
+    return zlib.crc32(" ".join(names).encode()), alone and len(names) == len(queue)

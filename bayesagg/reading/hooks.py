@@ -111,7 +111,7 @@ class _Hook:
     the original.
     """
 
-    def __init__(self, capture: Capture, method: str, name: str) -> None:
+    def __init__(self, capture: Capture, method: Callable[..., Any], name: str) -> None:
         self._capture: Callable[[], Capture | None] = weakref.ref(capture)
         self._method, self._name = method, name
         self._untraced = _untraced()
@@ -124,9 +124,7 @@ class _Hook:
     def report(self, module: nn.Module, *args: Any) -> Any:
         """Tell the capture, if it still exists."""
         capture = self._capture()
-        return (
-            None if capture is None else getattr(capture, self._method)(self._name, module, *args)
-        )
+        return None if capture is None else self._method(capture, self._name, module, *args)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return (_inert_hook, ())
@@ -147,14 +145,6 @@ def _ignore(*_: Any) -> None:
 
 def _inert_hook() -> Callable[..., None]:
     return _ignore
-
-
-@dataclass
-class _Pending:
-    """A call that has not returned yet."""
-
-    features: Tensor
-    slot: Slot | None
 
 
 @dataclass(eq=False)
@@ -181,13 +171,13 @@ class Capture:
     def _start(self) -> None:
         self.group = None
         self._paused = False
-        self._pending: dict[str, _Pending] = {}
+        self._pending: dict[str, tuple[Tensor, Slot | None]] = {}  # calls that have not returned
         self.clear()
         handles = []
         for name, head in self.heads.items():
             module = head.watched
             _drop_inert(module)
-            before, after = _Hook(self, "_before", name), _Hook(self, "_after", name)
+            before, after = (_Hook(self, m, name) for m in (Capture._before, Capture._after))
             # First of all: FSDP2 hands an alias of the features to hooks that come later.
             handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
@@ -224,10 +214,10 @@ class Capture:
         if not isinstance(features, Tensor):
             return None  # the module itself says what is wrong
         if not features.requires_grad:
-            self._pending[name] = _Pending(features, None)
+            self._pending[name] = features, None
             return None
         slot = Slot()
-        self._pending[name] = _Pending(features, slot)
+        self._pending[name] = features, slot
         tapped = _Tap.apply(features, slot)
         return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
 
@@ -247,8 +237,8 @@ class Capture:
                 stacklevel=2,
             )
             del calls[: _MANY // 2]
-        versions = (pending.features._version, output._version)
-        calls.append(Call(pending.features, output, pending.slot, versions))
+        features, slot = pending
+        calls.append(Call(features, output, slot, (features._version, output._version)))
 
     def check(self, names: list[str]) -> None:
         """What the heads ``names`` read and said in this step can be used.

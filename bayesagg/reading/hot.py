@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -20,32 +22,23 @@ class Factors:
     """Factors of losses that were verified, kept on the device."""
 
     def __init__(self) -> None:
-        self._base: dict[tuple[str, ...], tuple[list[Known], Tensor]] = {}
+        self._kept: dict[tuple[str, ...], tuple[list[Known | None], int, Tensor | None]] = {}
 
     def of(self, group: Group) -> Tensor | None:
         """Of every column for this number of data, ``[1, K]``; ``None``: not known."""
-        known = [one for one in group.known if one is not None]
-        like = group.observed.output
+        like, known = group.observed.output, group.known
         rows = like.shape[-2]
-        ratios = [ratio for one in known if (ratio := one.ratio(rows)) is not None]
-        if len(ratios) < len(group.known):
-            return None
-        if len(set(ratios)) > 1:  # rare: some losses are means, others sums
-            pairs = zip(known, ratios, strict=True)
-            return like.new_tensor([f * ratio for one, ratio in pairs for f in one.factor])[None]
-        names = tuple(said.name for said in group.saids)
-        kept = self._base.get(names)
-        if (
-            kept is None
-            or kept[1].device != like.device
-            or kept[1].dtype != like.dtype
-            or any(a is not b for a, b in zip(kept[0], known, strict=True))
-        ):
-            if len(self._base) >= _MANY:
-                self._base.clear()
-            base = like.new_tensor([f for one in known for f in one.factor])[None]
-            kept = self._base[names] = known, base
-        return kept[1] if ratios[0] == 1 else kept[1] * ratios[0]
+        before, data, factor = self._kept.get(group.names, (None, 0, None))
+        same = data == rows and before is not None and all(map(is_, before, known))
+        if same and (factor is None or (factor.device, factor.dtype) == (like.device, like.dtype)):
+            return factor
+        pairs = [(one, None if one is None else one.ratio(rows)) for one in known]
+        values = [f * ratio for one, ratio in pairs if one and ratio for f in one.factor]
+        factor = like.new_tensor(values)[None] if len(values) == like.shape[-1] else None
+        if len(self._kept) >= _MANY:
+            self._kept.clear()
+        self._kept[group.names] = known, rows, factor
+        return factor
 
 
 def read_group(group: Group, factors: Factors) -> None:
@@ -87,19 +80,26 @@ def look(groups: Sequence[Group], features: Features, total: Tensor) -> bool:
     flags = [_finite(sums)]
     for group in groups:
         flags += _flags(group)
-    values = iter(torch.cat(flags).tolist())
-    fine = all([next(values) for flag in flags[:1] for _ in range(len(flag))])
+    values, sizes = torch.cat(flags).tolist(), [flag.numel() for flag in flags]
+    fine, stop = all(values[: sizes[0]]), sizes[0]
+    sizes_left = iter(sizes[1:])
     for group in groups:
         if group.usable is not None:
-            fine &= all([next(values) for _ in range(group.usable.numel())])
-        if group.read is None:
-            fine &= next(values)
+            start, stop = stop, stop + next(sizes_left)
+            fine &= all(values[start:stop])
+        read = group.read
+        checks = 1 if read is None else len(read.checks)
+        start, stop = stop, stop + sum(islice(sizes_left, checks))
+        valid = all(values[start:stop])
+        fine &= valid
+        if read is None:
             continue
-        valid = all([next(values) for check in group.read.checks for _ in range(len(check))])
-        complete = group.read.present is None
-        group.complete = [True if complete else next(values) for _ in group.saids]
+        group.complete = [True] * len(group.saids)
+        if read.present is not None:
+            start, stop = stop, stop + next(sizes_left)
+            group.complete = values[start:stop]
         if not valid:
-            group.read, fine = None, False
+            group.read = None
     return fine
 
 

@@ -114,7 +114,7 @@ class Multiclass:
         # Rounding of the logits is nothing beside the tolerance but in low precision.
         noise = self._noise(z, factor, eps) if eps > 1e-6 else None
         agrees = observed.agrees((nll * factor).sum(0), tol, noise)
-        return Read(y, factor, None, (fits, shown, agrees))
+        return Read(y, factor, None, (fits, shown, agrees), nll)
 
     def _read_any(self, observed: Observed) -> Read:
         """Of any factor, which follows from the other classes, and with labels missing."""

@@ -75,6 +75,8 @@ class Said:
         target: what the user passed, ``None``: labels are read off the loss.
         eps: rounding of the outputs or of the loss, whichever is larger.
         form: of the loss, see :func:`bayesagg.reading.form.form_of`.
+        alone: the loss depends on nothing but the outputs.
+        key: identity of what the head reads.
         probes: ``v`` and ``H v`` at the outputs of the calls, ``H`` second derivatives.
     """
 
@@ -87,12 +89,12 @@ class Said:
     target: Tensor | None
     eps: float
     form: int
+    alone: bool
+    key: tuple[int, ...] = field(init=False)
     probes: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
 
-    @functools.cached_property
-    def key(self) -> tuple[int, ...]:
-        """Identity of what the head reads."""
-        return tuple(id(call.features) for call in self.calls)
+    def __post_init__(self) -> None:
+        self.key = tuple([id(call.features) for call in self.calls])
 
     def rows(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors like the outputs of the calls as ``[N, o]``."""
@@ -170,12 +172,14 @@ class Read:
         factor: ``[N, K]`` or ``[1, K]``.
         present: ``[N, K]``; ``None``: all.
         checks: vectors of booleans.
+        nll: the loss of factor one by datum and task, ``[N, K]``; ``None``: not at hand.
     """
 
     target: Tensor
     factor: Tensor
     present: Tensor | None
     checks: tuple[Tensor, ...]
+    nll: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -214,31 +218,35 @@ def join(saids: Sequence[Said]) -> Observed:
     classes = first.layout.classes
     work = torch.promote_types(first.calls[0].output.dtype, torch.float32)
 
-    def beside(parts: Sequence[Tensor]) -> Tensor:
-        wide = parts[0].detach() if len(parts) == 1 else torch.cat(list(parts), 1)
+    def beside(parts: list[list[Tensor]]) -> Tensor:
+        flat = [
+            one[0]
+            if len(one) == 1 and one[0].dim() == 2
+            else rows_of(one, said.layout.channels_first)
+            for one, said in zip(parts, saids, strict=True)
+        ]
+        wide = flat[0].detach() if len(flat) == 1 else torch.cat(flat, 1)
         if wide.dtype != work:
             wide = wide.to(work)
         if classes:
             # Data innermost: a plain transpose, which is many times as fast as other copies.
-            shape = (wide.shape[1] // classes, classes, len(wide))
+            shape = (wide.shape[1] // classes, classes, wide.shape[0])
             wide = wide.mT.contiguous().view(shape).permute(1, 2, 0)
         return wide
 
-    sizes = [said.layout.tasks for said in saids]
-    outputs = beside([s.rows([call.output for call in s.calls]) for s in saids])
-    owners = None
-    if sum(sizes) > len(sizes):
-        owners = _owners(tuple(sizes), outputs.device)
+    sizes = tuple([said.layout.tasks for said in saids])
+    outputs = beside([[call.output for call in said.calls] for said in saids])
+    owners = _owners(sizes, outputs.device) if sum(sizes) > len(sizes) else None
     probes = []
     for i in range(len(first.probes)):
-        v = beside([s.rows(s.probes[i][0]) for s in saids])
-        probes.append((v, beside([s.rows(s.probes[i][1]) for s in saids])))
-    losses = torch.cat([s.loss.view(1) for s in saids])
+        v = beside([said.probes[i][0] for said in saids])
+        probes.append((v, beside([said.probes[i][1] for said in saids])))
+    losses = torch.cat([said.loss.view(1) for said in saids])
     return Observed(
         outputs,
-        beside([s.rows(s.gradients) for s in saids]),
+        beside([said.gradients for said in saids]),
         losses if losses.dtype == work else losses.to(work),
         owners,
-        max(s.eps for s in saids),
+        max([said.eps for said in saids]),
         probes=tuple(probes),
     )

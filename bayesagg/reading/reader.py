@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,10 +91,12 @@ class Reader:
             total = total + loss
         calls = {name: capture.calls[name] for name in names}
         outputs = [call.output for some in calls.values() for call in some]
-        with capture.paused(), without_gathers(outputs):
+        hooked = any([output._backward_hooks for output in outputs])
+        with capture.paused(), without_gathers(outputs) if hooked else nullcontext():
             saids = self._hear(capture, calls, scalars, total, given)
             parts = self._parts(saids, named, scalars, total)
-        return Batch(parts or [], total, scalars, names, overflowed=parts is None)
+        alone = frozenset(said.name for said in saids if said.alone)
+        return Batch(parts or [], total, scalars, names, parts is None, alone)
 
     def _hear(
         self,
@@ -117,19 +121,21 @@ class Reader:
         gradients, nodes = iter(found), nodes_of(outputs)
         saids = []
         for name, some in calls.items():
-            pairs = [(call, g) for call in some if (g := next(gradients)) is not None]
-            if not pairs:
+            reached, derivatives = [], []
+            for call in some:
+                gradient = next(gradients)
+                if gradient is not None:
+                    reached.append(call)
+                    derivatives.append(gradient)
+            if not reached:
                 raise unreached(name)
             head, loss = self.tasks[name], scalars[name]
             assert isinstance(head, Head)
-            eps = max(torch.finfo(t.dtype).eps for t in (pairs[0][0].output, loss))
-            reached, derivatives = [call for call, _ in pairs], [g for _, g in pairs]
             capture.check_unchanged(name, reached)
             form = form_of(loss, nodes_of([call.output for call in reached]), nodes)
-            target = targets.get(name)
-            saids.append(
-                Said(name, head, self._layouts[name], reached, loss, derivatives, target, eps, form)
-            )
+            eps = _eps(reached[0].output.dtype, loss.dtype)
+            layout, target = self._layouts[name], targets.get(name)
+            saids.append(Said(name, head, layout, reached, loss, derivatives, target, eps, *form))
         return saids
 
     def _parts(
@@ -147,8 +153,9 @@ class Reader:
         features = Features()
         with torch.no_grad():
             groups = group_heads(saids, self.known)
+            for said in saids:
+                features.of(said)
             for group in groups:
-                features.of(group.saids[0])
                 read_group(group, self._factors)
             if not look(groups, features, total):
                 raise_not_finite(named)
@@ -166,11 +173,11 @@ class Reader:
         """Keep what was found for :meth:`take`."""
         self._new = {}
         for group in groups:
-            for said, known, complete in zip(
-                group.saids, group.known, group.complete, strict=group.read is not None
-            ):
+            if group.read is None or group.read.present is None:
+                continue
+            for name, known, complete in zip(group.names, group.known, group.complete, strict=True):
                 if known is not None and not complete and not known.masked:
-                    self._new[said.name] = replace(known, masked=True)
+                    self._new[name] = replace(known, masked=True)
         for name, found in verified.items():
             if found.known is None:
                 continue
@@ -183,6 +190,12 @@ class Reader:
         """What the last reading has verified; it counts once its backward pass has run."""
         new, self._new = self._new, {}
         return new
+
+
+@cache
+def _eps(output: torch.dtype, loss: torch.dtype) -> float:
+    """The larger rounding of two dtypes."""
+    return max(torch.finfo(output).eps, torch.finfo(loss).eps)
 
 
 def _announce(name: str) -> None:
@@ -200,7 +213,7 @@ def _made(group: Group, verified: Mapping[str, Verified], features: Features) ->
     read = group.read
     if group.own:
         return make_parts(group, None, features)
-    anew = any(said.name in verified for said in group.saids)
+    anew = verified and not verified.keys().isdisjoint(group.names)
     if read is not None and all(group.complete) and not anew:
         return make_parts(group, labels_of(group.observed, read, True), features)
     labels: list[Labels | None] = []

@@ -19,6 +19,8 @@ from bayesagg.reading.regression import Regression
 
 __all__ = ["LIKELIHOODS", "Features", "Group", "group_heads", "labels_of", "make_parts"]
 
+_MANY = 8  # tensors that are better copied together than looked at one by one
+
 LIKELIHOODS: dict[str, Likelihood] = {
     likelihood.kind: likelihood for likelihood in (Regression(), Binary(), Multiclass())
 }
@@ -27,10 +29,11 @@ LIKELIHOODS: dict[str, Likelihood] = {
 
 @dataclass
 class Group:
-    """Heads that are read at once: of one kind, on the same tensors, known in the same way.
+    """Heads that are read at once: of one kind, with as many data, known in the same way.
 
     Attributes:
         saids: of every head.
+        names: of the heads.
         known: what was verified of any of them earlier.
         own: the losses are known not to be the likelihood, and may be.
         likelihood: of the heads.
@@ -45,6 +48,7 @@ class Group:
     known: list[Known | None]
     own: bool
     partial: bool
+    names: tuple[str, ...] = field(init=False)
     likelihood: Likelihood = field(init=False)
     observed: Observed = field(init=False)
     usable: Tensor | None = None
@@ -52,6 +56,7 @@ class Group:
     complete: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.names = tuple([said.name for said in self.saids])
         self.likelihood = LIKELIHOODS[self.saids[0].layout.kind]
         self.observed = join(self.saids)
         if self.saids[0].target is not None and not self.own:
@@ -72,18 +77,28 @@ def group_heads(saids: Sequence[Said], known: Mapping[str, Known]) -> list[Group
     """Groups in the order of their first heads."""
     groups: dict[tuple[object, ...], list[Said]] = {}
     for said in saids:
-        layout, form = said.layout, known.get(said.name, Known())
-        flags = (said.target is not None, form.own, form.weighted, form.masked)
-        what = (layout.kind, layout.classes, said.calls[0].output.dtype, said.key)
-        groups.setdefault((*what, *flags), []).append(said)
+        layout, form = said.layout, known.get(said.name, _NEW)
+        output = said.calls[0].output
+        plain = len(said.calls) == 1 and output.dim() == 2
+        what = (
+            *(layout.kind, layout.classes, output.dtype, output.shape[0] if plain else said.key),
+            *(said.target is not None, form.own, form.weighted, form.masked),
+        )
+        if what in groups:
+            groups[what].append(said)
+        else:
+            groups[what] = [said]
     made = []
     for group in groups.values():
         forms = [known.get(said.name) for said in group]
         first = forms[0]
         own = first is not None and first.own and group[0].target is not None
-        partial = any(form is None or form.weighted or form.masked for form in forms)
-        made.append(Group(group, forms, own, partial))
+        uncertain = first is not None and (first.weighted or first.masked)
+        made.append(Group(group, forms, own, uncertain or None in forms))
     return made
+
+
+_NEW = Known()
 
 
 class Features:
@@ -100,7 +115,7 @@ class Features:
         """
         if said.key not in self._rows:
             rows = said.rows([call.features.detach() for call in said.calls])
-            if len(rows) == 0:
+            if rows.shape[0] == 0:
                 raise FeatureError(
                     f"task {said.name!r}: the batch is empty: skip it, or drop the last batch of "
                     f"the loader."
@@ -110,7 +125,10 @@ class Features:
 
     def sums(self) -> list[Tensor]:
         """One number each that is finite if, but for overflow, all features are."""
-        return [rows.sum(dtype=_wide(rows)) for _, rows in self._rows.values()]
+        some = [rows for _, rows in self._rows.values()]
+        if len(some) > _MANY:
+            some = [torch.cat([rows.flatten() for rows in some])]
+        return [rows.sum(dtype=_wide(rows)) for rows in some]
 
     def raise_not_finite(self) -> None:
         """Name a head that reads non-finite features; looks at the device.
@@ -138,7 +156,9 @@ def _data_first(tensor: Tensor) -> Tensor:
 def labels_of(observed: Observed, found: Found | Read, complete: bool) -> Labels:
     """Labels in the layout that the rest of the library takes."""
     present = None if complete else found.present
-    return Labels(_data_first(observed.output), _data_first(found.target), found.factor, present)
+    nll = found.nll if complete and isinstance(found, Read) else None
+    output, target = _data_first(observed.output), _data_first(found.target)
+    return Labels(output, target, found.factor, present, nll)
 
 
 def make_parts(
@@ -151,44 +171,42 @@ def make_parts(
         labels: of every head; or of all of them together, ``None`` if they have none.
         features: that the heads read.
     """
-    heads = len(group.saids)
-    if labels is None or isinstance(labels, Labels):
-        return [_part(group, list(range(heads)), labels, features)]
-    kinds: dict[int, list[int]] = {}
-    for index, one in enumerate(labels):
-        partial = one is not None and (one.present is not None or len(one.factor) > 1)
-        kinds.setdefault(2 if one is None else int(partial), []).append(index)
-    parts = []
+    saids, gradient = group.saids, _data_first(group.observed.gradient)
+    together = labels is None or isinstance(labels, Labels)
+    if together and all([said.key == saids[0].key for said in saids]):
+        return [_part(group, saids, gradient, labels, features)]  # type: ignore[arg-type]
+    sizes = [said.layout.tasks for said in saids]
+    if together:
+        labels = [None] * len(saids) if labels is None else labels.split(sizes)  # type: ignore[union-attr]
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for index, (said, one) in enumerate(zip(saids, labels, strict=True)):  # type: ignore[arg-type]
+        partial = one is not None and (one.present is not None or one.factor.shape[0] > 1)
+        kinds.setdefault((said.key, one is None, partial), []).append(index)
+    parts, pieces = [], gradient.split(sizes, 1)
     for indices in kinds.values():
-        chosen = [one for i in indices if (one := labels[i]) is not None]
-        parts.append(_part(group, indices, Labels.join(chosen) if chosen else None, features))
+        chosen = [one for i in indices if (one := labels[i]) is not None]  # type: ignore[index]
+        some = [pieces[i] for i in indices]
+        own = some[0] if len(some) == 1 else torch.cat(some, 1)
+        joined = Labels.join(chosen) if chosen else None
+        parts.append(_part(group, [saids[i] for i in indices], own, joined, features))
     return parts
 
 
-def _part(group: Group, indices: list[int], labels: Labels | None, features: Features) -> Part:
-    saids = [group.saids[i] for i in indices]
-    gradient, losses = _data_first(group.observed.gradient), group.observed.losses
-    if len(saids) < len(group.saids):
-        columns, start = [], 0
-        for i, said in enumerate(group.saids):
-            stop = start + said.layout.tasks
-            if i in indices:
-                columns.append(gradient[:, start:stop])
-            start = stop
-        gradient, losses = torch.cat(columns, 1), torch.stack([losses[i] for i in indices])
-    slices, start = {}, 0
+def _part(
+    group: Group, saids: list[Said], gradient: Tensor, labels: Labels | None, features: Features
+) -> Part:
+    slices, calls, start = {}, {}, 0
     for said in saids:
-        slices[said.name] = slice(start, start + said.layout.tasks)
-        start += said.layout.tasks
+        stop = start + said.layout.tasks
+        slices[said.name], calls[said.name], start = slice(start, stop), said.calls, stop
     return Part(
         group.likelihood.kind,
-        tuple(said.name for said in saids),
-        tuple(said.head for said in saids),
+        tuple(calls),
+        tuple([said.head for said in saids]),
         saids[0].key,
-        {said.name: said.calls for said in saids},
+        calls,
         features.of(saids[0]),
         gradient,
         labels,
-        losses,
         slices,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -27,7 +27,8 @@ class Plan:
     Attributes:
         gradients: by :attr:`bayesagg.reading.Part.key`, ``[N, d]``: what replaces the sum of the
             gradients that the heads send to these features. Empty: linear scalarization.
-        weights: by task ``[o]``: what the gradient of each loss is multiplied by, as a share.
+        weights: by task ``[o]``: what the gradient of each loss is multiplied by, as a share; or
+            what says so, when somebody asks.
         loss_weights: by loss without a head: its multiplier, a scalar; 1 where it is not named.
         update: for :meth:`Memory.commit`.
         heads: weights that heads receive once the pass is over, by task ``[o, D]``, bias last.
@@ -35,7 +36,7 @@ class Plan:
     """
 
     gradients: dict[Key, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] | Callable[[], dict[str, Tensor]] = field(default_factory=dict)
     loss_weights: dict[str, Tensor] = field(default_factory=dict)
     update: Any = None
     heads: dict[str, Tensor] = field(default_factory=dict)

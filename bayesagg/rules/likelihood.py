@@ -14,8 +14,10 @@ See docs/theory.md for the derivation. One step, for the heads that read one ten
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 from bayesagg.errors import HeadError
 from bayesagg.heads import Head
 from bayesagg.likelihoods.bounds import BOUNDS
-from bayesagg.memory import FadingMemory, Update, means_of, running_mean
+from bayesagg.memory import FadingMemory, Frame, Update, means_of, running_mean
 from bayesagg.parallel import Exchange
 from bayesagg.predicting.regression import Prior
 from bayesagg.predicting.state import Inferred
@@ -125,24 +127,24 @@ class LikelihoodRule:
 
     def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:
         """Of every head: whether it takes part, cannot share Gram matrices, is not inferred."""
-        here = {name: part for part in batch.parts for name in part.names}
-        found = []
-        for name in memory.heads:
-            part = here.get(name)
-            labels = None if part is None else part.labels
-            alone = labels is not None and (labels.present is not None or len(labels.factor) > 1)
-            own = part is not None and (labels is None or not memory.heads[name].writable)
-            found += [part is not None, part is None or alone, own]
-        return found
+        here = {}
+        for part in batch.parts:
+            labels = part.labels
+            alone = labels is not None and (
+                labels.present is not None or labels.factor.shape[0] > 1
+            )
+            for name, head in zip(part.names, part.heads, strict=True):
+                here[name] = True, alone, labels is None or not head.writable
+        return [flag for name in memory.heads for flag in here.get(name, (False, True, False))]
 
     @torch.no_grad()
     def plan(
         self, memory: FadingMemory, batch: Batch, flags: list[bool], exchange: Exchange
     ) -> Plan:
         """Gradients at every head's features, weights, and what the step adds to the memory."""
-        present, alone, owning = ({*_marked(memory, flags, i)} for i in range(3))
+        present, alone, owning = ({*compress(memory.heads, flags[i::3])} for i in range(3))
         parts = {name: part for part in batch.parts for name in part.names}
-        like = torch.zeros((), dtype=memory.dtype, device=batch.total.device)
+        like = memory.zero(batch.total.device)
         here = {
             name: parts[name] if name in parts else blank_part(name, memory.heads[name], like)
             for name in memory.heads
@@ -151,34 +153,27 @@ class LikelihoodRule:
         active, idle = arrange(memory.units, memory.heads, here, alone, like)
         found = infer(self, memory, make_stacks(active, here, memory.dtype), exchange)
         exact = [exact_gradients(self, part) for part in found]
-        others = self._others(memory, batch, owning, like)
-        values = [self._ratios(memory, one, own) for one, own in zip(found, exact, strict=True)]
+        others = self._others(memory, batch, owning, like, exchange)
+        values = [self._ratios(one, own) for one, own in zip(found, exact, strict=True)]
         ratios = {name: ratio for name, (ratio, _) in others.items() if name in memory.heads}
         for one, value in zip(found, values, strict=True):
             if one.stack.exact < value.shape[1]:
-                ratios |= one.by_head(value, memory.heads, True)
+                ratios |= one.frame.by_head(value, True)
         # Of all heads on every rank: weights that are sharded are gathered.
         weights = {n: h.weights() for n, h in memory.heads.items() if n in present}
         planned, plain = _gradients(batch.parts, here, exact, ratios, weights)
         squares, lengths, misses = _totals(exact, others, planned, plain, like, exchange)
         length = _moved(memory.length, lengths, self.decay)
         units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
-        before = [unit for one in found for unit in one.stack.units]
-        fades = [fade for one in found for fade in one.fades()]
-        update = Update(
-            idle + units,
-            self._scales(memory, misses),
-            length,
-            memory.steps,
-            list(zip(before, fades, strict=True)),
-            self.decay,
-        )
-        plan = Plan(update=update)
+        before = [pair for one in found for pair in zip(one.stack.units, one.fades(), strict=True)]
+        scales = self._scales(memory, misses)
+        plan = Plan(update=Update(idle + units, scales, length, memory.steps, before, self.decay))
         if memory.steps < self.warmup:
             plan.weights = _uniform(memory, like)
             return plan
         own = {name: ratios[name] for name in parts if name not in here}
-        plan.weights = _shares(memory, parts, found, values, own)
+        frames = [one.frame for one in found]
+        plan.weights = partial(_shares, list(parts), frames, values, own)
         scale = self._length_scale(memory, length)
         plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
         plan.loss_weights = {
@@ -189,34 +184,45 @@ class LikelihoodRule:
         plan.spared = tuple(plan.heads)
         return plan
 
-    def _ratios(self, memory: FadingMemory, found: Inference, exact: Exact) -> Tensor:
+    def _ratios(self, found: Inference, exact: Exact) -> Tensor:
         """What the losses of a stack's tasks are multiplied by on average, ``[G, T]``."""
         r = found.stack.exact
         if r == found.current.shape[1]:
             return exact.ratio
-        names = found.stack.units[0].names
-        least = max(BOUNDS[memory.heads[name].kind].least_scale for name in names)
-        inverse = found.current[:, r:].clamp_min(least).reciprocal_()
+        inverse = found.current[:, r:].clamp_min(found.frame.least_scale).reciprocal_()
         if found.stack.weights is not None:  # a task without a label in this batch has none
             inverse = inverse * (found.stack.weights.sum((1, 2)) > 0)[:, None]
         return torch.cat([exact.ratio, inverse], 1) if r else inverse
 
     def _others(
-        self, memory: FadingMemory, batch: Batch, owning: set[str], like: Tensor
+        self,
+        memory: FadingMemory,
+        batch: Batch,
+        owning: set[str],
+        like: Tensor,
+        exchange: Exchange,
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Of tasks without inference: ratio ``[o]`` or scalar, and value and number of the loss."""
-        found = {}
+        values = {}
         for name, task in memory.tasks.items():
             if isinstance(task, Head) and name not in owning:
                 continue
             loss = batch.losses.get(name)
             value = like if loss is None else loss.detach().to(like.dtype)
-            seen = torch.full_like(like, float(loss is not None))
-            state = memory.others.get(name)
-            scale = value if state is None else means_of(state[:, None], (value[None],))[0][0]
+            values[name] = torch.stack([value, torch.full_like(like, float(loss is not None))])
+        new = [name for name in values if name not in memory.others]
+        # Their first scale is that of the batch, which all ranks have to share.
+        first = dict(zip(new, exchange.sum([values[name] for name in new]), strict=True))
+        found = {}
+        for name, value in values.items():
+            if name in first:
+                scale = first[name][0] / first[name][1].clamp(min=1)
+            else:
+                scale = means_of(memory.others[name][:, None], (value[:1],))[0][0]
             ratio = torch.where(scale > 0, scale.reciprocal(), 1.0)
+            task = memory.tasks[name]
             outputs = (task.num_tasks,) if isinstance(task, Head) else ()
-            found[name] = (ratio.expand(outputs), torch.stack([value, seen]))
+            found[name] = (ratio.expand(outputs), value)
         return found
 
     def _scales(self, memory: FadingMemory, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -235,11 +241,10 @@ class LikelihoodRule:
         """What the aggregate is multiplied by."""
         if not self.keep_length:
             return torch.ones_like(length[0])
-        ours, plain = length.unbind()
-        ratio = (ours / plain).sqrt_()
-        within = _INVARIANT if memory.invariant else _OTHER
+        square = length[0] / length[1]
+        within = (_INVARIANT if memory.invariant else _OTHER) ** 2
         # No gradient at all: 0 / 0.
-        return (ratio.clamp(1 / within, within) / ratio).nan_to_num_(1.0, 1.0, 1.0)
+        return (square.clamp(1 / within, within) / square).sqrt_().nan_to_num_(1.0, 1.0, 1.0)
 
 
 def _warn_of_unused(name: str, head: Head) -> None:
@@ -265,11 +270,6 @@ def _warn_of_unused(name: str, head: Head) -> None:
             f"rule='paper' uses such settings.",
             stacklevel=6,
         )
-
-
-def _marked(memory: FadingMemory, flags: Sequence[bool], which: int) -> Iterator[str]:
-    """Heads with a flag."""
-    return (name for name, flag in zip(memory.heads, flags[which::3], strict=True) if flag)
 
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -298,27 +298,29 @@ def _gradients(
     for part in parts:
         readers.setdefault(part.key, []).append(part)
     for key, some in readers.items():
-        gradient = _cat([part.gradient.flatten(1) for part in some], 1)
-        rows = _cat([weights[name] for part in some for name in part.names])
-        rows = rows.to(gradient.dtype)
+        flat = [p.gradient if p.gradient.dim() == 2 else p.gradient.flatten(1) for p in some]
+        gradient = _cat(flat, 1)
+        rows = _cat([weights[name] for part in some for name in part.names]).to(gradient.dtype)
         plain[key] = gradient @ rows
-        scales = [_scale(part, name, here, ratios) for part in some for name in part.names]
-        if any(scale is not None for scale in scales):
-            sizes = [head.out_features for part in some for head in part.heads]
-            nothing = torch.zeros_like(next(s for s in scales if s is not None)[:1])
-            columns = [
-                nothing.expand(size) if scale is None else scale.expand(size)
-                for scale, size in zip(scales, sizes, strict=True)
-            ]
-            add(key, (gradient * _cat(columns).to(gradient.dtype)) @ rows)
+        scales: list[Tensor] = []
+        kept: list[list[int]] = []  # columns from and to
+        at = 0
+        for part in some:
+            for name, head in zip(part.names, part.heads, strict=True):
+                start, at = at, at + head.out_features
+                if BOUNDS[part.kind].exact and name in here:
+                    continue  # replaced altogether
+                scales.append(ratios[name].expand(head.out_features))
+                if kept and kept[-1][1] == start:
+                    kept[-1][1] = at
+                else:
+                    kept.append([start, at])
+        if scales:
+            if kept != [[0, at]]:
+                gradient = _cat([gradient[:, i:j] for i, j in kept], 1)
+                rows = _cat([rows[i:j] for i, j in kept])
+            add(key, (gradient * _cat(scales).to(gradient.dtype)) @ rows)
     return planned, plain
-
-
-def _scale(
-    part: Part, name: str, here: Mapping[str, Part], ratios: Mapping[str, Tensor]
-) -> Tensor | None:
-    """What a head's own gradient is multiplied by; ``None``: it is replaced altogether."""
-    return None if BOUNDS[part.kind].exact and name in here else ratios[name]
 
 
 def _totals(
@@ -330,7 +332,7 @@ def _totals(
     exchange: Exchange,
 ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
     """Sums over all ranks: squared residuals by stack, squared lengths, values of losses."""
-    lengths = torch.stack([_square(planned, like), _square(plain, like)])
+    lengths = _square([*planned.values()], [*plain.values()], like)
     if exchange.size > 1:  # the gradients of ranks are averaged
         lengths = lengths / exchange.size**2
     parts = [one.sums for one in exact] + [lengths] + [value for _, value in others.values()]
@@ -339,11 +341,13 @@ def _totals(
     return sums[:n], sums[n], dict(zip(others, sums[n + 1 :], strict=True))
 
 
-def _square(gradients: Mapping[Key, Tensor], like: Tensor) -> Tensor:
-    norms = [torch.linalg.vector_norm(g).to(like.dtype) for g in gradients.values()]
-    if not norms:
-        return like
-    return norms[0] * norms[0] if len(norms) == 1 else torch.stack(norms).square().sum()
+def _square(planned: list[Tensor], plain: list[Tensor], like: Tensor) -> Tensor:
+    """Squared lengths of the gradients, of both kinds at the same keys, ``[2]``."""
+    if not planned:
+        return like.expand(2)
+    norms = torch.stack([torch.linalg.vector_norm(g) for g in planned + plain]).to(like.dtype)
+    squares = norms * norms
+    return squares if len(plain) == 1 else squares.view(2, -1).sum(1)
 
 
 def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:
@@ -358,27 +362,26 @@ def _uniform(memory: FadingMemory, like: Tensor) -> dict[str, Tensor]:
 
 
 def _shares(
-    memory: FadingMemory,
-    parts: Mapping[str, Part],
-    found: Sequence[Inference],
+    names: Sequence[str],
+    frames: Sequence[Frame],
     values: Sequence[Tensor],
     others: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Ratios of the tasks of this rank's batch as shares of their sum; 0 without any label."""
-    pieces = [*values, *(ratio[None] for ratio in others.values())]
-    if not pieces:
+    """Ratios of the tasks of this rank's batch as shares of their sum; 0 without any label.
+
+    Args:
+        names: of the heads in the batch.
+        frames: of the stacks.
+        values: ratios by stack, ``[G, T]``.
+        others: ratios by head that is in no stack, ``[o]``.
+    """
+    found = dict(others)
+    for frame, value in zip(frames, values, strict=True):
+        found |= frame.by_head(value, True)
+    here = {name: found[name] for name in names if name in found}
+    if not here:
         return {}
-    sums = [piece.sum() for piece in pieces]
-    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    least = torch.finfo(total.dtype).tiny
-    total = total.clamp_min(least)
-    shares: dict[str, Tensor] = {}
-    for one, piece in zip(found, pieces, strict=False):
-        shares |= one.by_head(piece / total, memory.heads, True)
-    for name, piece in zip(others, pieces[len(values) :], strict=True):
-        shares[name] = piece[0] / total
-    present = {name: shares[name] for name in parts if name in shares}
-    if len(present) < len(shares) and present:  # the others are those of other ranks alone
-        rest = torch.stack([share.sum() for share in present.values()]).sum()
-        present = {name: share / rest.clamp_min(least) for name, share in present.items()}
-    return present
+    together = torch.cat(list(here.values()))
+    shares = together / together.sum().clamp_min(torch.finfo(together.dtype).tiny)
+    sizes = [len(value) for value in here.values()]
+    return dict(zip(here, shares.split(sizes), strict=True))

@@ -63,12 +63,18 @@ class Stack:
     factor: Tensor
     misfit: Tensor
     _kept: Tensor | None = None
+    _vectors: Tensor | None = None
     _turned: tuple[slice, Tensor, Tensor] | None = None
 
     @property
     def sizes(self) -> list[int]:
         """Gram matrices of every unit."""
-        return [len(unit.gram) for unit in self.units]
+        return [unit.gram.shape[0] for unit in self.units]
+
+    def precision(self, most: torch.dtype) -> torch.dtype:
+        """That of the features, if it is enough for arithmetic, and ``most`` is not less."""
+        own = torch.promote_types(self.rows[0].dtype, torch.float32)
+        return own if most == torch.float64 else most
 
     def features(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """``h̃`` of some data, ``[S, n, D]``; kept where they are all."""
@@ -78,25 +84,26 @@ class Stack:
             self._kept = torch.ones(shape, dtype=dtype, device=self.responses.device)
             for one, part in zip(self._kept.unbind(), self.rows, strict=True):
                 (one[:, :width] if self.bias else one).copy_(
-                    part[rows] if data < len(part) else part
+                    part[rows] if data < part.shape[0] else part
                 )
         return self._kept
 
-    def kept_vectors(self) -> Tensor | None:
+    def kept_vectors(self, dtype: torch.dtype) -> Tensor | None:
         """The basis that the units have and keep in this step, ``[G, D, D]``."""
-        bases = [
-            unit.basis for unit in self.units if unit.basis is not None and unit.basis.left > 0
-        ]
-        if len(bases) < len(self.units):
-            return None
-        return bases[0].vectors if len(bases) == 1 else torch.cat([b.vectors for b in bases])
+        if self._vectors is None:
+            bases = [u.basis.vectors for u in self.units if u.basis is not None and u.basis.left]
+            if len(bases) < len(self.units):
+                return None
+            vectors = bases[0] if len(bases) == 1 else torch.cat(bases)
+            self._vectors = vectors.to(self.precision(dtype))
+        return self._vectors
 
     def rotated(self, rows: slice, dtype: torch.dtype, vectors: Tensor) -> Tensor:
         """``h̃ᵀQ`` of some data, ``[G, n, D]``; kept where they are all, in a basis that is kept."""
         if self._turned is not None and self._turned[0] == rows and self._turned[1] is vectors:
             return self._turned[2]
-        h = self.features(rows, dtype).expand(len(vectors), -1, -1)
-        found = torch.bmm(h, vectors)
+        h = self.features(rows, dtype).to(vectors.dtype)
+        found = torch.bmm(h.expand(vectors.shape[0], -1, -1), vectors)
         self._turned = (rows, vectors, found)
         return found
 
@@ -184,7 +191,7 @@ def columns_of(
         together,
         exact,
         None if weights is None else weights.to(dtype),
-        _cat_rows(factors).to(dtype) if factors else together[:1, :0],
+        _cat_rows(factors) if factors else together[:1, :0],
         _cat(misfits).to(dtype) if misfits else together[:, :0],
     )
 
@@ -289,5 +296,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 
 def _cat_rows(parts: list[Tensor]) -> Tensor:
-    rows = max(len(part) for part in parts)
-    return _cat([part if len(part) == rows else part.expand(rows, -1) for part in parts])
+    if len(parts) == 1:
+        return parts[0]
+    rows = max([part.shape[0] for part in parts])
+    return _cat([part if part.shape[0] == rows else part.expand(rows, -1) for part in parts])

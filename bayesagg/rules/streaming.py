@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayesagg.heads import Head, stacked
 from bayesagg.likelihoods.bounds import BOUNDS, floored
-from bayesagg.memory import Basis, FadingMemory, Unit, means_of, running_mean
+from bayesagg.memory import Basis, FadingMemory, Frame, Unit, means_of, running_mean
 from bayesagg.moments import Spectrum, leave_one_out, student_gradient
 from bayesagg.parallel import Exchange
 from bayesagg.reading import Labels, Part
@@ -35,6 +35,7 @@ class Inference:
 
     Attributes:
         stack: whose heads these are.
+        frame: of the stack.
         gram: ``[G, D, D]``, after the step; shift too.
         shift: ``[G, P, D]``.
         seen: data of the step, ``[G]``, or their number where no label is missing.
@@ -47,6 +48,7 @@ class Inference:
     """
 
     stack: Stack
+    frame: Frame
     gram: Tensor
     shift: Tensor
     seen: Tensor | float
@@ -83,27 +85,17 @@ class Inference:
         state = (_split(t, sizes) for t in (self.gram, self.shift, scale))
         parts = zip(self.stack.units, *state, self.bases, strict=True)
         return [
-            replace(unit, started=not unit.weighted, gram=gram, shift=shift, scale=own, basis=basis)
+            Unit(unit.names, unit.wide, unit.weighted, not unit.weighted, gram, shift, own, basis)
             for unit, gram, shift, own, basis in parts
         ]
 
-    def by_head(self, values: Tensor, heads: Mapping[str, Head], tasks: bool) -> dict[str, Tensor]:
-        """Rows ``[G, P, …]`` of all columns, or ``[G, T, …]`` of all tasks, by head."""
-        found: dict[str, Tensor] = {}
-        for unit, part in zip(self.stack.units, _split(values, self.stack.sizes), strict=True):
-            rows = part[:, 0] if unit.wide else part[0]
-            sizes = [heads[n].num_tasks if tasks else heads[n].out_features for n in unit.names]
-            found.update(zip(unit.names, _split(rows, sizes), strict=True))
-        return found
-
     def module_weights(self, heads: Mapping[str, Head]) -> dict[str, Tensor]:
         """Posterior mean of every head, ``[o, D]``; its own weights without a label in the step."""
-        found = self.by_head(self.posterior.mean, heads, False)
+        found = self.frame.by_head(self.posterior.mean, False)
         if self.stack.units[0].weighted:
             evidence = torch.as_tensor(self.seen) > 0
-            known = self.by_head(
-                evidence[:, None].expand(self.posterior.mean.shape[:2]), heads, False
-            )
+            shape = self.posterior.mean.shape[:2]
+            known = self.frame.by_head(evidence[:, None].expand(shape), False)
             for name, mean in found.items():
                 own = stacked(heads[name]).to(mean.dtype)
                 found[name] = torch.where(known[name][:, None], mean, own)
@@ -152,17 +144,17 @@ def infer(
 
 def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
     sums: list[Tensor] = []
-    vectors = stack.kept_vectors()
+    vectors = stack.kept_vectors(dtype)
     for rows in _chunks(stack):
         h, t = stack.features(rows, dtype), stack.responses[:, rows]
         weights = None if stack.weights is None else stack.weights[:, rows]
         weighted = h if weights is None else h * weights
-        h = h.expand(len(weighted), -1, -1)
+        h = h.expand(weighted.shape[0], -1, -1)
         new = [weighted.transpose(1, 2).bmm(h), t.transpose(1, 2).bmm(weighted)]
         if vectors is not None:
             rotated = stack.rotated(rows, dtype, vectors)
             squares = rotated * rotated
-            new.append((squares if weights is None else squares * weights).sum(1))
+            new.append((squares if weights is None else squares * weights).sum(1, dtype=dtype))
         sums = [old + one for old, one in zip(sums, new, strict=True)] if sums else new
     gram, shift, *rest = sums
     misfit, seen = stack.misfit, float(stack.responses.shape[1])
@@ -170,7 +162,7 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
         misfit = torch.cat([misfit, stack.responses[:, :, : stack.exact].square()], 2)
     if stack.weights is not None:
         misfit = misfit * stack.weights
-    total = misfit.sum(1) if misfit.shape[2] else misfit.new_zeros(len(misfit), 0)
+    total = misfit.sum(1) if misfit.shape[2] else misfit.new_zeros(misfit.shape[0], 0)
     if stack.weights is not None:
         return Evidence(gram, shift, total, stack.weights.sum((1, 2)), rest[0] if rest else None)
     number = gram.new_full((len(gram),), seen) if counted else seen
@@ -180,7 +172,7 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
 def _posterior(
     rule: LikelihoodRule, memory: FadingMemory, stack: Stack, new: Evidence
 ) -> Inference:
-    units, seen = stack.units, new.seen
+    units, seen, frame = stack.units, new.seen, _frame(rule, memory, stack, new.gram)
     before = [_cat([getattr(unit, key) for unit in units]) for key in ("gram", "shift", "scale")]
     misfit, length = new.misfit, rule.memory_of(new.gram.shape[-1])
     fade: Tensor | float
@@ -191,23 +183,19 @@ def _posterior(
         misfit = misfit / _at_least_one(seen)
     else:
         fade = math.exp(-seen / length)
-        gram = torch.add(new.gram, before[0], alpha=fade)
-        shift = torch.add(new.shift, before[1], alpha=fade)
+        gram = new.gram.add_(before[0], alpha=fade)
+        shift = new.shift.add_(before[1], alpha=fade)
         misfit = misfit / seen if misfit.shape[1] else misfit
     tasks = before[2].shape[2]
     misfit, levels = misfit[:, :tasks], misfit[:, tasks:]
-    current, ridge = _ridge(rule, memory, stack, before[2], misfit, levels)
-    posterior, bases = _spectrum(stack, gram, shift, ridge, new, fade, length)
-    return Inference(stack, gram, shift, seen, misfit, before[2], current, posterior, bases, fade)
+    current, ridge = _ridge(frame, stack, before[2], misfit, levels)
+    posterior, bases = _spectrum(stack, before[0], gram, shift, ridge, new.squares, fade, length)
+    state = (gram, shift, seen, misfit, before[2], current)
+    return Inference(stack, frame, *state, posterior, bases, fade)
 
 
 def _ridge(
-    rule: LikelihoodRule,
-    memory: FadingMemory,
-    stack: Stack,
-    scale: Tensor,
-    misfit: Tensor,
-    levels: Tensor,
+    frame: Frame, stack: Stack, scale: Tensor, misfit: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scales of all tasks, ``[G, T]``, and ridges of all columns, ``[G, P]``.
 
@@ -222,7 +210,7 @@ def _ridge(
         first = torch.cat([levels, torch.ones_like(misfit[:, r:])], 1)  # 1: they have no unit
         current, level = means_of(scale, (misfit, first))
         relative = current / level.clamp_min(torch.finfo(level.dtype).tiny)
-    noise, ridge = _constants(rule, memory, stack, current)
+    noise, ridge = frame.noise, frame.ridge
     if noise is not None:
         fixed = torch.where(noise > 0, noise, current[:, :r])
         relative = _cat([relative[:, :r] * (fixed / current[:, :r]), relative[:, r:]], 1)
@@ -234,10 +222,11 @@ def _ridge(
 
 def _spectrum(
     stack: Stack,
+    before: Tensor,
     gram: Tensor,
     shift: Tensor,
     ridge: Tensor,
-    new: Evidence,
+    squares: Tensor | None,
     fade: Tensor | float,
     length: float,
 ) -> tuple[Spectrum, list[Basis | None]]:
@@ -249,29 +238,30 @@ def _spectrum(
     """
     if gram.shape[-1] <= _LARGE:
         return Spectrum.of(gram, shift, ridge), [None] * len(stack.units)
-    vectors = stack.kept_vectors()
-    if vectors is None or new.squares is None:
+    vectors = stack.kept_vectors(gram.dtype)
+    if vectors is None or squares is None:
         posterior = Spectrum.of(gram, shift, ridge)
-        values = (torch.bmm(gram, posterior.vectors) * posterior.vectors).sum(1)
-        left = _interval(gram, new.gram, length)
+        left = _interval(before, gram, fade, length)
     else:
         old = _cat([unit.basis.values for unit in stack.units if unit.basis is not None])
-        values = torch.addcmul(new.squares, old, torch.as_tensor(fade, dtype=old.dtype))
+        values = torch.addcmul(squares, old, torch.as_tensor(fade, dtype=old.dtype))
         start = _cat([unit.basis.mean for unit in stack.units if unit.basis is not None])
         posterior = Spectrum.near(gram, shift, ridge, vectors, values, start)
         left = min(unit.basis.left for unit in stack.units if unit.basis is not None) - 1
-    parts = (posterior.vectors, values.clamp(min=0), posterior.mean)
+    vectors = posterior.vectors.to(stack.precision(gram.dtype))
+    parts = (vectors, posterior.values.clamp(min=0), posterior.mean)
     pieces = zip(*(_split(part, stack.sizes) for part in parts), strict=True)
     return posterior, [Basis(q, diagonal, mean, left) for q, diagonal, mean in pieces]
 
 
-def _interval(gram: Tensor, new: Tensor, length: float) -> int:
+def _interval(before: Tensor, gram: Tensor, fade: Tensor | float, length: float) -> int:
     """Steps like this one until a share of the evidence is new; looks at the device.
 
     At the start, when there is little evidence, few; with a full memory ``_TURNOVER · N / n``.
     """
-    share = new.diagonal(dim1=1, dim2=2).sum(1) / gram.diagonal(dim1=1, dim2=2).sum(1)
-    return int(_TURNOVER * min(1 / max(float(share.nan_to_num(1.0).max()), 1e-9), length))
+    old, now = (part.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) for part in (before, gram))
+    share = float((1 - fade * old / now).nan_to_num(1.0).max())
+    return int(_TURNOVER * min(1 / max(share, 1e-9), length))
 
 
 def _at_least_one(seen: Tensor) -> Tensor:
@@ -282,27 +272,33 @@ def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [values] if len(sizes) == 1 else values.split(sizes)
 
 
-def _constants(
-    rule: LikelihoodRule, memory: FadingMemory, stack: Stack, like: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """Fixed noise variances ``[G, R]`` (0: learned), and ridges ``[G, P]`` per unit of noise.
-
-    Heads and rules are frozen, so these are made once.
-    """
+def _frame(rule: LikelihoodRule, memory: FadingMemory, stack: Stack, like: Tensor) -> Frame:
+    """Heads and rules are frozen, so this is made once."""
     shape = (like.shape[0], stack.responses.shape[2])
     key = (shape, like.device, *(unit.names for unit in stack.units))
-    if key not in memory.constants:
-        heads = [memory.heads[name] for unit in stack.units for name in unit.names]
-        columns = [head for head in heads for _ in range(head.out_features)]
-        ridges = [
-            1 / (BOUNDS[head.kind].curvature * (head.prior_variance or rule.prior_variance))
-            for head in columns
-        ]
-        noises = [getattr(head, "noise_variance", None) for head in columns]
-        fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
-        noise = like.new_tensor(fixed).view(shape)[:, : stack.exact] if any(fixed) else None
-        memory.constants[key] = (noise, like.new_tensor(ridges).view(shape))
-    return memory.constants[key]
+    frame = memory.frames.get(key)
+    if frame is not None:
+        return frame
+    heads = [memory.heads[name] for unit in stack.units for name in unit.names]
+    columns = [head for head in heads for _ in range(head.out_features)]
+    ridges = [
+        1 / (BOUNDS[head.kind].curvature * (head.prior_variance or rule.prior_variance))
+        for head in columns
+    ]
+    noises = [getattr(head, "noise_variance", None) for head in columns]
+    fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
+    noise = like.new_tensor(fixed).view(shape)[:, : stack.exact] if any(fixed) else None
+    units = [[memory.heads[name] for name in unit.names] for unit in stack.units]
+    frame = memory.frames[key] = Frame(
+        [unit.names for unit in stack.units],
+        stack.sizes if stack.units[0].wide else None,
+        [[head.num_tasks for head in some] for some in units],
+        [[head.out_features for head in some] for some in units],
+        noise,
+        like.new_tensor(ridges).view(shape),
+        max(BOUNDS[head.kind].least_scale for head in heads),
+    )
+    return frame
 
 
 @dataclass
@@ -326,51 +322,46 @@ def exact_gradients(rule: LikelihoodRule, found: Inference) -> Exact:
     if r == 0:
         none = found.current[:, :0]
         return Exact([], none.expand(2, -1, -1), none)
-    d = stack.rows[0].shape[1]
-    tau2 = (found.current[:, :r] if r < found.current.shape[1] else found.current).clamp_min(
-        torch.finfo(found.current.dtype).tiny
-    )
+    # Passes over [G, N, R] take time by the byte: in the network's own precision.
+    dtype, d = stack.precision(found.gram.dtype), stack.rows[0].shape[1]
+    light = found.posterior.first(r).to(dtype)
+    current = found.current[:, :r] if r < found.current.shape[1] else found.current
+    tau2 = current.to(dtype).clamp_min(torch.finfo(dtype).tiny)
     whole = r == stack.responses.shape[2]
     gradients, sums, labelled = [], [], []
     for rows in _chunks(stack):
         targets = stack.responses[:, rows] if whole else stack.responses[:, rows, :r]
-        weights = None if stack.weights is None else stack.weights[:, rows]
+        weights = None if stack.weights is None else stack.weights[:, rows].to(dtype)
         factor = stack.factor if stack.factor.shape[1] == 1 else stack.factor[:, rows]
         h = stack.features(rows, found.gram.dtype)
         rotated = stack.rotated(rows, found.gram.dtype, found.posterior.vectors)
-        left = leave_one_out(h, targets, found.posterior, weights, rotated)
+        left = leave_one_out(h, targets, found.posterior, weights, rotated, light)
         gradient, rho = student_gradient(
-            left, found.posterior, d, tau2, factor, rule.degrees_of_freedom, weights
+            left, light, d, tau2, factor.to(dtype), rule.degrees_of_freedom, weights
         )
-        if len(stack.rows) == 1 and len(gradient) > 1:  # all read the same
+        if len(stack.rows) == 1 and gradient.shape[0] > 1:  # all read the same
             gradient = gradient.sum(0, keepdim=True)
         gradients.append(gradient)
-        if weights is None:
-            sums.append((_squares(left.residual, targets), rho.sum(1)))
-        else:
-            known, root = (weights > 0).to(rho.dtype), weights.sqrt()
+        squares = [left.residual * left.residual, targets * targets]
+        if weights is not None:
+            known = (weights > 0).to(dtype)
             labelled.append(known.sum(1))
-            sums.append((_squares(left.residual * root, targets * root), (rho * known).sum(1)))
-    squares, ratio = (
-        part[0] if len(part) == 1 else torch.stack(part).sum(0) for part in zip(*sums, strict=True)
-    )
+            squares, rho = [square * weights for square in squares], rho * known
+        sums.append((torch.stack([square.sum(1) for square in squares]), rho.sum(1)))
+    squared, ratio = sums[0]
+    if len(sums) > 1:
+        squared, ratio = (torch.stack(part).sum(0) for part in zip(*sums, strict=True))
     count = (
         torch.stack(labelled).sum(0).clamp(min=1.0) if labelled else float(stack.responses.shape[1])
     )
-    return Exact(_by_key(stack, _cat(gradients, 1)), squares, ratio / count)
-
-
-def _squares(*values: Tensor) -> Tensor:
-    """Sums of squares over the data, ``[2, G, R]``, without tensors of squares."""
-    norms = torch.stack([torch.linalg.vector_norm(value, dim=1) for value in values])
-    return norms * norms
+    return Exact(_by_key(stack, _cat(gradients, 1)), squared, ratio / count)
 
 
 def _by_key(stack: Stack, gradient: Tensor) -> list[tuple[Key, Tensor]]:
     if len(stack.rows) == 1:
         return [(stack.parts[0].key, gradient[0])]
     pieces = zip(stack.parts, gradient.split(stack.sizes), strict=True)
-    return [(part.key, g[0] if len(g) == 1 else g.sum(0)) for part, g in pieces]
+    return [(part.key, g[0] if g.shape[0] == 1 else g.sum(0)) for part, g in pieces]
 
 
 def blank_part(name: str, head: Head, like: Tensor) -> Part:
@@ -388,7 +379,6 @@ def blank_part(name: str, head: Head, like: Tensor) -> Part:
         features=like.new_zeros(0, head.in_features),
         gradient=none,
         labels=Labels(none, none, like.new_ones(1, head.num_tasks), None),
-        losses=like.new_zeros(1),
         slices={name: slice(0, head.num_tasks)},
     )
 

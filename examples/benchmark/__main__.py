@@ -33,7 +33,7 @@ parts:
                linear scalarization (the paper's Table 4); only where it is asked for
 
 All arms of a comparison take turns in one run, so compare ratios, not seconds. qm9 needs
-torch_geometric, chestxray14 and utkface torchvision. The full run takes the better part of an hour
+torch_geometric, chestxray14 and utkface timm. The full run takes the better part of an hour
 on two cores; `--shapes small` takes a minute.
 """
 

@@ -101,7 +101,7 @@ def make_workload(case: Case, *, seed: int = 0) -> Workload:
     """Model and batches of a case (``step_batch`` examples each), the same for the same seed.
 
     Raises:
-        MissingDependencyError: The network needs torchvision or torch_geometric, which is not
+        MissingDependencyError: The network needs timm or torch_geometric, which is not
             installed.
     """
     with torch.random.fork_rng():
@@ -148,7 +148,7 @@ def _cnn(case: Case) -> Network:
 
 
 def _resnet(case: Case) -> Network:
-    _import("torchvision.models", "torchvision", case.name)
+    _import("timm.models", "timm", case.name)
     pixels = 128 if case.network == "resnet18" else 224
     images = partial(torch.randn, case.step_batch, 3, pixels, pixels)
     return image_models.resnet(case.network, case.dim), images

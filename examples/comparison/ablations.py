@@ -38,7 +38,7 @@ class InSampleRule(_Replaced):
     @staticmethod
     def change(found: Any, *given: Any) -> Any:
         """With the residual of the whole posterior in place of that without the datum."""
-        return replace(found, residual=found.own, kappa=torch.ones_like(found.kappa))
+        return replace(found, residual=found.own, rest=torch.ones_like(found.rest))
 
 
 class PriorInNoiseRule(_Replaced):
@@ -47,7 +47,7 @@ class PriorInNoiseRule(_Replaced):
     function: ClassVar = "_ridge"
 
     @staticmethod
-    def change(found: Any, rule: Any, memory: Any, stack: Any, *given: Any) -> Any:
+    def change(found: Any, frame: Any, stack: Any, *given: Any) -> Any:
         """A ridge of 1 for every regression, however noisy."""
         scale, ridge = found
         fixed = torch.ones_like(ridge[:, : stack.exact])

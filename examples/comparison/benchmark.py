@@ -35,9 +35,10 @@ class Benchmark:
     val: Part  # validation part, for selection only
     test: Part  # test part
     scale: Tensor  # what regression targets were divided by, shape ``(K,)``; 1 for the others
-    # Makes a multi-task model: it maps inputs to outputs by head, and has ``backbone``, whose
-    # output is the shared representation, and ``groups`` (:class:`examples.models.HeadGroup`), in
-    # the order of the tasks
+    # Makes a multi-task model: it maps inputs to outputs by kind and multi-class task, and has
+    # ``backbone``, whose output is the shared representation (``None``: there is none, as the heads
+    # read different tensors), and ``groups`` (:class:`examples.models.HeadGroup`), in the order of
+    # the tasks
     model: Callable[[], nn.Module]
     # Makes the single-task models as one module that gives the same outputs, in which no two tasks
     # share a parameter
@@ -70,6 +71,8 @@ class Source:
     paper: TrainSettings | None = None
     # The paper's size, with ``--protocol paper``; ``None``: the default size
     paper_size: int | None = None
+    # Whether all heads read one tensor, which some methods need
+    common: bool = True
     # Modules that results depend on, besides that of ``load`` and the shared ones
     code: tuple[ModuleType, ...] = ()
 

@@ -10,11 +10,29 @@ from torch import nn
 
 from bayesagg import LikelihoodRule
 from bayesagg.presets import PAPER
+from examples.comparison import rechub
 from examples.comparison.ablations import InSampleRule, PriorInNoiseRule
+from examples.comparison.benchmark import Source
 from examples.comparison.ensembles import Ensemble, HeadEnsemble, NetworkEnsemble, per_member
 from examples.comparison.gap import ImprovableGapBalancing
-from examples.comparison.gradients import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, PCGrad
+from examples.comparison.gradients import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    FairGrad,
+    GradientWeighting,
+    PCGrad,
+)
 from examples.comparison.readout import Readout
+from examples.comparison.recent import (
+    DBMTL,
+    NTKMTL,
+    STCH,
+    ExcessMTL,
+    GO4Align,
+    UncertaintySoftOptimal,
+)
 from examples.comparison.weighting import (
     FAMO,
     DynamicWeightAverage,
@@ -32,6 +50,7 @@ from examples.training import Criterion, TrainSettings
 SINGLE_TASK = "stl"
 _UB = {"representation": True}  # gradients with respect to the shared representation
 _KINDS = ("regression", "binary", "multiclass")
+_COMMON = (GradientWeighting, PaperAggregation, Ensemble)  # all heads have to read one tensor
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,15 @@ class Method:
     def criterion(self, losses: Criterion) -> Criterion:
         """The criterion for what :meth:`network` returns."""
         return per_member(losses) if issubclass(self.update, Ensemble) else losses
+
+
+def unsuited(method: Method, source: Source) -> str:
+    """Why a method cannot train the networks of a benchmark; empty where it can."""
+    if issubclass(method.update, _COMMON) and not source.common:
+        return "needs a network whose heads all read one tensor"
+    if issubclass(method.update, rechub.Adaptive) and rechub not in source.code:
+        return "needs a network of torch-rechub"
+    return ""
 
 
 def _plain(value: Any) -> Any:
@@ -142,6 +170,12 @@ def methods(preset: str) -> dict[str, Method]:
         "nash-mtl": Method("Nash-MTL", FairGrad, {"alpha": 1.0}),
         "fairgrad": Method("FairGrad", FairGrad, space={"alpha": (2.0, 0.5, 5.0)}),
         "aligned-mtl": Method("Aligned-MTL", AlignedMTL),
+        "uw-so": Method("UW-SO", UncertaintySoftOptimal, space={"temperature": (20.0, 5.0, 100.0)}),
+        "stch": Method("STCH", STCH, space={"mu": (1.0, 0.5, 0.1)}),
+        "go4align": Method("GO4Align", GO4Align, space={"groups": (2, 3, 5)}),
+        "excess-mtl": Method("ExcessMTL", ExcessMTL, space={"rate": (0.01, 0.1, 1.0)}),
+        "db-mtl": Method("DB-MTL", DBMTL, space={"decay": (0.9, 0.5, 0.1)}),
+        "ntkmtl-sr": Method("NTKMTL-SR", NTKMTL),
         "mgda-ub": Method("MGDA-UB", MGDA, _UB, space={"normalize": (False, True)}),
         "imtl-g-ub": Method("IMTL-G-UB", IMTLG, _UB),
         "aligned-mtl-ub": Method("Aligned-MTL-UB", AlignedMTL, _UB),
@@ -161,6 +195,9 @@ def more_methods(preset: str) -> dict[str, Method]:
         "uw-readout": Method("UW, same read-out", Readout, {"base": UncertaintyWeighting}),
         **ablations(),
         "bayesagg-paper-s0": replace(zero, space={}),
+        "rechub-uwl": Method("UWL of torch-rechub", rechub.Uncertainty),
+        "rechub-metabalance": Method("MetaBalance of torch-rechub", rechub.MetaBalance),
+        "rechub-gradnorm": Method("GradNorm of torch-rechub", rechub.GradNorm),
         "ensemble-heads": Method("Ensemble (heads)", HeadEnsemble, {"members": 1024}),
         "ensemble-networks": Method("Ensemble (networks)", NetworkEnsemble, {"members": 10}),
     }

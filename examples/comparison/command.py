@@ -21,6 +21,7 @@ from examples.comparison.catalogue import (
     bayesagg,
     methods,
     more_methods,
+    unsuited,
 )
 from examples.comparison.pipeline import Plan
 from examples.comparison.runs import Data
@@ -255,9 +256,10 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
 
 def _methods(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Method]:
     """Methods by name, the arms of the command line last."""
-    every = methods(SOURCES[options.benchmark].preset)
-    known = every | more_methods(SOURCES[options.benchmark].preset)
-    lists = {"all": list(every), "none": []}
+    source = SOURCES[options.benchmark]
+    every = methods(source.preset)
+    known = every | more_methods(source.preset)
+    lists = {"all": [n for n, m in every.items() if not unsuited(m, source)], "none": []}
     first, *others = options.methods
     names = dict.fromkeys([*lists.get(first, [first]), *others])
     for name in names:
@@ -271,6 +273,9 @@ def _methods(options: argparse.Namespace, parser: argparse.ArgumentParser) -> di
             chosen[name] = _arm(name, json.loads(text), known)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             parser.error(f"argument --arm: {name}: {error}")
+    for name, method in chosen.items():
+        if why := unsuited(method, source):
+            parser.error(f"{name} {why}; {options.benchmark} has another: leave the method out")
     if not chosen:
         parser.error("no methods: name some with --methods or --arm")
     return chosen

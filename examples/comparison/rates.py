@@ -17,8 +17,9 @@ from examples.comparison.catalogue import SINGLE_TASK, Method
 from examples.comparison.pipeline import Outcome
 from examples.comparison.report import difference, markdown, p_value, spread
 from examples.comparison.runs import criteria
-from examples.comparison.statistics import paired_p_value, task_means
+from examples.comparison.statistics import holm, paired_interval, paired_p_value, task_means
 
+_MOST_TASKS = 4  # with columns of their own
 _MOST = 8  # methods of which all pairs are tested
 _STYLES = ("o-", "s--", "D-.", "^:", "v-", "P--", "X-.", "*:")
 
@@ -54,7 +55,10 @@ def best_rates(outcome: Outcome, data: Benchmark) -> dict[str, str]:
         return mean(delta_m(run, single, data.higher_is_better) for run in runs)
 
     return {
-        method: min(names.values(), key=validation) for method, names in by_method(outcome).items()
+        method: min(names.values(), key=validation)
+        if len(names) > 1
+        else next(iter(names.values()))
+        for method, names in by_method(outcome).items()
     }
 
 
@@ -118,6 +122,38 @@ def pair_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> 
     return markdown(["pair", "learning rate", "difference of Δm", "p, paired t-test"], rows)
 
 
+def best_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark, reference: str) -> str:
+    """Metric of every task at each method's best learning rate by Δm on the validation part.
+
+    Paired differences to the reference method, with half their 95 % interval, and p-values of
+    paired t-tests with Holm's correction for the number of methods. Empty where there is one
+    learning rate, or more tasks than columns for them.
+    """
+    found, best = by_method(outcome), best_rates(outcome, data)
+    if max(map(len, found.values()), default=0) < 2 or len(data.tasks) > _MOST_TASKS:
+        return ""
+    order = sorted(best, key=lambda method: mean(outcome.standings[best[method]].delta))
+    values = {m: criteria(data, outcome.runs[best[m]], "test") for m in order}
+    others = [m for m in order if m != reference and reference in best]
+    header = ["each at its best", "learning rate"]
+    rows = {m: [_label(labels, found[m]), best[m].partition("@")[2]] for m in order}
+    against = _label(labels, found[reference]) if others else ""
+    for k, task in enumerate(data.tasks):
+        own = {m: [run[k] for run in values[m]] for m in order}
+        header.append(f"{task.name}, {task.metric.upper()}{task.unit and f' [{task.unit}]'}")
+        for m in order:
+            rows[m].append(spread(own[m], 4))
+        if others:
+            header += [f"difference to {against}", "p"]
+            tests = holm([paired_p_value(own[m], own[reference]) for m in others])
+            corrected = dict(zip(others, tests, strict=True))
+            for m in order:
+                pair = m in corrected and paired_interval(own[m], own[reference])
+                rows[m] += ["{:+.4f} ± {:.4f}".format(*pair) if pair else ""]
+                rows[m] += [p_value(corrected.get(m))]
+    return markdown(header, list(rows.values()))
+
+
 def _label(labels: Mapping[str, str], names: Mapping[float, str]) -> str:
     return labels[next(iter(names.values()))].partition(", lr ")[0]
 
@@ -128,25 +164,27 @@ def plot_rates(path: Path, outcome: Outcome, labels: Mapping[str, str], title: s
     if max((len(names) for names in found.values()), default=0) < 2:
         return False
     with matplotlib.rc_context({"font.size": 12}):
-        figure = Figure(figsize=(7.5, 5), layout="constrained")
+        figure = Figure(figsize=(6.5, 4.6), layout="constrained")
         axes = figure.subplots()
+        means: list[float] = []
         for (_, names), style in zip(found.items(), _STYLES * len(found), strict=False):
             rates = sorted(names)
             deltas = [outcome.standings[names[rate]].delta for rate in rates]
             errors = [stdev(d) if len(d) > 1 else 0.0 for d in deltas]
-            axes.errorbar(
-                rates, [mean(d) for d in deltas], errors, fmt=style, label=_label(labels, names)
-            )
+            own = [mean(d) for d in deltas]
+            axes.errorbar(rates, own, errors, fmt=style, label=_label(labels, names))
+            means += own
         axes.set_xscale("log")
         every = sorted({rate for names in found.values() for rate in names})
         axes.set_xticks(every, [f"{rate:g}" for rate in every], minor=False)
         axes.set_xticks([], minor=True)
-        axes.set_yscale("symlog", linthresh=20)
+        if max(means) - min(means) > 60:  # linear scalarization is far off where scales differ
+            axes.set_yscale("symlog", linthresh=20)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("learning rate")
         axes.set_ylabel("Δm [%], lower is better")
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right upper", frameon=False)
-        figure.suptitle(title)
+        axes.legend(frameon=False)
+        axes.set_title(title)
         figure.savefig(path, dpi=150)
     return True

@@ -14,7 +14,7 @@ from examples.models import Kind
 from examples.training import Losses
 
 Outputs = dict[str, Tensor]
-Metric = Literal["mae", "accuracy", "auroc"]
+Metric = Literal["mae", "rmse", "accuracy", "auroc"]
 BINS = 15  # of the calibration error
 _SHARED_HEADS: tuple[Kind, ...] = ("regression", "binary")
 
@@ -32,7 +32,7 @@ class Task:
     @property
     def higher_is_better(self) -> bool:
         """Whether a higher value of the metric is better."""
-        return self.metric != "mae"
+        return self.metric not in ("mae", "rmse")
 
 
 def grouped(tasks: Sequence[Task]) -> Iterator[tuple[str, Kind, slice]]:
@@ -97,7 +97,7 @@ def by_task(tasks: Sequence[Task], outputs: Outputs) -> list[Tensor]:
 def measure(
     tasks: Sequence[Task], outputs: Outputs, y: Tensor, scale: Tensor
 ) -> list[dict[str, float]]:
-    """Metrics of each task: MAE in its unit, or accuracy, AUROC (binary), ECE and Brier score.
+    """Metrics of each task: MAE and RMSE, or accuracy, AUROC (binary), ECE and Brier score.
 
     Args:
         tasks: The tasks.
@@ -106,13 +106,14 @@ def measure(
         scale: What a regression target was divided by, shape ``(K,)``.
 
     Returns:
-        A dictionary per task.
+        A dictionary per task; errors of a regression are in its unit.
     """
     measured = []
     for k, (task, output) in enumerate(zip(tasks, by_task(tasks, outputs), strict=True)):
         if task.kind == "regression":
-            error = (output - y[:, k]).abs().mean() * scale[k]
-            measured.append({"mae": error.item()})
+            error = (output - y[:, k]) * scale[k]
+            mae, rmse = error.abs().mean(), error.square().mean().sqrt()
+            measured.append({"mae": mae.item(), "rmse": rmse.item()})
         elif task.kind == "binary":
             measured.append(_binary(output.sigmoid(), y[:, k].long()))
         else:

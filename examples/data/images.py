@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,8 @@ from torch import Tensor
 from examples.data.folder import DataFileError
 
 Pixels = npt.NDArray[np.uint8]
-Transform = Callable[[Tensor], Tensor]
+Transform = Callable[[Image.Image], Tensor]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _THREADS = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
 # What Pillow raises for files that are cut short or are no images.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
@@ -58,8 +58,7 @@ class ImageFiles:
     of a comparison, and leave the global random state alone.
     """
 
-    # Reads an image by its place in the data set: shape ``(C, H, W)``, uint8, all of a size
-    read: Callable[[int], Tensor]
+    read: Callable[[int], Image.Image]  # reads an image by its place in the data set
     rows: Tensor  # places of the images of this part, shape ``(n,)``
     y: Tensor  # their targets, shape ``(n, K)``
     transform: Transform  # makes the input of the network from an image
@@ -77,10 +76,22 @@ class ImageFiles:
         """
         with ThreadPoolExecutor(_THREADS) as pool:
             images = list(pool.map(self.read, self.rows[rows].tolist()))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(zlib.crc32(rows.numpy().tobytes()))
+        with _seeded(zlib.crc32(rows.numpy().tobytes())):
             x = torch.stack([self.transform(image) for image in images])
         return x, self.y[rows]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Both generators that timm draws from, which afterwards are as they were."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
 
 
 def read_pixels(path: Path, mode: str) -> Pixels:
@@ -121,34 +132,23 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def resized(pixels: Pixels, size: int) -> Tensor:
+def resized(pixels: Pixels, size: int) -> Image.Image:
     """Resize to a square of ``size`` pixels by area-aware bilinear interpolation.
 
     Returns:
-        Shape ``(C, size, size)``, uint8; an image of one channel gets three equal ones.
+        An image of three channels; those of a grey one are equal.
     """
-    image = Image.fromarray(pixels)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    channels = torch.from_numpy(np.array(image))
-    return channels.expand(3, -1, -1) if channels.ndim == 2 else channels.permute(2, 0, 1)
+    image = Image.fromarray(pixels).convert("RGB")
+    return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def torchvision_transforms() -> Any:
-    """Module ``torchvision.transforms.v2``.
+def create_transform(pixels: int, **settings: Any) -> Transform:
+    """timm's transform to ``(3, pixels, pixels)``, see ``timm.data.create_transform``.
 
     Raises:
-        DataUnavailableError: If torchvision is not installed.
+        DataUnavailableError: If timm, or torchvision, cannot be imported.
     """
-    from examples.image_models import torchvision
+    from examples.image_models import timm
 
-    return torchvision("transforms.v2")
-
-
-def compose(v2: Any, steps: Sequence[Transform], *, normalise: bool, last: Any = None) -> Transform:
-    """Steps on uint8 images, conversion to [0, 1], ImageNet's normalisation, a last step."""
-    every = [*steps, v2.ToDtype(torch.float32, scale=True)]
-    if normalise:
-        every.append(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
-    composed: Transform = v2.Compose([*every, *([] if last is None else [last])])
-    return composed
+    created: Transform = timm("data").create_transform(pixels, **settings)
+    return created

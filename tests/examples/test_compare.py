@@ -313,14 +313,29 @@ def test_the_best_rate_is_that_of_the_validation_part(at_rates):
         deltas = [delta_m(run, single, data.higher_is_better) for run in metrics(name, "val")]
         return statistics.mean(deltas)
 
+    chosen = {}
     for method, label in (("ls", "LS"), ("bayesagg", "BayesAgg")):
         best = min((f"{method}@{rate}" for rate in (0.001, 0.004)), key=validation)
         line = next(line for line in page.splitlines() if line.startswith(f"| {label} |"))
         delta = statistics.mean(found["summary"][best]["delta"])
         assert f"{delta:.2f} ± " in line and f"({best.partition('@')[2]})" in line
-        error = 100 * (1 - metrics(best, "test")[:, 1:].mean())
+        chosen[method] = metrics(best, "test")
+        error = 100 * (1 - chosen[method][:, 1:].mean())
         assert f"| {label} |" in page.split("error [%] at")[1]
         assert f"{error:.2f} ± " in page.split("error [%] at")[1]
+    # Every task at that rate, with a test of its metric against the reference method.
+    lines = page.split("each at its best")[1].splitlines()
+    cells = next(line for line in lines if line.startswith("| BayesAgg |")).split(" | ")[2:]
+    for k in range(4):
+        ours, theirs = chosen["bayesagg"][:, k], chosen["ls"][:, k]
+        mean, difference, p = cells[3 * k : 3 * k + 3]
+        assert mean.startswith(f"{ours.mean():.4f} ± ")
+        assert float(difference.split(" ± ")[0]) == pytest.approx(
+            (ours - theirs).mean().item(), abs=1e-4
+        )
+        assert float(p.strip(" |<")) == pytest.approx(
+            stats.ttest_rel(ours, theirs).pvalue, abs=1e-3
+        )
 
 
 def test_pairs_are_tested_without_correction(at_rates):

@@ -3,6 +3,7 @@
 import csv
 import os
 import pickle
+import random
 import sys
 
 import numpy as np
@@ -21,7 +22,7 @@ from examples.data import chestxray14 as chest_files
 from examples.data import cifar100 as cifar_files
 from examples.data import utkface as face_files
 from examples.data.folder import DataFileError, data_folder
-from examples.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
+from examples.data.images import ImageFiles
 from tests.examples.image_files import (
     COARSE,
     python2_pickle,
@@ -30,6 +31,7 @@ from tests.examples.image_files import (
     write_faces,
 )
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
 EVERY = {"cifar-mtl": write_cifar, "utkface": write_faces, "chestxray14": write_chest}
 
 
@@ -61,16 +63,16 @@ def test_missing_data_say_where_they_are_downloaded(name):
 
 
 @pytest.mark.parametrize("name", ["utkface", "chestxray14"])
-def test_without_torchvision_the_message_says_so(name, data, monkeypatch):
+def test_without_timm_the_message_says_so(name, data, monkeypatch):
     EVERY[name](data)
-    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
-    with pytest.raises(DataUnavailableError, match="pip install torchvision"):
+    monkeypatch.setitem(sys.modules, "timm.data", None)
+    with pytest.raises(DataUnavailableError, match="pip install timm"):
         SOURCES[name].load(None, None)
 
 
-def test_cifar_needs_no_torchvision(data, monkeypatch):
+def test_cifar_needs_no_timm(data, monkeypatch):
     write_cifar(data)
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     loaded = cifar_mtl.load()
     x, _ = loaded.train.batch(torch.arange(3))
     assert loaded.model()(x)["binary"].shape == (3, 20)
@@ -107,7 +109,7 @@ def test_each_single_task_network_is_selected_by_itself():
 @pytest.mark.parametrize("name", EVERY)
 def test_the_version_tells_data_apart(name, data):
     if name != "cifar-mtl":
-        pytest.importorskip("torchvision")
+        pytest.importorskip("timm")
     EVERY[name](data)
     versions = [SOURCES[name].load(None, limit).version for limit in (None, 20, 20)]
     assert versions[0] != versions[1] == versions[2]
@@ -200,7 +202,7 @@ def test_pickles_of_this_numpy_are_read_too(data):
 
 
 def test_labels_of_faces_are_those_of_their_names(data):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     labels = write_faces(data)
     loaded = utkface.load()
     assert [task.kind for task in loaded.tasks] == ["regression", "binary", "multiclass"]
@@ -233,7 +235,7 @@ def test_parts_have_the_same_ages():
 
 
 def test_faces_without_a_label_are_left_out_and_counted(data):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     write_faces(data, 20)
     image = next((data / "UTKFace").iterdir()).read_bytes()
     # Two of the three of the real archive; the other two names have all labels.
@@ -277,14 +279,15 @@ def test_a_folder_without_faces_or_with_few_is_an_error(data):
 
 
 def test_augmentation_follows_from_the_batch_alone(data):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     write_faces(data)
     loaded = utkface.load()
     rows = torch.tensor([3, 1, 2])
-    before = torch.get_rng_state()
+    before, drawn = torch.get_rng_state(), random.getstate()
     x, y = loaded.train.batch(rows)
-    assert torch.get_rng_state().equal(before)
+    assert torch.get_rng_state().equal(before) and random.getstate() == drawn
     torch.manual_seed(7)
+    random.seed(7)
     again, _ = loaded.train.batch(rows)
     assert again.equal(x) and x.shape == (3, 3, 128, 128) and x.min() >= 0 and x.max() <= 1
     other, y_other = loaded.train.batch(torch.tensor([3, 4, 2]))  # as in another epoch
@@ -292,8 +295,22 @@ def test_augmentation_follows_from_the_batch_alone(data):
     assert not (other[0].equal(x[0]) and other[2].equal(x[2]))
 
 
+def test_faces_are_cropped_and_not_scaled(data):
+    """A training image is a window of the file's, or its mirror image."""
+    pytest.importorskip("timm")
+    names = sorted(write_faces(data, size=140))
+    part = utkface.load().train
+    for place, x in zip(part.rows[:4], part.batch(torch.arange(4))[0], strict=True):
+        with Image.open(data / "UTKFace" / names[place]) as image:
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        windows = pixels.unfold(1, 128, 1).unfold(2, 128, 1)  # channel, top, left, y, x
+        windows = windows.flatten(1, 2).transpose(0, 1)
+        near = [((windows - y).abs().amax((1, 2, 3)) < 1e-6).any() for y in (x, x.flip(2))]
+        assert any(near)
+
+
 def test_evaluation_takes_the_middle_of_the_image(data):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     names = sorted(write_faces(data, size=140))
     part = utkface.load().test
     x, _ = part.batch(torch.tensor([2]))
@@ -304,7 +321,7 @@ def test_evaluation_takes_the_middle_of_the_image(data):
 
 @pytest.mark.parametrize("content", [b"", b"no image", "cut"])
 def test_a_corrupt_face_is_named(content, data):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     names = sorted(write_faces(data))
     loaded = utkface.load()
     path = data / "UTKFace" / names[loaded.train.rows[5]]
@@ -316,7 +333,7 @@ def test_a_corrupt_face_is_named(content, data):
 
 
 def test_evaluation_holds_few_images_at_once(data):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     sizes = []
     part = ImageFiles(
         lambda place: torch.zeros(1, 1, 1), torch.arange(9), torch.zeros(9, 1), lambda x: x, chunk=4
@@ -335,7 +352,7 @@ def test_evaluation_holds_few_images_at_once(data):
 
 
 def test_findings_and_parts_are_those_of_table_and_lists(data):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     rows = write_chest(data)
     loaded = chestxray14.load()
     with (data / "ChestX-ray14" / "Data_Entry_2017_v2020.csv").open() as file:
@@ -357,14 +374,14 @@ def test_findings_and_parts_are_those_of_table_and_lists(data):
 
 
 def test_fewer_patients_can_be_taken(data):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     write_chest(data)
     loaded = chestxray14.load(15, None)
     assert loaded.version["patients"] == 15 and sum(loaded.version["parts"]) == 30
 
 
 def test_chest_images_are_normalised_as_imagenet_s(data):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     names = list(write_chest(data, size=256))
     loaded = chestxray14.load()
     row = 1
@@ -372,7 +389,7 @@ def test_chest_images_are_normalised_as_imagenet_s(data):
     assert x.shape == (1, 3, 224, 224)
     with Image.open(data / "ChestX-ray14" / "images" / names[loaded.test.rows[row]]) as image:
         grey = np.asarray(image.convert("L"))[16:240, 16:240] / 255
-    expected = [(grey - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    expected = [(grey - m) / s for m, s in zip(*IMAGENET, strict=True)]
     np.testing.assert_allclose(x[0].numpy(), np.stack(expected), atol=1e-5)
     augmented, _ = loaded.train.batch(torch.arange(4))
     assert augmented.shape == (4, 3, 224, 224) and augmented.isfinite().all()

@@ -114,9 +114,9 @@ def test_single_task_networks_keep_one_network_s_activations():
 
 @pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), ("resnet34", 16)])
 def test_resnets_end_in_an_elu_layer(name, blocks):
-    torchvision = pytest.importorskip("torchvision")
+    resnet = pytest.importorskip("timm.models.resnet")
     network = image_models.resnet(name, 256)
-    found = [m for m in network.modules() if isinstance(m, torchvision.models.resnet.BasicBlock)]
+    found = [m for m in network.modules() if isinstance(m, resnet.BasicBlock)]
     assert len(found) == blocks and isinstance(network[-1], nn.ELU)
     assert network[0].fc.weight.shape == (256, 512)
     assert network.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 256)
@@ -126,7 +126,9 @@ def test_resnets_end_in_an_elu_layer(name, blocks):
 
 
 def test_weights_come_from_the_data_folder(data):
+    """They are torchvision's, which fit timm's network and give the same features."""
     torchvision = pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     (data / "weights").mkdir(parents=True)
     path = data / "weights" / "resnet18-f37072fd.pth"
     source = torchvision.models.resnet18(weights=None)
@@ -138,12 +140,15 @@ def test_weights_come_from_the_data_folder(data):
     ):
         assert ours.equal(theirs) or name.startswith("fc."), name
     assert network.fc.out_features == 256
+    x, source.fc = torch.randn(2, 3, 64, 64), nn.Identity()
+    features = network.forward_head(network.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(features, source(x))
     assert len(image_models.weights_digest(path)) == 8
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", "others"])
 def test_a_file_that_holds_no_weights_is_named(content, tmp_path):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     path = tmp_path / "resnet18.pth"
     if content == "others":
         torch.save(nn.Linear(2, 2).state_dict(), path)
@@ -155,7 +160,7 @@ def test_a_file_that_holds_no_weights_is_named(content, tmp_path):
 
 
 def test_without_weights_it_says_so(data, monkeypatch):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     write_chest(data)
     with pytest.warns(UserWarning, match="random weights and not from ImageNet's.*no route") as got:
         benchmark = chestxray14.load()
@@ -203,7 +208,7 @@ def test_cifar_mtl_through_the_command(data, tmp_path, monkeypatch):
 
 
 def test_utkface_through_the_command(data, tmp_path, monkeypatch):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     write_faces(data)
     monkeypatch.setattr(utkface, "_SIZE", 36)
     monkeypatch.setattr(utkface, "_CROP", 32)
@@ -211,7 +216,7 @@ def test_utkface_through_the_command(data, tmp_path, monkeypatch):
     assert status == 0
     for result in finished(content).values():
         age, gender, ethnicity = result["test"]
-        assert set(age) == {"mae"} and age["mae"] > 1  # in years, from random pixels
+        assert set(age) == {"mae", "rmse"} and age["mae"] > 1  # in years, from random pixels
         assert {"accuracy", "ece", "brier"} <= set(gender) and "brier" in ethnicity
 
 
@@ -220,7 +225,7 @@ def tiny_resnet(name, width, weights):
 
 
 def test_chestxray14_through_the_command(data, tmp_path, monkeypatch):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     write_chest(data, patients=60)
     monkeypatch.setattr(chestxray14, "_SIZE", 36)
     monkeypatch.setattr(chestxray14, "_CROP", 32)
@@ -235,7 +240,7 @@ def test_chestxray14_through_the_command(data, tmp_path, monkeypatch):
 
 
 def test_a_corrupt_image_ends_the_command_with_one_line(data, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
     names = sorted(write_faces(data))
     monkeypatch.setattr(utkface, "_SIZE", 36)
     monkeypatch.setattr(utkface, "_CROP", 32)
@@ -262,7 +267,7 @@ def test_torchvision_for_another_torch_is_reported(monkeypatch):
 
     monkeypatch.setattr(image_models, "importlib", types.SimpleNamespace(import_module=broken))
     with pytest.raises(DataUnavailableError, match=r"fits torch.*nms"):
-        image_models.torchvision("models")
+        image_models.timm("models")
 
 
 def test_separate_networks_share_nothing():

@@ -19,7 +19,7 @@ from tests.helpers import (
     train,
     wrap,
 )
-from tests.loops.runs import assert_equal_runs, plain_net, result, steps, trained
+from tests.loops.runs import assert_equal_runs, assert_near, plain_net, result, steps, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's checkpoints, about themselves
 NOISE = {"reg": {"noise_variance": "learned"}}
@@ -149,13 +149,17 @@ def loading(rank, rule, folder):
     reason="FSDP2 needs torch 2.6 or newer",
 )
 def test_sharded_ranks_resume_together_and_one_process_alone(rule, ranks, tmp_path):
-    """Two ranks in the same bits; one process from what two have saved, to rounding."""
+    """Two ranks, and one process from what two have saved, to rounding.
+
+    What is known of losses is saved of the first rank alone: the second goes on with the first
+    one's factors, which were read off other data.
+    """
     saved = ranks.run(saving, rule, str(tmp_path))
     resumed = ranks.run(loading, rule, str(tmp_path))
     for one, other in zip(saved, resumed, strict=True):
         for end in (one, other):
-            del end["engine"]["reader"]  # what is known of losses is saved of the first rank alone
-        assert_same(one, other)
+            del end["engine"]["reader"]
+        assert_near(one, other, tolerance=1e-12)
     net = plain_net(seed=5)
     optimizer = wrap(net, "adam", rule, settings=NOISE)
     load(net, optimizer, optimizer.base_optimizer, str(tmp_path))

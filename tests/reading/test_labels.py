@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bayesagg.errors import LossError
+from tests.helpers import skip_without_losses
 from tests.reading.bench import KINDS, OWN, read
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -64,6 +65,7 @@ def factor_of(labels, n):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_and_factor_come_back(device, kind, dtype, reduction, constant, n):
+    skip_without_losses(dtype, device)
     out, y = data(kind, n, 3, dtype, device, seed=n)
     loss = constant * OWN[kind](out, y, reduction=reduction)
     labels = read(kind, out, loss)
@@ -98,6 +100,7 @@ def test_every_position_is_a_datum(device, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_losses_give_missing_labels(device, kind, dtype):
+    skip_without_losses(dtype, device)
     out, y = data(kind, 20, 3, dtype, device)
     mask = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(device) < 0.6
     loss = OWN[kind](out[mask], y[mask])

@@ -24,10 +24,11 @@ RULE = LikelihoodRule(memory=MEMORY, warmup=0)
 class Run:
     """Features that drift, a regression and a binary task on them."""
 
-    def __init__(self, seed=0, drift=0.01, rule=RULE):
+    def __init__(self, seed=0, drift=0.01, rule=RULE, dtype=torch.float64):
         torch.manual_seed(seed)
         self.heads = nn.ModuleDict({"reg": nn.Linear(WIDTH, 2), "bin": nn.Linear(WIDTH, 1)})
-        self.heads.double()
+        self.heads.to(dtype)
+        self.dtype = dtype
         settings = {
             "reg": RegressionHead(self.heads["reg"]),
             "bin": BinaryHead(self.heads["bin"]),
@@ -42,11 +43,12 @@ class Run:
         generator = torch.Generator().manual_seed(index)
         scales = torch.logspace(0, -1, WIDTH).double()
         x = scales * torch.randn(BATCH, WIDTH, generator=generator, dtype=torch.float64)
-        x = (x @ torch.linalg.matrix_power(self.turn, index)).requires_grad_()
-        y = x.detach() @ self.truth
+        x = x @ torch.linalg.matrix_power(self.turn, index)
+        y = x @ self.truth
         y += 0.5 * torch.randn(BATCH, 2, generator=generator, dtype=torch.float64)
+        x, y = x.to(self.dtype).requires_grad_(), y.to(self.dtype)
         loss = F.mse_loss(self.heads["reg"](x), y)
-        sick = F.binary_cross_entropy_with_logits(self.heads["bin"](x), (y[:, :1] > 0).double())
+        sick = F.binary_cross_entropy_with_logits(self.heads["bin"](x), (y[:, :1] > 0).to(y))
         self.engine({"reg": loss, "bin": sick}).backward()
         return x.grad
 
@@ -87,6 +89,17 @@ def test_a_kept_basis_is_as_good_as_a_new_one(drift, monkeypatch):
     assert 1e-9 < max(means) < 0.02
     assert 1e-9 < max(means[full[0] :]) < 3e-3
     assert max(gradients) < 0.1
+
+
+@pytest.mark.parametrize("large", [0, 10**6], ids=["kept", "new"])
+def test_a_network_in_single_precision_loses_nothing_but_digits(large, monkeypatch):
+    """Beside the same network in double precision, with a basis that is kept and without."""
+    monkeypatch.setattr("bayesagg.rules.streaming._LARGE", large)
+    double, single = Run(), Run(dtype=torch.float32)
+    for index in range(2 * MEMORY // BATCH):
+        one, other = double.step(index), single.step(index).double()
+        assert float((one - other).norm() / one.norm()) < 1e-5
+        assert relative(single.weights().double(), double.weights()) < 1e-5
 
 
 def test_narrow_heads_keep_no_basis():

@@ -52,8 +52,7 @@ def part_of(name, head, h, labels, gradient=None):
     if gradient is None:
         gradient = torch.zeros_like(labels.outputs)
     slices = {name: slice(0, head.num_tasks)}
-    losses = torch.zeros(1, dtype=torch.float64)
-    return Part(head.kind, (name,), (head,), (1,), {}, h, gradient, labels, losses, slices)
+    return Part(head.kind, (name,), (head,), (1,), {}, h, gradient, labels, slices)
 
 
 def batch_of(heads, seed=0, rows=8, **changes):

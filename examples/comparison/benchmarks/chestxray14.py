@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from examples import image_models
@@ -13,13 +14,7 @@ from examples.comparison.images import image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import chestxray14
 from examples.data.folder import content_digest, data_folder, listing_digest
-from examples.data.images import (
-    ImageFiles,
-    Transform,
-    compose,
-    resized,
-    torchvision_transforms,
-)
+from examples.data.images import ImageFiles, Transform, create_transform, resized
 from examples.training import TrainSettings
 
 _NETWORK, _WIDTH = "resnet34", 256
@@ -33,25 +28,18 @@ def load(patients: int | None = None, max_train: int | None = None) -> Benchmark
     Images are read when needed. The network starts from ImageNet's weights where they are at hand.
 
     Raises:
-        DataUnavailableError: If a file is not in the data folder, or there is no torchvision.
+        DataUnavailableError: If a file is not in the data folder, or there is no timm.
         DataFileError: If the table or the lists are not what they should be.
     """
     data = chestxray14.read(patients, seed=0)
     train, val, test = chestxray14.parts(data, seed=0)
-    v2 = torchvision_transforms()
     weights = image_models.imagenet_weights(_NETWORK)
     grey = chestxray14.reader(data.names)
-    # What timm's create_transform makes of color_jitter=0.4, re_prob=0.25, re_mode="pixel".
-    steps = [
-        v2.RandomResizedCrop(_CROP),
-        v2.RandomHorizontalFlip(),
-        v2.ColorJitter(0.4, 0.4, 0.4),
-    ]
-    erase = v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
-    augment = compose(v2, steps, normalise=True, last=erase)
-    plain = compose(v2, [v2.CenterCrop(_CROP)], normalise=True)
+    erase = {"re_prob": 0.25, "re_mode": "pixel"}
+    augment = create_transform(_CROP, is_training=True, color_jitter=0.4, **erase)
+    plain = create_transform(_CROP, is_training=False, crop_pct=_CROP / _SIZE)
 
-    def read(place: int) -> Tensor:
+    def read(place: int) -> Image.Image:
         return resized(grey(place), _SIZE)
 
     def part(rows: Tensor, transform: Transform) -> ImageFiles:

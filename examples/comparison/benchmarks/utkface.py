@@ -6,14 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from PIL import Image
 
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.images import image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import utkface
 from examples.data.folder import content_digest, listing_digest
-from examples.data.images import ImageFiles, compose, read_pixels, resized, torchvision_transforms
+from examples.data.images import ImageFiles, create_transform, read_pixels, resized
 from examples.image_models import resnet
 from examples.training import TrainSettings
 
@@ -30,21 +30,23 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
     """Read the file names; split 70/10/20, stratified by age. Images are read when needed.
 
     Raises:
-        DataUnavailableError: If the images are not in the data folder, or there is no torchvision.
+        DataUnavailableError: If the images are not in the data folder, or there is no timm.
         DataFileError: If an image has a wrong name.
     """
     faces = utkface.read()
-    v2 = torchvision_transforms()
     train, val, test = utkface.stratified(faces.targets[:, 0], seed=0)
     train = train[:max_train]
     ages = faces.targets[train, 0]
     scale = torch.tensor([max(ages.std().item(), 1e-6), 1.0, 1.0])
     targets = (faces.targets - torch.tensor([ages.mean().item(), 0.0, 0.0])) / scale
-    flips = [v2.RandomCrop(_CROP), v2.RandomHorizontalFlip()]
-    augment = compose(v2, flips, normalise=False)
-    plain = compose(v2, [v2.CenterCrop(_CROP)], normalise=False)
+    values = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # from 0 to 1
+    share = (_CROP / _SIZE) ** 2  # of the area, all of it the crop: nothing is scaled
+    augment = create_transform(
+        _CROP, is_training=True, scale=(share, share), ratio=(1, 1), color_jitter=None, **values
+    )
+    plain = create_transform(_CROP, is_training=False, crop_pct=_CROP / _SIZE, **values)
 
-    def read(place: int) -> Tensor:
+    def read(place: int) -> Image.Image:
         return resized(read_pixels(faces.files[place], "RGB"), _SIZE)
 
     return image_benchmark(

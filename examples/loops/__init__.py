@@ -1,0 +1,1 @@
+"""Training loops of other packages, one script each, to be copied."""

@@ -1,0 +1,121 @@
+"""Lightning, automatic optimization: ``python -m examples.loops.lightning_module``.
+
+Age, sex, race and education of the people of a survey, of which many labels are missing.
+``training_step`` returns the one scalar. The engine is an attribute of the module, so Lightning's
+checkpoints hold the posterior and restore it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from bayesagg import BayesAgg, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.lightning import TaskWeightsCallback
+from examples.data import DataUnavailableError
+from examples.loops import data
+
+TASKS = ("age", "sex", "race", "education")
+
+
+class Survey(pl.LightningModule):
+    """A shared network with a head per task."""
+
+    def __init__(self, inputs: int, lr: float, rule: str = "likelihood") -> None:
+        super().__init__()
+        self.lr = lr
+        self.backbone = nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 32), nn.ELU())
+        self.heads = nn.ModuleDict({t: nn.Linear(32, 5 if t == "education" else 1) for t in TASKS})
+        self.engine = BayesAgg(
+            self.backbone,
+            {
+                "age": RegressionHead(self.heads["age"]),
+                "sex": BinaryHead(self.heads["sex"]),
+                "race": BinaryHead(self.heads["race"]),
+                "education": MulticlassHead(self.heads["education"]),
+            },
+            rule=rule,
+        )
+
+    def losses(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Over the labels that there are; a task without any in this batch is left out."""
+        x, *targets = batch
+        h = self.backbone(x)
+        losses = {}
+        for task, y in zip(TASKS, targets, strict=True):
+            z = self.heads[task](h)
+            known = y != -100 if task == "education" else ~y.isnan()
+            if not known.any():
+                continue
+            if task == "age":
+                losses[task] = F.mse_loss(z[known], y[known])
+            elif task == "education":
+                losses[task] = F.cross_entropy(z, y, ignore_index=-100)
+            else:
+                losses[task] = F.binary_cross_entropy_with_logits(z[known], y[known])
+        return losses
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        loss = self.engine(self.losses(batch))
+        self.log("loss", loss)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.engine.end_epoch()  # of the paper's rule; the default's knows no epochs
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        for task, loss in self.losses(batch).items():
+            self.log(f"test {task}", loss, batch_size=len(batch[0]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+def main(arguments: list[str] | None = None) -> pl.Trainer:
+    parser = argparse.ArgumentParser(prog="python -m examples.loops.lightning_module")
+    parser.add_argument("--missing", type=float, default=0.3, help="share of missing labels")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="a checkpoint of the Trainer")
+    parser.add_argument("--output", type=Path, default=Path("output/lightning"))
+    args = parser.parse_args(arguments)
+    try:
+        x, targets = data.survey(args.missing)
+    except DataUnavailableError as error:
+        sys.exit(f"error: {error}")
+    train, test = (
+        TensorDataset(x[r], *(y[r] for y in targets.values())) for r in data.split(len(x))
+    )
+    pl.seed_everything(args.seed)
+    trainer = pl.Trainer(
+        max_epochs=args.epochs,
+        logger=pl.loggers.CSVLogger(args.output),
+        log_every_n_steps=10,
+        callbacks=[
+            pl.callbacks.ModelCheckpoint(args.output, save_last=True),
+            TaskWeightsCallback(),  # the weight of every task, to each logger
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(
+        Survey(x.shape[1], args.lr, args.rule),
+        DataLoader(train, batch_size=64, shuffle=True),
+        DataLoader(test, batch_size=256),
+        ckpt_path=args.resume,
+    )
+    print({name: float(value) for name, value in trainer.callback_metrics.items()})
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

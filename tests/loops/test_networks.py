@@ -1,0 +1,145 @@
+"""Network × loop × rule: every loop takes the steps of the plain one.
+
+``docs/networks-and-loops.md`` is the table of these tests.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from bayesagg.errors import CaptureError, HeadError
+from tests.helpers import EPOCH, QUICK, assert_finite, make_batch, make_heads, wrap
+from tests.loops.clients import CLIENTS, plain, state_of
+from tests.loops.networks import NETWORKS
+from tests.loops.runs import assert_equal_runs, assert_near, batch_of, half, result
+
+# Of the clients, about speed, themselves and their own dependencies; of torch.compile's parts.
+pytestmark = pytest.mark.filterwarnings("ignore")
+STEPS = 2 * EPOCH
+BATCHES = [{"x": x, **y} for x, y in (make_batch(seed=index) for index in range(STEPS))]
+
+
+def start(name, rule):
+    """A network and its wrapper; adam, as most have it."""
+    build = NETWORKS[name]
+    net = build.net()
+    heads = {**make_heads(net, rule, **QUICK), **build.tasks}
+    kwargs = {"heads": heads, "shared_rep_hook": None, "passthrough": build.passthrough}
+    return net, wrap(net, "adam", rule, **kwargs), build.losses_of
+
+
+class Recomputed(nn.Module):
+    """The network, of which nothing is kept for the backward pass."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=False)
+
+
+def checkpointed(net, wrapper, batches, losses_of, folder):
+    """``torch.utils.checkpoint`` around the whole."""
+    plain(Recomputed(net), wrapper, batches, losses_of, folder)
+
+
+def compiled(net, wrapper, batches, losses_of, folder):
+    """``torch.compile`` of the whole."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain(torch.compile(net, backend="eager"), wrapper, batches, losses_of, folder)
+    torch._dynamo.reset()
+
+
+LOOPS = {**CLIENTS, "checkpointed": checkpointed, "compiled": compiled}
+CELLS = [
+    (name, loop, rule)
+    for name, build in NETWORKS.items()
+    for loop in ("plain", *LOOPS, "resumed", "ddp")
+    for rule in ("likelihood", "paper")
+    # Compilation takes its time, and knows nothing of rules.
+    if rule == "likelihood" or (build.common and (loop != "compiled" or name == "heads"))
+]
+
+
+def resumed(name, rule):
+    """Half of the steps, and the other half by what was saved."""
+    net, wrapper, losses_of = start(name, rule)
+    plain(net, wrapper, BATCHES[:EPOCH], losses_of, None)
+    other, again, _ = start(name, rule)
+    other.load_state_dict(net.state_dict())
+    again.load_state_dict(wrapper.state_dict())
+    plain(other, again, BATCHES[EPOCH:], losses_of, None)
+    return state_of(other, again)
+
+
+def in_ranks(rank, name, rule):
+    """Half of every batch; all of it without ranks."""
+    net, wrapper, losses_of = start(name, rule)
+    model = net if rank is None else DistributedDataParallel(net)
+    for index in range(STEPS):
+        x, labels = batch_of(index, half(rank))
+        wrapper.zero_grad()
+        wrapper.step(losses_of(model, {"x": x, **labels}))
+    return result(net, wrapper)
+
+
+@pytest.mark.parametrize(("name", "loop", "rule"), CELLS)
+def test_a_network_in_a_loop(name, loop, rule, ranks, tmp_path):
+    """The plain loop trains; the others end where it does."""
+    if loop == "ddp":
+        assert_equal_runs(in_ranks(None, name, rule), ranks.run(in_ranks, name, rule), rule)
+        return
+    net, wrapper, losses_of = start(name, rule)
+    before = [p.detach().clone() for p in net.parameters()]
+    plain(net, wrapper, BATCHES, losses_of, tmp_path)
+    expected = state_of(net, wrapper)
+    if loop == "plain":
+        moved = [not torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)]
+        assert moved == [p.requires_grad for p in net.parameters()]
+        assert_finite(expected)
+        return
+    if loop == "resumed":
+        found = resumed(name, rule)
+    else:
+        net, wrapper, losses_of = start(name, rule)
+        LOOPS[loop](net, wrapper, BATCHES, losses_of, tmp_path)
+        found = state_of(net, wrapper)
+    for key in ("parameters", "engine", "base"):
+        assert_near(found[key], expected[key], key)
+
+
+@pytest.mark.parametrize("name", [name for name, build in NETWORKS.items() if not build.common])
+def test_the_paper_s_rule_names_the_one_that_serves(name):
+    """Where heads read different tensors it has no common h, and sends nobody in a circle."""
+    with pytest.raises((CaptureError, HeadError), match="default rule"):
+        net, wrapper, losses_of = start(name, "paper")
+        wrapper.step(losses_of(net, BATCHES[0]))
+
+
+def test_the_table_in_the_documentation_is_that_of_these_tests():
+    """Every cell names a test, and no test is without a cell."""
+    page = Path(__file__).parents[2] / "docs" / "networks-and-loops.md"
+    text = page.read_text(encoding="utf-8").split("\n## ")[0]
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    )
+    loops = [loop.strip("`") for loop in header[1:]]
+    named = [
+        (first.split("`")[1], loop, rule)
+        for first, *cells in rows
+        for loop, cell in zip(loops, cells, strict=True)
+        for rule in cell.split(", ")
+    ]
+    assert sorted(named) == sorted(CELLS)
