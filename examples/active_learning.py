@@ -85,7 +85,7 @@ def draw(path: Path, labels: list[int], curves: dict[str, list[list[float]]]) ->
     ax = figure.subplots()
     for name, runs in curves.items():
         values = torch.tensor(runs)
-        middle, spread = values.mean(0), values.std(0)
+        middle, spread = values.mean(0), values.std(0, correction=0)
         ax.plot(labels, middle, STYLES[name], label=name, lw=2)
         ax.fill_between(labels, middle - spread, middle + spread, color=STYLES[name][:2], alpha=0.2)
     ax.set_xlabel("labelled images")

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.intervals", description=__doc__)
     parser.add_argument("--molecules", type=int, default=10_000, help="80/10/10 split (10,000)")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training part (20)")
-    parser.add_argument("--property", default="HOMO", help="that is drawn (HOMO)")
+    parser.add_argument("--property", default="homo", help="that is drawn (homo)")
     parser.add_argument("--out", type=Path, default=Path("output/intervals.png"), help="the figure")
     args = parser.parse_args(argv)
     source = SOURCES["qm9"]

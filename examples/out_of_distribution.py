@@ -53,7 +53,7 @@ def images() -> tuple[Tensor, Tensor, Tensor]:
     data = torch.from_numpy(table.to_numpy("float32"))
     from sklearn.datasets import load_sample_images  # comes with mlxtend
 
-    photo = torch.from_numpy(load_sample_images().images[0]).float().mean(2) / 255
+    photo = torch.tensor(load_sample_images().images[0]).float().mean(2) / 255
     squares = photo.unfold(0, 28, 28).unfold(1, 28, 28).reshape(-1, 784)
     return data[:, :-1] / 255, data[:, -1].long(), squares[:500]
 

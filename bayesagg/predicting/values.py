@@ -43,6 +43,12 @@ class RegressionPrediction(Prediction):
         return noise.expand_as(self.output) * self._inflation
 
     @property
+    def stddev(self) -> Tensor:
+        """As of :class:`Prediction`."""
+        noise = self._per_output(self._noise)
+        return ((self.output_variance + noise) * self._inflation).sqrt()
+
+    @property
     def dof(self) -> Tensor:
         """Degrees of freedom ν of every output, so that they broadcast; infinite: normal."""
         return self._per_output(self._dof)

@@ -139,7 +139,8 @@ def main() -> None:
     case("QM9 proxy", RegressionHead, mlp(), 64, 11, torch.randn(120, 274), 40)
     images = torch.randn(64, 3, 32, 32)
     case("CIFAR-MTL, ResNet-18", BinaryHead, resnet(), 512, 20, images, RUNS)
-    case("ResNet-18, 5 classes", MulticlassHead, resnet(), 512, 5, images, RUNS)
+    images = torch.randn(16, 3, 128, 128)
+    case("larger images, 5 classes", MulticlassHead, resnet(), 512, 5, images, RUNS // 3)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def package(name: str) -> Any:
             return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"this arm needs {name}: pip install 'bayesagg[peers]', or leave it out by --without."
+            f"this arm needs {name}: pip install 'bayesagg[peers]', or leave it out by --only."
         ) from error
 
 
