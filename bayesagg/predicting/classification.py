@@ -225,7 +225,7 @@ def _classes(
     if known is not None:
         return _Point(weights, value, flat, known)
     if matrix is not None:
-        return _Point(weights, value, flat, Contrasts(matrix[None], basis.shape[1]))
+        return _Point(weights, value, flat, Contrasts(matrix[None], classes=basis.shape[1]))
     left, right = torch.linalg.eigh(sides[0] / count), torch.linalg.eigh(sides[1])
     pair = tuple((values.clamp_min(0), vectors) for values, vectors in (left, right))
     return _Point(weights, value, flat, Kronecker(*pair))
