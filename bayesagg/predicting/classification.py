@@ -120,13 +120,14 @@ def _mode(point: _Point, precision: Tensor, evaluate: Evaluate, passes: int) -> 
     """Damped Newton steps from a point, each with a pass for the gradient.
 
     The curvature is the costly part of a pass. It serves on as long as every step leaves a tenth of
-    the expected decrease at most, and is that of the mode in the end.
+    the expected decrease at most, and is taken with every step otherwise; in the end it is that of
+    the mode.
     """
 
     def objective(at: _Point) -> Tensor:
         return at.value + 0.5 * precision * at.weights.square().sum(1)
 
-    value, halved, fresh = objective(point), 0, True
+    value, halved, fresh, fast = objective(point), 0, True, True
     length, before = torch.ones_like(value), torch.full_like(value, torch.inf)
     for _ in range(passes + 1):
         gradient = point.gradient + precision[:, None] * point.weights
@@ -135,15 +136,13 @@ def _mode(point: _Point, precision: Tensor, evaluate: Evaluate, passes: int) -> 
         small = decrease <= _TOLERANCE * (1 + value.abs())
         if bool(small.all()):
             return (point if fresh else evaluate(point.weights, None)), True
-        if not fresh and halved == 0 and bool((~small & (decrease > 0.1 * before)).any()):
-            point, fresh = evaluate(point.weights, None), True
-            before = torch.full_like(value, torch.inf)
-            continue
-        trial = evaluate(point.weights - length[:, None] * step, point.curvature)
+        if halved == 0:
+            fast = not bool((~small & (decrease > 0.1 * before)).any())
+        trial = evaluate(point.weights - length[:, None] * step, point.curvature if fast else None)
         found = objective(trial)
         better = found <= value + 1e-12 * value.abs()
         if bool(better.all()):
-            point, value, fresh, halved = trial, found, False, 0
+            point, value, fresh, halved = trial, found, not fast, 0
             length, before = torch.ones_like(length), decrease
             continue
         halved += 1
@@ -157,7 +156,7 @@ def _mode(point: _Point, precision: Tensor, evaluate: Evaluate, passes: int) -> 
 
 
 def _mixed(stay: Tensor, old: _Point, new: _Point) -> _Point:
-    """Old points where they stay, new ones elsewhere; both have the same curvature."""
+    """Old points where they stay, new ones elsewhere; the old curvature will do for a step."""
     keep = stay[:, None]
     return _Point(
         torch.where(keep, old.weights, new.weights),
@@ -226,7 +225,7 @@ def _classes(
     if known is not None:
         return _Point(weights, value, flat, known)
     if matrix is not None:
-        return _Point(weights, value, flat, Contrasts(matrix[None], basis.shape[1]))
+        return _Point(weights, value, flat, Contrasts(matrix[None], classes=basis.shape[1]))
     left, right = torch.linalg.eigh(sides[0] / count), torch.linalg.eigh(sides[1])
     pair = tuple((values.clamp_min(0), vectors) for values, vectors in (left, right))
     return _Point(weights, value, flat, Kronecker(*pair))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -32,11 +32,19 @@ class Outputs:
     """Of binary outputs, ``[o, D, D]``."""
 
     matrix: Tensor
+    _known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def factor(self, precision: Tensor) -> Tensor:
+        """Cholesky factor of ``Λ + precision``, kept for the steps that it serves."""
+        known = self._known.get("factor")
+        if known is None or not torch.equal(known[0], precision):
+            known = (precision, torch.linalg.cholesky(_with(self.matrix, precision)))
+            self._known["factor"] = known
+        return known[1]
 
     def solve(self, gradient: Tensor, precision: Tensor) -> Tensor:
         """As of :class:`Curvature`."""
-        factor = torch.linalg.cholesky(_with(self.matrix, precision))
-        solved: Tensor = torch.cholesky_solve(gradient[..., None], factor)
+        solved: Tensor = torch.cholesky_solve(gradient[..., None], self.factor(precision))
         return solved[..., 0]
 
     def determined(self, precision: Tensor) -> Tensor:
@@ -47,25 +55,22 @@ class Outputs:
 
     def inferred(self, mean: Tensor, precision: Tensor) -> Inferred:
         """As of :class:`Curvature`."""
-        factor = torch.linalg.cholesky(_with(self.matrix, precision))
+        factor = self.factor(precision)
         # Any V with S = V Vᵀ will do for eigenvectors, and this one costs a tenth.
         whitener = torch.linalg.solve_triangular(factor, _identity(factor), upper=False)
         return Inferred(mean, whitener.mT, torch.ones_like(mean)[:, None])
 
 
 @dataclass(frozen=True)
-class Contrasts:
+class Contrasts(Outputs):
     """Of classes, one matrix over all contrasts, ``[1, E·D, E·D]``."""
 
-    matrix: Tensor
-    classes: int
-
-    solve, determined = Outputs.solve, Outputs.determined
+    classes: int = field(kw_only=True)
 
     def inferred(self, mean: Tensor, precision: Tensor) -> Inferred:
         """As of :class:`Curvature`."""
         basis = contrast_basis(self.classes, mean)
-        factor = torch.linalg.cholesky(_with(self.matrix, precision))[0]
+        factor = self.factor(precision)[0]
         root = torch.linalg.solve_triangular(factor, _identity(factor), upper=False)
         contrasts = mean.view(len(basis), -1)
         return Inferred(

@@ -201,7 +201,9 @@ class Predictor(nn.Module):
         return self
 
     def exportable(self) -> MeanAndStddev:
-        """A module that maps inputs to ``(mean, stddev)`` by task, for ``torch.export`` and ONNX.
+        """A module that maps inputs to ``(mean, stddev)`` by task, for ``torch.export``.
+
+        The network is left in evaluation mode.
 
         Raises:
             PredictionError: if there is nothing to predict with yet.

@@ -22,6 +22,7 @@ from bayesagg.predicting import Predictor
 from examples.uncertainty.peers import package
 
 RUNS = 15
+BATCHES = 16
 
 
 class Net(nn.Module):
@@ -87,7 +88,7 @@ def case(
         "multiclass": torch.randint(outputs, (len(x),)),
     }[kind]
     heads = {"task": head(net.head)}
-    batches = [(x, {"task": label})] * 4
+    batches = [(x, {"task": label})] * BATCHES
     predictor = Predictor.fit(net, heads, batches)
 
     @torch.no_grad()
@@ -106,8 +107,8 @@ def case(
         task = "regression" if kind == "regression" else "classification"
         loader = DataLoader(
             TensorDataset(
-                x.repeat(4, *(1 for _ in x.shape[1:])),
-                label.repeat(4, *(1 for _ in label.shape[1:])),
+                x.repeat(BATCHES, *(1 for _ in x.shape[1:])),
+                label.repeat(BATCHES, *(1 for _ in label.shape[1:])),
             ),
             batch_size=len(x),
         )
