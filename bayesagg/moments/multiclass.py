@@ -217,8 +217,8 @@ def _integrals(
             index = torch.tensor(rows, device=t_mean.device)
             given = [part[index] for part in given]
         size = max(1, _CHUNK // (nodes.shape[1] * f))
-        for some in zip(*(part.split(size) for part in given), strict=True):
-            found.append(_integrate(*some, basis, nodes, weights))
+        for t, spreads, y in zip(*(part.split(size) for part in given), strict=True):
+            found.append(_integrate(t, spreads, y, basis, nodes, weights))
     if len(found) == 1:
         return found[0]
     together = [torch.cat(parts) for parts in zip(*found, strict=True)]
@@ -258,13 +258,15 @@ def _integrate(
     p = logits.sub_(logits.amax(1, keepdim=True)).exp_()
     p = p.div_(p.sum(1, keepdim=True)).sub_(targets[..., None])
     # The residuals add up to zero: that of the label, close to -0 or far more, from the others.
-    label = targets.argmax(1)[:, None, None].expand(-1, 1, p.shape[2])
-    p = p.scatter_(1, label, 0.0)
-    unit = torch.linalg.vector_norm(p, torch.inf, dim=(1, 2)).clamp_(min=torch.finfo(p.dtype).tiny)
-    p = p.div_(unit[:, None, None]).scatter_(1, label, -p.sum(1, keepdim=True))
+    label = targets.argmax(1, keepdim=True)
+    label = torch.zeros_like(targets).scatter_(1, label, 1.0)[..., None]
+    p = p.mul_(1 - label)
+    unit = p.abs().amax((1, 2)).clamp_(min=torch.finfo(p.dtype).tiny)
+    p = p.div_(unit[:, None, None])
+    p = p.addcmul_(label, p.sum(1, keepdim=True), value=-1)
     rho = basis @ p  # [n, E, J]
-    phi = torch.cat([rho, (nodes[..., :, None, :] * rho[:, None]).flatten(1, 2)], dim=1)
-    phi_mean = (phi * weights).sum(-1)
-    rho2 = (rho * weights) @ rho.mT
-    phi -= phi_mean[..., None]
-    return phi_mean, (phi * weights) @ phi.mT, rho2, unit[:, None]
+    factors = torch.cat([torch.ones_like(nodes[..., :1, :]), nodes], -2)  # of ρ in φ
+    phi = (factors[..., :, None, :] * rho[:, None]).flatten(1, 2)
+    phi_mean = phi @ weights.mT  # [n, F, 1]
+    phi.sub_(phi_mean).mul_(weights.sqrt())
+    return phi_mean[..., 0], phi @ phi.mT, (rho * weights) @ rho.mT, unit[:, None]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayesagg.moments import binary_moments, multiclass_moments
+from bayesagg.moments.multiclass import multiclass_log_moments
 from bayesagg.posterior import Gaussian, contrast_basis
 from tests import reference
 
@@ -208,3 +209,19 @@ def test_chunks_of_data_are_independent(device, monkeypatch, full):
     monkeypatch.setattr("bayesagg.moments.multiclass._CHUNK", 1)
     one_by_one = multiclass_moments(features, targets, posterior, d, full)
     torch.testing.assert_close(together, one_by_one)
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, 10.0, 60.0])
+@pytest.mark.parametrize("sd", [0.1, 0.7, 3.0])
+def test_single_precision_loses_nothing_but_digits(device, sd, logit_scale):
+    """Also of saturated data, whose residuals have no square in single precision."""
+    h, y, m, s = problem(3, 4, 3, True, sd, logit_scale)
+    y = np.eye(4)[(m.reshape(4, -1) @ h).argmax()]
+    posterior = in_contrasts(m, s, 4, device)
+    features, targets = torch.tensor(h[None], device=device), torch.tensor(y[None], device=device)
+    given = (features, targets, posterior, 3)
+    one, other = (multiclass_log_moments(*given, dtype=t) for t in (torch.float32, torch.float64))
+    size = other.mean.abs().max()
+    assert float((one.mean - other.mean).abs().max()) <= 2e-4 * float(size) + 1e-30
+    torch.testing.assert_close(one.relative.double(), other.relative, rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(one.log_scale.double(), other.log_scale, rtol=1e-5, atol=2e-4)
