@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -227,8 +227,13 @@ def contrast_basis(num_classes: int, like: Tensor) -> Tensor:
     likelihood nor the gradient involves the common mode, whose posterior is the prior. All
     multi-class algebra is done in contrasts, exactly, with (C-1)·D in place of C·D weights.
     """
-    rows = torch.arange(1, num_classes, dtype=like.dtype, device=like.device)
-    basis = torch.ones(num_classes - 1, num_classes, dtype=like.dtype, device=like.device).tril()
+    return _contrasts(num_classes, like.dtype, like.device)
+
+
+@lru_cache
+def _contrasts(num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    rows = torch.arange(1, num_classes, dtype=dtype, device=device)
+    basis = torch.ones(num_classes - 1, num_classes, dtype=dtype, device=device).tril()
     basis.diagonal(1).copy_(-rows)
     return basis / (rows * (rows + 1)).sqrt()[:, None]
 

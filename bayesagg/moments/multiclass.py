@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -18,6 +19,7 @@ __all__ = ["multiclass_log_moments", "multiclass_moments", "standard_normal_node
 # per dimension: the accurate rule, and the one for many contrasts or few nodes. Relative error of
 # Var[g] about 1e-4 and 1e-3. Wider logits (in effect steps) are left to Sobol points.
 _PRODUCT_RULES = ((0.05, (4, 3)), (0.25, (6, 4)), (1.0, (12, 6)))
+_BOUNDS = [bound for bound, _ in _PRODUCT_RULES]
 _MAX_NODES = 8192
 _CHUNK = 1 << 20  # elements of the largest intermediate
 
@@ -112,13 +114,13 @@ def multiclass_log_moments(
     for h, y in _chunks(features, targets, max(e * mean.shape[1], (e + 1) * d)):
         factor, r = _scores(h, covariance, d, dtype)  # r: [n, ε, contrast, d]
         b = torch.cat([constant.expand(len(h), e, d), r.flatten(1, 2)], dim=1)  # [n, F, d]
-        phi_mean, phi_cov, rho2, level = _residual_moments(h @ mean.mT, factor, y, max_nodes)
-        phi_cov, rho2 = phi_cov.to(dtype), rho2.to(dtype)
-        first = (phi_mean.to(dtype)[:, None] @ b)[:, 0]
+        known = ((h @ mean.mT).to(dtype), factor.to(dtype), y.to(dtype))
+        phi_mean, phi_cov, rho2, level, unit = _residual_moments(*known, max_nodes)
+        first = ((phi_mean * unit)[:, None] @ b)[:, 0]
         rest = rho2.flatten(1) @ blocks
         rest = rest.sub_((rho2[:, None] @ r).mul_(r).sum((1, 2))).clamp_(min=0)
         rest = rest.add_((phi_cov @ b).mul_(b).sum(1)).clamp_(min=torch.finfo(dtype).tiny)
-        parts.append((first, rest, level.log().to(dtype)))
+        parts.append((first, rest, level.log_() + 2 * unit.log()))
     return LogMoments(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -131,7 +133,8 @@ def _covariances(
     for h, y in _chunks(features, targets, d * max(e + 1, d)):
         factor, r = _scores(h, covariance, d, h.dtype)
         b = torch.cat([mean[:, :d].expand(len(h), e, d), r.flatten(1, 2)], dim=1)
-        phi_mean, phi_cov, rho2, level = _residual_moments(h @ mean.mT, factor, y, max_nodes)
+        phi_mean, phi_cov, rho2, level, unit = _residual_moments(h @ mean.mT, factor, y, max_nodes)
+        phi_mean, level = phi_mean * unit, level * unit.square()
         rest = torch.einsum("nab,aibj->nij", rho2, covariance[:, :d, :, :d])
         rest = rest - torch.einsum("nexi,nxy,neyj->nij", r, rho2, r)
         parts.append(
@@ -177,44 +180,55 @@ def _factor(v: Tensor) -> Tensor:
 
 def _residual_moments(
     t_mean: Tensor, factor: Tensor, targets: Tensor, max_nodes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Moments of the residuals, the second ones relative to ``E[ρᵀρ]``: of order one.
 
     Returns:
         ``E[φ]``, ``[n, F]``; ``Cov(φ)``, ``[n, F, F]``, and ``E[ρρᵀ]``, ``[n, E, E]``, divided by
-        the last result, ``E[ρᵀρ]``, positive, ``[n, 1]``.
+        the next result, ``E[ρᵀρ]``, positive, ``[n, 1]``; and the unit of ρ, ``[n, 1]``.
     """
-    phi_mean, phi_cov, rho2 = _integrals(t_mean, factor, targets, max_nodes)
+    phi_mean, phi_cov, rho2, unit = _integrals(t_mean, factor, targets, max_nodes)
     level = rho2.diagonal(dim1=1, dim2=2).sum(1)[:, None]
     level = level.clamp_(min=torch.finfo(level.dtype).tiny)
-    return phi_mean, phi_cov.div_(level[..., None]), rho2.div_(level[..., None]), level
+    return phi_mean, phi_cov.div_(level[..., None]), rho2.div_(level[..., None]), level, unit
 
 
 def _integrals(
     t_mean: Tensor, factor: Tensor, targets: Tensor, max_nodes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``E[φ]``, ``Cov(φ)`` and ``E[ρρᵀ]``; a datum gets the rule that suits its logits' spread."""
+) -> tuple[Tensor, ...]:
+    """Of :func:`_integrate`; a datum gets the rule that suits its logits' spread."""
     n, e = t_mean.shape
     basis = contrast_basis(e + 1, t_mean)
     if e == 1:  # the softmax over two classes is a sigmoid of √2 times the contrast
         x, w = gaussian_nodes(2**0.5 * t_mean[:, 0], 2**0.5 * factor[:, 0, 0])
         return _integrate(t_mean, factor, targets, basis, x[:, None], w.expand_as(x)[:, None])
     f = e * (e + 1)
-    result = (t_mean.new_empty(n, f), t_mean.new_empty(n, f, f), t_mean.new_empty(n, e, e))
     spread = factor.square().sum((-2, -1)) / e
-    bounds = torch.tensor([bound for bound, _ in _PRODUCT_RULES], device=spread.device)
-    tiers = torch.bucketize(spread, bounds.to(spread.dtype)).tolist()
-    for tier in sorted(set(tiers)):
-        rule = _rule(e, tier, max_nodes)
+    tiers = [bisect_left(_BOUNDS, value) for value in spread.tolist()]
+    by_rule: dict[tuple[int, bool], list[int]] = {}
+    for row, tier in enumerate(tiers):
+        by_rule.setdefault(_rule(e, tier, max_nodes), []).append(row)
+    order, found = [], []
+    for rule, rows in by_rule.items():
         nodes, weights = standard_normal_nodes(e, *rule, t_mean.dtype, t_mean.device)
-        rows = torch.tensor([i for i, t in enumerate(tiers) if t == tier], device=t_mean.device)
-        for part in rows.split(max(1, _CHUNK // (nodes.shape[1] * f))):
-            inputs = (t_mean[part], factor[part], targets[part], basis, nodes, weights)
-            for total, value in zip(result, _integrate(*inputs), strict=True):
-                total[part] = value
-    return result
+        order += rows
+        given = [t_mean, factor, targets]
+        if len(rows) < n:
+            index = torch.tensor(rows, device=t_mean.device)
+            given = [part[index] for part in given]
+        size = max(1, _CHUNK // (nodes.shape[1] * f))
+        for some in zip(*(part.split(size) for part in given), strict=True):
+            found.append(_integrate(*some, basis, nodes, weights))
+    if len(found) == 1:
+        return found[0]
+    together = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    if order == sorted(order):
+        return tuple(together)
+    back = torch.tensor(order, device=t_mean.device).argsort()
+    return tuple(part[back] for part in together)
 
 
+@lru_cache
 def _rule(dimensions: int, tier: int, max_nodes: int) -> tuple[int, bool]:
     """Count and kind of the nodes for one of the tiers of ``_PRODUCT_RULES`` (the last: Sobol)."""
     if tier < len(_PRODUCT_RULES):
@@ -226,20 +240,31 @@ def _rule(dimensions: int, tier: int, max_nodes: int) -> tuple[int, bool]:
 
 def _integrate(
     t_mean: Tensor, factor: Tensor, targets: Tensor, basis: Tensor, nodes: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three moments under given ``nodes`` ``[(n,) E, J]`` and ``weights`` ``[(n,) 1, J]``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``E[φ]``, ``Cov(φ)`` and ``E[ρρᵀ]`` for ρ in a unit of its own, and that unit, ``[n, 1]``.
 
-    Nodes come last, so that every operation runs along contiguous memory.
+    Squares of residuals of saturated data would be nothing in single precision. Nodes come last, so
+    that every operation runs along contiguous memory.
+
+    Args:
+        t_mean: of the contrasts, ``[n, E]``.
+        factor: of their covariance, ``[n, E, E]``.
+        targets: ``[n, C]``.
+        basis: of the contrasts.
+        nodes: ``[(n,) E, J]``.
+        weights: ``[(n,) 1, J]``.
     """
     logits = basis.mT @ torch.baddbmm(t_mean[..., None], factor, nodes.expand(len(factor), -1, -1))
     p = logits.sub_(logits.amax(1, keepdim=True)).exp_()
     p = p.div_(p.sum(1, keepdim=True)).sub_(targets[..., None])
     # The residuals add up to zero: that of the label, close to -0 or far more, from the others.
     label = targets.argmax(1)[:, None, None].expand(-1, 1, p.shape[2])
-    p = p.scatter_(1, label, 0.0).scatter_(1, label, -p.sum(1, keepdim=True))
+    p = p.scatter_(1, label, 0.0)
+    unit = torch.linalg.vector_norm(p, torch.inf, dim=(1, 2)).clamp_(min=torch.finfo(p.dtype).tiny)
+    p = p.div_(unit[:, None, None]).scatter_(1, label, -p.sum(1, keepdim=True))
     rho = basis @ p  # [n, E, J]
     phi = torch.cat([rho, (nodes[..., :, None, :] * rho[:, None]).flatten(1, 2)], dim=1)
     phi_mean = (phi * weights).sum(-1)
     rho2 = (rho * weights) @ rho.mT
     phi -= phi_mean[..., None]
-    return phi_mean, (phi * weights) @ phi.mT, rho2
+    return phi_mean, (phi * weights) @ phi.mT, rho2, unit[:, None]

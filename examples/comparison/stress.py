@@ -168,15 +168,20 @@ def losses(data: Data, outputs: dict[str, Tensor]) -> list[float]:
 def row(
     trial: str, method: str, ours: Sequence[list[float]], plain: Sequence[list[float]]
 ) -> list[str]:
-    """A line of the table from the losses of every seed."""
-    ratios = [mean(a) / mean(b) for a, b in zip(ours, plain, strict=True)]
-    first = [trial, METHODS[method].label]
-    if failed := sum(ratio == float("inf") for ratio in ratios):
-        return [*first, f"{failed} of {len(ratios)} diverged", "", ""]
-    tasks = zip(zip(*ours, strict=True), zip(*plain, strict=True), strict=True)
+    """A line of the table from the losses of every seed; where ``plain`` diverged without it."""
+    first, infinite = [trial, METHODS[method].label], float("inf")
+    if failed := sum(mean(losses) == infinite for losses in ours):
+        return [*first, f"{failed} of {len(ours)} diverged", "", ""]
+    pairs = [(a, b) for a, b in zip(ours, plain, strict=True) if mean(b) < infinite]
+    if not pairs:
+        return [*first, "", "", f"{len(plain)} of {len(plain)} diverged"]
+    ratios = [mean(a) / mean(b) for a, b in pairs]
+    tasks = zip(*(zip(*losses, strict=True) for losses in zip(*pairs, strict=True)), strict=True)
     worst = max(mean(x / y for x, y in zip(a, b, strict=True)) for a, b in tasks)
     deviation = f" ± {stdev(ratios):.3f}" if len(ratios) > 1 else ""
-    loss = f"{mean(map(mean, plain)):.4f}"
+    loss = f"{mean(mean(b) for _, b in pairs):.4f}"
+    if failed := len(plain) - len(pairs):
+        loss += f", {failed} of {len(plain)} diverged"
     return [*first, f"{mean(ratios):.3f}{deviation}", f"{worst:.3f}", loss]
 
 

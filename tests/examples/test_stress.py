@@ -55,3 +55,8 @@ def test_ratios_are_means_over_seeds_and_failures_are_said():
     assert ratio.startswith("0.750") and worst == "1.250" and loss == "2.0000"
     broken = stress.row("plain", "bayesagg", [[float("inf")] * 2, [1.0, 1.0]], plain)
     assert broken[2] == "1 of 2 diverged"
+    lost = stress.row(
+        "plain", "bayesagg", [[1.0, 3.0], [1.0, 1.0]], [plain[0], [float("inf"), 1.0]]
+    )
+    assert lost[2] == f"{2.0 / (sum(plain[0]) / 2):.3f}"  # the other seed alone
+    assert lost[4].endswith("1 of 2 diverged")

@@ -17,7 +17,9 @@ from tests.helpers import (
     make_losses,
     make_net,
     snapshot,
+    wrap,
 )
+from tests.loops.clients import accelerate, state_of
 from tests.loops.runs import epochs_by_hand
 
 STEPS, BATCH = 3, 6
@@ -108,3 +110,30 @@ def test_a_saved_state_goes_on_in_the_same_bits(stop, rule, tmp_path):
     second.accelerator.load_state(str(tmp_path))
     second.epochs(4 - stop)
     assert difference(whole.state(), second.state()) is None
+
+
+def test_a_prepared_wrapper_is_saved_with_its_posterior(rule, tmp_path):
+    """As the optimizer that it is: nothing has to be registered."""
+    batches = [{"x": x, **y} for x, y in (make_batch(seed=index) for index in range(STEPS))]
+
+    def losses_of(net, batch):
+        return make_losses(net(batch["x"]), batch)
+
+    ends = []
+    for stop in (4, 2):
+        net = make_net()
+        wrapper = wrap(net, "adam", rule, settings=SAMPLED)
+        accelerator = accelerate(net, wrapper, batches, losses_of, tmp_path, stop)
+        if stop == 2:
+            accelerator.save_state(str(tmp_path))
+            net = make_net(seed=5)
+            wrapper = wrap(net, "adam", rule, settings=SAMPLED)
+            other = Accelerator(cpu=True)
+            model, optimizer = other.prepare(net, wrapper)
+            other.load_state(str(tmp_path))
+            for batch in batches * 2:
+                optimizer.zero_grad()
+                other.backward(wrapper.loss(losses_of(model, batch)))
+                optimizer.step()
+        ends.append(state_of(net, wrapper))
+    assert difference(*ends) is None
