@@ -74,24 +74,25 @@ class Source:
         if self._complete and self._kept is not None:
             yield from self._kept
             return
-        seen = dict.fromkeys(self.layouts, 0)
+        seen: dict[str, list[bool]] = {task: [False] for task in self.layouts}
         device = next(self.model.parameters()).device
         with evaluating(self.model):
             for batch in self.loader:
                 found = self._read(batch, device)
                 for task, rows in found.items():
-                    labels = rows.present
-                    # The first label of a task is looked for, and no more than that.
-                    if not seen[task] and (labels is None or bool(labels.any())):
-                        seen[task] = 1
+                    # Looked for until every output has one, and no longer.
+                    if not all(seen[task]):
+                        seen[task] = _labels_of(rows, seen[task])
                 self._keep(found)
                 yield found
-        missing = [task for task, count in seen.items() if not count]
-        if missing:
-            raise TargetError(
-                f"task {missing[0]!r}: the loader has no label of it. Every head needs some: pass "
-                f"targets of all tasks, and a loader that can be iterated again (no generator)."
-            )
+        for task, outputs in seen.items():
+            if not all(outputs):
+                which = f"output {outputs.index(False)}" if any(outputs) else "it"
+                raise TargetError(
+                    f"task {task!r}: the loader has no label of {which}. Every head needs some: "
+                    f"pass targets of all tasks, and a loader that can be iterated again (no "
+                    f"generator)."
+                )
         self._complete = True
 
     def _keep(self, found: Mapping[str, Rows]) -> None:
@@ -120,6 +121,15 @@ class Source:
                 flat[key] = layout.flat(features)
             found[task] = _labelled(task, layout, flat[key], target.to(device))
         return found
+
+
+def _labels_of(rows: Rows, before: list[bool]) -> list[bool]:
+    """Whether every output has a label, in a batch or before."""
+    if rows.present is None:
+        return [True]
+    present = rows.present if rows.present.dim() > 1 else rows.present[:, None]
+    now = present.any(0).tolist()
+    return [a or b for a, b in zip(now, before * (len(now) // len(before)), strict=True)]
 
 
 def _pair(batch: Any, heads: Mapping[str, Layout]) -> tuple[Any, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -142,7 +143,9 @@ def check_finite(task: str, features: Tensor) -> None:
     Raises:
         FeatureError: if one is not.
     """
-    if not bool(torch.isfinite(features).all()):
+    # A sum is finite only if all of it is, and costs a fraction; it may also overflow.
+    total = features.sum(dtype=torch.promote_types(features.dtype, torch.float32))
+    if not math.isfinite(total.item()) and not bool(torch.isfinite(features).all()):
         raise FeatureError(
             f"task {task!r}: what its head received is not finite. Check the inputs, and the "
             f"network's weights, for NaN and infinity."

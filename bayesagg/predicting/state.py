@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head
@@ -129,7 +130,7 @@ class HeadPosterior(nn.Module):
         At least float32: the weights' own precision, or that of the features if it is higher.
         """
         h = features.to(torch.promote_types(features.dtype, self.mean.dtype))
-        return torch.cat([h, torch.ones_like(h[:, :1])], 1) if self.layout.bias else h
+        return F.pad(h, (0, 1), value=1.0) if self.layout.bias else h
 
     def location(self, h: Tensor) -> Tensor:
         """Mean of the outputs, ``[N, o]``."""

@@ -128,6 +128,16 @@ def test_bad_data(data, error, match):
     assert all(torch.equal(before[k], predictor.state_dict()[k]) for k in before)
 
 
+def test_an_output_that_the_loader_lacks():
+    data = loader(batches=2)
+    for _, y in data:
+        y["bin"][:, 1] = torch.nan
+    with pytest.raises(TargetError, match="'bin': the loader has no label of output 1"):
+        fit(data)
+    data[1][1]["bin"][3, 1] = 1.0
+    fit(data)
+
+
 def test_a_task_that_the_loader_lacks():
     data = [(x, {"reg": y["reg"], "cls": y["cls"]}) for x, y in loader(batches=2)]
     with pytest.raises(TargetError, match="'bin': the loader has no label"):
