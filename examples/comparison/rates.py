@@ -180,6 +180,8 @@ def plot_rates(path: Path, outcome: Outcome, labels: Mapping[str, str], title: s
         axes.set_xticks([], minor=True)
         if max(means) - min(means) > 60:  # linear scalarization is far off where scales differ
             axes.set_yscale("symlog", linthresh=20)
+            low, high = axes.get_ylim()
+            axes.set_yticks([t for t in (-50, -20, -10, 0, 10, 20, 50, 100, 200) if low < t < high])
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("learning rate")
         axes.set_ylabel("Δm [%], lower is better")
