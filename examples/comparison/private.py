@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from examples.comparison.tasks import Outputs, Task, grouped
 from examples.models import HeadGroup
-
-Features = Callable[..., Sequence[Tensor]]  # maps inputs to what each tower reads
 
 
 class PrivateNet(nn.Module):

@@ -129,9 +129,10 @@ def best_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark, ref
     paired t-tests with Holm's correction for the number of methods. Empty where there is one
     learning rate, or more tasks than columns for them.
     """
-    found, best = by_method(outcome), best_rates(outcome, data)
+    found = by_method(outcome)
     if max(map(len, found.values()), default=0) < 2 or len(data.tasks) > _MOST_TASKS:
         return ""
+    best = best_rates(outcome, data)
     order = sorted(best, key=lambda method: mean(outcome.standings[best[method]].delta))
     values = {m: criteria(data, outcome.runs[best[m]], "test") for m in order}
     others = [m for m in order if m != reference and reference in best]
