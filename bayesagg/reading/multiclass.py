@@ -54,13 +54,19 @@ class Multiclass:
         """``a · b`` and ``b · b`` over classes."""
         return (a * b).sum(0), (b * b).sum(0)
 
-    def noise(self, output: Tensor, eps: float) -> Tensor | float:
-        """Of probabilities."""
-        return eps
+    def noise(self, output: Tensor, eps: float) -> Tensor:
+        """Of probabilities: their own, that of the logarithm of their sum, and that of the sum.
+
+        The logarithm is as large as ``z``; a sum of many classes, of which one is all but certain,
+        loses half a unit of rounding with each.
+        """
+        rounding = torch.finfo(output.dtype).eps
+        of_logarithm = 4 * rounding * (1 + output.amax(0).abs())
+        return of_logarithm + (eps + rounding * len(output) / 2)
 
     def curvature_noise(self, output: Tensor, eps: float) -> Tensor | float:
         """Of probabilities and sums of them."""
-        return 4 * eps
+        return 4 * self.noise(output, eps)
 
     def value_noise(self, output: Tensor, eps: float) -> Tensor:
         """Of ``z`` and of ``1 + Σ exp``."""
