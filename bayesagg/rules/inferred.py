@@ -9,10 +9,11 @@ from torch import Tensor
 
 from bayesagg.heads import Head, stacked
 from bayesagg.likelihoods.bounds import BOUNDS
-from bayesagg.memory import FadingMemory, Unit, means_of
+from bayesagg.memory import FadingMemory, Unit
 from bayesagg.moments import Spectrum
 from bayesagg.posterior import Gaussian, contrast_basis
 from bayesagg.predicting.state import Inferred
+from bayesagg.rules.streaming import frame_of, scales_and_ridges
 
 if TYPE_CHECKING:
     from bayesagg.rules.epochs import PaperMemory
@@ -69,28 +70,22 @@ def _columns(
     rule: LikelihoodRule, memory: FadingMemory, unit: Unit
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of every column: noise, ridge, and what the inverse is multiplied by, ``[G, P]`` each."""
-    ones = torch.ones_like(unit.scale[:, 0])
-    current, level = means_of(unit.scale, (ones, ones))
-    groups, columns = unit.shift.shape[:2]
-    noise, ridge, spread = (unit.shift.new_ones(groups, columns) for _ in range(3))
-    column = task = 0
-    for name in unit.names:
-        head = memory.heads[name]
-        outputs, tasks = (1, 1) if unit.wide else (head.out_features, head.num_tasks)
-        own, bound = slice(column, column + outputs), BOUNDS[head.kind]
-        gamma = head.prior_variance or rule.prior_variance
-        if bound.exact:
-            tau2, unit_of = (x[:, task : task + tasks] for x in (current, level))
-            given = getattr(head, "noise_variance", None)
-            if isinstance(given, int | float):
-                tau2 = torch.full_like(tau2, float(given))
-            noise[:, own] = spread[:, own] = tau2
-            ridge[:, own] = tau2 / (gamma * unit_of.clamp_min(torch.finfo(tau2.dtype).tiny))
-        else:
-            spread[:, own] = 1 / bound.curvature
-            ridge[:, own] = 1 / (bound.curvature * gamma)
-        column, task = column + outputs, task + tasks
-    return noise, ridge, spread
+    heads = [memory.heads[name] for name in unit.names]
+    like, bounds = unit.shift[..., 0], [BOUNDS[head.kind] for head in heads]
+    exact = sum(h.num_tasks for h, bound in zip(heads, bounds, strict=True) if bound.exact)
+    exact = min(exact, like.shape[1])  # 1 where every output has a Gram matrix of its own
+    frame, ones = frame_of(rule, memory, [unit], exact, like), torch.ones_like(unit.scale[:, 0])
+    current, ridge = scales_and_ridges(frame, exact, False, unit.scale, ones, ones[:, :exact])
+    spread = torch.cat(
+        [
+            torch.full_like(like[:, :1], 1 / bound.curvature).expand(-1, head.out_features)
+            for head, bound in zip(heads, bounds, strict=True)
+        ],
+        1,
+    )[:, : like.shape[1]]
+    noise = torch.ones_like(like)
+    noise[:, :exact] = current[:, :exact]
+    return noise, ridge.expand_as(like), spread * noise
 
 
 @torch.no_grad()

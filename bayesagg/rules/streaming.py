@@ -22,7 +22,15 @@ from bayesagg.rules.stack import Stack
 if TYPE_CHECKING:
     from bayesagg.rules.likelihood import LikelihoodRule
 
-__all__ = ["Exact", "Inference", "blank_part", "exact_gradients", "infer"]
+__all__ = [
+    "Exact",
+    "Inference",
+    "blank_part",
+    "exact_gradients",
+    "frame_of",
+    "infer",
+    "scales_and_ridges",
+]
 
 _LARGE = 128  # weights of an output above which a decomposition serves for several steps
 _TURNOVER = 0.25  # until this share of the evidence is new
@@ -172,7 +180,8 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
 def _posterior(
     rule: LikelihoodRule, memory: FadingMemory, stack: Stack, new: Evidence
 ) -> Inference:
-    units, seen, frame = stack.units, new.seen, _frame(rule, memory, stack, new.gram)
+    units, seen, exact = stack.units, new.seen, stack.exact
+    frame = frame_of(rule, memory, units, exact, new.shift[..., 0])
     before = [_cat([getattr(unit, key) for unit in units]) for key in ("gram", "shift", "scale")]
     misfit, length = new.misfit, rule.memory_of(new.gram.shape[-1])
     fade: Tensor | float
@@ -188,22 +197,31 @@ def _posterior(
         misfit = misfit / seen if misfit.shape[1] else misfit
     tasks = before[2].shape[2]
     misfit, levels = misfit[:, :tasks], misfit[:, tasks:]
-    current, ridge = _ridge(frame, stack, before[2], misfit, levels)
+    started = units[0].started
+    current, ridge = scales_and_ridges(frame, exact, started, before[2], misfit, levels)
     posterior, bases = _spectrum(stack, before[0], gram, shift, ridge, new.squares, fade, length)
     state = (gram, shift, seen, misfit, before[2], current)
     return Inference(stack, frame, *state, posterior, bases, fade)
 
 
-def _ridge(
-    frame: Frame, stack: Stack, scale: Tensor, misfit: Tensor, levels: Tensor
+def scales_and_ridges(
+    frame: Frame, exact: int, started: bool, scale: Tensor, misfit: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scales of all tasks, ``[G, T]``, and ridges of all columns, ``[G, P]``.
 
     The prior variance of a regression is ``γ`` times the level of its labels, so that their unit
     has no say; the ridge is the noise over it.
+
+    Args:
+        frame: of the units.
+        exact: number R of regressions among the tasks, which come first.
+        started: every task has a running mean.
+        scale: the running means, ``[G, 3, T]``.
+        misfit: the scale of a task without one, ``[G, T]``.
+        levels: the level of a regression without one, ``[G, R]``.
     """
-    r = stack.exact
-    if stack.units[0].started:
+    r = exact
+    if started:
         total, level, weight = scale.unbind(1)
         current, relative = total / weight, total / level
     else:
@@ -272,14 +290,24 @@ def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [values] if len(sizes) == 1 else values.split(sizes)
 
 
-def _frame(rule: LikelihoodRule, memory: FadingMemory, stack: Stack, like: Tensor) -> Frame:
-    """Heads and rules are frozen, so this is made once."""
-    shape = (like.shape[0], stack.responses.shape[2])
-    key = (shape, like.device, *(unit.names for unit in stack.units))
+def frame_of(
+    rule: LikelihoodRule, memory: FadingMemory, units: Sequence[Unit], exact: int, like: Tensor
+) -> Frame:
+    """What the rows of stacked units belong to. Heads and rules are frozen, so it is made once.
+
+    Args:
+        rule: for the prior of heads that have none of their own.
+        memory: keeps it.
+        units: side by side.
+        exact: number of regressions among the columns of a unit, which come first.
+        like: shape ``[G, P]``, dtype and device.
+    """
+    shape = tuple(like.shape)
+    key = (shape, like.device, *(unit.names for unit in units))
     frame = memory.frames.get(key)
     if frame is not None:
         return frame
-    heads = [memory.heads[name] for unit in stack.units for name in unit.names]
+    heads = [memory.heads[name] for unit in units for name in unit.names]
     columns = [head for head in heads for _ in range(head.out_features)]
     ridges = [
         1 / (BOUNDS[head.kind].curvature * (head.prior_variance or rule.prior_variance))
@@ -287,13 +315,13 @@ def _frame(rule: LikelihoodRule, memory: FadingMemory, stack: Stack, like: Tenso
     ]
     noises = [getattr(head, "noise_variance", None) for head in columns]
     fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
-    noise = like.new_tensor(fixed).view(shape)[:, : stack.exact] if any(fixed) else None
-    units = [[memory.heads[name] for name in unit.names] for unit in stack.units]
+    noise = like.new_tensor(fixed).view(shape)[:, :exact] if any(fixed) else None
+    by_unit = [[memory.heads[name] for name in unit.names] for unit in units]
     frame = memory.frames[key] = Frame(
-        [unit.names for unit in stack.units],
-        stack.sizes if stack.units[0].wide else None,
-        [[head.num_tasks for head in some] for some in units],
-        [[head.out_features for head in some] for some in units],
+        [unit.names for unit in units],
+        [unit.gram.shape[0] for unit in units] if units[0].wide else None,
+        [[head.num_tasks for head in some] for some in by_unit],
+        [[head.out_features for head in some] for some in by_unit],
         noise,
         like.new_tensor(ridges).view(shape),
         max(BOUNDS[head.kind].least_scale for head in heads),

@@ -44,11 +44,11 @@ class InSampleRule(_Replaced):
 class PriorInNoiseRule(_Replaced):
     """With prior ``N(0, τ²)`` for every regression, in units of its noise."""
 
-    function: ClassVar = "_ridge"
+    function: ClassVar = "scales_and_ridges"
 
     @staticmethod
-    def change(found: Any, frame: Any, stack: Any, *given: Any) -> Any:
+    def change(found: Any, frame: Any, exact: int, *given: Any) -> Any:
         """A ridge of 1 for every regression, however noisy."""
         scale, ridge = found
-        fixed = torch.ones_like(ridge[:, : stack.exact])
-        return scale, torch.cat([fixed, ridge[:, stack.exact :]], 1)
+        fixed = torch.ones_like(ridge[:, :exact])
+        return scale, torch.cat([fixed, ridge[:, exact:]], 1)

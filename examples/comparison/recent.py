@@ -150,7 +150,7 @@ class NTKMTL(GradientWeighting):
     """
 
     def __init__(self, *shared: Any, parts: int = 4) -> None:
-        super().__init__(*shared, representation=True)
+        super().__init__(*shared)
         self._parts = parts
 
     def backward(self, losses: Losses) -> None:
