@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead, acquisition
-from examples.comparison.benchmark import package_file
 from examples.comparison.tasks import area_under_roc
+from examples.data.packages import package_file
 
 SEEN = 8
 

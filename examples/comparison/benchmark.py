@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from bayesagg.presets import PAPER
 from examples.comparison.networks import mlp, single_task
 from examples.comparison.tasks import Outputs, Task, measure, primary
-from examples.data import DataUnavailableError, Split
+from examples.data import Split
 from examples.training import Part, TrainSettings
 
 _CLIP = 6.0  # standard deviations: rare columns would give inputs of 100
@@ -123,28 +121,6 @@ def validation_scores(model: nn.Module, data: Benchmark) -> list[float]:
         (-1 if task.higher_is_better else 1) * math.log(max(value, _SMALLEST))
         for task, value in zip(data.tasks, primary(data.tasks, measured), strict=True)
     ]
-
-
-def package_file(package: str, name: str, requirement: str) -> Path:
-    """A file that a package carries, found without importing the package.
-
-    Raises:
-        DataUnavailableError: If the package is not installed, or without that file.
-    """
-    spec = importlib.util.find_spec(package)
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    if not folders:
-        raise DataUnavailableError(
-            f"the data are read from the package {package}, which is not installed; "
-            f"get it with: pip install {requirement}"
-        )
-    path = Path(folders[0]) / name
-    if not path.exists():
-        raise DataUnavailableError(
-            f"{package} is installed without {name}; "
-            f"reinstall it with: pip install --force-reinstall {requirement}"
-        )
-    return path
 
 
 def table_benchmark(

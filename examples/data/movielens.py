@@ -6,7 +6,6 @@ Konstan, "The MovieLens Datasets: History and Context", 2015).
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from examples.data import DataUnavailableError
+from examples.data.packages import package_file
 
 USERS, ITEMS, RATINGS = 943, 1_682, 100_000
 LIKED = 4.0  # the lowest rating of a film that is liked
@@ -44,7 +43,7 @@ def load_movielens(path: Path | None = None) -> MovieLens:
         DataUnavailableError: If the package is not installed, or without its file.
         ValueError: If the file is not MovieLens 100k as RecBole writes it.
     """
-    path = path or _package_file()
+    path = path or package_file("recbole", _FILE, _REQUIREMENT)
     table = pd.read_csv(path, sep="\t")
     if list(table.columns) != _COLUMNS:
         raise ValueError(f"{path}: the columns are {list(table.columns)}, not {_COLUMNS}")
@@ -62,20 +61,3 @@ def load_movielens(path: Path | None = None) -> MovieLens:
     table = table.sort_values(_COLUMNS[3], kind="stable")
     users, items, ratings, times = (torch.tensor(table[c].to_numpy("int64")) for c in _COLUMNS)
     return MovieLens(users, items, ratings.float(), times)
-
-
-def _package_file() -> Path:
-    spec = importlib.util.find_spec("recbole")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    if not folders:
-        raise DataUnavailableError(
-            "MovieLens 100k is read from the package recbole, which is not installed; "
-            f"get it with: pip install {_REQUIREMENT} (2 MB)"
-        )
-    path = Path(folders[0]) / _FILE
-    if not path.exists():
-        raise DataUnavailableError(
-            f"recbole is installed without {_FILE}; "
-            f"reinstall it with: pip install --force-reinstall {_REQUIREMENT}"
-        )
-    return path

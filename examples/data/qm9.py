@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import tempfile
@@ -24,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from examples.data import DataUnavailableError
 from examples.data.descriptors import (
     ATOMIC_NUMBERS,
     MAX_ATOMS,
@@ -33,6 +31,7 @@ from examples.data.descriptors import (
     Integers,
     descriptors,
 )
+from examples.data.packages import package_file
 
 
 class Target(NamedTuple):
@@ -74,21 +73,10 @@ def read_frame(*more: str) -> pd.DataFrame:
         DataUnavailableError: If ``qm9pack`` is not installed, or its files are not where version
             1.0.3 has them.
     """
-    spec = importlib.util.find_spec("qm9pack")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataUnavailableError(
-            "QM9 is read from the package qm9pack, which is not installed; "
-            "get it with: pip install qm9pack==1.0.3 (a 104 MB download)"
-        )
-    folder = Path(next(iter(spec.submodule_search_locations))) / "data"
     columns = ["Elements", "XYZ_Ang", *more, *(target.column for target in TARGETS)]
-    try:
-        parts = [pd.read_csv(folder / f"qm9_part{i}.csv", usecols=columns) for i in (1, 2, 3)]
-    except FileNotFoundError as error:
-        raise DataUnavailableError(
-            f"qm9pack is installed without {error.filename}; "
-            "reinstall it with: pip install --force-reinstall qm9pack==1.0.3"
-        ) from error
+    names = [f"data/qm9_part{i}.csv" for i in (1, 2, 3)]
+    files = [package_file("qm9pack", name, "qm9pack==1.0.3") for name in names]
+    parts = [pd.read_csv(file, usecols=columns) for file in files]
     return pd.concat(parts, ignore_index=True)
 
 

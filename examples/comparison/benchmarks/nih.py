@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from examples.comparison.benchmark import Benchmark, Source, package_file, table_benchmark
+from examples.comparison.benchmark import Benchmark, Source, table_benchmark
 from examples.comparison.tasks import Task
 from examples.data import split_indices
+from examples.data.packages import package_file
 from examples.training import TrainSettings
 
 _REQUIREMENT = "torchxrayvision"
