@@ -69,7 +69,7 @@ class FactoredMessagePassing(MessagePassing):
         target, order = graphs.edge_index[1].sort(stable=True)
         source, edges = graphs.edge_index[0][order], graphs.edge_attr[order]
         degree = torch.bincount(target, minlength=nodes)
-        slot = torch.arange(len(target)) - (degree.cumsum(0) - degree)[target]
+        slot = torch.arange(len(target), device=target.device) - (degree.cumsum(0) - degree)[target]
         # Neighbours of each node side by side, up to the largest degree; a is 0 for none.
         shape = (nodes, int(degree.max()) if len(target) else 0)
         neighbours = source.new_zeros(shape).index_put((target, slot), source)

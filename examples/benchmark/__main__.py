@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "python": platform.python_version(),
         "threads": args.threads,
         "clock": args.clock,
+        "device": args.device,
         "step batch": args.step_batch or "the shape's",
         "load at start": f"{load:.2f}",
     }
@@ -57,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for part in args.parts:
             for case in (CASES[name] for name in dict.fromkeys(names)):
-                case = replace(case, step_batch=args.step_batch or case.step_batch)
+                case = replace(
+                    case, step_batch=args.step_batch or case.step_batch, device=args.device
+                )
                 for row in _rows(part, case, args):
                     rows.append(row)
                     print(report.line(row), file=sys.stderr, flush=True)
@@ -91,7 +94,7 @@ def _rows(part: str, case: Case, args: argparse.Namespace) -> list[Row]:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m examples.benchmark",
-        description="Operator calls, time and memory of BayesAgg (on the CPU).",
+        description="Operator calls, time and memory of BayesAgg.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -111,6 +114,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="weight samples of the literal arm (default: the paper's %(default)s)")  # fmt: skip
     add("--threads", type=whole(1), default=torch.get_num_threads(), metavar="N",
         help="threads of PyTorch (default: %(default)s)")  # fmt: skip
+    add("--device", default="cpu", metavar="NAME",
+        help="of counts and time, such as cuda (default: %(default)s)")  # fmt: skip
     add("--clock", choices=tuple(CLOCKS), default="wall",
         help="wall time, or this process's CPU time, which is steadier on a busy machine "
              "(with --threads 1 only)")  # fmt: skip

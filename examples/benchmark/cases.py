@@ -36,6 +36,7 @@ class Case:
         max_ratio: time of a step to that of a plain one, by rule.
         min_speedup: of the aggregation over the formulas as printed; ``None``: not measured.
         turn: steps one after the other, so that work that is not done in every step is in the mean.
+        device: where steps are taken.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     max_ratio: dict[str, float] = field(default_factory=dict)
     min_speedup: float | None = None
     turn: int = 1
+    device: str = "cpu"
 
     @property
     def small(self) -> bool:

@@ -104,7 +104,7 @@ def make_workload(case: Case, *, seed: int = 0) -> Workload:
         MissingDependencyError: The network needs timm or torch_geometric, which is not
             installed.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(case.device):
         torch.manual_seed(seed)
         backbone, make_input = NETWORKS[case.network](case)
         model: MultiHead | MixtureOfExperts

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Literal
 
+import torch
+
 Clock = Literal["wall", "cpu"]
 CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -41,6 +43,8 @@ def interleave(
             start = CLOCKS[clock]()
             for _ in range(turns[name]):
                 arms[name]()
+            if torch.cuda.is_initialized():  # steps are queued there
+                torch.cuda.synchronize()
             seconds[name].append((CLOCKS[clock]() - start) / turns[name])
     return seconds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bayesagg.presets import PAPER
 from examples.comparison.networks import mlp, single_task
 from examples.comparison.tasks import Outputs, Task, measure, primary
-from examples.data import Split
+from examples.data import Moved, Split
 from examples.training import Part, TrainSettings
 
 _CLIP = 6.0  # standard deviations: rare columns would give inputs of 100
@@ -50,6 +50,15 @@ class Benchmark:
     def higher_is_better(self) -> list[bool]:
         """For each task whether a higher value of its metric is better."""
         return [task.higher_is_better for task in self.tasks]
+
+    def to(self, device: str) -> Benchmark:
+        """With parts that give their batches on a device."""
+        parts = {name: getattr(self, name) for name in ("train", "val", "test")}
+        moved = {
+            name: part.to(device) if hasattr(part, "to") else Moved(part, device)
+            for name, part in parts.items()
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def paper_settings(preset: str, schedule: str) -> TrainSettings:
 
 @torch.no_grad()
 def predict(model: nn.Module, part: Part) -> tuple[Outputs, Tensor]:
-    """Outputs by head in evaluation mode, and the targets, of a whole part.
+    """Outputs by head in evaluation mode, and the targets, of a whole part, on the CPU.
 
     A part of large data says by an attribute ``chunk`` how many of them to take at once.
     """
@@ -104,8 +113,8 @@ def predict(model: nn.Module, part: Part) -> tuple[Outputs, Tensor]:
     targets: list[Tensor] = []
     for rows in torch.arange(len(part)).split(getattr(part, "chunk", _CHUNK)):
         x, y = part.batch(rows)
-        outputs.append(model(x))
-        targets.append(y)
+        outputs.append({name: output.cpu() for name, output in model(x).items()})
+        targets.append(y.cpu())
     return {name: torch.cat([o[name] for o in outputs]) for name in outputs[0]}, torch.cat(targets)
 
 

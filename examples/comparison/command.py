@@ -173,6 +173,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         help="of the methods; sgd has momentum 0.9 (default: adam, as the single-task models)",
     )
     add("--clip-norm", float, None, "largest norm of the gradient (default: no clipping)")
+    add("--device", str, "cpu", "where to train, such as cuda (default: cpu)")
     add("--jobs", whole(1), min(4, os.cpu_count() or 1), "processes (default: cores, at most 4)")
     parser.add_argument(
         "--costs",
@@ -250,6 +251,7 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
         untuned=tuple(options.untuned),
         reference=options.reference,
         workers=options.jobs,
+        device=options.device,
         single_task=replace(SINGLE_TASK_METHOD, training=single),
     )
 

@@ -66,7 +66,7 @@ class GradientWeighting(LinearScalarization):
         assert self._h is not None
         h, self._h = self._h, None
         values = torch.stack(list(losses.values()))
-        at_h = self._jacobian(values, [h], torch.eye(len(values)))[0]
+        at_h = self._jacobian(values, [h], torch.eye(len(values), device=values.device))[0]
         for p, g in zip(self._heads, torch.autograd.grad(values.sum(), self._heads), strict=True):
             p.grad = g
         if self._representation:
@@ -93,8 +93,8 @@ class GradientWeighting(LinearScalarization):
         gramian = rows @ rows.T
         size = gramian.diagonal().mean()
         if not size.isfinite() or size == 0:
-            return torch.ones(len(rows))  # a gradient of zero has no direction to choose
-        return self.combine(gramian / size).to(rows.dtype)
+            return rows.new_ones(len(rows))  # a gradient of zero has no direction to choose
+        return self.combine(gramian / size).to(rows)
 
 
 class MGDA(GradientWeighting):
@@ -194,11 +194,11 @@ def smallest_norm(gramian: Tensor) -> Tensor:
     Args:
         gramian: Positive semi-definite, shape ``(K, K)``.
     """
-    values, vectors = np.linalg.eigh(gramian.double().numpy())
+    values, vectors = np.linalg.eigh(gramian.double().cpu().numpy())
     root = np.sqrt(values.clip(0))[:, None] * vectors.T
     ones = np.ones((1, len(root)))
     weights, _ = nnls(np.concatenate([root, ones]), np.append(np.zeros(len(root)), 1.0))
-    return torch.from_numpy(weights / weights.sum()).to(gramian.dtype)
+    return torch.from_numpy(weights / weights.sum()).to(gramian)
 
 
 def fair_weights(gramian: Tensor, alpha: float, iterations: int = 100) -> Tensor:
@@ -214,7 +214,7 @@ def fair_weights(gramian: Tensor, alpha: float, iterations: int = 100) -> Tensor
         alpha: Positive.
         iterations: Largest number of Newton steps.
     """
-    matrix, power = gramian.numpy(), 1 / alpha
+    matrix, power = gramian.cpu().numpy(), 1 / alpha
     w = np.maximum(matrix.diagonal(), 1e-12) ** (-1 / (1 + power))
 
     def value(w: Floats) -> float:

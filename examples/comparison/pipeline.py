@@ -37,6 +37,7 @@ class Plan:
     search_seeds: int = 1  # trainings of each trial
     untuned: tuple[str, ...] = ()  # methods that keep their default settings
     workers: int = 1  # processes
+    device: str = "cpu"  # where all is trained
     reference: str = "ls"  # method whose Δm is subtracted from that of the others in the table
     single_task: Method = SINGLE_TASK_METHOD  # the single-task models' method
 
@@ -114,7 +115,9 @@ def execute(plan: Plan, store: Store) -> Outcome:
     everything = {SINGLE_TASK: plan.single_task, **plan.methods}
     chosen = search(plan, everything, store)
     jobs = [
-        Job(plan.data, name, c.trial.method, replace(c.trial.training, seed=seed), final=True)
+        Job(
+            plan.data, name, c.trial.method, replace(c.trial.training, seed=seed), True, plan.device
+        )
         for name, c in chosen.items()
         for seed in range(plan.seeds)
     ]
@@ -135,7 +138,7 @@ def search(plan: Plan, methods: Mapping[str, Method], store: Store) -> dict[str,
     wanted = {name: tried for name, tried in trials.items() if len(tried) > 1}
     seeds = range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + plan.search_seeds)
     jobs = [
-        Job(plan.data, name, t.method, replace(t.training, seed=seed), final=False)
+        Job(plan.data, name, t.method, replace(t.training, seed=seed), False, plan.device)
         for name, tried in wanted.items()
         for t in tried
         for seed in seeds
@@ -216,4 +219,5 @@ def shared_settings(plan: Plan) -> dict[str, Any]:
         "search_seeds": plan.search_seeds,
         "untuned": list(plan.untuned),
         "workers": plan.workers,
+        "device": plan.device,
     }

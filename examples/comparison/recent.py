@@ -86,9 +86,9 @@ class GO4Align(LinearScalarization):
         self._risks = risks / risks.sum()
         weights = own.sum() / own * self._risks
         if self._groups < len(own):
-            points = weights.double()[:, None].numpy()
+            points = weights.double()[:, None].cpu().numpy()
             centres, group = kmeans2(points, self._groups, minit="++", rng=0, missing="warn")
-            weights = torch.from_numpy(centres[group, 0]).to(own.dtype)
+            weights = torch.from_numpy(centres[group, 0]).to(own)
         self.weights = sums_to(weights, len(own))
         return (self.weights * values).sum()
 
@@ -158,7 +158,7 @@ class NTKMTL(GradientWeighting):
         values = torch.stack(list(losses.values()))
         assert self._h is not None
         h, self._h = self._h, None
-        at_h = self._jacobian(values, [h], torch.eye(len(values)))[0]
+        at_h = self._jacobian(values, [h], torch.eye(len(values), device=values.device))[0]
         squares = at_h.square().flatten(2).sum(2)
         largest = torch.stack([part.sum(1) for part in squares.chunk(self._parts, 1)]).amax(0)
         weights = (largest.sum() / largest.clamp_min(1e-30)).sqrt()

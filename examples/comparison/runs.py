@@ -47,6 +47,7 @@ class Job:
     method: Method  # the method
     settings: TrainSettings  # what all methods share
     final: bool  # whether the test part is evaluated; runs of the search never look at it
+    device: str = "cpu"  # where it is trained
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def identity(job: Job) -> dict[str, Any]:
         "settings": job.method.described(),
         "training": asdict(job.settings),
         "final": job.final,
+        "device": job.device,
         "code": code_version(job),
         "torch": torch.__version__,
     }
@@ -127,16 +129,18 @@ def _hash_files(files: tuple[Path, ...]) -> str:
 
 def run_job(job: Job, tick: Tick) -> Run:
     """Train and evaluate; the test part only where it is asked for."""
-    data, content = load(job.data), identity(job)
+    data, content = load(job.data).to(job.device), identity(job)
     torch.manual_seed(job.settings.seed)
     single = job.name == SINGLE_TASK
     model = data.single_task() if single else job.method.network(data.model)
+    model = model.to(job.device)  # made on the CPU: with the same weights on every device
     losses = job.method.criterion(criterion(data.tasks))
     result: dict[str, Any] = {"val": [], "test": [], "extra": {}, "failure": ""}
     history = None
     try:
         steps = job.settings.steps_per_epoch(data)
-        update = job.method.update(model, job.settings, steps, **job.method.settings)
+        with torch.device(job.device):
+            update = job.method.update(model, job.settings, steps, **job.method.settings)
         scores = partial(validation_scores, model, data)
         history = train(model, update, data, losses, job.settings, tick, scores)
         result |= _evaluate(model, data, job.final)

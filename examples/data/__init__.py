@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,31 @@ class Split:
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the given rows."""
         return self.x[rows], self.y[rows]
+
+    def to(self, device: str) -> Split:
+        """The part on a device."""
+        return Split(self.x.to(device), self.y.to(device))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A part that is read batch by batch, each moved to a device."""
+
+    part: Any
+    device: str
+
+    def __len__(self) -> int:
+        """Number of data."""
+        return len(self.part)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the part has besides."""
+        return getattr(self.part, name)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the given rows, on the device."""
+        x, y = self.part.batch(rows)
+        return x.to(self.device), y.to(self.device)
 
 
 def split_indices(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,8 +46,16 @@ class GraphPart:
         """Number of graphs."""
         return len(self.y)
 
+    def to(self, device: str) -> GraphPart:
+        """The part on a device, where its batches are made too."""
+        moved = copy.copy(self)
+        for name in ("_features", "_positions", "_bonds", "y"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
     def batch(self, rows: Tensor) -> tuple[GraphBatch, Tensor]:
         """Graphs and targets of the given rows."""
+        rows = rows.to(self.y.device)
         features, bonds = self._features[rows], self._bonds[rows]
         occupied = features[..., 5] > 0  # by atomic number
         linked = bonds > 0
@@ -58,8 +67,7 @@ class GraphPart:
         positions = self._positions[rows]
         distance = (positions[graph, source] - positions[graph, target]).norm(dim=1, keepdim=True)
         attributes = torch.cat([bond_one_hot(bonds[graph, source, target]), distance], 1)
-        number = torch.full(occupied.shape, -1)
-        number[occupied] = torch.arange(int(occupied.sum()))
+        number = occupied.flatten().cumsum(0).view_as(bonds[..., 0]) - 1
         return GraphBatch(
             x=features[occupied],
             edge_index=torch.stack([number[graph, source], number[graph, target]]),
