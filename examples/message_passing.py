@@ -70,9 +70,11 @@ class FactoredMessagePassing(MessagePassing):
         source, edges = graphs.edge_index[0][order], graphs.edge_attr[order]
         degree = torch.bincount(target, minlength=nodes)
         slot = torch.arange(len(target), device=target.device) - (degree.cumsum(0) - degree)[target]
-        # Neighbours of each node side by side, up to the largest degree; a is 0 for none.
+        # Neighbours of each node side by side, up to the largest degree; where there is none, a is
+        # 0 and the neighbour the node itself: one node for all would get a queue of gradients.
         shape = (nodes, int(degree.max()) if len(target) else 0)
-        neighbours = source.new_zeros(shape).index_put((target, slot), source)
+        own = torch.arange(nodes, device=target.device)[:, None].expand(shape)
+        neighbours = own.clone().index_put_((target, slot), source).flatten()
         units = torch.cat([torch.relu(hidden(edges)), edges.new_ones(len(edges), 1)], 1)
         units = units / degree[target, None]  # the mean over a node's edges
         units = edges.new_zeros(*shape, _HIDDEN + 1).index_put((target, slot), units)
@@ -80,8 +82,9 @@ class FactoredMessagePassing(MessagePassing):
         weight = torch.cat([last.weight.T, last.bias[None]]).view(-1, dim)
 
         def receive(x: Tensor) -> Tensor:
-            outer = torch.bmm(units, x[neighbours]).view(nodes, -1)
-            own: Tensor = self.message.lin(x)
-            return outer @ weight + own + self.message.bias
+            # On a GPU the gradient of index_select takes a hundredth of the time of indexing's.
+            outer = torch.bmm(units, x.index_select(0, neighbours).view(*shape, -1))
+            root: Tensor = self.message.lin(x)
+            return outer.view(nodes, -1) @ weight + root + self.message.bias
 
         return receive

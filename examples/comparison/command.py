@@ -156,6 +156,8 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "(default: small); the options below override single ones",
     )
     add("--epochs", whole(1), None, "epochs of each training (default: the protocol's)")
+    text = "of the single-task models, where a shorter training is yardstick enough (default: all)"
+    add("--single-task-epochs", whole(1), None, text)
     text = "steps of linear scalarization first, of all but the paper's rule (default: 50)"
     add("--warmup-steps", whole(0), None, text)
     add("--batch-size", whole(2), None, "data per step (default: the protocol's)")
@@ -240,7 +242,12 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
         "warmup_steps": options.warmup_steps,
         "optimizer": options.optimizer,
     }
-    single = {"learning_rate": settings.learning_rate, "optimizer": settings.optimizer}
+    single: dict[str, Any] = {
+        "learning_rate": settings.learning_rate,
+        "optimizer": settings.optimizer,
+    }
+    if options.single_task_epochs:
+        single["epochs"] = options.single_task_epochs
     return Plan(
         data=Data(options.benchmark, size or default_size, options.train_size),
         methods=chosen if len(learning_rates) == 1 else rates.at_rates(chosen, learning_rates),
