@@ -72,7 +72,7 @@ def test_a_loss_is_not_finite(bench, value):
         losses = own(*make(bench))
         refused(bench, {**losses, "bin": losses["bin"] * value}, LossError, "'bin'", "not finite")
         wrong = F.mse_loss(*(pair["reg"] for pair in make(bench)), reduction="none")
-        wrong = wrong + torch.zeros_like(wrong).index_fill(0, torch.tensor([1]), value)
+        wrong = torch.cat([wrong[:1], wrong[1:2] + value, wrong[2:]])
         refused(bench, {"reg": wrong}, LossError, "'reg'", "not finite", "targets=")
 
     both(bench, check)
@@ -285,7 +285,7 @@ def test_features_are_not_finite(bench, value):
         h[-1] = value
         out = {name: z[:-1] for name, z in bench.outputs(h.requires_grad_()).items()}
         labels = {name: y[:-1] for name, y in make(Bench(KINDS, OUTPUTS))[1].items()}
-        labels = {n: y.to(out[n]) if n != "cls" else y for n, y in labels.items()}
+        labels = {n: y.to(out[n] if n != "cls" else out[n].device) for n, y in labels.items()}
         refused(bench, own(out, labels), FeatureError, "non-finite", "check the inputs")
 
     both(bench, check)
