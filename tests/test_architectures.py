@@ -130,33 +130,6 @@ def test_networks_that_share_nothing_are_trained_as_by_wrappers_of_their_own(dev
             torch.testing.assert_close(snapshot(ours)[key], snapshot(theirs)[key])
 
 
-class Sentences(nn.Module):
-    """A head for every token, and one for the sentence."""
-
-    def __init__(self):
-        super().__init__()
-        self.trunk = plain_trunk()
-        self.heads = nn.ModuleDict({"bin": nn.Linear(WIDTH, 2), "reg": nn.Linear(WIDTH, 2)})
-
-    def forward(self, x):
-        h = self.trunk(x)
-        return {"bin": self.heads["bin"](h), "reg": self.heads["reg"](h.mean(1))}
-
-
-def test_tokens_beside_sentences(device, dtype):
-    net = Sentences().to(device, dtype)
-    heads = {name: KINDS[name](module) for name, module in net.heads.items()}
-    optimizer = wrap(net, "adam", "likelihood", heads=heads)
-    for index in range(EPOCH + 4):
-        x, labels = make_batch(device, dtype, seed=index, size=24)
-        x, labels["bin"] = x.view(4, 6, -1), labels["bin"].view(4, 6, -1)
-        out = net(x)
-        optimizer.zero_grad()
-        optimizer.step(make_losses(out, {"bin": labels["bin"], "reg": labels["reg"][:4]}))
-        assert_finite(snapshot(net, optimizer))
-        assert net.trunk[0].weight.grad.any()
-
-
 class Between(Net):
     """Something lies between the module that is named and the heads, which share its output."""
 

@@ -525,6 +525,7 @@ def linear(outputs: int, **kwargs: Any) -> nn.Linear:
     fewer=lambda: {"reg": REG(linear(2)), "bin": BIN(linear(2))},
     order=lambda: {"bin": BIN(linear(2)), "reg": REG(linear(2)), "cls": CLS(linear(3))},
     kind=lambda: {"reg": BIN(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
+    classes=lambda: {"reg": REG(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(4))},
     bias=lambda: {
         "reg": REG(linear(2, bias=False)),
         "bin": BIN(linear(2)),

@@ -12,19 +12,16 @@ import torch
 from torch import nn
 
 from tests.helpers import (
-    OPTIMIZERS,
     PHASES,
     assert_finite,
     assert_same,
     difference,
     gradients,
     make_batch,
-    make_engine,
     make_losses,
     make_net,
     snapshot,
     train,
-    train_step,
     wrap,
 )
 
@@ -75,23 +72,6 @@ def test_its_value_is_the_sum(start, batch):
     assert loss.requires_grad and loss.dim() == 0
     torch.testing.assert_close(loss, sum(losses.values()), rtol=0, atol=0)
     assert torch.equal(loss, optimizer.engine(make_losses(net(x), labels), labels))
-
-
-@pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_engine_and_base_step_are_the_wrapper(base, rule, device, dtype):
-    """Bit for bit, also where somebody asks for gradients in between."""
-    nets = [make_net(device, dtype) for _ in range(2)]
-    wrapper = wrap(nets[0], base, rule)
-    engine, optimizer = make_engine(nets[1], rule), OPTIMIZERS[base](nets[1].parameters())
-    for index in range(7):
-        train_step(nets[0], wrapper, index)
-        x, labels = make_batch(device, dtype, seed=index)
-        optimizer.zero_grad()
-        engine(make_losses(nets[1](x), labels)).backward()
-        optimizer.step()
-        engine.stepped()
-    assert_same(snapshot(nets[0]), snapshot(nets[1]))
-    assert difference(wrapper.engine.get_extra_state(), engine.get_extra_state()) is None
 
 
 @PHASES

@@ -137,31 +137,6 @@ def test_equals_the_formulas_datum_by_datum(kinds, bias):
             assert all(p.grad is None for p in modules[k].parameters())
 
 
-def test_a_factor_on_the_scalar_scales_every_gradient():
-    results = []
-    for factor in (1.0, 1024.0):
-        modules, heads = network(["reg", "bin"])
-        engine = BayesAgg(None, heads, rule=RULE)
-        x, labels = batch(0, ["reg", "bin"])
-        (factor * engine({k: LOSSES[k](modules[k](x), labels[k]) for k in heads})).backward()
-        results.append(x.grad / factor)
-    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
-
-
-def test_warm_up_is_linear_scalarization():
-    modules, heads = network(["reg", "cls"])
-    engine = BayesAgg(None, heads, rule=replace(RULE, warmup=1))
-    x, labels = batch(0, ["reg", "cls"])
-    losses = {k: LOSSES[k](modules[k](x), labels[k]) for k in heads}
-    expected = torch.autograd.grad(
-        sum(losses.values()), [x, *modules.parameters()], retain_graph=True
-    )
-    engine.backward(losses)
-    found = [x.grad, *(p.grad for p in modules.parameters())]
-    torch.testing.assert_close(found, list(expected))
-    assert torch.cat(list(engine.task_weights.values())).unique().numel() == 1
-
-
 @pytest.mark.parametrize("own", ["targets", "mask"])
 def test_a_missing_label_is_a_datum_that_is_not_there(own):
     """Of one task; the others keep the datum."""

@@ -16,7 +16,6 @@ from tests.helpers import (
     QUICK,
     SAMPLED,
     assert_finite,
-    difference,
     make_batch,
     make_losses,
     make_net,
@@ -88,20 +87,6 @@ def test_an_epoch_may_be_ended_early(net):
 
 
 # --- evidence ------------------------------------------------------------------------------------
-
-
-def test_a_task_keeps_its_evidence_through_an_epoch_without_labels(net, device, dtype):
-    x, labels = make_batch(device, dtype)
-    optimizer = wrap(net, "sgd", settings=SAMPLED, steps_per_epoch=1)
-    optimizer.step(make_losses(net(x), labels))
-    first = memory(optimizer)["groups"]
-    optimizer.step({"bin": make_losses(net(x), labels)["bin"]})
-    second = memory(optimizer)["groups"]
-    for key, value in first[0]["full"].items():  # perhaps one covariance per output now
-        kept = second[0]["full"][key]
-        assert torch.equal(kept, value.expand_as(kept))
-    assert difference(first[1], second[1]) is not None
-    assert difference(first[2], second[2]) is None
 
 
 @pytest.mark.parametrize("given", ["targets", "recovered"])
@@ -190,23 +175,6 @@ def test_posterior_readout_of_classification(name, net):
 
 
 # --- settings ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-def test_uniform_weights_scale(scale, device, dtype):
-    """With s = 0 the sum is K times the mean, and weights are uniform."""
-    settings = {name: {"s": 0.0} for name in OUTPUTS}
-    found = {}
-    for kind in ("sum", "mean"):
-        net = make_net(device, dtype)
-        optimizer = wrap(net, "sgd", settings=settings, pretrain_epochs=0, gradient_scale=kind)
-        x, labels = make_batch(device, dtype)
-        optimizer.step(make_losses(net(x), labels))
-        found[kind] = net.trunk[0].weight.grad
-        for weights in optimizer.task_weights.values():
-            torch.testing.assert_close(weights, torch.full_like(weights, 0.2))
-    factor = {"sum": 5, "mean": 1}[scale]
-    torch.testing.assert_close(found[scale], factor * found["mean"])
 
 
 @pytest.mark.parametrize("s", [0.0, 1.0, 20.0])
