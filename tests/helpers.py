@@ -101,10 +101,21 @@ def plain_trunk(inputs: int = INPUTS, width: int = WIDTH) -> nn.Module:
 
 
 def plain_net(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64, **kwargs: Any
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    *,
+    towers: bool = False,
+    **kwargs: Any,
 ) -> Net:
-    """As :func:`make_net`, with :func:`plain_trunk`."""
-    return make_net(device, dtype, trunk=plain_trunk, **kwargs)
+    """As :func:`make_net`, with :func:`plain_trunk`; ``towers``: a hidden layer in every head."""
+    net = make_net(device, dtype, trunk=plain_trunk, **kwargs)
+    if towers:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            for name, head in net.heads.items():
+                tower = nn.Sequential(nn.Linear(WIDTH, head.in_features), nn.Tanh(), head)
+                net.heads[name] = tower.to(device, dtype)
+    return net
 
 
 def rule_of(rule: str | Rule) -> Rule:

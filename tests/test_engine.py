@@ -40,7 +40,6 @@ from tests.helpers import (
     plain_net,
     rounding,
     snapshot,
-    tensors_of,
     train,
     train_step,
     wrap,
@@ -533,80 +532,7 @@ def test_hooks_of_others_in_a_saved_model(wrapped, place, net, batch, monkeypatc
     assert len(seen) == len(wrappers[:1])
 
 
-# --- layouts -------------------------------------------------------------------------------------
-
-
-class Layout(nn.Module):
-    """The same network on ``[N, d]``, on ``[B, T, d]`` or, with 1×1 convolutions, on maps."""
-
-    def __init__(self, source: nn.Module, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        linear = source.trunk[0]
-        self.trunk = nn.Sequential(self._like(linear), nn.Tanh())
-        self.heads = nn.ModuleDict({n: self._like(head) for n, head in source.heads.items()})
-
-    def _like(self, linear: nn.Linear) -> nn.Module:
-        shape = {"conv1d": (1,), "conv2d": (1, 1), "conv3d": (1, 1, 1)}.get(self.kind)
-        if shape is None:
-            return copy.deepcopy(linear)
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(shape)]
-        module = conv(linear.in_features, linear.out_features, 1).to(linear.weight)
-        with torch.no_grad():
-            module.weight.copy_(linear.weight.view(*linear.weight.shape, *shape))
-            module.bias.copy_(linear.bias)
-        return module
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        h = self.trunk(x)
-        return {name: head(h) for name, head in self.heads.items()}
-
-
-# batch 2 times 6 positions
-LAYOUTS = {
-    "tokens": lambda t: t.view(2, 6, -1),
-    "grid": lambda t: t.view(2, 3, 2, -1),
-    "conv1d": lambda t: t.view(2, 6, -1).movedim(-1, 1),
-    "conv2d": lambda t: t.view(2, 3, 2, -1).movedim(-1, 1),
-    "conv3d": lambda t: t.view(2, 3, 2, 1, -1).movedim(-1, 1),
-}
-
-
-@pytest.mark.parametrize("kind", sorted(LAYOUTS))
-@pytest.mark.parametrize("given", [False, True], ids=["recovered", "targets"])
-@pytest.mark.parametrize(
-    ("rule", "kwargs"),
-    [("likelihood", {}), ("paper", {}), ("paper", {"covariance": "full"})],
-    ids=["likelihood", "paper", "paper_full"],
-)
-def test_layouts_equal_the_flattened_computation(rule, kwargs, given, kind, device, dtype):
-    """Every position is a datum."""
-    flat = plain_net(device, dtype)
-    other = Layout(flat, kind)
-    optimizers = [wrap(net, "sgd", rule, settings=SAMPLED, **kwargs) for net in (flat, other)]
-    for index in range(EPOCH + 3):
-        x, labels = make_batch(device, dtype, seed=index, size=12)
-        shaped = {name: LAYOUTS[kind](y) for name, y in labels.items()}
-        shaped["cls"] = shaped["cls"].squeeze(1 if kind.startswith("conv") else -1)
-        inputs = ((flat, x, labels), (other, LAYOUTS[kind](x), shaped))
-        for (net, x, labels), optimizer in zip(inputs, optimizers, strict=True):
-            optimizer.zero_grad()
-            out = net(x)
-            assert out["cls"].shape[0] == len(x)
-            losses = make_losses({name: out[name] for name in ("reg", "bin")}, labels)
-            classes = out["cls"] if net is flat or kind.startswith("conv") else None
-            if classes is None:
-                classes = out["cls"].movedim(-1, 1)
-            losses["cls"] = F.cross_entropy(classes, labels["cls"])
-            optimizer.step(losses, targets=labels if given else None)
-        ours, theirs = ([g for g in gradients(net).values()] for net in (flat, other))
-        for one, two in zip(ours, theirs, strict=True):
-            assert (one is None) == (two is None)
-            if one is not None:
-                torch.testing.assert_close(one, two.view(one.shape))
-    memories = [tensors_of(o.state_dict()["bayesagg"]["memory"]) for o in optimizers]
-    assert memories[0]
-    torch.testing.assert_close(*memories, **rounding(dtype))
+# --- heads ---------------------------------------------------------------------------------------
 
 
 @PHASES

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesagg import LossTask
-from tests.helpers import INPUTS, LOSSES, OUTPUTS, WIDTH, make_losses, plain_trunk
-from tests.loops.runs import plain_net
+from tests.helpers import INPUTS, LOSSES, OUTPUTS, WIDTH, make_losses, plain_net, plain_trunk
 
 Batch = Mapping[str, Tensor]
 

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from bayesagg import BayesAgg, BayesAggWrapper
 from tests.helpers import (
     EPOCH,
-    INPUTS,
     LOSSES,
     SAMPLED,
-    WIDTH,
     Net,
     assert_same,
     make_batch,
     make_losses,
     make_net,
+    plain_net,
     wrap,
 )
 from tests.loops.ranks import Ranks
@@ -28,24 +27,6 @@ from tests.loops.ranks import Ranks
 ROWS = 12
 READOUT = {name: {"readout": "posterior"} for name in ("reg", "bin", "cls")}
 GRADIENT = {name: {"readout": "gradient"} for name in READOUT}
-
-
-def trunk() -> nn.Module:
-    """Every datum by itself: statistics of a batch would be those of a part of it."""
-    return nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.Tanh())
-
-
-def plain_net(*args: Any, towers: bool = False, **kwargs: Any) -> Net:
-    """A network on :func:`trunk`; with ``towers``, every head has a hidden layer of its own."""
-    net = make_net(*args, trunk=trunk, **kwargs)
-    if towers:
-        like = net.trunk[0].weight
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(7)
-            for name, head in net.heads.items():
-                tower = nn.Sequential(nn.Linear(WIDTH, head.in_features), nn.Tanh(), head)
-                net.heads[name] = tower.to(like.device, like.dtype)
-    return net
 
 
 def batch_of(index: int, rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
@@ -59,6 +40,18 @@ def without(labels: Mapping[str, Tensor], name: str, gaps: Tensor) -> dict[str, 
     y = labels[name]
     gaps = gaps if gaps.dim() == y.dim() else gaps[:, None].expand_as(y)
     return {**labels, name: y.masked_fill(gaps, -100 if name == "cls" else torch.nan)}
+
+
+def ignore(
+    labels: Mapping[str, Tensor], seed: int, rate: float = 1 / 3
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Some labels of every task are missing, each of its own; and which, ``[3, N]``."""
+    generator = torch.Generator().manual_seed(seed)
+    missing = torch.rand(3, len(labels["cls"]), generator=generator) < rate
+    missing = missing.to(labels["cls"].device)
+    for name, gaps in zip(labels, missing, strict=True):
+        labels = without(labels, name, gaps)
+    return labels, missing
 
 
 def losses_over(

@@ -25,19 +25,12 @@ from tests.helpers import (
     make_batch,
     make_losses,
     make_net,
+    plain_net,
     snapshot,
     train,
     wrap,
 )
-from tests.loops.runs import (
-    GRADIENT,
-    ROWS,
-    assert_equal_runs,
-    assert_near,
-    batch_of,
-    plain_net,
-    result,
-)
+from tests.loops.runs import GRADIENT, ROWS, assert_equal_runs, assert_near, batch_of, result
 
 PARTS = [slice(0, 4), slice(4, 8), slice(8, 12)]
 # Linear scalarization for good.

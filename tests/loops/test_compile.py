@@ -13,8 +13,7 @@ from bayesagg.aggregation import aggregate_diagonal
 from bayesagg.errors import CaptureError, LossError
 from bayesagg.moments import Spectrum, leave_one_out, regression_moments, student_gradient
 from bayesagg.posterior import Gaussian
-from tests.helpers import QUICK, make_batch, make_losses, make_net, snapshot, train, wrap
-from tests.loops.runs import plain_net
+from tests.helpers import QUICK, make_batch, make_losses, make_net, plain_net, snapshot, train, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's, about parts of torch itself
 

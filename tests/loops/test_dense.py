@@ -1,63 +1,85 @@
-"""Dense and sequence heads: ignored pixels, memory, and inference from a subset of the data."""
+"""Dense and sequence heads: layouts, ignored positions and memory."""
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bayesagg.rules.combine
-import bayesagg.rules.paper
 import bayesagg.rules.streaming
-from bayesagg import RegressionHead
 from bayesagg.posterior import weighted_gram
-from bayesagg.reading import Labels
-from bayesagg.rules.subset import draw
-from tests.helpers import (
-    LOSSES,
-    assert_finite,
-    assert_same,
-    difference,
-    make_batch,
-    make_engine,
-    snapshot,
-    wrap,
-)
-from tests.loops.runs import assert_near, losses_over, plain_net, without
-from tests.test_engine import LAYOUTS, Layout
-
-N = 24
-OUTPUTS = {"reg": 1, "bin": 1, "cls": 3}
-S = {name: {"s": 0.5} for name in OUTPUTS}
+from tests.helpers import SAMPLED, gradients, make_batch, make_losses, plain_net, wrap
+from tests.loops.runs import assert_near, ignore, losses_over
 
 
-def ignore(labels, seed, rate=1 / 3):
-    """Some labels of every task are missing, each of its own; and which, ``[3, N]``."""
-    generator = torch.Generator().manual_seed(seed)
-    missing = torch.rand(3, len(labels["cls"]), generator=generator) < rate
-    missing = missing.to(labels["cls"].device)
-    for name, gaps in zip(labels, missing, strict=True):
-        labels = without(labels, name, gaps)
-    return labels, missing
+class Layout(nn.Module):
+    """The same network on ``[N, d]``, on ``[B, T, d]`` or, with 1×1 convolutions, on maps."""
+
+    def __init__(self, source: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        linear = source.trunk[0]
+        self.trunk = nn.Sequential(self._like(linear), nn.Tanh())
+        self.heads = nn.ModuleDict({n: self._like(head) for n, head in source.heads.items()})
+
+    def _like(self, linear: nn.Linear) -> nn.Module:
+        shape = {"conv1d": (1,), "conv2d": (1, 1), "conv3d": (1, 1, 1)}.get(self.kind)
+        if shape is None:
+            return copy.deepcopy(linear)
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(shape)]
+        module = conv(linear.in_features, linear.out_features, 1).to(linear.weight)
+        with torch.no_grad():
+            module.weight.copy_(linear.weight.view(*linear.weight.shape, *shape))
+            module.bias.copy_(linear.bias)
+        return module
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.trunk(x)
+        return {name: head(h) for name, head in self.heads.items()}
 
 
-# --- ignored pixels ------------------------------------------------------------------------------
+# batch 2 times 6 positions
+LAYOUTS = {
+    "tokens": lambda t: t.view(2, 6, -1),
+    "grid": lambda t: t.view(2, 3, 2, -1),
+    "conv1d": lambda t: t.view(2, 6, -1).movedim(-1, 1),
+    "conv2d": lambda t: t.view(2, 3, 2, -1).movedim(-1, 1),
+    "conv3d": lambda t: t.view(2, 3, 2, 1, -1).movedim(-1, 1),
+}
+
+
+# Rule and its settings, whether labels are missing, and whether they are given.
+CASES = [
+    *(
+        (rule, {}, *how)
+        for rule in ("likelihood", "paper")
+        for how in itertools.product([False, True], repeat=2)
+    ),
+    ("paper", {"covariance": "full"}, True, False),
+]
 
 
 @pytest.mark.parametrize("kind", sorted(LAYOUTS))
-@pytest.mark.parametrize("given", [False, True], ids=["masked_losses", "targets"])
-def test_ignored_positions_equal_rows_without_labels(kind, given, rule, device, dtype):
-    """Maps and tokens with holes train as the flattened problem does; the holes say nothing."""
+@pytest.mark.parametrize(("rule", "kwargs", "missing", "given"), CASES)
+def test_layouts_equal_the_flattened_computation(rule, kwargs, missing, given, kind, device, dtype):
+    """Every position is a datum; one without labels says nothing."""
     flat = plain_net(device, dtype)
     nets = [flat, Layout(flat, kind)]
-    optimizers = [wrap(net, "sgd", rule, settings=S) for net in nets]
+    settings = {name: {**SAMPLED.get(name, {}), "s": 0.5} for name in flat.heads}
+    optimizers = [wrap(net, "sgd", rule, settings=settings, **kwargs) for net in nets]
     counts = torch.zeros(3)
     for index in range(6):
         x, labels = make_batch(device, dtype, seed=index, size=12)
-        labels, missing = ignore(labels, index)
-        counts += (~missing).sum(1).cpu() * (index > 2)
+        gaps = torch.zeros(3, 12, dtype=torch.bool, device=device)
+        if missing:
+            labels, gaps = ignore(labels, index)
+        counts += (~gaps).sum(1).cpu() * (index > 2)
         for net, optimizer in zip(nets, optimizers, strict=True):
             view = LAYOUTS[kind] if net is not flat else lambda t: t
             last = 1 if net is not flat and kind.startswith("conv") else -1  # where outputs are
@@ -67,21 +89,24 @@ def test_ignored_positions_equal_rows_without_labels(kind, given, rule, device, 
             h = net.trunk(view(x))
             h.retain_grad()
             out = {name: head(h) for name, head in net.heads.items()}
-            out["cls"] = out["cls"].movedim(last, -1)
-            optimizer.step(losses_over(out, shaped), targets=shaped if given else None)
+            if missing:
+                losses = losses_over({**out, "cls": out["cls"].movedim(last, -1)}, shaped)
+            else:
+                losses = make_losses({**out, "cls": out["cls"].movedim(last, 1)}, shaped)
+            optimizer.step(losses, targets=shaped if given else None)
             silent = (h.grad.movedim(last, -1).reshape(12, -1) == 0).all(1)
-            assert torch.equal(silent, missing.all(0))
-    ours, theirs = (list(net.parameters()) for net in nets)
-    for one, two in zip(ours, theirs, strict=True):
+            assert torch.equal(silent, gaps.all(0))
+        for one, two in zip(*(gradients(net).values() for net in nets), strict=True):
+            assert (one is None) == (two is None)
+            if one is not None:
+                torch.testing.assert_close(one, two.view(one.shape))
+    for one, two in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(one, two.view_as(one))
     memories = [o.state_dict()["bayesagg"]["memory"] for o in optimizers]
     assert_near(*memories, tolerance=1e-7 if dtype == torch.float64 else 1e-3)
     if rule == "paper":
         seen = [group["full"]["count"][0] for group in memories[1]["groups"]]
         assert [int(count) for count in seen] == counts.tolist()
-
-
-# --- memory --------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -119,227 +144,3 @@ def test_memory_is_bounded(missing, rule, device, monkeypatch):
     assert largest[1] <= max(8 * chunk, size * 35)  # outputs of all heads, which there are anyway
     if missing or rule == "paper":  # else the default rule takes products of matrices
         assert largest[1] < largest[0] / 2
-
-
-# --- a subset of the data ------------------------------------------------------------------------
-# ``max_data`` is a setting of the paper's rule: its moments take a tensor of data, tasks and
-# dimensions, and its default (``None``) all data.
-
-
-def batch(seed, device, dtype, *, missing=False, size=N):
-    x, labels = make_batch(device, dtype, seed=seed, size=size, outputs=OUTPUTS)
-    return x, ignore(labels, seed)[0] if missing else labels
-
-
-def dense_engine(net, settings=S, **kwargs):
-    return make_engine(net, "paper", settings=settings, steps_per_epoch=None, **kwargs)
-
-
-def run(device, dtype, *, missing=False, **kwargs):
-    net = plain_net(device, dtype, outputs=OUTPUTS)
-    optimizer = wrap(net, "adam", "paper", settings=S, **kwargs)
-    for index in range(6):
-        x, labels = batch(index, device, dtype, missing=missing)
-        optimizer.zero_grad()
-        optimizer.step(losses_over(net(x), labels))
-    return net, optimizer
-
-
-@pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("max_data", [N, 10 * N])
-def test_a_subset_of_all_is_all(max_data, missing, device, dtype):
-    """Where it is no smaller than the batch, ``max_data`` changes no bit."""
-    results = [snapshot(*run(device, dtype, missing=missing, max_data=m)) for m in (None, max_data)]
-    assert_same(*results)
-
-
-def test_a_subset_depends_on_the_seed_alone(device, dtype):
-    """The global generator has no say; another seed gives other subsets."""
-    results = []
-    for outer, seed in ((1, 0), (2, 0), (1, 3)):
-        torch.manual_seed(outer)
-        results.append(snapshot(*run(device, dtype, max_data=7, seed=seed))["parameters"])
-    assert_same(results[0], results[1])
-    assert difference(results[0], results[2]) is not None
-
-
-def labels_with(present):
-    """Labels of which only the mask matters."""
-    filler = torch.zeros(len(present), 1)
-    return [Labels(filler, filler, torch.ones(1, 1), present[:, None])]
-
-
-@pytest.mark.parametrize("max_data", [1, 4, 7, 10])
-def test_every_labelled_datum_is_drawn_as_often(max_data):
-    """So that sums over the subset, scaled, are unbiased; never a datum without a label."""
-    present = torch.arange(16) % 3 != 1  # 11 of 16
-    counts, repeats = torch.zeros(16, dtype=torch.float64), 6000
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(repeats):
-        subset = draw(labels_with(present), 16, max_data, generator)
-        assert len(subset.index) == max_data and subset.scale == 11 / max_data
-        counts += torch.bincount(subset.index, minlength=16)
-    expected = present.double() / subset.scale
-    assert torch.equal(counts == 0, ~present)
-    # Five standard errors of a proportion.
-    assert ((counts / repeats - expected).abs() < 5 * (0.25 / repeats) ** 0.5).all()
-
-
-def test_few_labelled_data_are_all_used():
-    present = torch.arange(16) < 5
-    assert draw(labels_with(present), 16, 5, torch.Generator()) is None
-    assert draw(labels_with(present), 16, 4, torch.Generator()) is not None
-
-
-@pytest.mark.parametrize("noise", [1.0, "learned"])
-def test_equal_data_make_a_subset_exact(noise, device, dtype):
-    """Copies of one datum: its scaled evidence is that of the batch, and so are the weights."""
-    results = []
-    for max_data in (None, 4):
-        net = plain_net(device, dtype, outputs=OUTPUTS)
-        settings = {**S, "reg": {"s": 0.5, "noise_variance": noise}}
-        engine = dense_engine(net, settings, max_data=max_data)
-        for index in range(6):
-            x, labels = batch(index, device, dtype, size=1)
-            x, labels = x.expand(20, -1), {n: y.expand(20, *y.shape[1:]) for n, y in labels.items()}
-            engine.backward(losses_over(net(x), labels))
-            if index % 2:
-                engine.end_epoch()
-        state = engine.get_extra_state()
-        results.append([state["memory"]["groups"], state["task_weights"]])
-    assert results[0][0][0]["full"]["count"].tolist() == [40]
-    assert_near(*results, tolerance=1e-7 if dtype == torch.float64 else 1e-3)
-
-
-class Spy:
-    """Stands before ``combine`` and ``extend``, and keeps what they were given."""
-
-    def __init__(self, monkeypatch):
-        self.calls = {}
-        for name in ("combine", "extend"):
-            self.calls[name] = getattr(bayesagg.rules.paper, name)
-            monkeypatch.setattr(bayesagg.rules.paper, name, getattr(self, name))
-
-    def combine(self, groups, features, labels, posteriors, **kwargs):
-        self.groups, self.labels, self.posteriors = groups, labels, posteriors
-        self.features = features[True]
-        self.alone, weights = self.calls["combine"](groups, features, labels, posteriors, **kwargs)
-        return self.alone.clone(), weights
-
-    def extend(self, index, *args):
-        self.index, self.means = index, {}
-        for group, posterior in zip(self.groups, self.posteriors, strict=True):
-            self.means.update(group.means(posterior))
-        return self.calls["extend"](index, *args)
-
-
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-@pytest.mark.parametrize("missing", [False, True])
-def test_gradient_inside_and_outside_the_subset(missing, scale, device, dtype, monkeypatch):
-    """Inside: Eq. 7 of those data alone. Outside: the mean weights on the gradients of autograd
-    at the posterior mean, datum by datum."""
-    spy = Spy(monkeypatch)
-    net = plain_net(device, dtype, outputs=OUTPUTS)
-    engine = dense_engine(net, max_data=9, pretrain_epochs=0, gradient_scale=scale)
-    x, labels = batch(3, device, dtype, missing=missing)
-    h = net.trunk(x)
-    h.retain_grad()
-    engine.backward(losses_over({n: head(h) for n, head in net.heads.items()}, labels))
-    inside = torch.zeros(N, dtype=torch.bool, device=device)
-    inside[spy.index] = True
-    assert 0 < inside.sum() <= 9
-    torch.testing.assert_close(h.grad[spy.index], spy.alone.to(dtype))
-    expected = outside(spy, h, labels, scale)
-    torch.testing.assert_close(h.grad[~inside], expected[~inside])
-    assert (h.grad[~inside].abs().sum(1) > 0).sum() > 5
-
-
-def outside(spy, h, labels, scale):
-    """The gradient at every datum by the formula of :mod:`bayesagg.rules.subset`, naively."""
-    present = {n: y != -100 if n == "cls" else ~y.isnan()[:, 0] for n, y in labels.items()}
-    alpha = conditional_weights(spy, present)
-    leaf = h.detach().double().requires_grad_()
-    result = torch.zeros_like(leaf)
-    for i in range(len(leaf)):
-        own = [n for n in OUTPUTS if bool(present[n][i])]
-        norm = sum(alpha[n] for n in own)
-        for n in own:
-            mean = spy.means[n].double()
-            z = leaf[i : i + 1] @ mean[:, :-1].mT + mean[:, -1]
-            y = labels[n][i : i + 1]
-            loss = LOSSES[n](z, y if n == "cls" else y.double()) / int(present[n].sum())
-            [gradient] = torch.autograd.grad(loss, leaf)
-            result[i] += alpha[n] / norm * gradient[i] * (len(own) if scale == "sum" else 1)
-    return result.to(h.dtype)
-
-
-def conditional_weights(spy, present):
-    """α by task and dimension, the mean over the data of the subset that have a label of it."""
-    log_variance, factors = {}, {}
-    generator = torch.Generator(spy.features.device)
-    for group, known, posterior in zip(spy.groups, spy.labels, spy.posteriors, strict=True):
-        given = (spy.features, known.targets, posterior, generator, spy.features.dtype)
-        _, relative, log_scale = group.likelihood.moments(*given)
-        second = relative.log() + log_scale
-        for k, n in enumerate(group.heads):
-            log_variance[n] = second[:, k]
-            factors[n] = float(known.factor[0, k])
-    alpha = {n: [] for n in log_variance}
-    for row, datum in enumerate(spy.index.tolist()):
-        own = [n for n in alpha if bool(present[n][datum])]
-        score = [-0.5 * (log_variance[n][row] + 2 * torch.tensor(factors[n]).log()) for n in own]
-        for n, value in zip(own, torch.softmax(torch.stack(score), 0), strict=True):
-            alpha[n].append(value)
-    return {n: torch.stack(values).mean(0) for n, values in alpha.items()}
-
-
-def test_certain_posteriors_and_uniform_weights_are_linear_scalarization(device):
-    """As S → 0, with s = 0, inside and outside alike."""
-    net = plain_net(device, outputs={"reg": 1})
-    x, _ = batch(0, device, torch.float64)
-    with torch.no_grad():
-        label = net(x)["reg"] + 0.1  # by another bias: the end of the epoch will find it
-    head = RegressionHead(net.heads["reg"], s=0.0, prior_variance=1e12, noise_variance=1e-12)
-    engine = make_engine(net, "paper", heads={"reg": head}, max_data=8, steps_per_epoch=None)
-    for _ in range(50):  # so that the batch below hardly moves the posterior
-        engine.backward({"reg": F.mse_loss(net(x)["reg"], label)})
-    engine.end_epoch()
-    torch.testing.assert_close(net(x)["reg"], label, rtol=0, atol=1e-5)
-    target = label + torch.randn(N, 1, device=device, dtype=torch.float64) * 1e-3
-    grads = []
-    for backward in (lambda losses: losses["reg"].backward(), engine.backward):
-        h = net.trunk(x)
-        h.retain_grad()
-        backward({"reg": F.mse_loss(net.heads["reg"](h), target)})
-        grads.append(h.grad)
-    torch.testing.assert_close(*grads, rtol=0.05, atol=1e-6)
-
-
-def test_maps_take_a_subset_too(device, dtype):
-    """The same step from rows and from maps, whose order of data is that of the rows."""
-    results = []
-    flat = plain_net(device, dtype)
-    x, labels = make_batch(device, dtype, size=12)
-    for net, view in ((flat, lambda t: t), (Layout(flat, "conv2d"), LAYOUTS["conv2d"])):
-        engine = dense_engine(net, max_data=7, pretrain_epochs=0)
-        out = net(view(x))
-        losses = {n: LOSSES[n](out[n], view(labels[n])) for n in ("reg", "bin")}
-        classes = labels["cls"] if net is flat else view(labels["cls"])[:, 0]
-        engine.backward({**losses, "cls": F.cross_entropy(out["cls"], classes)})
-        results.append([p.grad.view(-1) for p in net.trunk.parameters()])
-    torch.testing.assert_close(*results)
-
-
-def test_a_subset_without_a_task_leaves_it_a_say(device, dtype):
-    """One labelled pixel of a task outside the subset: uniform weights, not zero, not NaN."""
-    net = plain_net(device, dtype, outputs=OUTPUTS)
-    engine = dense_engine(net, max_data=1, pretrain_epochs=0)
-    x, labels = batch(0, device, dtype)
-    for name in ("bin", "cls"):
-        labels = without(labels, name, torch.arange(N, device=device) > 0)
-    h = net.trunk(x)
-    h.retain_grad()
-    engine.backward(losses_over({n: head(h) for n, head in net.heads.items()}, labels))
-    assert torch.isfinite(h.grad).all() and (h.grad.abs().sum(1) > 0).all()
-    engine.end_epoch()
-    assert_finite(snapshot(net, engine))

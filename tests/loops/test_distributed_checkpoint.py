@@ -15,11 +15,12 @@ from tests.helpers import (
     make_engine,
     make_losses,
     make_net,
+    plain_net,
     snapshot,
     train,
     wrap,
 )
-from tests.loops.runs import assert_equal_runs, assert_near, plain_net, result, steps, trained
+from tests.loops.runs import assert_equal_runs, assert_near, result, steps, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's checkpoints, about themselves
 NOISE = {"reg": {"noise_variance": "learned"}}

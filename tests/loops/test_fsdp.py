@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from bayesagg.errors import BayesAggError
-from tests.helpers import EPOCH, OPTIMIZERS, difference, make_engine, make_losses, wrap
+from tests.helpers import EPOCH, OPTIMIZERS, difference, make_engine, make_losses, plain_net, wrap
 from tests.loops.runs import (
     READOUT,
     assert_equal_ranks,
@@ -17,7 +17,6 @@ from tests.loops.runs import (
     assert_halves_are_the_whole,
     batch_of,
     half,
-    plain_net,
     result,
     steps,
     trained,

@@ -1,4 +1,4 @@
-"""Twenty thousand steps: flat memory, no new tensors or hooks, and nothing left afterwards."""
+"""Five thousand steps: flat memory, no new tensors or hooks, and nothing left afterwards."""
 
 from __future__ import annotations
 
@@ -9,39 +9,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch.optim import SGD
 
-from bayesagg import BayesAggWrapper, RegressionHead
-from tests.helpers import assert_finite, assert_same, snapshot
+from tests.helpers import (
+    OUTPUTS,
+    SAMPLED,
+    assert_finite,
+    assert_same,
+    make_batch,
+    make_losses,
+    plain_net,
+    snapshot,
+    tensors_of,
+    wrap,
+)
 
-STEPS, EPOCH, OTHER = 20_000, 100, 20  # the other model takes one step in OTHER
-CHECKS = (8_000, 14_000, 20_000)
+STEPS, EPOCH, OTHER = 5_000, 100, 20  # the other model takes one step in OTHER
+CHECKS = (2_000, 3_500, 5_000)
 STATM = Path("/proc/self/statm")
+ONE = {"reg": 1}
 
 
-class Small(nn.Module):
-    def __init__(self, seed):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.trunk, self.head = nn.Linear(2, 2), nn.Linear(2, 1)
-
-    def forward(self, x):
-        return self.head(self.trunk(x))
-
-
-def make(seed, rule, device, dtype):
-    net = Small(seed).to(device, dtype)
-    heads = {"task": RegressionHead(net.head, noise_variance="learned")}
-    sgd = torch.optim.SGD(net.parameters(), lr=1e-3)
+def make(seed, rule, device, dtype, outputs=ONE):
+    net = plain_net(device, dtype, seed=seed, outputs=outputs)
     epochs = {"steps_per_epoch": EPOCH} if rule == "paper" else {}
-    return net, BayesAggWrapper(sgd, net.trunk, heads, rule=rule, **epochs)
+    settings = {**SAMPLED, "reg": {"noise_variance": "learned"}}
+    return net, wrap(net, SGD(net.parameters(), lr=1e-3), rule, settings=settings, **epochs)
 
 
-def step(net, optimizer, x, y):
+def step(net, optimizer, x, labels):
     optimizer.zero_grad()
-    optimizer.step({"task": F.mse_loss(net(x), y)})
+    optimizer.step(make_losses(net(x), labels))
 
 
 def hooks(net):
@@ -62,48 +60,50 @@ def live_tensors():
 
 
 @pytest.mark.slow
-def test_twenty_thousand_steps(rule, device, dtype):
-    """Beside a second model in the same process, which ends as it does alone."""
-    x = torch.randn(4, 2, device=device, dtype=dtype)
-    y = torch.randn(4, 1, device=device, dtype=dtype)
-    alone = make(1, rule, device, dtype)
+def test_five_thousand_steps(rule, device, dtype):
+    """Beside a model of every kind of head in the same process, which ends as it does alone."""
+    batch, another = make_batch(device, dtype, size=4, outputs=ONE), make_batch(device, dtype)
+    alone = make(1, rule, device, dtype, OUTPUTS)
     for _ in range(STEPS // OTHER):
-        step(*alone, x, -y)
+        step(*alone, *another)
     expected = snapshot(*alone)
     del alone
     net, optimizer = make(0, rule, device, dtype)
-    other = make(1, rule, device, dtype)
-    found = []
+    other = make(1, rule, device, dtype, OUTPUTS)
+    found, tensors, memory = [], [], []
     for index in range(1, STEPS + 1):
-        step(net, optimizer, x, y)
+        step(net, optimizer, *batch)
         if index % OTHER == 0:
-            step(*other, x, -y)
+            step(*other, *another)
         if index in CHECKS:
-            found.append((live_tensors(), hooks(net), hooks(other[0]), resident()))
-    memory = optimizer.engine._memory
-    assert (memory.steps if rule == "likelihood" else memory.epoch * EPOCH) == STEPS
+            states = [one.state_dict() for one in (optimizer, other[1])]
+            size = sum(t.numel() for t in tensors_of(states))
+            found.append((size, hooks(net), hooks(other[0])))
+            tensors.append(live_tensors())
+            memory.append(resident())
+    state = optimizer.engine._memory
+    assert (state.steps if rule == "likelihood" else state.epoch * EPOCH) == STEPS
     assert_finite(snapshot(net, optimizer))
-    assert [check[1:3] for check in found] == [found[0][1:3]] * len(CHECKS)
-    tensors = [check[0] for check in found]  # fewer where an earlier test's are freed meanwhile
+    assert found == found[:1] * len(CHECKS)
+    # Fewer where an earlier test's are freed meanwhile.
     assert tensors == sorted(tensors, reverse=True)
     # A leak of 256 bytes a step would be three times this.
-    assert found[-1][3] - found[0][3] < 1 << 20
+    assert memory[-1] - memory[0] < 1 << 18
     assert_same(expected, snapshot(*other))
 
 
 def test_a_deleted_wrapper_leaves_the_other_one_alone(rule, device, dtype):
     """Engine, evidence and hooks of the first go; the second trains on as it does alone."""
-    x = torch.randn(4, 2, device=device, dtype=dtype)
-    y = torch.randn(4, 1, device=device, dtype=dtype)
+    batch = make_batch(device, dtype, size=4, outputs=ONE)
     results = []
     for with_another in (False, True):
         net, optimizer = make(1, rule, device, dtype)
         if with_another:
             first, wrapper = make(0, rule, device, dtype)
         for index in range(3 * EPOCH):
-            step(net, optimizer, x, y)
+            step(net, optimizer, *batch)
             if with_another and index < 2 * EPOCH:
-                step(first, wrapper, x, y)
+                step(first, wrapper, *batch)
             if with_another and index == 2 * EPOCH:
                 engine = wrapper.engine
                 memory = engine._memory
@@ -113,6 +113,6 @@ def test_a_deleted_wrapper_leaves_the_other_one_alone(rule, device, dtype):
                 del wrapper, engine, evidence, memory
                 gc.collect()
                 assert [ref() for ref in refs] == [None] * 3
-                assert hooks(first) == 0 and hooks(net) == 2
+                assert hooks(first) == 0 and hooks(net) > 0
         results.append(snapshot(net, optimizer))
     assert_same(*results)

@@ -16,10 +16,10 @@ from tests.helpers import (
     make_batch,
     make_engine,
     make_losses,
+    plain_net,
     snapshot,
     wrap,
 )
-from tests.loops.runs import plain_net
 
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 SINGLE = torch.float32

@@ -16,12 +16,13 @@ from tests.helpers import (
     make_batch,
     make_engine,
     make_losses,
+    plain_net,
     snapshot,
     train,
     wrap,
 )
 from tests.loops.clients import CLIENTS, lightning, state_of
-from tests.loops.runs import GRADIENT, plain_net
+from tests.loops.runs import GRADIENT
 
 # Linear scalarization for good.
 FOREVER = {"likelihood": {"warmup": 99}, "paper": {"pretrain_epochs": 99}}

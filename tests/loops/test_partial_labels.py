@@ -16,11 +16,12 @@ from tests.helpers import (
     gradients,
     make_batch,
     make_losses,
+    plain_net,
     snapshot,
     train,
     wrap,
 )
-from tests.loops.runs import READOUT, assert_near, losses_over, plain_net, without
+from tests.loops.runs import READOUT, assert_near, losses_over, without
 
 
 def drop(labels, rate, seed):
