@@ -34,7 +34,21 @@ from tests.helpers import (
 WIDE = 130  # outputs of more weights keep a basis of their evidence for some steps
 # Entries that no run makes negative, by name.
 NOT_NEGATIVE = {
-    *("scale", "length", "values", "left", "steps", "batches", "epoch", "draws", "count", "seen"),
+    *(
+        "rows",
+        "labels",
+        "factor",
+        "scale",
+        "length",
+        "values",
+        "left",
+        "steps",
+        "batches",
+        "epoch",
+        "draws",
+        "count",
+        "seen",
+    ),
     *("task_weights", "lr", "exp_avg_sq", "max_exp_avg_sq", "step", "weight_decay", "eps"),
 }
 # What a good state may look like too: units, scales and forms are of losses that were seen, there
@@ -132,6 +146,8 @@ def damages(path, value, of_base):
         yield "a tensor of two", torch.ones(2)
         if names & NOT_NEGATIVE and value >= 0:
             yield "negative", -1 - value
+        if isinstance(value, int) and not of_base:
+            yield "a fraction", value + 0.5
     elif isinstance(value, torch.Tensor):
         yield "a dimension more", value[None].repeat_interleave(2, 0)
         if value.dim():

@@ -593,42 +593,6 @@ def test_clipping_between_backward_and_step(steps, rule, net, batch):
     )
 
 
-@PHASES
-def test_two_half_batches_accumulate(steps, rule, net):
-    """Gradients add up in ``.grad``, as the sum of both alone."""
-    net.trunk[1].eval()  # batch statistics would differ between halves and whole
-    optimizer = wrap(net, "sgd", rule)
-    train(net, optimizer, steps)
-    like = net.trunk[0].weight
-    x, labels = make_batch(like.device, like.dtype, seed=7)
-    halves = [slice(0, 3), slice(3, 6)]
-    start = copy.deepcopy((net, optimizer))
-
-    def gradients_of(parts, together):
-        net, optimizer = copy.deepcopy(start)
-        net.trunk[1].eval()
-        found = []
-        for part in parts:
-            if not together:
-                optimizer.zero_grad()
-            losses = make_losses(net(x[part]), {name: y[part] for name, y in labels.items()})
-            (optimizer.loss(losses) / len(parts)).backward()
-            found.append(gradients(net))
-        return found
-
-    alone = gradients_of(halves, together=False)
-    together = gradients_of(halves, together=True)[-1]
-    for name, gradient in together.items():
-        if gradient is None:
-            posterior = ("heads.reg",) if rule == "paper" else ("heads",)
-            assert steps == 4 and name.startswith(posterior)
-            continue
-        torch.testing.assert_close(gradient, alone[0][name] + alone[1][name])
-        assert gradient.any()
-    if steps == 1:  # linear scalarization: the gradient of the whole batch
-        torch.testing.assert_close(gradients_of([slice(0, 6)], True)[0], together)
-
-
 # --- who sets the heads --------------------------------------------------------------------------
 
 

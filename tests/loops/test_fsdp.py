@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from bayesagg.errors import BayesAggError
 from tests.helpers import EPOCH, OPTIMIZERS, difference, make_engine, make_losses, plain_net, wrap
 from tests.loops.runs import (
+    GRADIENT,
     READOUT,
     assert_equal_ranks,
     assert_equal_runs,
@@ -21,7 +22,6 @@ from tests.loops.runs import (
     steps,
     trained,
 )
-from tests.loops.test_distributed import CASES
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(
@@ -44,10 +44,11 @@ def sharded(net, parts="trunk", **kwargs):
     return fsdp.fully_shard(net, mesh=mesh, **kwargs)
 
 
-@pytest.mark.parametrize(("rule", "case"), CASES)
-def test_two_sharded_halves_are_the_whole(rule, case, ranks):
-    """With all settings, through linear scalarization and two epochs after it."""
-    assert_halves_are_the_whole(ranks, rule, sharded, **case)
+# Sharding concerns who writes the heads; what else may be set is in test_distributed.py.
+@pytest.mark.parametrize("settings", [{}, GRADIENT], ids=["default", "gradient_readout"])
+def test_two_sharded_halves_are_the_whole(settings, rule, ranks):
+    """Through linear scalarization and two epochs after it."""
+    assert_halves_are_the_whole(ranks, rule, sharded, settings=settings)
 
 
 @pytest.mark.parametrize("parts", sorted(PARTS))

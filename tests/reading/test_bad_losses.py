@@ -8,17 +8,10 @@ from torch.nn import functional as F
 
 from bayesagg.errors import FeatureError, LossError, TargetError, UnknownTaskError
 from tests.reading.bench import OWN, Bench, labels_by_task
+from tests.reading.losses import ALL, one_hot
 
 KINDS = {"reg": "reg", "bin": "bin", "cls": "cls"}
 OUTPUTS = {"reg": 2, "bin": 2, "cls": 3}
-
-
-def one_hot(y, z):
-    return F.one_hot(y, z.shape[1]).to(z.dtype)
-
-
-def ramp(z):
-    return torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype)
 
 
 @pytest.fixture
@@ -121,52 +114,14 @@ def test_an_unknown_task_has_two_remedies(bench):
     refused(bench, {**losses, "aux": losses["reg"]}, UnknownTaskError, *says)
 
 
-OTHERS = {
-    "reg": {
-        "absolute": F.l1_loss,
-        "huber": lambda z, y: F.huber_loss(z, y, delta=0.1),
-        "cosh": lambda z, y: (z - y).cosh().log().mean(),
-        "weighted": lambda z, y: (ramp(z)[:, None] * (z - y).square()).mean(),
-        "roots": lambda z, y: F.mse_loss(z, y, reduction="none").sum(1).sqrt().mean(),
-        "penalty": lambda z, y: F.mse_loss(z, y) + 0.1 * z.square().mean(),
-        "constant": lambda z, y: F.mse_loss(z, y) + 1,
-        "pooled": lambda z, y: F.mse_loss(z.mean(0), y[0]),
-        "pooled outputs": lambda z, y: F.mse_loss(z.sum(1), y[:, 0]),
-        "broadcast": lambda z, y: (z[:, :1] - y[:, 0]).square().mean(),
-        "activation": lambda z, y: F.mse_loss(z.tanh(), y),
-        "binary": lambda z, y: F.binary_cross_entropy_with_logits(z, y.sigmoid()),
-    },
-    "bin": {
-        "brier": lambda z, y: F.mse_loss(z.sigmoid(), y),
-        "hinge": lambda z, y: (1 - z * (2 * y - 1)).relu().mean(),
-        "weighted": lambda z, y: F.binary_cross_entropy_with_logits(z, y, ramp(z)[:, None]),
-        "classes": lambda z, y: F.binary_cross_entropy_with_logits(
-            z, y, pos_weight=torch.full_like(z[0], 3.0)
-        ),
-        "focal": lambda z, y: ((z.sigmoid() - y).square() * F.softplus(z - 2 * y * z)).mean(),
-        "pooled": lambda z, y: F.binary_cross_entropy_with_logits(z.mean(0), y[0]),
-        "softmax": lambda z, y: F.cross_entropy(z, y[:, 0].long()),
-        "squared": F.mse_loss,
-    },
-    "cls": {
-        "weighted": lambda z, y: (ramp(z) * F.cross_entropy(z, y, reduction="none")).mean(),
-        "classes": lambda z, y: F.cross_entropy(z, y, weight=ramp(z[0])),
-        "one-vs-rest": lambda z, y: F.binary_cross_entropy_with_logits(z, one_hot(y, z)),
-        "raw": F.nll_loss,
-        "brier": lambda z, y: F.mse_loss(z.softmax(1), one_hot(y, z)),
-        "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2),
-        "temperature": lambda z, y: F.cross_entropy(z / 2, y),
-        "pooled": lambda z, y: F.cross_entropy(z.mean(0, keepdim=True), y[:1]),
-    },
-}
-CASES = [(kind, name) for kind, losses in OTHERS.items() for name in losses]
+CASES = [(kind, name) for kind, losses in ALL.items() for name in losses]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_another_loss_needs_targets(bench, kind, name):
     def check():
         out, labels = make(bench)
-        losses = {**own(out, labels), kind: OTHERS[kind][name](out[kind], labels[kind])}
+        losses = {**own(out, labels), kind: ALL[kind][name](out[kind], labels[kind])}
         refused(bench, losses, LossError, f"task '{kind}'", "pass `targets=`", "LossTask()")
 
     both(bench, check)
@@ -177,7 +132,7 @@ def test_another_loss_of_one_datum_needs_targets(bench, kind, name):
     if name in ("weighted", "classes", "softmax", "broadcast", "roots"):
         pytest.skip("of one datum it is the likelihood with another factor, or has no sense")
     out, labels = make(bench, rows=1, seed=2)
-    losses = {kind: 3 * OTHERS[kind][name](out[kind], labels[kind])}
+    losses = {kind: 3 * ALL[kind][name](out[kind], labels[kind])}
     refused(bench, losses, LossError, f"task '{kind}'", "pass `targets=`")
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from bayesagg.errors import LossError
 from tests.helpers import skip_without_losses
 from tests.reading.bench import KINDS, OWN, read
+from tests.reading.losses import SMOOTH
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Rounding of a label that comes back from a gradient, relative to the numbers involved.
@@ -59,8 +60,7 @@ def factor_of(labels, n):
 # --- the losses of the likelihoods ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 17])
-@pytest.mark.parametrize("constant", [1.0, 250.0])
+@pytest.mark.parametrize(("n", "constant"), [(1, 250.0), (17, 1.0)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,16 +85,6 @@ def test_outputs_may_have_different_constant_weights(device, kind, outputs):
     labels = read(kind, out, (OWN[kind](out, y, reduction="none") * weights).sum(1).mean())
     check(kind, labels, out, y)
     torch.testing.assert_close(factor_of(labels, 6), weights.cpu() / 6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_position_is_a_datum(device, kind):
-    out, y = data(kind, 12, 3, device=device)
-    stacked = out.detach().view(3, 4, 3).requires_grad_()
-    y = y.view(3, 4) if kind == "cls" else y.view(3, 4, 3)
-    loss = F.cross_entropy(stacked.flatten(0, 1), y.flatten()) if kind == "cls" else None
-    labels = read(kind, stacked, OWN[kind](stacked, y) if loss is None else loss)
-    check(kind, labels, out, y.flatten() if kind == "cls" else y.flatten(0, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -226,86 +216,6 @@ def test_perfect_predictions_are_labels_too(device):
 # --- other losses --------------------------------------------------------------------------------
 
 
-def focal_binary(z, y):
-    p = torch.sigmoid(z)
-    loss = F.binary_cross_entropy_with_logits(z, y, reduction="none")
-    return (loss * (y * (1 - p) + (1 - y) * p) ** 2).mean()
-
-
-def focal_classes(z, y):
-    logs = torch.log_softmax(z, 1).gather(1, y[:, None])
-    return -((1 - logs.exp()) ** 2 * logs).mean()
-
-
-def ramp(rows, like):
-    """Per-example weights from 1 to 3."""
-    return torch.linspace(1, 3, rows, dtype=like.dtype, device=like.device)
-
-
-def smooth(y, classes, amount=0.1):
-    """Targets of a cross-entropy with label smoothing."""
-    return F.one_hot(y, classes) * (1 - amount) + amount / classes
-
-
-OTHER = {
-    "L1": ("reg", F.l1_loss),
-    "Huber": ("reg", lambda z, y: F.huber_loss(z, y, delta=0.5)),
-    "smooth L1": ("reg", F.smooth_l1_loss),
-    "log-cosh": ("reg", lambda z, y: torch.log(torch.cosh(z - y)).mean()),
-    "log of the mean": ("reg", lambda z, y: torch.log(F.mse_loss(z, y))),
-    "sum of logs": ("reg", lambda z, y: torch.log((z - y).square().mean(0)).sum()),
-    "RMSE": ("reg", lambda z, y: F.mse_loss(z, y).sqrt()),
-    "weighted squares": (
-        "reg",
-        lambda z, y: (ramp(len(z), z)[:, None] * (z - y).square()).mean(),
-    ),
-    "pos_weight": (
-        "bin",
-        lambda z, y: F.binary_cross_entropy_with_logits(z, y, pos_weight=z.new_tensor(3.0)),
-    ),
-    "focal": ("bin", focal_binary),
-    "weighted binary": (
-        "bin",
-        lambda z, y: F.binary_cross_entropy_with_logits(z, y, ramp(len(z), z)[:, None]),
-    ),
-    "focal classes": ("cls", focal_classes),
-    "class weights": (
-        "cls",
-        lambda z, y: F.cross_entropy(z, y, weight=ramp(z.shape[1], z)),
-    ),
-    "label smoothing": ("cls", lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1)),
-    "weighted classes": (
-        "cls",
-        lambda z, y: (ramp(len(z), z) * F.cross_entropy(z, y, reduction="none")).mean(),
-    ),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", OTHER)
-def test_another_loss_is_refused(device, name, dtype):
-    kind, loss = OTHER[name]
-    out, y = data(kind, 8, 3, dtype, device)
-    with pytest.raises(LossError, match=r"(?s)'age'.*`targets=`"):
-        read(kind, out, loss(out, y))
-
-
-@pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("L1", "Huber", "log-cosh", "log of the mean", "RMSE"),
-        *("focal", "focal classes", "label smoothing"),
-    ],
-)
-def test_another_loss_of_one_datum_is_refused(device, name, outputs):
-    kind, loss = OTHER[name]
-    outputs += kind == "cls"
-    out, y = data(kind, 1, outputs, device=device, seed=2)
-    with pytest.raises(LossError, match=r"(?s)'age'.*`targets=`"):
-        read(kind, out, 3 * loss(out, y))
-
-
 def silent_error(kind, loss, out, y):
     """Largest error of labels that were accepted, 0 where the loss was refused."""
     try:
@@ -342,7 +252,7 @@ def _case(seed, scale, alike=False):
     }
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize(("kind", "name"), [(k, name) for k in SMOOTH for name in SMOOTH[k]])
 @settings(max_examples=25)
 @example(**_case(0, 0.1, alike=True))  # residuals alike: every curvature is
 @example(**_case(2, 30.0))  # a saturated datum of another weight
@@ -357,10 +267,9 @@ def _case(seed, scale, alike=False):
     labels_alike=st.booleans(),
 )
 def test_labels_never_differ_silently(
-    device, name, seed, n, outputs, scale, constant, outputs_alike, labels_alike
+    device, kind, name, seed, n, outputs, scale, constant, outputs_alike, labels_alike
 ):
     # Constant outputs are those of a head that starts at zero; then also residuals can be alike.
-    kind, loss = OTHER[name]
     outputs += kind == "cls"
     out, y = data(kind, n, outputs, device=device, seed=seed, scale=scale)
     with torch.no_grad():
@@ -368,20 +277,22 @@ def test_labels_never_differ_silently(
             out[:] = out[:1]
         if labels_alike:
             y[:] = y[:1].clone()
-    if name == "label smoothing" and outputs == 2:
+    if name == "smoothed" and outputs == 2:
         # Two classes, all certain: the same function as other labels of a twentieth the weight.
         assume(bool((torch.softmax(out.detach(), 1).amin(1) > 0.01).any()))
-    value = constant * loss(out, y)
+    value = constant * SMOOTH[kind][name](out, y)
     assume(bool(torch.isfinite(value)))
     assert silent_error(kind, value, out, y) <= 2e-2
 
 
-@pytest.mark.parametrize("name", ["log-cosh", "RMSE", "Huber", "focal", "sum of logs"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("reg", name) for name in ("cosh", "root", "huber", "sum of logs")), ("bin", "focal")],
+)
 @pytest.mark.parametrize("n", [2, 8])
-def test_zero_heads_do_not_hide_another_loss(device, name, n):
+def test_zero_heads_do_not_hide_another_loss(device, kind, name, n):
     # A zero-initialised head: all outputs 0, labels ±1 (or 0 and 1), all curvatures alike.
-    kind, loss = OTHER[name]
     out = torch.zeros(n, 1, dtype=torch.float64, device=device, requires_grad=True)
     y = (torch.arange(n, device=device)[:, None] % 2).to(out.dtype)
     y = 2 * y - 1 if kind == "reg" else y
-    assert silent_error(kind, loss(out, y), out, y) <= 2e-2
+    assert silent_error(kind, SMOOTH[kind][name](out, y), out, y) <= 2e-2

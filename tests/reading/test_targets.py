@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bayesagg.errors import LossError, TargetError
 from tests.reading.bench import OWN, Bench, Free, labels_by_task
-from tests.reading.test_bad_losses import OTHERS
+from tests.reading.losses import ALL
 
 OUTPUTS = {"reg": 2, "bin": 2, "cls": 3}
 
@@ -125,7 +125,7 @@ WEIGHTED |= {("cls", "weighted"), ("cls", "classes"), ("reg", "constant")}
 SENSELESS = {("bin", "softmax"), ("reg", "binary"), ("cls", "raw"), ("cls", "smoothed")}
 OWN_GRADIENT = [
     (kind, name)
-    for kind, losses in OTHERS.items()
+    for kind, losses in ALL.items()
     for name in losses
     if (kind, name) not in WEIGHTED | SENSELESS
 ]
@@ -138,7 +138,7 @@ def test_another_loss_goes_by_its_own_gradient(device, dtype, kind, name):
         _, z, y = data(kind, bench, seed=seed)
         if name == "pooled":
             y = y[:1].expand_as(y)  # the label of the bag
-        loss = OTHERS[kind][name](z, y)
+        loss = ALL[kind][name](z, y)
         (part,) = bench.read({"a": loss}, {"a": y}).parts
         assert part.labels is None
         (expected,) = torch.autograd.grad(loss, z)
@@ -151,7 +151,7 @@ def test_weights_alone_are_the_likelihood(device, dtype, kind, name):
     bench = single(kind, device, dtype)
     for seed in range(3):
         _, z, y = data(kind, bench, seed=seed)
-        found = labels_by_task(bench.read({"a": OTHERS[kind][name](z, y)}, {"a": y}))
+        found = labels_by_task(bench.read({"a": ALL[kind][name](z, y)}, {"a": y}))
         assert found["a"] is not None
 
 
@@ -343,9 +343,9 @@ ONCE = {
     ("reg", "pooled"): (lambda z, y: F.mse_loss(z.mean(0), y.mean(0)), False),
     ("reg", "l1"): (F.l1_loss, False),
     ("bin", "plain"): (OWN["bin"], True),
-    ("bin", "focal"): (OTHERS["bin"]["focal"], False),
+    ("bin", "focal"): (ALL["bin"]["focal"], False),
     ("cls", "plain"): (OWN["cls"], True),
-    ("cls", "one-vs-rest"): (OTHERS["cls"]["one-vs-rest"], False),
+    ("cls", "one-vs-rest"): (ALL["cls"]["one-vs-rest"], False),
 }
 
 
