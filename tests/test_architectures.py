@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BinaryHead, LossTask, MulticlassHead, RegressionHead
+from bayesagg import LossTask
 from bayesagg.errors import UnknownTaskError
 from tests.helpers import (
     EPOCH,
+    HEADS,
     LOSSES,
     OUTPUTS,
     PHASES,
@@ -38,8 +39,6 @@ from tests.helpers import (
     wrap,
 )
 
-KINDS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
-
 
 @pytest.fixture
 def batch(device, dtype):
@@ -49,32 +48,12 @@ def batch(device, dtype):
 # --- towers, widths, backbones -------------------------------------------------------------------
 
 
-class Towers(nn.Module):
-    """Experts that all tasks read, and a tower of another width for each of them."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.trunk = plain_trunk()
-            self.heads = nn.ModuleDict(
-                {
-                    name: nn.Sequential(plain_trunk(WIDTH, width), nn.Linear(width, OUTPUTS[name]))
-                    for name, width in {"reg": 3, "bin": 6, "cls": 3}.items()
-                }
-            )
-
-    def forward(self, x):
-        h = self.trunk(x)
-        return {name: tower(h) for name, tower in self.heads.items()}
-
-
 def test_a_tower_is_its_last_layer(device, dtype):
     """Bit for bit, whichever of the two is handed over; the rest of it is trained as a trunk."""
     results = []
     for whole in (True, False):
-        net = Towers().to(device, dtype)
-        heads = {n: KINDS[n](tower if whole else tower[-1]) for n, tower in net.heads.items()}
+        net = plain_net(device, dtype, towers=True)
+        heads = {n: HEADS[n](tower if whole else tower[-1]) for n, tower in net.heads.items()}
         optimizer = wrap(net, "sgd", "likelihood", heads=heads, shared_rep_hook=None)
         train(net, optimizer, 6)
         results.append(snapshot(net, optimizer))
@@ -86,9 +65,8 @@ def test_a_tower_is_its_last_layer(device, dtype):
 
 @pytest.mark.parametrize("given", [False, True], ids=["recovered", "targets"])
 def test_towers_learn(given, device, dtype):
-    net = Towers().to(device, dtype)
-    heads = {n: KINDS[n](tower) for n, tower in net.heads.items()}
-    optimizer = wrap(net, "adam", "likelihood", heads=heads, shared_rep_hook=None)
+    net = plain_net(device, dtype, towers=True)
+    optimizer = wrap(net, "adam", "likelihood", shared_rep_hook=None)
     x, labels = make_batch(device, dtype, size=40)
     labels["reg"] = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], 1)
     labels["bin"], labels["cls"] = (x[:, :2] > 0).to(x), x[:, :3].argmax(1)
@@ -111,7 +89,7 @@ def test_networks_that_share_nothing_are_trained_as_by_wrappers_of_their_own(dev
 
     together, apart = networks(), networks()
     both = nn.ModuleList(together)
-    heads = {name: KINDS[name](net.heads[name]) for net in together for name in net.heads}
+    heads = {name: HEADS[name](net.heads[name]) for net in together for name in net.heads}
     settings = {"keep_length": False, "shared_rep_hook": None}  # lengths are those of all gradients
     one = wrap(both, "momentum", "likelihood", heads=heads, **settings)
     each = [wrap(net, "momentum", "likelihood", **settings) for net in apart]

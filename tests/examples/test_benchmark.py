@@ -22,7 +22,7 @@ def _tiny(name: str) -> Case:
     return replace(CASES[name], batch=6, step_batch=6, dim=4, turn=1)
 
 
-@pytest.mark.parametrize("name", ["regressions", "mixture", "mmoe_2"])
+@pytest.mark.parametrize("name", ["mixture", "mmoe_2"])
 def test_parts_measure_every_arm(name):
     case = _tiny(name)
     rows = [*parts.time_rows(case, 2), *parts.memory_rows(case)]
@@ -122,10 +122,11 @@ def test_the_methods_part_trains_the_case_s_own_network():
     torch.testing.assert_close(list(losses.values()), list(expected.values()))
 
 
-def test_every_method_is_measured_in_one_run():
-    rows = methods.method_rows(_tiny("mixture"), 1)
+def test_methods_are_measured_in_one_run():
+    assert list(methods.chosen(_tiny("mixture"))) == list(catalogue("utkface"))
+    names = ["ls", "pcgrad", "bayesagg"]
+    rows = methods.method_rows(_tiny("mixture"), 1, names)
     values = {row.quantity: row.value for row in rows}
-    names = list(catalogue("utkface"))
     assert list(values) == [f"{n} {what}" for n in names for what in ("time", "ratio", "peak")]
     assert values["ls ratio"] == 1
     assert all(values[f"{name} time"] > 0 for name in names)

@@ -10,19 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from bayesagg.presets import PAPER
-from examples.comparison.benchmark import predict
 from examples.comparison.benchmarks import SOURCES, chestxray14, cifar_mtl, utkface
-from examples.comparison.images import separate_nets
-from examples.comparison.tasks import Task
 from examples.data import DataUnavailableError
 from examples.data import chestxray14 as chest_files
 from examples.data import cifar100 as cifar_files
 from examples.data import utkface as face_files
 from examples.data.folder import DataFileError, data_folder
-from examples.data.images import ImageFiles
 from tests.examples.image_files import (
     COARSE,
     python2_pickle,
@@ -94,16 +89,6 @@ def test_settings_of_the_paper_are_those_published(name):
     found = ours.epochs, pretraining, ours.batch_size
     assert (*found, ours.learning_rate, ours.weight_decay) == PUBLISHED[name]
     assert (ours.schedule, ours.selection) == ("steps", "best")
-
-
-def test_each_single_task_network_is_selected_by_itself():
-    tasks = [Task("a", "binary", "auroc"), Task("b", "binary", "auroc")]
-    nets = separate_nets(lambda: nn.Flatten(), 4, tasks)
-    tensors = nets.network_tensors()  # what the choice of the best epoch goes by
-    assert len(tensors) == 2
-    assert {t.data_ptr() for own in tensors for t in own} == {
-        p.data_ptr() for p in nets.parameters()
-    }
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -330,22 +315,6 @@ def test_a_corrupt_face_is_named(content, data):
     with pytest.raises(DataFileError, match="cannot be read as an image") as failure:
         loaded.train.batch(torch.tensor([0, 5]))
     assert str(path) in str(failure.value)
-
-
-def test_evaluation_holds_few_images_at_once(data):
-    pytest.importorskip("timm")
-    sizes = []
-    part = ImageFiles(
-        lambda place: torch.zeros(1, 1, 1), torch.arange(9), torch.zeros(9, 1), lambda x: x, chunk=4
-    )
-
-    class Model(torch.nn.Module):
-        def forward(self, x):
-            sizes.append(len(x))
-            return {"binary": x.flatten(1)}
-
-    outputs, y = predict(Model(), part)
-    assert sizes == [4, 4, 1] and len(outputs["binary"]) == len(y) == 9
 
 
 # --- ChestX-ray14 --------------------------------------------------------------------------------

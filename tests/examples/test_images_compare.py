@@ -12,7 +12,7 @@ from torch import nn
 from examples import compare, image_models
 from examples.comparison import runs
 from examples.comparison.benchmarks import chestxray14, cifar_mtl, utkface
-from examples.comparison.images import SeparateNets, separate_nets, task_net
+from examples.comparison.images import separate_nets, task_net
 from examples.comparison.tasks import Task
 from examples.data import DataUnavailableError
 from examples.data.folder import DataFileError
@@ -268,11 +268,3 @@ def test_torchvision_for_another_torch_is_reported(monkeypatch):
     monkeypatch.setattr(image_models, "importlib", types.SimpleNamespace(import_module=broken))
     with pytest.raises(DataUnavailableError, match=r"fits torch.*nms"):
         image_models.timm("models")
-
-
-def test_separate_networks_share_nothing():
-    nets = SeparateNets([task_net(small, 8, [task]) for task in MIXTURE], MIXTURE)
-    first = nets(torch.randn(4, 3, 12, 12))["regression"].sum()
-    first.backward()
-    reached = [bool(gradients) for gradients in nets.network_gradients()]
-    assert reached == [True, False, False, False]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from examples import compare
-from examples.comparison import benchmark, runs
+from examples.comparison import runs
 from examples.comparison.benchmark import predict
 from examples.comparison.benchmarks import SOURCES, qm9_mpnn
 from examples.comparison.catalogue import methods
@@ -442,7 +442,3 @@ def test_missing_packages_and_too_many_molecules(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataUnavailableError, match="pip install qm9pack"):
         load_molecules(100)
-
-
-def test_evaluation_takes_small_chunks_of_graphs():
-    assert GraphPart.chunk < benchmark._CHUNK

@@ -3,14 +3,11 @@
 import torch
 from torch import nn
 
-from bayesagg import BinaryHead, MulticlassHead, RegressionHead
-from tests.helpers import make_batch, plain_net
-
-KINDS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
+from tests.helpers import HEADS, make_batch, plain_net
 
 
 def heads_of(net, **settings):
-    return {n: KINDS[n](m, **settings.get(n, {})) for n, m in net.heads.items()}
+    return {n: HEADS[n](m, **settings.get(n, {})) for n, m in net.heads.items()}
 
 
 def loader(batches=8, size=30, **kwargs):
@@ -44,4 +41,4 @@ class Single(nn.Module):
         return self.head(self.trunk(x))
 
 
-__all__ = ["KINDS", "Single", "all_of", "features_of", "heads_of", "loader", "plain_net"]
+__all__ = ["Single", "all_of", "features_of", "heads_of", "loader", "plain_net"]

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bayesagg.heads import BinaryHead, LossTask, MulticlassHead, RegressionHead
+from bayesagg.heads import LossTask
 from bayesagg.reading import Batch, Call, Capture, Labels, Reader
-
-KINDS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
-OWN = {"reg": F.mse_loss, "bin": F.binary_cross_entropy_with_logits, "cls": F.cross_entropy}
+from tests.helpers import HEADS
 
 
 class Bench:
@@ -33,7 +30,7 @@ class Bench:
             }
         self.width, self.dtype, self.device = width, dtype, device
         tasks = {
-            name: LossTask() if kind == "loss" else KINDS[kind](self.modules[name])
+            name: LossTask() if kind == "loss" else HEADS[kind](self.modules[name])
             for name, kind in kinds.items()
         }
         heads = {name: head for name, head in tasks.items() if not isinstance(head, LossTask)}
@@ -70,7 +67,7 @@ class Free:
     """Stands in for a capture: one head called "age" whose outputs are given."""
 
     def __init__(self, kind, out, outputs=None):
-        self.head = KINDS[kind](nn.Linear(2, out.shape[-1] if outputs is None else outputs))
+        self.head = HEADS[kind](nn.Linear(2, out.shape[-1] if outputs is None else outputs))
         self.out = out
         self.capture = Capture({"age": self.head})
         self.reader = Reader({"age": self.head})

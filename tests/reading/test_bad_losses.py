@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from bayesagg.errors import FeatureError, LossError, TargetError, UnknownTaskError
-from tests.reading.bench import OWN, Bench, labels_by_task
+from tests.helpers import LOSSES, make_losses
+from tests.reading.bench import Bench, labels_by_task
 from tests.reading.losses import ALL, one_hot
 
 KINDS = {"reg": "reg", "bin": "bin", "cls": "cls"}
@@ -31,10 +32,6 @@ def make(bench, rows=6, seed=0):
     return out, labels
 
 
-def own(out, labels):
-    return {name: OWN[name](out[name], labels[name]) for name in out}
-
-
 def refused(bench, losses, error, *says, targets=None):
     """The error and its message; before and after other steps, and no trace is left."""
     before = bench.reader.state_dict()
@@ -50,10 +47,10 @@ def both(bench, check):
     """At first sight, and once the losses are known."""
     check()
     out, labels = make(bench, seed=1)
-    bench.read(own(out, labels))
+    bench.read(make_losses(out, labels))
     check()
     out, labels = make(bench, seed=2)
-    assert None not in labels_by_task(bench.read(own(out, labels))).values()
+    assert None not in labels_by_task(bench.read(make_losses(out, labels))).values()
 
 
 # --- losses --------------------------------------------------------------------------------------
@@ -62,7 +59,7 @@ def both(bench, check):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_loss_is_not_finite(bench, value):
     def check():
-        losses = own(*make(bench))
+        losses = make_losses(*make(bench))
         refused(bench, {**losses, "bin": losses["bin"] * value}, LossError, "'bin'", "not finite")
         wrong = F.mse_loss(*(pair["reg"] for pair in make(bench)), reduction="none")
         wrong = torch.cat([wrong[:1], wrong[1:2] + value, wrong[2:]])
@@ -79,20 +76,20 @@ def test_a_missing_label_is_hidden_by_where(bench):
         squares = (out["reg"] - y).square()
         wrong = torch.where(y.isnan(), torch.zeros_like(squares), squares).mean()
         assert wrong.isfinite()
-        losses = {**own(out, labels), "reg": wrong}
+        losses = {**make_losses(out, labels), "reg": wrong}
         refused(bench, losses, LossError, "'reg'", "NaN", "targets=", "mask")
 
     both(bench, check)
 
 
 def test_a_loss_cannot_be_differentiated(bench):
-    losses = own(*make(bench))
+    losses = make_losses(*make(bench))
     refused(bench, {**losses, "cls": losses["cls"].detach()}, LossError, "'cls'", "detached")
 
 
 def test_a_loss_is_that_of_another_forward_pass_or_task(bench):
     def check():
-        old, new = own(*make(bench)), own(*make(bench, seed=3))
+        old, new = make_losses(*make(bench)), make_losses(*make(bench, seed=3))
         refused(bench, {**new, "reg": old["reg"]}, LossError, "'reg'", "last forward pass")
         refused(bench, {"reg": new["reg"], "bin": new["cls"]}, LossError, "'bin'", "right head")
         swapped = {"reg": new["bin"], "bin": new["reg"]}
@@ -102,14 +99,14 @@ def test_a_loss_is_that_of_another_forward_pass_or_task(bench):
 
 
 def test_losses_are_no_collection(bench):
-    losses = own(*make(bench))
+    losses = make_losses(*make(bench))
     for wrong in ({}, [], [losses["reg"]], sum(losses.values()), iter(losses.values())):
         refused(bench, wrong, LossError, "losses")
     refused(bench, {**losses, "reg": 1.0}, LossError, "'reg'", "tensors")
 
 
 def test_an_unknown_task_has_two_remedies(bench):
-    losses = own(*make(bench))
+    losses = make_losses(*make(bench))
     says = ("'aux'", "'reg', 'bin', 'cls'", "passthrough=('aux',)", "LossTask()")
     refused(bench, {**losses, "aux": losses["reg"]}, UnknownTaskError, *says)
 
@@ -121,7 +118,7 @@ CASES = [(kind, name) for kind, losses in ALL.items() for name in losses]
 def test_another_loss_needs_targets(bench, kind, name):
     def check():
         out, labels = make(bench)
-        losses = {**own(out, labels), kind: ALL[kind][name](out[kind], labels[kind])}
+        losses = {**make_losses(out, labels), kind: ALL[kind][name](out[kind], labels[kind])}
         refused(bench, losses, LossError, f"task '{kind}'", "pass `targets=`", "LossTask()")
 
     both(bench, check)
@@ -141,7 +138,7 @@ def test_another_loss_of_one_datum_needs_targets(bench, kind, name):
 
 def test_targets_do_not_belong(bench):
     out, labels = make(bench)
-    losses = own(out, labels)
+    losses = make_losses(out, labels)
     refused(bench, losses, UnknownTaskError, "'age'", "`targets`", targets={"age": labels["reg"]})
     one = {"reg": losses["reg"]}
     refused(bench, one, UnknownTaskError, "'bin'", "no loss", targets={"bin": labels["bin"]})
@@ -206,7 +203,7 @@ def test_targets_are_not_the_labels_of_the_loss(bench, kind, name):
     def check():
         out, labels = make(bench)
         targets = {**labels, kind: change(labels[kind].clone(), out[kind].detach())}
-        refused(bench, own(out, labels), TargetError, f"'{kind}'", says, targets=targets)
+        refused(bench, make_losses(out, labels), TargetError, f"'{kind}'", says, targets=targets)
 
     both(bench, check)
 
@@ -216,7 +213,7 @@ def test_label_smoothing_has_smoothed_targets(bench, kind):
     def losses(out, labels):
         if kind == "cls":
             return F.cross_entropy(out["cls"], labels["cls"], label_smoothing=0.2)
-        return OWN["bin"](out["bin"], 0.8 * labels["bin"] + 0.1)
+        return LOSSES["bin"](out["bin"], 0.8 * labels["bin"] + 0.1)
 
     out, labels = make(bench)
     refused(
@@ -241,12 +238,14 @@ def test_features_are_not_finite(bench, value):
         out = {name: z[:-1] for name, z in bench.outputs(h.requires_grad_()).items()}
         labels = {name: y[:-1] for name, y in make(Bench(KINDS, OUTPUTS))[1].items()}
         labels = {n: y.to(out[n] if n != "cls" else out[n].device) for n, y in labels.items()}
-        refused(bench, own(out, labels), FeatureError, "non-finite", "check the inputs")
+        refused(bench, make_losses(out, labels), FeatureError, "non-finite", "check the inputs")
 
     both(bench, check)
 
 
 def test_an_empty_batch(bench):
     out, labels = make(bench, rows=0)
-    losses = {name: OWN[name](out[name], labels[name], reduction="sum") for name in ("reg", "bin")}
+    losses = {
+        name: LOSSES[name](out[name], labels[name], reduction="sum") for name in ("reg", "bin")
+    }
     refused(bench, losses, FeatureError, "empty")

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from tests.reading.bench import OWN, Bench
+from tests.helpers import LOSSES
+from tests.reading.bench import Bench
 from tests.reading.test_reader import labels_for, losses_for
 
 KINDS = {"a": "reg", "b": "bin", "c": "cls", "d": "reg", "aux": "loss"}
@@ -76,7 +77,7 @@ def missing(losses, out, labels):
         labels[name][::2] = -100 if name == "c" else torch.nan
     return {
         **losses,
-        "b": OWN["bin"](out["b"][1::2], labels["b"][1::2]),
+        "b": LOSSES["bin"](out["b"][1::2], labels["b"][1::2]),
         "c": F.cross_entropy(out["c"], labels["c"]),
         "d": F.mse_loss(out["d"][1::2], labels["d"][1::2]),
     }, labels

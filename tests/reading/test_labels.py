@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bayesagg.errors import LossError
-from tests.helpers import skip_without_losses
-from tests.reading.bench import KINDS, OWN, read
+from tests.helpers import HEADS, LOSSES, skip_without_losses
+from tests.reading.bench import read
 from tests.reading.losses import SMOOTH
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -63,11 +63,11 @@ def factor_of(labels, n):
 @pytest.mark.parametrize(("n", "constant"), [(1, 250.0), (17, 1.0)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEADS)
 def test_labels_and_factor_come_back(device, kind, dtype, reduction, constant, n):
     skip_without_losses(dtype, device)
     out, y = data(kind, n, 3, dtype, device, seed=n)
-    loss = constant * OWN[kind](out, y, reduction=reduction)
+    loss = constant * LOSSES[kind](out, y, reduction=reduction)
     labels = read(kind, out, loss)
     check(kind, labels, out, y)
     terms = n if kind == "cls" else y.numel()
@@ -82,18 +82,18 @@ def test_labels_and_factor_come_back(device, kind, dtype, reduction, constant, n
 def test_outputs_may_have_different_constant_weights(device, kind, outputs):
     out, y = data(kind, 6, outputs, device=device)
     weights = torch.logspace(-2, 2, outputs, dtype=out.dtype, device=device)
-    labels = read(kind, out, (OWN[kind](out, y, reduction="none") * weights).sum(1).mean())
+    labels = read(kind, out, (LOSSES[kind](out, y, reduction="none") * weights).sum(1).mean())
     check(kind, labels, out, y)
     torch.testing.assert_close(factor_of(labels, 6), weights.cpu() / 6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEADS)
 def test_masked_losses_give_missing_labels(device, kind, dtype):
     skip_without_losses(dtype, device)
     out, y = data(kind, 20, 3, dtype, device)
     mask = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(device) < 0.6
-    loss = OWN[kind](out[mask], y[mask])
+    loss = LOSSES[kind](out[mask], y[mask])
     labels = read(kind, out, loss)
     check(kind, labels, out, y, mask)
     expected = torch.full_like(factor_of(labels, 20), 1 / int(mask.sum()))
@@ -110,11 +110,11 @@ def test_ignored_classes_are_missing(device, reduction):
     check("cls", labels, out, y, mask)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEADS)
 def test_rows_multiplied_by_zero_are_missing(device, kind):
     out, y = data(kind, 9, 2, device=device)
     mask = torch.arange(9, device=device) % 2 == 0
-    loss = OWN[kind](out, y, reduction="none")
+    loss = LOSSES[kind](out, y, reduction="none")
     here = mask if kind == "cls" else mask[:, None].expand(9, 2)
     labels = read(kind, out, (loss * here).sum() / here.sum())
     check(kind, labels, out, y, here)
@@ -161,7 +161,7 @@ def test_saturated_logits(device, kind, n, logit, pattern, dtype):
         shown = torch.where(right, y, (y + 1) % 3)
         out, y = logit * F.one_hot(shown, 3), y.to(device)
     out = out.to(device, dtype).requires_grad_()
-    labels = read(kind, out, OWN[kind](out, y))
+    labels = read(kind, out, LOSSES[kind](out, y))
     check(kind, labels, out, y)
     if not right.all():
         expected = torch.full_like(factor_of(labels, n), 1 / (n if kind == "cls" else 2 * n))
@@ -176,7 +176,7 @@ def test_undecided_data_beside_saturated_ones(device, kind, logit, dtype):
     out, y = data(kind, 8, 3, dtype, device)
     with torch.no_grad():
         out[::2] *= logit
-    labels = read(kind, out, OWN[kind](out, y))
+    labels = read(kind, out, LOSSES[kind](out, y))
     check(kind, labels, out, y)
 
 
@@ -186,7 +186,7 @@ def test_one_rounded_curvature_does_not_spoil_the_exact_ones(device, size):
     negative = torch.linspace(-26.0, -size - 1, 43)
     out = torch.cat([negative, torch.tensor([size])])[:, None].to(device).requires_grad_()
     y = (out > 0).float()
-    check("bin", read("bin", out, OWN["bin"](out, y)), out, y)
+    check("bin", read("bin", out, LOSSES["bin"](out, y)), out, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -210,7 +210,7 @@ def test_perfect_predictions_are_labels_too(device):
     for kind in ("reg", "bin"):
         out, _ = data(kind, 5, 2, device=device)
         y = out.detach().clone() if kind == "reg" else torch.sigmoid(out.detach())
-        check(kind, read(kind, out, OWN[kind](out, y)), out, y, soft=True)
+        check(kind, read(kind, out, LOSSES[kind](out, y)), out, y, soft=True)
 
 
 # --- other losses --------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from bayesagg.errors import CaptureError, LossError
 from bayesagg.heads import BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.reading import Capture, Reader
-from tests.reading.bench import OWN, Bench, labels_by_task
+from tests.helpers import LOSSES
+from tests.reading.bench import Bench, labels_by_task
 
 OUTPUTS = {"a": 2, "b": 1, "c": 4, "d": 1}
 KINDS = {"a": "reg", "b": "bin", "c": "cls", "d": "reg"}
@@ -32,7 +33,7 @@ def labels_for(kinds, out, seed=0):
 
 
 def losses_for(kinds, out, labels, reduction="mean"):
-    return {name: OWN[kinds[name]](out[name], labels[name], reduction=reduction) for name in out}
+    return {name: LOSSES[kinds[name]](out[name], labels[name], reduction=reduction) for name in out}
 
 
 def check_labels(found, kind, y, **tolerances):
@@ -182,7 +183,7 @@ def test_dense_heads(device, dtype, layout, given):
         channel = 1 if maps else -1
         losses = {
             "reg": F.mse_loss(out["reg"], labels["reg"]),
-            "bin": OWN["bin"](out["bin"].squeeze(channel), labels["bin"]),
+            "bin": LOSSES["bin"](out["bin"].squeeze(channel), labels["bin"]),
             "cls": F.cross_entropy(out["cls"].movedim(channel, 1), labels["cls"]),
         }
         batch = reader.read(capture, losses, labels if given else None)
@@ -267,7 +268,7 @@ def test_masked_means(device, dtype, given):
         labels = labels_for(kinds, out, seed)
         masks = {n: torch.rand(y.shape, device=device) < 0.6 for n, y in labels.items()}
         masks["d"][:] = True
-        losses = {n: OWN[kinds[n]](out[n][masks[n]], labels[n][masks[n]]) for n in out}
+        losses = {n: LOSSES[kinds[n]](out[n][masks[n]], labels[n][masks[n]]) for n in out}
         targets = {
             n: y.masked_fill(~masks[n], -100 if n == "c" else torch.nan) for n, y in labels.items()
         }

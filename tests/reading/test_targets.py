@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from bayesagg.errors import LossError, TargetError
-from tests.reading.bench import OWN, Bench, Free, labels_by_task
+from tests.helpers import LOSSES
+from tests.reading.bench import Bench, Free, labels_by_task
 from tests.reading.losses import ALL
 
 OUTPUTS = {"reg": 2, "bin": 2, "cls": 3}
@@ -51,14 +52,14 @@ def test_weights_of_examples_are_factors(device, dtype, kind):
     for seed in range(3):
         _, z, y = data(kind, bench, seed=seed)
         w = torch.logspace(-3, 1, len(z)).to(z)
-        loss = (expand(w, kind) * OWN[kind](z, y, reduction="none")).mean()
+        loss = (expand(w, kind) * LOSSES[kind](z, y, reduction="none")).mean()
         labels = labels_by_task(bench.read({"a": loss}, {"a": y}))["a"]
         terms = len(z) if kind == "cls" else z.numel()
         expected = (w / terms)[:, None].expand_as(labels.factor)
         torch.testing.assert_close(labels.factor, expected, rtol=1e-4, atol=0)
         assert labels.present is None
     _, z, y = data(kind, bench)
-    loss = (expand(w, kind) * OWN[kind](z, y, reduction="none")).mean()
+    loss = (expand(w, kind) * LOSSES[kind](z, y, reduction="none")).mean()
     with pytest.raises(LossError, match=r"'a'.*targets="):
         bench.read({"a": loss})
 
@@ -70,7 +71,7 @@ def test_a_weight_of_zero_is_a_missing_label(device, dtype, kind):
         _, z, y = data(kind, bench, seed=seed)
         w = torch.linspace(1, 2, len(z)).to(z)
         w[::3] = 0
-        loss = (expand(w, kind) * OWN[kind](z, y, reduction="none")).mean()
+        loss = (expand(w, kind) * LOSSES[kind](z, y, reduction="none")).mean()
         labels = labels_by_task(bench.read({"a": loss}, {"a": y}))["a"]
         assert torch.equal(labels.present, (w > 0)[:, None].expand_as(labels.present))
         assert (labels.factor > 0).all() and labels.factor.isfinite().all()
@@ -112,7 +113,7 @@ def test_weights_beside_a_penalty(device, dtype, kind):
     for seed in range(3):
         h, z, y = data(kind, bench, seed=seed)
         w = torch.linspace(1, 2, len(z)).to(z)
-        loss = (expand(w, kind) * OWN[kind](z, y, reduction="none")).mean() + h.square().mean()
+        loss = (expand(w, kind) * LOSSES[kind](z, y, reduction="none")).mean() + h.square().mean()
         labels = labels_by_task(bench.read({"a": loss}, {"a": y}))["a"]
         ratio = labels.factor / labels.factor[:1]
         torch.testing.assert_close(ratio, w[:, None].expand_as(ratio), rtol=1e-4, atol=0)
@@ -207,7 +208,7 @@ def test_a_penalty_on_the_features(device, dtype, kind):
     bench = single(kind, device, dtype)
     for seed in range(4):
         h, z, y = data(kind, bench, seed=seed)
-        loss = OWN[kind](z, y) + 3 * h.square().mean()
+        loss = LOSSES[kind](z, y) + 3 * h.square().mean()
         with pytest.raises(LossError, match=r"'a'.*targets="):
             bench.read({"a": loss})
         batch = bench.read({"a": loss}, {"a": y})
@@ -251,17 +252,17 @@ def test_the_pool_that_comes_later(device, dtype):
 def product(z, y):
     """Of conversion given click and of click, as in ESMM."""
     p = z["a"].sigmoid() * z["b"].sigmoid()
-    return {"a": OWN["bin"](z["a"], y["a"]), "b": F.binary_cross_entropy(p, y["a"] * y["b"])}
+    return {"a": LOSSES["bin"](z["a"], y["a"]), "b": F.binary_cross_entropy(p, y["a"] * y["b"])}
 
 
 def distance(z, y):
-    losses = {name: OWN["bin"](z[name], y[name]) for name in y}
+    losses = {name: LOSSES["bin"](z[name], y[name]) for name in y}
     return {**losses, "a": losses["a"] + (z["a"] - z["b"]).square().mean()}
 
 
 def attached_weights(z, y):
-    each = OWN["bin"](z["a"], y["a"], reduction="none")
-    return {"a": (each * z["b"].sigmoid()).mean(), "b": OWN["bin"](z["b"], y["b"])}
+    each = LOSSES["bin"](z["a"], y["a"], reduction="none")
+    return {"a": (each * z["b"].sigmoid()).mean(), "b": LOSSES["bin"](z["b"], y["b"])}
 
 
 COUPLED = {"product": product, "distance": distance, "attached weights": attached_weights}
@@ -282,7 +283,7 @@ def test_coupled_heads(device, dtype, name, known):
     if known:
         for seed in range(2):
             z, y, other = make(seed)
-            bench.read({**{n: OWN["bin"](z[n], y[n]) for n in "ab"}, **other})
+            bench.read({**{n: LOSSES["bin"](z[n], y[n]) for n in "ab"}, **other})
     for targets in (None, "a", "b"):
         z, y, other = make(3)
         given = None if targets is None else {targets: y[targets]}
@@ -309,9 +310,9 @@ def test_weights_of_another_head_may_be_detached(device, dtype):
     for seed in range(3):
         z = bench.outputs(bench.features(10, seed))
         y = {n: (torch.randn(10, 1) > 0).to(z["a"]) for n in "ab"}
-        each = OWN["bin"](z["a"], y["a"], reduction="none")
+        each = LOSSES["bin"](z["a"], y["a"], reduction="none")
         w = z["b"].detach().sigmoid()
-        losses = {"a": (each * w).mean(), "b": OWN["bin"](z["b"], y["b"])}
+        losses = {"a": (each * w).mean(), "b": LOSSES["bin"](z["b"], y["b"])}
         found = labels_by_task(bench.read(losses, y))
         torch.testing.assert_close(found["a"].factor, w / 10)
         assert len(found["b"].factor) == 1
@@ -342,9 +343,9 @@ ONCE = {
     ("reg", "huber"): (lambda z, y: F.huber_loss(z, y, delta=0.5), False),
     ("reg", "pooled"): (lambda z, y: F.mse_loss(z.mean(0), y.mean(0)), False),
     ("reg", "l1"): (F.l1_loss, False),
-    ("bin", "plain"): (OWN["bin"], True),
+    ("bin", "plain"): (LOSSES["bin"], True),
     ("bin", "focal"): (ALL["bin"]["focal"], False),
-    ("cls", "plain"): (OWN["cls"], True),
+    ("cls", "plain"): (LOSSES["cls"], True),
     ("cls", "one-vs-rest"): (ALL["cls"]["one-vs-rest"], False),
 }
 
