@@ -19,14 +19,10 @@ INPUTS, WIDTH = 4, 5
 
 @dataclass(frozen=True)
 class HeadCase:
-    """A head of a case.
+    """Kind, outputs (or classes), whether it has a bias, and keywords of the description.
 
-    Attributes:
-        kind: ``"regression"``, ``"binary"`` or ``"multiclass"``.
-        outputs: of its linear layer; classes of a multi-class head.
-        bias: whether that layer has one.
-        settings: keywords of the head's description. All that matter are given, because defaults
-            are the library's to change; none that does not, which the library may warn of.
+    All settings that matter are given, because defaults are the library's to change; none that does
+    not, which the library may warn of.
     """
 
     kind: str
@@ -37,46 +33,26 @@ class HeadCase:
 
 @dataclass(frozen=True)
 class Case:
-    """A training run.
-
-    Attributes:
-        name: of the case, which is the key of its values.
-        heads: by task.
-        seed: of the network; the data have one of their own.
-        rule_seed: of Monte-Carlo samples and of subsets.
-        layout: of inputs: ``"rows"`` ``[N, c]``, ``"tokens"`` ``[2, N/2, c]``, or ``"maps"``
-            ``[2, c, 2, N/4]``, whose layers are 1×1 convolutions.
-        sizes: data in a batch, from step to step in turn.
-        steps, steps_per_epoch, accumulate: optimizer steps, and backward passes for each.
-        lr: of plain SGD.
-        missing: share of the labels that are missing, every output's for itself.
-        targets: labels are passed by ``targets=``; otherwise they are read off the losses.
-        soft: labels are probabilities.
-        weights: ``"smooth"``: per-example weights between 0.5 and 1.5; ``"zero"``: of 0 or 1.
-        reduction: of the losses, ``"mean"`` or ``"sum"``.
-        factors: constant factors on losses.
-        absent: tasks that have no loss, by step.
-        pretrain_epochs, gradient_scale, covariance, max_data: settings of the rule.
-    """
+    """A training run; ``rule_seed`` is of samples and subsets, the data have one of their own."""
 
     name: str
     heads: Mapping[str, HeadCase]
     _: KW_ONLY
     seed: int = 0
     rule_seed: int = 0
-    layout: str = "rows"
-    sizes: Sequence[int] = (12,)
-    steps: int = 7
+    layout: str = "rows"  # [N, c]; "tokens": [2, N/2, c]; "maps": [2, c, 2, N/4], 1×1 convolutions
+    sizes: Sequence[int] = (12,)  # data in a batch, in turn
+    steps: int = 7  # of the optimizer, plain SGD
     steps_per_epoch: int = 3
-    accumulate: int = 1
+    accumulate: int = 1  # backward passes a step
     lr: float = 0.05
-    missing: float = 0.0
-    targets: bool = False
-    soft: bool = False
-    weights: str | None = None
+    missing: float = 0.0  # share of the labels, every output's for itself
+    targets: bool = False  # whether labels are passed, or read off the losses
+    soft: bool = False  # labels are probabilities
+    weights: str | None = None  # of examples: "smooth" from 0.5 to 1.5, "zero" of 0 or 1
     reduction: str = "mean"
-    factors: Mapping[str, float] = field(default_factory=dict)
-    absent: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)  # on losses
+    absent: Mapping[int, Sequence[str]] = field(default_factory=dict)  # tasks by step
     pretrain_epochs: int = 1
     gradient_scale: str = "sum"
     covariance: str = "diagonal"
@@ -88,147 +64,97 @@ class Case:
         return self.pretrain_epochs * self.steps_per_epoch
 
 
-def regression(outputs: int = 1, bias: bool = True, **settings: Any) -> HeadCase:
-    """By default with the paper's settings for QM9."""
-    given = {"s": 0.85, "prior_variance": 1.0, "readout": "posterior", "noise_variance": 1.0}
-    return HeadCase("regression", outputs, bias, {**given, **settings})
+def reg(outputs=1, s=0.85, prior=1.0, noise=1.0, readout="posterior", bias=True) -> HeadCase:
+    """A regression, by default with the paper's settings for QM9."""
+    settings = {"s": s, "prior_variance": prior, "readout": readout, "noise_variance": noise}
+    return HeadCase("regression", outputs, bias, settings)
 
 
-def _classification(kind: str, outputs: int, bias: bool, settings: dict[str, Any]) -> HeadCase:
-    given = {"s": 0.05, "prior_variance": 1.0, "readout": "gradient", "moments": "quadrature"}
-    return HeadCase(kind, outputs, bias, {**given, **settings})
+def two(
+    outputs=1, s=0.05, prior=1.0, readout="gradient", bias=True, kind="binary", **moments
+) -> HeadCase:
+    """Binary outputs, by default with a small exponent, as the paper's for classification."""
+    settings = {"s": s, "prior_variance": prior, "readout": readout, "moments": "quadrature"}
+    return HeadCase(kind, outputs, bias, {**settings, **moments})
 
 
-def binary(outputs: int = 1, bias: bool = True, **settings: Any) -> HeadCase:
-    """By default with a small exponent, as the paper's for classification."""
-    return _classification("binary", outputs, bias, settings)
+def cls(classes=3, *args, **settings) -> HeadCase:
+    """Classes; otherwise as :func:`two`."""
+    return two(classes, *args, kind="multiclass", **settings)
 
 
-def multiclass(classes: int = 3, bias: bool = True, **settings: Any) -> HeadCase:
-    """As :func:`binary`."""
-    return _classification("multiclass", classes, bias, settings)
-
-
-MIXED = {"reg": regression(2), "bin": binary(2), "cls": multiclass(3)}
+MIXED = {"reg": reg(2), "bin": two(2), "cls": cls(3)}
 # Exponents at which every task has a say.
-LEVEL = {"reg": regression(2, s=0.5), "bin": binary(2, s=0.5), "cls": multiclass(3, s=0.5)}
+LEVEL = {"reg": reg(2, 0.5), "bin": two(2, 0.5), "cls": cls(3, 0.5)}
 SAMPLED = {"moments": "monte_carlo", "num_samples": 16}
+LEARNED = {"reg": reg(2, noise="learned")}
+WIDE = {"s": 0.3, "prior": 30.0}
+POSTERIOR = {"readout": "posterior"}
 
 CASES = [
     # Kinds, exponents, noise, priors and read-outs.
     Case("mixed", MIXED),
     Case("mixed_level", LEVEL, seed=1, gradient_scale="mean"),
-    Case(
-        "uniform",
-        {"reg": regression(2, s=0.0), "bin": binary(s=0.0), "cls": multiclass(4, s=0.0)},
-        seed=2,
-    ),
+    Case("uniform", dict(reg=reg(2, 0.0), bin=two(1, 0.0), cls=cls(4, 0.0)), seed=2),
     Case(
         "regression_fixed_noise",
-        {"a": regression(3, noise_variance=0.5), "b": regression(noise_variance=0.5)},
+        dict(a=reg(3, noise=0.5), b=reg(noise=0.5)),
         seed=3,
         gradient_scale="mean",
     ),
     Case(
         "regression_learned_noise",
-        {
-            "a": regression(2, s=1.0, noise_variance="learned"),
-            "b": regression(s=1.0, noise_variance="learned", readout="gradient"),
-        },
+        dict(a=reg(2, 1.0, noise="learned"), b=reg(1, 1.0, 1.0, "learned", "gradient")),
         seed=4,
     ),
     Case(
         "regression_every_noise",
-        {
-            "a": regression(2, noise_variance="learned", prior_variance=0.3),
-            "b": regression(noise_variance=0.2, prior_variance=4.0),
-            "c": regression(2, noise_variance=3.0, s=0.4, readout="gradient"),
-        },
+        dict(a=reg(2, 0.85, 0.3, "learned"), b=reg(1, 0.85, 4.0, 0.2))
+        | dict(c=reg(2, 0.4, 1.0, 3.0, "gradient")),
         seed=5,
     ),
-    Case(
-        "binary",
-        {"a": binary(3, s=1.0), "b": binary(s=0.5, prior_variance=0.2), "c": binary(s=0.7)},
-        seed=6,
-    ),
+    Case("binary", dict(a=two(3, 1.0), b=two(1, 0.5, 0.2), c=two(1, 0.7)), seed=6),
     Case(
         "binary_posterior_readout",
-        {
-            "a": binary(2, s=0.5, readout="posterior"),
-            "b": binary(s=0.5, readout="posterior", prior_variance=0.5),
-            "c": binary(s=0.5),
-        },
+        dict(a=two(2, 0.5, **POSTERIOR), b=two(1, 0.5, 0.5, **POSTERIOR), c=two(1, 0.5)),
         seed=7,
     ),
     Case(
         "multiclass",
-        {
-            "a": multiclass(3, s=0.5),
-            "b": multiclass(4, s=0.5),
-            "c": multiclass(3, s=0.5, prior_variance=0.3),
-            "d": multiclass(2, s=0.5),
-        },
+        dict(a=cls(3, 0.5), b=cls(4, 0.5), c=cls(3, 0.5, 0.3), d=cls(2, 0.5)),
         seed=8,
     ),
     Case(
         "multiclass_posterior_readout",
-        {
-            "a": multiclass(3, s=0.3, readout="posterior"),
-            "b": multiclass(3, s=0.8, readout="gradient"),
-            "c": multiclass(4, s=0.3, readout="posterior", prior_variance=0.5),
-        },
+        dict(a=cls(3, 0.3, **POSTERIOR), b=cls(3, 0.8), c=cls(4, 0.3, 0.5, **POSTERIOR)),
         seed=9,
     ),
     # Wide posteriors: every kind of nodes, Sobol points and panels among them, has its turn.
     Case(
         "wide_posteriors",
-        {
-            "bin": binary(2, s=0.3, prior_variance=30.0),
-            "two": multiclass(2, s=0.3, prior_variance=30.0),
-            "cls": multiclass(4, s=0.3, prior_variance=30.0),
-            "reg": regression(s=0.3, prior_variance=30.0, noise_variance=5.0),
-        },
+        dict(
+            bin=two(2, **WIDE), two=cls(2, **WIDE), cls=cls(4, **WIDE), reg=reg(noise=5.0, **WIDE)
+        ),
         seed=10,
         pretrain_epochs=0,
         sizes=(12, 4, 30),
     ),
     Case(
         "without_biases",
-        {
-            "reg": regression(2, bias=False),
-            "bin": binary(2, bias=False),
-            "cls": multiclass(3, bias=False, readout="posterior"),
-        },
+        dict(reg=reg(2, bias=False), bin=two(2, bias=False), cls=cls(3, bias=False, **POSTERIOR)),
         seed=11,
     ),
     Case(
         "with_and_without_biases",
-        {
-            "a": regression(2, noise_variance="learned"),
-            "b": binary(s=0.5, bias=False),
-            "c": regression(bias=False, noise_variance="learned"),
-            "d": binary(2, s=0.5),
-            "e": multiclass(3, bias=False, s=0.5),
-        },
+        dict(a=reg(2, noise="learned"), b=two(1, 0.5, bias=False))
+        | dict(c=reg(noise="learned", bias=False), d=two(2, 0.5), e=cls(3, 0.5, bias=False)),
         seed=12,
     ),
     # Epochs, batches and losses.
     Case("no_pretraining", LEVEL, seed=13, pretrain_epochs=0, steps_per_epoch=2),
     # Noise is learned from the last epoch of pre-training on.
-    Case(
-        "long_pretraining",
-        {**MIXED, "reg": regression(2, noise_variance="learned")},
-        seed=14,
-        pretrain_epochs=2,
-        steps_per_epoch=2,
-    ),
-    Case(
-        "batches_of_all_sizes",
-        {**MIXED, "reg": regression(2, noise_variance="learned")},
-        seed=15,
-        sizes=(12, 3, 1, 20, 7),
-        steps=9,
-    ),
+    Case("long_pretraining", MIXED | LEARNED, seed=14, pretrain_epochs=2, steps_per_epoch=2),
+    Case("batches_of_all_sizes", MIXED | LEARNED, seed=15, sizes=(12, 3, 1, 20, 7), steps=9),
     # Tasks differ in their exponents, so that the factor common to all losses must not matter.
     Case(
         "sums_and_factors",
@@ -242,7 +168,7 @@ CASES = [
     # Eq. 6.
     Case(
         "full_covariance",
-        {"reg": regression(2, s=1.0), "bin": binary(2, s=1.0), "cls": multiclass(3, s=1.0)},
+        dict(reg=reg(2, 1.0), bin=two(2, 1.0), cls=cls(3, 1.0)),
         seed=18,
         covariance="full",
     ),
@@ -258,21 +184,14 @@ CASES = [
     # that is not pre-training.
     Case(
         "monte_carlo",
-        {
-            "reg": regression(2, s=0.5),
-            "a": binary(2, s=0.5, **SAMPLED),
-            "b": binary(s=0.5),
-            "c": multiclass(3, s=0.5, **SAMPLED),
-            "d": multiclass(3, s=0.5, **SAMPLED),
-            "e": binary(s=0.5, **SAMPLED),
-        },
+        dict(reg=reg(2, 0.5), a=two(2, 0.5, **SAMPLED), b=two(1, 0.5), c=cls(3, 0.5, **SAMPLED))
+        | dict(d=cls(3, 0.5, **SAMPLED), e=two(1, 0.5, **SAMPLED)),
         seed=20,
         rule_seed=5,
     ),
     Case(
         "monte_carlo_full_covariance",
-        {"reg": regression(2, s=0.5), "bin": binary(2, s=0.5, **SAMPLED)}
-        | {"cls": multiclass(3, s=0.5, **SAMPLED)},
+        dict(reg=reg(2, 0.5), bin=two(2, 0.5, **SAMPLED), cls=cls(3, 0.5, **SAMPLED)),
         seed=21,
         rule_seed=6,
         covariance="full",
@@ -283,7 +202,7 @@ CASES = [
     Case("missing", LEVEL, seed=22, missing=0.4),
     Case(
         "missing_targets",
-        {**LEVEL, "reg": regression(2, s=0.5, noise_variance="learned")},
+        LEVEL | {"reg": reg(2, 0.5, noise="learned")},
         seed=23,
         missing=0.4,
         targets=True,
@@ -292,12 +211,8 @@ CASES = [
     # A whole epoch, of steps 2 and 3, passes without `b` and `cls`.
     Case(
         "absent",
-        {
-            "a": regression(2, s=0.5, noise_variance="learned"),
-            "b": regression(s=0.5, noise_variance="learned"),
-            "bin": binary(2, s=0.5),
-            "cls": multiclass(3, s=0.5, readout="posterior"),
-        },
+        dict(a=reg(2, 0.5, noise="learned"), b=reg(1, 0.5, noise="learned"))
+        | dict(bin=two(2, 0.5), cls=cls(3, 0.5, **POSTERIOR)),
         seed=25,
         steps_per_epoch=2,
         steps=8,
@@ -306,18 +221,14 @@ CASES = [
     # Heads without any evidence are not written when the others are.
     Case(
         "absent_at_first",
-        {
-            "a": regression(s=0.5),
-            "b": regression(s=0.5, noise_variance="learned"),
-            "bin": binary(2, s=0.5, readout="posterior"),
-        },
+        dict(a=reg(1, 0.5), b=reg(1, 0.5, noise="learned"), bin=two(2, 0.5, **POSTERIOR)),
         seed=35,
         steps=8,
         absent={0: ["b", "bin"], 1: ["b", "bin"], 2: ["b", "bin"], 3: ["bin"], 4: ["bin"]},
     ),
     Case(
         "absent_and_missing_targets",
-        {**LEVEL, "more": binary(s=0.5)},
+        LEVEL | {"more": two(1, 0.5)},
         seed=26,
         missing=0.3,
         targets=True,
@@ -333,7 +244,7 @@ CASES = [
     Case("maps_targets", LEVEL, seed=32, layout="maps", missing=0.3, targets=True),
     Case(
         "maps_subset",
-        {**MIXED, "reg": regression(2, noise_variance="learned")},
+        MIXED | LEARNED,
         seed=33,
         rule_seed=7,
         layout="maps",
@@ -341,15 +252,7 @@ CASES = [
         sizes=(24,),
         gradient_scale="mean",
     ),
-    Case(
-        "subset_missing",
-        LEVEL,
-        seed=34,
-        rule_seed=8,
-        max_data=6,
-        sizes=(16, 5),
-        missing=0.4,
-    ),
+    Case("subset_missing", LEVEL, seed=34, rule_seed=8, max_data=6, sizes=(16, 5), missing=0.4),
 ]
 
 
