@@ -19,7 +19,8 @@ from bayesagg import (
     PaperRule,
     RegressionHead,
 )
-from bayesagg.errors import LossError, TargetError
+from bayesagg.errors import LossError
+from tests.reading.losses import focal_classes
 
 RULES = {
     "likelihood": lambda: LikelihoodRule(warmup=0, keep_length=False),
@@ -63,24 +64,34 @@ def test_weights_reach_the_evidence(weight):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-ROBUST = {
-    "huber": lambda z, y: F.huber_loss(z, y, delta=0.1),
-    "l1": F.l1_loss,
-    "quantile": lambda z, y: torch.maximum(0.9 * (y - z), 0.1 * (z - y)).mean(),
-    "log_cosh": lambda z, y: (z - y).cosh().log().mean(),
+# Each with the number of classes, of which a regression has none.
+OTHERS = {
+    "huber": (0, lambda z, y: F.huber_loss(z, y, delta=0.1)),
+    "l1": (0, F.l1_loss),
+    "quantile": (0, lambda z, y: torch.maximum(0.9 * (y - z), 0.1 * (z - y)).mean()),
+    "log_cosh": (0, lambda z, y: (z - y).cosh().log().mean()),
+    "logit adjusted": (3, lambda z, y: F.cross_entropy(z + torch.tensor([2.0, 0.0, -2.0]), y)),
+    "one against the rest": (
+        3,
+        lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).double()),
+    ),
+    "squared error": (3, lambda z, y: F.mse_loss(z, F.one_hot(y, 3).double())),
+    "focal": (3, focal_classes),
 }
 
 
 @both
-@pytest.mark.parametrize("name", ROBUST)
+@pytest.mark.parametrize("name", OTHERS)
 def test_a_loss_that_is_not_the_likelihood_keeps_its_gradient_and_its_head(rule, name):
     """Its gradient at the features is its own, times one factor; its head trains by it."""
-    x, head = leaf(40, 3), linear(3, 1)
-    y = 3 * leaf(40, 1, seed=1).detach()
-    engine = engine_of({"y": RegressionHead(head)}, rule)
-    expected = torch.autograd.grad(ROBUST[name](head(x), y), [x, *head.parameters()])
+    classes, loss = OTHERS[name]
+    x, head = leaf(40, 3), linear(3, classes or 1)
+    y = 3 * leaf(40, classes or 1, seed=1).detach()
+    y = y.argmax(1) if classes else y
+    engine = engine_of({"y": (MulticlassHead if classes else RegressionHead)(head)}, rule)
+    expected = torch.autograd.grad(loss(head(x), y), [x, *head.parameters()])
     with pytest.warns(UserWarning, match="not the likelihood"):
-        engine({"y": ROBUST[name](head(x), y)}, {"y": y}).backward()
+        engine({"y": loss(head(x), y)}, {"y": y}).backward()
     cosine = F.cosine_similarity(x.grad.flatten(), expected[0].flatten(), dim=0)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-9, atol=0)
     for parameter, gradient in zip(head.parameters(), expected[1:], strict=True):
@@ -188,48 +199,6 @@ def test_another_path_to_the_features_keeps_its_gradient(rule):
     engine._capture.clear()
 
 
-NOT_PARALLEL = {
-    "logit adjusted": lambda z, y: F.cross_entropy(z + torch.tensor([2.0, 0.0, -2.0]), y),
-    "one against the rest": lambda z, y: F.binary_cross_entropy_with_logits(
-        z, F.one_hot(y, 3).double()
-    ),
-    "squared error": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).double()),
-    "focal": lambda z, y: (
-        (1 - z.softmax(1).gather(1, y[:, None])[:, 0]) ** 2
-        * F.cross_entropy(z, y, reduction="none")
-    ).mean(),
-}
-
-
-@both
-@pytest.mark.parametrize("name", NOT_PARALLEL)
-def test_losses_on_classes_that_are_no_cross_entropy_keep_their_gradient(rule, name):
-    x, head = leaf(30, 4), linear(4, 3)
-    y = leaf(30, 3, seed=1).detach().argmax(1)
-    engine = engine_of({"y": MulticlassHead(head)}, rule)
-    loss = NOT_PARALLEL[name]
-    expected = torch.autograd.grad(loss(head(x), y), [x, head.weight])
-    with pytest.warns(UserWarning, match="not the likelihood"):
-        engine({"y": loss(head(x), y)}, {"y": y}).backward()
-    cosine = F.cosine_similarity(x.grad.flatten(), expected[0].flatten(), dim=0)
-    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-9, atol=0)
-    torch.testing.assert_close(head.weight.grad, expected[1])
-
-
-@both
-def test_class_indices_beside_label_smoothing_are_refused(rule):
-    """They are not the labels that the loss compares with; the smoothed ones are taken."""
-    x, head = leaf(30, 4), linear(4, 3)
-    y = leaf(30, 3, seed=1).detach().argmax(1)
-    engine = engine_of({"y": MulticlassHead(head)}, rule)
-    with pytest.raises(TargetError, match=r"'y'.*smoothed"):
-        engine({"y": F.cross_entropy(head(x), y, label_smoothing=0.2)}, {"y": y})
-    engine._capture.clear()
-    smoothed = 0.8 * F.one_hot(y, 3).double() + 0.2 / 3
-    engine({"y": F.cross_entropy(head(x), y, label_smoothing=0.2)}, {"y": smoothed}).backward()
-    assert x.grad is not None
-
-
 def test_task_weights_are_over_the_labels_that_there_are():
     """Whether 90 % of a task's labels are missing does not change its share. Default rule only:
     shares of the paper's are recorded in tests/rules.
@@ -290,28 +259,3 @@ def test_three_arguments_are_at_work_after_the_warm_up():
     assert head.weight.grad is None  # the posterior has it
     weights = torch.cat(list(optimizer.task_weights.values()))
     assert weights.max() > 1.5 * weights.min()
-
-
-@both
-def test_coupled_heads_are_named_both(rule):
-    """ESMM: click and conversion, whose product is the loss."""
-    x, click, convert = leaf(30, 4), linear(4, 1), linear(4, 1, seed=1)
-    y = (leaf(30, 2, seed=2).detach() > 0).double()
-    heads = {"ctr": BinaryHead(click), "ctcvr": BinaryHead(convert)}
-
-    def losses():
-        a, b = click(x), convert(x)
-        both = (a.sigmoid() * b.sigmoid()).clamp(1e-6, 1 - 1e-6)
-        return {
-            "ctr": F.binary_cross_entropy_with_logits(a, y[:, :1]),
-            "ctcvr": F.binary_cross_entropy(both, y[:, :1] * y[:, 1:]),
-        }
-
-    with pytest.raises(LossError, match=r"'ctr'.*'ctcvr'|'ctcvr'.*'ctr'"):
-        engine_of(heads, rule)(losses())
-    engine = engine_of(heads, rule)
-    engine._capture.clear()
-    expected = torch.autograd.grad(sum(losses().values()), [click.weight, convert.weight])
-    with pytest.warns(UserWarning, match="not the likelihood"):
-        engine(losses(), {"ctr": y[:, :1], "ctcvr": y[:, :1] * y[:, 1:]}).backward()
-    torch.testing.assert_close([click.weight.grad, convert.weight.grad], list(expected))

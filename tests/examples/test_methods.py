@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch import nn
-from torchjd.aggregation import FairGradWeighting
 
 from bayesagg import LikelihoodRule
 from bayesagg.presets import PAPER
@@ -446,14 +445,6 @@ def test_fairgrad_solves_its_equation(alpha, spread):
     update, _ = build(FairGrad, regressions(11), alpha=alpha)
     weights, _ = combination(update, rows)
     torch.testing.assert_close(weights, 11 * w / w.sum(), rtol=1e-4, atol=0)
-
-
-def test_fairgrad_agrees_with_torchjd():
-    rows = scaled_rows(4, 30, 1.0)
-    gramian = rows @ rows.T
-    torch.testing.assert_close(
-        fair_weights(gramian, 2.0), FairGradWeighting(2.0)(gramian), rtol=1e-3, atol=0
-    )
 
 
 def test_nash_mtl_is_the_bargaining_solution():

@@ -21,7 +21,7 @@ from tests.helpers import (
     tensors_of,
     wrap,
 )
-from tests.loops.clients import huggingface, plain, state_of
+from tests.loops.clients import huggingface, state_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,13 +42,6 @@ def trained(rule, folder, *, seed=0, **arguments):
     net, wrapper = start(rule, seed)
     huggingface(net, wrapper, BATCHES, losses_of, folder, EPOCHS, **arguments)
     return state_of(net, wrapper)
-
-
-def test_a_trainer_takes_the_steps_of_a_loop(rule, tmp_path):
-    """Bit for bit, heads and posterior too."""
-    net, wrapper = start(rule)
-    plain(net, wrapper, BATCHES, losses_of, tmp_path, EPOCHS)
-    assert_same(state_of(net, wrapper), trained(rule, tmp_path))
 
 
 def accumulated(rule, parts, epochs, clip):

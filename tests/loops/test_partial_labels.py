@@ -9,6 +9,7 @@ import torch
 
 from tests.helpers import (
     OUTPUTS,
+    PHASES,
     QUICK,
     SAMPLED,
     assert_finite,
@@ -191,7 +192,6 @@ def test_alternating_tasks_do_not_touch_each_other(rule, device, dtype):
 
 
 SPELLINGS = pytest.mark.parametrize("spelling", ["zero_loss", "targets"])
-PHASES = pytest.mark.parametrize("steps", [1, 4], ids=["linear", "after"])
 
 
 def no_labels(labels, names):
@@ -251,14 +251,3 @@ def test_a_batch_without_labels_moves_nothing(kind, steps, spelling, device):
     assert_finite(snapshot(net, optimizer))
     again = wrap(plain_net(device), "sgd", rule, **kwargs)
     again.load_state_dict(optimizer.state_dict())
-
-
-def test_an_order_of_batches_is_all_that_matters(rule, device, dtype):
-    """The same partially labelled run twice gives the same bits."""
-    results = []
-    for _ in range(2):
-        net = plain_net(device, dtype)
-        optimizer = wrap(net, "adam", rule, settings=SAMPLED)
-        alternate(net, optimizer, list(OUTPUTS), range(9))
-        results.append(snapshot(net, optimizer))
-    assert_same(*results)

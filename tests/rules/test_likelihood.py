@@ -198,31 +198,6 @@ class _Copy(nn.Module):
         return x.clone()
 
 
-def test_weights_of_examples_are_weights_of_evidence():
-    """A weight of two is a datum that is there twice, for a prior that has no say.
-
-    Weights are relative to their mean, so that a prior would count more beside them.
-    """
-    rule = replace(RULE, memory=10**9, prior_variance=1e12)
-    weights = torch.ones(N, 1, dtype=torch.float64)
-    weights[:3] = 2.0
-    twice = torch.cat([torch.arange(N), torch.arange(3)])
-    means = []
-    for repeat in (False, True):
-        modules, heads = network(["reg"])
-        engine = BayesAgg(None, heads, rule=rule)
-        x, labels = batch(0, ["reg"])
-        y = labels["reg"]
-        if repeat:
-            x, y = x.detach()[twice].requires_grad_(), y[twice]
-            loss = F.mse_loss(modules["reg"](x), y)
-        else:
-            loss = (weights * (modules["reg"](x) - y).square()).sum() / weights.sum() / 2
-        engine({"reg": loss}, {"reg": y}).backward()
-        means.append(modules["reg"].weight.detach().clone())
-    torch.testing.assert_close(*means, rtol=1e-6, atol=1e-9)
-
-
 def test_losses_without_a_head_are_divided_by_their_scale():
     modules, heads = network(["reg"])
     engine = BayesAgg(None, {**heads, "aux": LossTask()}, rule=RULE, passthrough=("other",))
