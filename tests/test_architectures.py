@@ -16,28 +16,11 @@ from torch.nn import functional as F
 
 from bayesagg import LossTask
 from bayesagg.errors import UnknownTaskError
-from tests.helpers import (
-    EPOCH,
-    HEADS,
-    LOSSES,
-    OUTPUTS,
-    PHASES,
-    WIDTH,
-    Net,
-    assert_finite,
-    assert_same,
-    difference,
-    gradients,
-    make_batch,
-    make_heads,
-    make_losses,
-    make_net,
-    plain_net,
-    plain_trunk,
-    snapshot,
-    train,
-    wrap,
-)
+from tests.helpers.data import LOSSES, make_batch, make_losses
+from tests.helpers.nets import Net, make_net, plain_net, plain_trunk
+from tests.helpers.settings import EPOCH, HEADS, OUTPUTS, PHASES, WIDTH
+from tests.helpers.states import assert_finite, assert_same, difference, gradients, snapshot
+from tests.helpers.training import make_heads, train, wrap
 
 
 @pytest.fixture

@@ -30,24 +30,11 @@ from bayesagg.errors import (
     TargetError,
 )
 from bayesagg.rules import PaperRule
-from tests.helpers import (
-    LOSSES,
-    QUICK,
-    RULES,
-    WIDTH,
-    Net,
-    assert_finite,
-    assert_same,
-    difference,
-    make_batch,
-    make_engine,
-    make_heads,
-    make_losses,
-    make_net,
-    snapshot,
-    train,
-    wrap,
-)
+from tests.helpers.data import LOSSES, make_batch, make_losses
+from tests.helpers.nets import Net, make_net
+from tests.helpers.settings import QUICK, RULES, WIDTH
+from tests.helpers.states import assert_finite, assert_same, difference, snapshot
+from tests.helpers.training import make_engine, make_heads, train, wrap
 
 
 def nothing() -> None:

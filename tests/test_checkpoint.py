@@ -17,19 +17,11 @@ from torch.nn import functional as F
 from bayesagg import LossTask
 from bayesagg.checkpoint import PosteriorState
 from bayesagg.errors import CheckpointError
-from tests.helpers import (
-    EPOCH,
-    OPTIMIZERS,
-    SAMPLED,
-    difference,
-    make_batch,
-    make_heads,
-    make_losses,
-    make_net,
-    snapshot,
-    train,
-    wrap,
-)
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import make_net
+from tests.helpers.settings import EPOCH, OPTIMIZERS, SAMPLED
+from tests.helpers.states import difference, snapshot
+from tests.helpers.training import make_heads, train, wrap
 
 WIDE = 130  # outputs of more weights keep a basis of their evidence for some steps
 # Entries that no run makes negative, by name.

@@ -14,7 +14,8 @@ from bayesagg.diagnostics import (
     reliability,
 )
 from bayesagg.predicting import Predictor
-from tests.helpers import make_batch, plain_net
+from tests.helpers.data import make_batch
+from tests.helpers.nets import plain_net
 from tests.predicting.cases import heads_of, loader
 
 

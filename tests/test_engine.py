@@ -1,7 +1,7 @@
 """The engine over whole training runs: what it watches, what it leaves alone, what it keeps.
 
 What belongs to one rule alone is in ``tests/rules``; what a step computes, there and in
-``test_end_to_end.py``.
+``test_scalar.py``.
 """
 
 from __future__ import annotations
@@ -20,30 +20,18 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from bayesagg import RegressionHead
-from tests.helpers import (
-    EPOCH,
-    OPTIMIZERS,
-    OUTPUTS,
-    PHASES,
-    QUICK,
-    SAMPLED,
-    WIDTH,
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import make_net, plain_net
+from tests.helpers.settings import EPOCH, OPTIMIZERS, OUTPUTS, PHASES, QUICK, SAMPLED, WIDTH
+from tests.helpers.states import (
     assert_finite,
     assert_same,
     difference,
     gradients,
-    make_batch,
-    make_engine,
-    make_heads,
-    make_losses,
-    make_net,
-    plain_net,
     rounding,
     snapshot,
-    train,
-    train_step,
-    wrap,
 )
+from tests.helpers.training import make_engine, make_heads, train, train_step, wrap
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from bayesagg.invariance import step_is_invariant
-from tests.helpers import difference
+from tests.helpers.states import difference
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 

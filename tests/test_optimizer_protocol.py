@@ -16,28 +16,18 @@ from torch.optim.optimizer import (
 )
 
 from bayesagg import BayesAgg, BayesAggWrapper
-from tests.helpers import (
-    EPOCH,
-    OPTIMIZERS,
-    PHASES,
-    QUICK,
-    RULES,
-    SAMPLED,
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import make_net, plain_net
+from tests.helpers.settings import EPOCH, OPTIMIZERS, PHASES, QUICK, RULES, SAMPLED
+from tests.helpers.states import (
     assert_finite,
     assert_same,
     difference,
     gradients,
-    make_batch,
-    make_heads,
-    make_losses,
-    make_net,
-    plain_net,
     snapshot,
     tensors_of,
-    train,
-    train_step,
-    wrap,
 )
+from tests.helpers.training import make_heads, train, train_step, wrap
 
 BASES = sorted(OPTIMIZERS)
 PLAIN_BASES = [name for name in BASES if name != "lbfgs"]  # those that need no closure

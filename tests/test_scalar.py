@@ -11,21 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import (
-    PHASES,
-    assert_finite,
-    assert_same,
-    difference,
-    gradients,
-    make_batch,
-    make_losses,
-    make_net,
-    snapshot,
-    train,
-    wrap,
-)
-
-GRADIENT = {name: {"readout": "gradient"} for name in ("reg", "bin", "cls")}
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import make_net
+from tests.helpers.settings import GRADIENT, PHASES
+from tests.helpers.states import assert_finite, assert_same, difference, gradients, snapshot
+from tests.helpers.training import train, wrap
 
 
 @pytest.fixture

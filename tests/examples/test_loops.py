@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, RegressionHead
-from tests.helpers import assert_finite, difference
+from tests.helpers.states import assert_finite, difference
 
 # Of the clients, about speed, themselves and their own dependencies.
 pytestmark = pytest.mark.filterwarnings("ignore")

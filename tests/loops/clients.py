@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bayesagg import BayesAggWrapper
-from tests.helpers import assert_finite, snapshot
+from tests.helpers.states import assert_finite, snapshot
 
 Batch = Mapping[str, Tensor]
 LossesOf = Callable[[nn.Module, Batch], dict[str, Tensor]]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bayesagg import LossTask
-from tests.helpers import INPUTS, LOSSES, OUTPUTS, WIDTH, make_losses, plain_net, plain_trunk
+from tests.helpers.data import LOSSES, make_losses
+from tests.helpers.nets import plain_net, plain_trunk
+from tests.helpers.settings import INPUTS, OUTPUTS, WIDTH
 
 Batch = Mapping[str, Tensor]
 

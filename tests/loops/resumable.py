@@ -17,7 +17,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.helpers import SAMPLED, WIDTH, make_batch, make_losses, make_net, snapshot, wrap
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import make_net
+from tests.helpers.settings import SAMPLED, WIDTH
+from tests.helpers.states import snapshot
+from tests.helpers.training import wrap
 
 EPOCHS, STEPS, BATCH, EVERY = 4, 5, 6, 2
 DATA = STEPS * BATCH

@@ -2,69 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesagg import BayesAgg, BayesAggWrapper
-from tests.helpers import (
-    EPOCH,
-    LOSSES,
-    SAMPLED,
-    Net,
-    assert_same,
-    make_batch,
-    make_losses,
-    make_net,
-    plain_net,
-    wrap,
-)
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import Net, make_net, plain_net
+from tests.helpers.settings import EPOCH, SAMPLED
+from tests.helpers.states import assert_near, assert_same
+from tests.helpers.training import wrap
 from tests.loops.ranks import Ranks
 
 ROWS = 12
-READOUT = {name: {"readout": "posterior"} for name in ("reg", "bin", "cls")}
-GRADIENT = {name: {"readout": "gradient"} for name in READOUT}
 
 
 def batch_of(index: int, rows: slice = slice(None)) -> tuple[Tensor, dict[str, Tensor]]:
     """Some rows of batch number ``index``."""
     x, labels = make_batch(seed=index, size=ROWS)
     return x[rows], {name: y[rows] for name, y in labels.items()}
-
-
-def without(labels: Mapping[str, Tensor], name: str, gaps: Tensor) -> dict[str, Tensor]:
-    """Labels of which those of one task are missing in some rows, or single entries."""
-    y = labels[name]
-    gaps = gaps if gaps.dim() == y.dim() else gaps[:, None].expand_as(y)
-    return {**labels, name: y.masked_fill(gaps, -100 if name == "cls" else torch.nan)}
-
-
-def ignore(
-    labels: Mapping[str, Tensor], seed: int, rate: float = 1 / 3
-) -> tuple[Mapping[str, Tensor], Tensor]:
-    """Some labels of every task are missing, each of its own; and which, ``[3, N]``."""
-    generator = torch.Generator().manual_seed(seed)
-    missing = torch.rand(3, len(labels["cls"]), generator=generator) < rate
-    missing = missing.to(labels["cls"].device)
-    for name, gaps in zip(labels, missing, strict=True):
-        labels = without(labels, name, gaps)
-    return labels, missing
-
-
-def losses_over(
-    out: Mapping[str, Tensor], labels: Mapping[str, Tensor], reduction: str = "mean"
-) -> dict[str, Tensor]:
-    """Means (or sums) over the labels that there are; zero where there is none."""
-    losses = {}
-    for name, z in out.items():
-        y = labels[name]
-        known = y != -100 if name == "cls" else ~y.isnan()
-        loss = functools.partial(LOSSES[name], reduction=reduction)
-        losses[name] = loss(z[known], y[known]) if bool(known.any()) else z.sum() * 0
-    return losses
 
 
 def half(rank: int | None) -> slice:
@@ -112,24 +70,6 @@ def trained(
     optimizer = wrap(net, base, rule, **kwargs)
     steps(model, optimizer, indices, rank)
     return result(net, optimizer)
-
-
-def assert_near(one: Any, other: Any, path: str = "", *, tolerance: float = 1e-9) -> None:
-    """Nested states of the same form, tensors alike to rounding, all else exactly."""
-    if isinstance(one, Tensor):
-        torch.testing.assert_close(
-            one, other, rtol=tolerance, atol=tolerance, msg=lambda said: f"{path}: {said}"
-        )
-    elif isinstance(one, Mapping):
-        assert one.keys() == other.keys(), path
-        for key, value in one.items():
-            assert_near(value, other[key], f"{path}/{key}", tolerance=tolerance)
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_near(a, b, f"{path}/{i}", tolerance=tolerance)
-    else:
-        assert one == other, (path, one, other)
 
 
 def assert_equal_ranks(ranks: list[dict[str, Any]]) -> None:

@@ -7,18 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.helpers import (
-    OPTIMIZERS,
-    OUTPUTS,
-    SAMPLED,
-    difference,
-    make_batch,
-    make_engine,
-    make_losses,
-    make_net,
-    snapshot,
-    wrap,
-)
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import make_net
+from tests.helpers.settings import OPTIMIZERS, OUTPUTS, SAMPLED
+from tests.helpers.states import difference, snapshot
+from tests.helpers.training import make_engine, wrap
 from tests.loops.clients import accelerate, state_of
 from tests.loops.runs import epochs_by_hand
 

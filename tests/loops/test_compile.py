@@ -13,7 +13,11 @@ from bayesagg.aggregation import aggregate_diagonal
 from bayesagg.errors import CaptureError, LossError
 from bayesagg.moments import Spectrum, leave_one_out, regression_moments, student_gradient
 from bayesagg.posterior import Gaussian
-from tests.helpers import QUICK, make_batch, make_losses, make_net, plain_net, snapshot, train, wrap
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import make_net, plain_net
+from tests.helpers.settings import QUICK
+from tests.helpers.states import snapshot
+from tests.helpers.training import train, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's, about parts of torch itself
 

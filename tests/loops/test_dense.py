@@ -14,8 +14,11 @@ from torch.utils._pytree import tree_leaves
 import bayesagg.rules.combine
 import bayesagg.rules.streaming
 from bayesagg.posterior import weighted_gram
-from tests.helpers import SAMPLED, gradients, make_batch, make_losses, plain_net, wrap
-from tests.loops.runs import assert_near, ignore, losses_over
+from tests.helpers.data import ignore, losses_over, make_batch, make_losses
+from tests.helpers.nets import plain_net
+from tests.helpers.settings import SAMPLED
+from tests.helpers.states import assert_near, gradients
+from tests.helpers.training import wrap
 
 
 class Layout(nn.Module):

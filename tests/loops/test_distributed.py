@@ -8,33 +8,21 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bayesagg.errors import RankError
-from tests.helpers import (
-    EPOCH,
-    OPTIMIZERS,
-    SAMPLED,
-    difference,
-    gradients,
-    make_engine,
-    make_losses,
-    plain_net,
-    snapshot,
-    train,
-    wrap,
-)
+from tests.helpers.data import losses_over, make_losses, without
+from tests.helpers.nets import plain_net
+from tests.helpers.settings import EPOCH, GRADIENT, OPTIMIZERS, READOUT, SAMPLED
+from tests.helpers.states import difference, gradients, snapshot
+from tests.helpers.training import make_engine, train, wrap
 from tests.loops.runs import (
-    GRADIENT,
-    READOUT,
     ROWS,
     assert_equal_ranks,
     assert_equal_runs,
     assert_halves_are_the_whole,
     batch_of,
     half,
-    losses_over,
     result,
     steps,
     trained,
-    without,
 )
 
 EXPONENTS = {"reg": {"s": 0.85}, "bin": {"s": 0.3}, "cls": {"s": 1.0}}

@@ -8,19 +8,12 @@ import torch
 from bayesagg import BayesAggWrapper, RegressionHead
 from bayesagg.checkpoint import PosteriorState
 from bayesagg.errors import CheckpointError
-from tests.helpers import (
-    OPTIMIZERS,
-    assert_same,
-    make_batch,
-    make_engine,
-    make_losses,
-    make_net,
-    plain_net,
-    snapshot,
-    train,
-    wrap,
-)
-from tests.loops.runs import assert_equal_runs, assert_near, result, steps, trained
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import make_net, plain_net
+from tests.helpers.settings import OPTIMIZERS
+from tests.helpers.states import assert_near, assert_same, snapshot
+from tests.helpers.training import make_engine, train, wrap
+from tests.loops.runs import assert_equal_runs, result, steps, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's checkpoints, about themselves
 NOISE = {"reg": {"noise_variance": "learned"}}

@@ -9,10 +9,12 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from bayesagg.errors import BayesAggError
-from tests.helpers import EPOCH, OPTIMIZERS, difference, make_engine, make_losses, plain_net, wrap
+from tests.helpers.data import make_losses
+from tests.helpers.nets import plain_net
+from tests.helpers.settings import EPOCH, GRADIENT, OPTIMIZERS, READOUT
+from tests.helpers.states import difference
+from tests.helpers.training import make_engine, wrap
 from tests.loops.runs import (
-    GRADIENT,
-    READOUT,
     assert_equal_ranks,
     assert_equal_runs,
     assert_halves_are_the_whole,

@@ -26,18 +26,11 @@ from bayesagg.errors import (
     UnknownTaskError,
 )
 from tests.conftest import DEVICE, DTYPE
-from tests.helpers import (
-    LOSSES,
-    OUTPUTS,
-    SAMPLED,
-    assert_finite,
-    assert_same,
-    make_batch,
-    make_net,
-    snapshot,
-    wrap,
-)
-from tests.loops.runs import losses_over, without
+from tests.helpers.data import LOSSES, losses_over, make_batch, without
+from tests.helpers.nets import make_net
+from tests.helpers.settings import OUTPUTS, SAMPLED
+from tests.helpers.states import assert_finite, assert_same, snapshot
+from tests.helpers.training import wrap
 
 TASKS = list(OUTPUTS)
 SETTINGS = {**SAMPLED, "reg": {"noise_variance": "learned"}}

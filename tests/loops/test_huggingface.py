@@ -9,18 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import (
-    LOSSES,
-    SAMPLED,
-    assert_finite,
-    assert_same,
-    make_batch,
-    make_losses,
-    make_net,
-    snapshot,
-    tensors_of,
-    wrap,
-)
+from tests.helpers.data import LOSSES, make_batch, make_losses
+from tests.helpers.nets import make_net
+from tests.helpers.settings import SAMPLED
+from tests.helpers.states import assert_finite, assert_same, snapshot, tensors_of
+from tests.helpers.training import wrap
 from tests.loops.clients import huggingface, state_of
 
 transformers = pytest.importorskip("transformers")

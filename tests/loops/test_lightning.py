@@ -17,20 +17,11 @@ import bayesagg.lightning
 from bayesagg.errors import CheckpointError
 from bayesagg.lightning import TaskWeightsCallback
 from bayesagg.logging import task_weight_scalars
-from tests.helpers import (
-    OPTIMIZERS,
-    OUTPUTS,
-    SAMPLED,
-    assert_finite,
-    assert_same,
-    difference,
-    make_batch,
-    make_engine,
-    make_losses,
-    make_net,
-    snapshot,
-    tensors_of,
-)
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import make_net
+from tests.helpers.settings import OPTIMIZERS, OUTPUTS, SAMPLED
+from tests.helpers.states import assert_finite, assert_same, difference, snapshot, tensors_of
+from tests.helpers.training import make_engine
 from tests.loops.runs import epochs_by_hand
 
 # Advice of Lightning's about speed, and of its dependencies about themselves.

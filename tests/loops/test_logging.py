@@ -8,7 +8,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from bayesagg.logging import log_task_weights, task_weight_scalars
-from tests.helpers import SAMPLED, make_net, train, wrap
+from tests.helpers.nets import make_net
+from tests.helpers.settings import SAMPLED
+from tests.helpers.training import train, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -11,18 +11,11 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from tests.helpers import (
-    OUTPUTS,
-    SAMPLED,
-    assert_finite,
-    assert_same,
-    make_batch,
-    make_losses,
-    plain_net,
-    snapshot,
-    tensors_of,
-    wrap,
-)
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import plain_net
+from tests.helpers.settings import OUTPUTS, SAMPLED
+from tests.helpers.states import assert_finite, assert_same, snapshot, tensors_of
+from tests.helpers.training import wrap
 
 STEPS, EPOCH, OTHER = 4_000, 50, 20  # the other model takes one step in OTHER
 CHECKS = (2_000, 3_000, 4_000)  # an epoch of either model has ended

@@ -8,16 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import (
-    LOSSES,
-    SAMPLED,
-    assert_same,
-    make_batch,
-    make_net,
-    wrap,
-)
+from tests.helpers.data import LOSSES, make_batch, without
+from tests.helpers.nets import make_net
+from tests.helpers.settings import SAMPLED
+from tests.helpers.states import assert_same
+from tests.helpers.training import wrap
 from tests.loops.clients import CLIENTS, plain, state_of
-from tests.loops.runs import without
 
 # Advice of Lightning's about speed, and of its dependencies about themselves.
 pytestmark = [

@@ -9,17 +9,11 @@ import pytest
 import torch
 
 from bayesagg.posterior import augment
-from tests.helpers import (
-    OPTIMIZERS,
-    assert_finite,
-    assert_same,
-    make_batch,
-    make_engine,
-    make_losses,
-    plain_net,
-    snapshot,
-    wrap,
-)
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import plain_net
+from tests.helpers.settings import OPTIMIZERS
+from tests.helpers.states import assert_finite, assert_same, snapshot
+from tests.helpers.training import make_engine, wrap
 
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 SINGLE = torch.float32

@@ -6,23 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.helpers import (
-    EPOCH,
-    OPTIMIZERS,
-    QUICK,
-    assert_finite,
-    assert_same,
-    difference,
-    make_batch,
-    make_engine,
-    make_losses,
-    plain_net,
-    snapshot,
-    train,
-    wrap,
-)
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import plain_net
+from tests.helpers.settings import EPOCH, GRADIENT, OPTIMIZERS, QUICK
+from tests.helpers.states import assert_finite, assert_same, difference, snapshot
+from tests.helpers.training import make_engine, train, wrap
 from tests.loops.clients import CLIENTS, lightning, state_of
-from tests.loops.runs import GRADIENT
 
 # Linear scalarization for good.
 FOREVER = {"likelihood": {"warmup": 99}, "paper": {"pretrain_epochs": 99}}

@@ -7,22 +7,11 @@ import copy
 import pytest
 import torch
 
-from tests.helpers import (
-    OUTPUTS,
-    PHASES,
-    QUICK,
-    SAMPLED,
-    assert_finite,
-    assert_same,
-    gradients,
-    make_batch,
-    make_losses,
-    plain_net,
-    snapshot,
-    train,
-    wrap,
-)
-from tests.loops.runs import READOUT, assert_near, losses_over, without
+from tests.helpers.data import losses_over, make_batch, make_losses, without
+from tests.helpers.nets import plain_net
+from tests.helpers.settings import OUTPUTS, PHASES, QUICK, READOUT, SAMPLED
+from tests.helpers.states import assert_finite, assert_near, assert_same, gradients, snapshot
+from tests.helpers.training import train, wrap
 
 
 def drop(labels, rate, seed):

@@ -10,11 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers import (
-    assert_same,
-    difference,
-    snapshot,
-)
+from tests.helpers.states import assert_same, difference, snapshot
 from tests.loops.resumable import Run
 
 ROOT = Path(__file__).resolve().parents[2]

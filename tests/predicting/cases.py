@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from tests.helpers import HEADS, make_batch, plain_net
+from tests.helpers.data import make_batch
+from tests.helpers.nets import plain_net
+from tests.helpers.settings import HEADS
 
 
 def heads_of(net, **settings):

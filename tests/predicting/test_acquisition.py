@@ -7,7 +7,7 @@ import torch
 
 from bayesagg import acquisition
 from bayesagg.predicting import Predictor
-from tests.helpers import make_batch
+from tests.helpers.data import make_batch
 from tests.predicting.cases import heads_of, loader, plain_net
 
 

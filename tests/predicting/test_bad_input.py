@@ -17,7 +17,9 @@ from bayesagg.errors import (
     UnknownTaskError,
 )
 from bayesagg.predicting import Predictor
-from tests.helpers import make_batch, plain_net, train, wrap
+from tests.helpers.data import make_batch
+from tests.helpers.nets import plain_net
+from tests.helpers.training import train, wrap
 from tests.predicting.cases import heads_of, loader
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bayesagg.heads import LossTask
 from bayesagg.reading import Batch, Call, Capture, Labels, Reader
-from tests.helpers import HEADS
+from tests.helpers.settings import HEADS
 
 
 class Bench:

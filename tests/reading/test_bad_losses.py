@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bayesagg.errors import FeatureError, LossError, TargetError, UnknownTaskError
-from tests.helpers import LOSSES, make_losses
+from tests.helpers.data import LOSSES, make_losses
 from tests.reading.bench import Bench, labels_by_task
 from tests.reading.losses import ALL, one_hot
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from tests.helpers import LOSSES
+from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench
 from tests.reading.test_reader import labels_for, losses_for
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bayesagg.errors import LossError
-from tests.helpers import HEADS, LOSSES, skip_without_losses
+from tests.helpers.data import LOSSES, skip_without_losses
+from tests.helpers.settings import HEADS
 from tests.reading.bench import read
 from tests.reading.losses import SMOOTH
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from bayesagg.errors import LossError, TargetError
-from tests.helpers import skip_without_losses
+from tests.helpers.data import skip_without_losses
 from tests.reading.bench import Free, labels_by_task
 
 DRAWS, CHUNK = 2400, 200

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bayesagg.errors import CaptureError, LossError
 from bayesagg.heads import BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.reading import Capture, Reader
-from tests.helpers import LOSSES
+from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench, labels_by_task
 
 OUTPUTS = {"a": 2, "b": 1, "c": 4, "d": 1}

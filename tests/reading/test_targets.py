@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from bayesagg.errors import LossError, TargetError
-from tests.helpers import LOSSES
+from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench, Free, labels_by_task
 from tests.reading.losses import ALL
 

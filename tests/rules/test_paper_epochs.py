@@ -9,22 +9,11 @@ import pytest
 import torch
 
 from bayesagg.posterior import augment
-from tests.helpers import (
-    EPOCH,
-    OUTPUTS,
-    QUICK,
-    SAMPLED,
-    assert_finite,
-    make_batch,
-    make_net,
-    masked_losses,
-    plain_net,
-    rounding,
-    snapshot,
-    train,
-    train_step,
-    wrap,
-)
+from tests.helpers.data import losses_over, make_batch
+from tests.helpers.nets import make_net, plain_net
+from tests.helpers.settings import EPOCH, OUTPUTS, QUICK, SAMPLED
+from tests.helpers.states import assert_finite, rounding, snapshot
+from tests.helpers.training import train, train_step, wrap
 
 
 @pytest.fixture
@@ -98,7 +87,7 @@ def test_labels_are_counted(given, device, dtype):
     targets = {n: y.clone() for n, y in labels.items()}
     for name, missing in (("reg", torch.nan), ("bin", torch.nan), ("cls", -100)):
         targets[name][~present[name]] = missing
-    losses = masked_losses(net(x), labels, present)
+    losses = losses_over(net(x), targets)
     optimizer.step(losses, targets=targets if given == "targets" else None)
     assert counts(optimizer, "running") == [[4, 5], [5, 5], [4]]
 

@@ -14,18 +14,10 @@ import bayesagg.rules.paper
 from bayesagg import RegressionHead
 from bayesagg.reading import Labels
 from bayesagg.rules.subset import draw
-from tests.helpers import (
-    LOSSES,
-    assert_finite,
-    assert_same,
-    difference,
-    make_batch,
-    make_engine,
-    plain_net,
-    snapshot,
-    wrap,
-)
-from tests.loops.runs import assert_near, ignore, losses_over, without
+from tests.helpers.data import LOSSES, ignore, losses_over, make_batch, without
+from tests.helpers.nets import plain_net
+from tests.helpers.states import assert_finite, assert_near, assert_same, difference, snapshot
+from tests.helpers.training import make_engine, wrap
 from tests.loops.test_dense import LAYOUTS, Layout
 
 N = 24
