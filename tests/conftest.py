@@ -11,6 +11,9 @@ import hypothesis
 import pytest
 import torch
 
+from tests.helpers.data import make_batch
+from tests.helpers.nets import make_net
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -47,3 +50,15 @@ def rule(request) -> str:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def net(device, dtype):
+    """A small network of every kind of head."""
+    return make_net(device, dtype)
+
+
+@pytest.fixture
+def batch(device, dtype):
+    """A batch for it that no step of :func:`tests.helpers.training.train` has."""
+    return make_batch(device, dtype, seed=99)

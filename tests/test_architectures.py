@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayesagg import LossTask
-from bayesagg.errors import UnknownTaskError
 from tests.helpers.data import LOSSES, make_batch, make_losses
 from tests.helpers.nets import Net, make_net, plain_net, plain_trunk
 from tests.helpers.settings import EPOCH, HEADS, OUTPUTS, PHASES, WIDTH
@@ -372,17 +371,6 @@ def test_a_loss_task_that_is_not_positive_is_taken_as_it_is(sign, steps, rule, d
         optimizer.step({**losses, "aux": free.sum() + (sign - 2)})
         assert_finite(snapshot(net, optimizer))
         assert bool((free.grad > 0).all()) and bool(free.grad.isfinite().all())
-
-
-def test_unknown_losses_are_refused(rule, device, dtype, batch):
-    """With both remedies, whatever else there is."""
-    x, labels = batch
-    net = plain_net(device, dtype)
-    for way in ("task", "passthrough"):
-        optimizer = other_losses(net, rule, way)
-        losses = make_losses(net(x), labels)
-        with pytest.raises(UnknownTaskError, match=r"'age'.*passthrough=\('age',\).*LossTask\(\)"):
-            optimizer.step({**losses, "aux": net.trunk(x).sum(), "age": losses["reg"]})
 
 
 def test_targets_of_losses_without_a_head_are_of_no_use(rule, device, dtype, batch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import weakref
 from pathlib import Path
 
 import pytest
@@ -86,29 +85,3 @@ def test_four_thousand_steps(rule, device, dtype):
     # A leak of 1,500 bytes a step would be three times this.
     assert memory[-1] - memory[0] < 1 << 20
     assert_same(expected, snapshot(*other))
-
-
-def test_a_deleted_wrapper_leaves_the_other_one_alone(rule, device, dtype):
-    """Engine, evidence and hooks of the first go; the second trains on as it does alone."""
-    batch = make_batch(device, dtype, size=4, outputs=ONE)
-    results = []
-    for with_another in (False, True):
-        net, optimizer = make(1, rule, device, dtype)
-        if with_another:
-            first, wrapper = make(0, rule, device, dtype)
-        for index in range(3 * EPOCH):
-            step(net, optimizer, *batch)
-            if with_another and index < 2 * EPOCH:
-                step(first, wrapper, *batch)
-            if with_another and index == 2 * EPOCH:
-                engine = wrapper.engine
-                memory = engine._memory
-                fades = rule == "likelihood"
-                evidence = memory.units[0].gram if fades else memory.states[0].full.precision
-                refs = [weakref.ref(thing) for thing in (wrapper, engine, evidence)]
-                del wrapper, engine, evidence, memory
-                gc.collect()
-                assert [ref() for ref in refs] == [None] * 3
-                assert hooks(first) == 0 and hooks(net) > 0
-        results.append(snapshot(net, optimizer))
-    assert_same(*results)

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from tests.helpers.data import make_batch
-from tests.helpers.nets import plain_net
 from tests.helpers.settings import HEADS
 
 
@@ -27,11 +26,6 @@ def features_of(net, x, bias=True):
     return torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype)], 1) if bias else h
 
 
-def fixed(head, value):
-    """A head's own weights as one tensor, bias last."""
-    return torch.cat([head.weight, head.bias[:, None]], 1).detach() if value is None else value
-
-
 class Single(nn.Module):
     """One head on a trunk, as other libraries want it: outputs as a tensor."""
 
@@ -41,6 +35,3 @@ class Single(nn.Module):
 
     def forward(self, x):
         return self.head(self.trunk(x))
-
-
-__all__ = ["Single", "all_of", "features_of", "heads_of", "loader", "plain_net"]

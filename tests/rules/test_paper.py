@@ -88,15 +88,6 @@ def mixed():
     }
 
 
-def without_label(part):
-    present = torch.ones_like(
-        part.labels.outputs[:, :, 0] if part.labels.outputs.dim() == 3 else part.labels.outputs,
-        dtype=torch.bool,
-    )
-    present[0] = False
-    return replace(part, labels=replace(part.labels, present=present))
-
-
 def absent(part):
     return None
 

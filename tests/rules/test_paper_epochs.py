@@ -10,15 +10,10 @@ import torch
 
 from bayesagg.posterior import augment
 from tests.helpers.data import losses_over, make_batch
-from tests.helpers.nets import make_net, plain_net
+from tests.helpers.nets import plain_net
 from tests.helpers.settings import EPOCH, OUTPUTS, QUICK, SAMPLED
 from tests.helpers.states import assert_finite, rounding, snapshot
 from tests.helpers.training import train, train_step, wrap
-
-
-@pytest.fixture
-def net(device, dtype):
-    return make_net(device, dtype)
 
 
 def memory(optimizer):
