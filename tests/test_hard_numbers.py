@@ -44,17 +44,15 @@ FEATURES = {
 
 @pytest.mark.filterwarnings("ignore::bayesagg.errors.NumericalWarning")
 @pytest.mark.parametrize("kind", sorted(FEATURES))
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize(
-    ("rule", "kwargs", "noise"),
+    ("rule", "kwargs", "noise", "bias"),
     [
-        ("paper", {}, 1.0),
-        ("paper", {}, "learned"),
-        ("paper", {"covariance": "full"}, 1.0),
-        ("likelihood", {}, 1.0),
-        ("likelihood", {}, "learned"),
+        ("paper", {}, 1.0, True),
+        ("paper", {}, "learned", False),
+        ("paper", {"covariance": "full"}, 1.0, True),
+        ("likelihood", {}, 1.0, False),
+        ("likelihood", {}, "learned", True),
     ],
-    ids=["paper", "paper_learned", "paper_full", "likelihood", "likelihood_learned"],
 )
 def test_hard_features(rule, kwargs, noise, bias, kind, device, dtype):
     """No NaN and no infinity in anything that a run leaves behind."""
