@@ -513,11 +513,7 @@ def linear(outputs: int, **kwargs: Any) -> nn.Linear:
     order=lambda: {"bin": BIN(linear(2)), "reg": REG(linear(2)), "cls": CLS(linear(3))},
     kind=lambda: {"reg": BIN(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
     classes=lambda: {"reg": REG(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(4))},
-    bias=lambda: {
-        "reg": REG(linear(2, bias=False)),
-        "bin": BIN(linear(2)),
-        "cls": CLS(linear(3)),
-    },
+    bias=lambda: {"reg": REG(linear(2, bias=False)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
     width=lambda: {
         "reg": REG(linear(2, width=3)),
         "bin": BIN(linear(2, width=3)),

@@ -9,10 +9,7 @@ from torch import nn
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import make_net
 from tests.helpers.settings import EPOCH, SAMPLED
-from tests.helpers.states import (
-    assert_finite,
-    snapshot,
-)
+from tests.helpers.states import assert_finite, snapshot
 from tests.helpers.training import wrap
 
 

@@ -17,10 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from tests.helpers.data import make_losses
 from tests.helpers.nets import make_net, plain_net
 from tests.helpers.settings import QUICK
-from tests.helpers.states import (
-    assert_same,
-    snapshot,
-)
+from tests.helpers.states import assert_same, snapshot
 from tests.helpers.training import train, train_step, wrap
 
 # --- what leaves no trace ------------------------------------------------------------------------

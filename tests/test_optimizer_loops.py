@@ -15,11 +15,7 @@ from torch.optim.optimizer import (
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import make_net
 from tests.helpers.settings import OPTIMIZERS, PHASES, QUICK
-from tests.helpers.states import (
-    assert_same,
-    snapshot,
-    tensors_of,
-)
+from tests.helpers.states import assert_same, snapshot, tensors_of
 from tests.helpers.training import train, train_step, wrap
 
 # --- learning rate schedulers --------------------------------------------------------------------

@@ -12,13 +12,7 @@ from bayesagg import BayesAgg, BayesAggWrapper
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import make_net, plain_net
 from tests.helpers.settings import EPOCH, OPTIMIZERS, PHASES, QUICK
-from tests.helpers.states import (
-    assert_finite,
-    assert_same,
-    difference,
-    gradients,
-    snapshot,
-)
+from tests.helpers.states import assert_finite, assert_same, difference, gradients, snapshot
 from tests.helpers.training import make_heads, train, train_step, wrap
 
 BASES = sorted(OPTIMIZERS)

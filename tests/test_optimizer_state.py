@@ -12,12 +12,7 @@ from torch.optim import lr_scheduler
 
 from tests.helpers.nets import make_net
 from tests.helpers.settings import OPTIMIZERS, QUICK, RULES, SAMPLED
-from tests.helpers.states import (
-    assert_same,
-    difference,
-    snapshot,
-    tensors_of,
-)
+from tests.helpers.states import assert_same, difference, snapshot, tensors_of
 from tests.helpers.training import train, wrap
 
 BASES = sorted(OPTIMIZERS)
@@ -132,10 +127,7 @@ def test_a_state_of_the_wrapper_has_the_parts_of_any_optimizer(net):
 
 # --- copies --------------------------------------------------------------------------------------
 
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}
 
 
 # torch's LBFGS does not survive a copy.

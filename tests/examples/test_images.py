@@ -18,13 +18,7 @@ from examples.data import chestxray14 as chest_files
 from examples.data import cifar100 as cifar_files
 from examples.data import utkface as face_files
 from examples.data.folder import DataFileError, data_folder
-from tests.examples.image_files import (
-    COARSE,
-    python2_pickle,
-    write_chest,
-    write_cifar,
-    write_faces,
-)
+from tests.examples.image_files import COARSE, python2_pickle, write_chest, write_cifar, write_faces
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
 EVERY = {"cifar-mtl": write_cifar, "utkface": write_faces, "chestxray14": write_chest}

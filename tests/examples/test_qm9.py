@@ -80,11 +80,7 @@ def test_descriptor_of_water_by_hand():
     assert vector.shape == (274,)
     r_oh, r_hh = np.hypot(0.7572, 0.5865) / 0.529177, 2 * 0.7572 / 0.529177
     coulomb = np.array(
-        [
-            [0.5 * 8**2.4, 8 / r_oh, 8 / r_oh],
-            [8 / r_oh, 0.5, 1 / r_hh],
-            [8 / r_oh, 1 / r_hh, 0.5],
-        ]
+        [[0.5 * 8**2.4, 8 / r_oh, 8 / r_oh], [8 / r_oh, 0.5, 1 / r_hh], [8 / r_oh, 1 / r_hh, 0.5]]
     )
     eigenvalues = sorted(np.linalg.eigvalsh(coulomb), key=lambda value: -abs(value))
     np.testing.assert_allclose(vector[:3], eigenvalues, rtol=1e-5)

@@ -86,11 +86,7 @@ def content(accuracies, failed=()):
     """What a comparison of these accuracies writes."""
 
     def run(name, seed, value):
-        test = [
-            {"mae": 2.0 + seed},
-            {"accuracy": value, "ece": 0.1},
-            {"auroc": value / 2},
-        ]
+        test = [{"mae": 2.0 + seed}, {"accuracy": value, "ece": 0.1}, {"auroc": value / 2}]
         bad = name in failed
         return {
             "label": name.upper(),

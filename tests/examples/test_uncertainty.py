@@ -48,10 +48,7 @@ def test_a_mixture_has_the_moments_of_its_members():
 def test_scores_and_coverage():
     y = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double()
     probabilities = torch.tensor([[0.3, 0.7], [0.8, 0.2]]).double()
-    beliefs = [
-        Belief(torch.zeros(2).double(), torch.ones(2).double()),
-        Belief(probabilities.log()),
-    ]
+    beliefs = [Belief(torch.zeros(2).double(), torch.ones(2).double()), Belief(probabilities.log())]
     found = scores([REGRESSION, BINARY], beliefs, y)
     assert found["brier"] == pytest.approx((0.3**2 + 0.2**2) / 2)
     normal = 0.5 * math.log(2 * math.pi) + 0.25

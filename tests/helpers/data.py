@@ -36,11 +36,7 @@ def make_batch(
     return x.to(device=device, dtype=dtype), labels
 
 
-LOSSES = {
-    "reg": F.mse_loss,
-    "bin": F.binary_cross_entropy_with_logits,
-    "cls": F.cross_entropy,
-}
+LOSSES = {"reg": F.mse_loss, "bin": F.binary_cross_entropy_with_logits, "cls": F.cross_entropy}
 
 
 def make_losses(

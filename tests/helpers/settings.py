@@ -7,13 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bayesagg import (
-    BinaryHead,
-    LikelihoodRule,
-    MulticlassHead,
-    PaperRule,
-    RegressionHead,
-)
+from bayesagg import BinaryHead, LikelihoodRule, MulticlassHead, PaperRule, RegressionHead
 from bayesagg.rules import Rule
 
 INPUTS, WIDTH = 5, 4

@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesagg import (
-    BayesAgg,
-    BayesAggWrapper,
-)
+from bayesagg import BayesAgg, BayesAggWrapper
 
 
 def _frozen(value: Any) -> Any:

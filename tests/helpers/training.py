@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesagg import (
-    BayesAgg,
-    BayesAggWrapper,
-    PaperRule,
-)
+from bayesagg import BayesAgg, BayesAggWrapper, PaperRule
 from bayesagg.heads import Head
 from bayesagg.rules import Rule
 from tests.helpers.data import make_batch, make_losses

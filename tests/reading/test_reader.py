@@ -223,11 +223,7 @@ def test_losses_without_a_head(device, dtype):
     for _ in range(2):
         h = bench.features()
         out = bench.outputs(h)
-        losses = {
-            "a": out["a"].square().mean(),
-            "aux": h.square(),
-            "free": h.sum(),
-        }
+        losses = {"a": out["a"].square().mean(), "aux": h.square(), "free": h.sum()}
         batch = bench.read(losses)
         assert batch.tasks == ["a"] and list(batch.losses) == ["a", "aux", "free"]
         assert [part.names for part in batch.parts] == [("a",)]

@@ -120,9 +120,7 @@ CASES = [
         seed=7,
     ),
     Case(
-        "multiclass",
-        dict(a=cls(3, 0.5), b=cls(4, 0.5), c=cls(3, 0.5, 0.3), d=cls(2, 0.5)),
-        seed=8,
+        "multiclass", dict(a=cls(3, 0.5), b=cls(4, 0.5), c=cls(3, 0.5, 0.3), d=cls(2, 0.5)), seed=8
     ),
     Case(
         "multiclass_posterior_readout",

@@ -29,10 +29,7 @@ class Run:
         self.heads = nn.ModuleDict({"reg": nn.Linear(WIDTH, 2), "bin": nn.Linear(WIDTH, 1)})
         self.heads.to(dtype)
         self.dtype = dtype
-        settings = {
-            "reg": RegressionHead(self.heads["reg"]),
-            "bin": BinaryHead(self.heads["bin"]),
-        }
+        settings = {"reg": RegressionHead(self.heads["reg"]), "bin": BinaryHead(self.heads["bin"])}
         self.engine, self.drift = BayesAgg(None, settings, rule=rule), drift
         turn = torch.randn(WIDTH, WIDTH).double() / WIDTH**0.5
         self.turn = torch.matrix_exp(drift * (turn - turn.T))

@@ -23,11 +23,7 @@ from bayesagg import (
 D, N = 4, 9
 RULE = LikelihoodRule(memory=30, warmup=0, lag=5, prior_variance=0.2, keep_length=False)
 KINDS = {"reg": (RegressionHead, 2), "bin": (BinaryHead, 1), "cls": (MulticlassHead, 3)}
-LOSSES = {
-    "reg": F.mse_loss,
-    "bin": F.binary_cross_entropy_with_logits,
-    "cls": F.cross_entropy,
-}
+LOSSES = {"reg": F.mse_loss, "bin": F.binary_cross_entropy_with_logits, "cls": F.cross_entropy}
 
 
 def network(kinds, bias=True, seed=0):
@@ -287,8 +283,7 @@ def test_settings_that_the_rule_does_not_use_warn_by_name():
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"memory": 0}, {"warmup": -1}, {"lag": 0}, {"lag": 1.5}, {"prior_variance": 0.0}],
+    "settings", [{"memory": 0}, {"warmup": -1}, {"lag": 0}, {"lag": 1.5}, {"prior_variance": 0.0}]
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
