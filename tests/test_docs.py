@@ -25,9 +25,6 @@ def navigation(entries, pages):
     return config.nav
 
 
-# --- navigation ----------------------------------------------------------------------------------
-
-
 def test_patterns_take_pages_in_order_and_once():
     entries = [{"Home": "index.md"}, {"How-to": ["how-to/c*.md", "how-to/*"]}, {"More": ["*"]}]
     pages = ["how-to/a.md", "index.md", "how-to/c.md", "z.md", "how-to/b.md"]
@@ -62,9 +59,6 @@ def test_every_page_has_its_place():
     ], "a page that no entry before the last matches"
 
 
-# --- formulas ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("tex", "part"),
     [
@@ -90,9 +84,6 @@ def test_a_formula_that_cannot_be_converted_is_reported(caplog):
     assert "nosuchcommand" in caplog.text
 
 
-# --- tests that pages name -----------------------------------------------------------------------
-
-
 def test_the_tests_that_pages_name_exist():
     named = set()
     for page in (ROOT / "docs").rglob("*.md"):
@@ -102,9 +93,6 @@ def test_the_tests_that_pages_name_exist():
         path = ROOT / file
         assert path.is_file(), file
         assert not test or f"\ndef {test}(" in path.read_text("utf-8"), f"{file}::{test}"
-
-
-# --- map of the code -----------------------------------------------------------------------------
 
 
 def test_the_map_of_the_code_is_complete():
@@ -117,9 +105,6 @@ def test_the_map_of_the_code_is_complete():
     assert files | folders <= listed
     gone = {n for n in listed if n.endswith((".py", "/"))} - files - folders
     assert all((ROOT / name).is_dir() for name in gone)
-
-
-# --- workflow ------------------------------------------------------------------------------------
 
 
 def test_the_workflow_runs_what_make_test_runs():

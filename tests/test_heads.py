@@ -85,9 +85,6 @@ def test_a_head_leaves_its_settings_to_the_rule(kind):
     assert all(settings[name] is None for name in left & settings.keys())
 
 
-# --- towers --------------------------------------------------------------------------------------
-
-
 def test_the_head_of_a_tower_is_its_last_layer():
     last = nn.Linear(4, 3)
     for tower in (
@@ -114,9 +111,6 @@ def test_one_layer_in_two_towers_is_refused():
     towers = {n: RegressionHead(nn.Sequential(nn.ReLU(), last)) for n in ("a", "b")}
     with pytest.raises(HeadError, match=r"'a' and 'b' share one module"):
         named_heads(towers)
-
-
-# --- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,9 +45,6 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
 def assert_resumes(like, rule, base, settings, stop, last=8, **kwargs):
     """Stopping after ``stop`` steps and going on from the file gives the same bits."""
     closure = base == "lbfgs"
@@ -124,8 +121,6 @@ def test_a_state_of_the_wrapper_has_the_parts_of_any_optimizer(net):
     plain.load_state_dict({key: state[key] for key in ("state", "param_groups")})
     assert len(plain.state) == len(optimizer.state)
 
-
-# --- copies --------------------------------------------------------------------------------------
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}
 

@@ -30,9 +30,6 @@ def run(code):
     )
 
 
-# --- metadata ------------------------------------------------------------------------------------
-
-
 def test_the_version_is_the_same_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert str(citation["version"]) == PROJECT["version"]
@@ -68,9 +65,6 @@ def test_the_citation_names_the_paper():
     ]
 
 
-# --- the wheel -----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
@@ -97,8 +91,6 @@ def test_the_wheel_carries_the_package_and_nothing_else(wheel):
     assert {name for name in wheel if name.endswith(".py")} == sources
     assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"bayesagg"}
 
-
-# --- imports -------------------------------------------------------------------------------------
 
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, sys
@@ -139,8 +131,6 @@ def test_the_core_imports_without_the_examples_packages():
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "", "names in __all__ that the package does not have"
 
-
-# --- the repository ------------------------------------------------------------------------------
 
 # Spelled so that this file does not match itself.
 MACHINE_PATH = re.compile(

@@ -50,9 +50,6 @@ def anchors(path):
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", title)) for title in titles}
 
 
-# --- code ----------------------------------------------------------------------------------------
-
-
 def test_the_readme_has_an_example():
     assert blocks(README, "python")
 
@@ -135,9 +132,6 @@ def test_the_diff_changes_two_statements(diff):
     added = {ast.unparse(ast.parse(code).body[0]) for code in after - before}
     assert len(added) == 2
     assert "optimizer.step(losses)" in added
-
-
-# --- links ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

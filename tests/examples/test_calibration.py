@@ -55,9 +55,6 @@ def test_a_certain_prediction_is_no_error_and_the_perfect_one_has_none():
         assert found["brier"] == pytest.approx(ece, abs=1e-6)
 
 
-# --- the figure ----------------------------------------------------------------------------------
-
-
 def outcome(values, failed=()):
     """Runs of two seeds, by method with ECE and Brier score of each task; seed 1 doubles them."""
     found = {}

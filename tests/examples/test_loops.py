@@ -48,9 +48,6 @@ def logged(folder, column):
         return [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
 
 
-# --- Hugging Face --------------------------------------------------------------------------------
-
-
 def test_hf_trainer(rule, tmp_path):
     """Missing labels and accumulation; a resumed run ends where the other one does."""
     hf = script("hf_trainer", "transformers")
@@ -62,9 +59,6 @@ def test_hf_trainer(rule, tmp_path):
     assert_finite(whole.wrapper.state_dict())
     assert difference(whole.wrapper.state_dict(), resumed.wrapper.state_dict()) is None
     assert difference(whole.model.state_dict(), resumed.model.state_dict()) is None
-
-
-# --- Lightning, Accelerate -----------------------------------------------------------------------
 
 
 def test_lightning_module(rule, tmp_path):
@@ -97,9 +91,6 @@ def test_accelerate_loop(rule, options, tmp_path):
     shared = ["--rule", rule, "--output", str(tmp_path), *options]
     before, after = (loop.main(["--epochs", n, *shared]) for n in ("0", "3"))
     assert all(after[task] < before[task] for task in before), (before, after)
-
-
-# --- chemprop ------------------------------------------------------------------------------------
 
 
 def test_chemprop_mpnn(tmp_path):
@@ -138,9 +129,6 @@ def test_chemprop_s_own_loss_is_the_plain_one(rule):
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
-# --- torch-rechub --------------------------------------------------------------------------------
-
-
 def test_rechub_mmoe(tmp_path):
     """Towers of an MMoE, under the default rule; its own losses on its probabilities are read."""
     pytest.importorskip("recbole", reason="MovieLens 100k comes with it")
@@ -149,9 +137,6 @@ def test_rechub_mmoe(tmp_path):
     log, (error, auroc) = rechub.main(args)
     assert log[-1][0] < log[0][0] and log[-1][1] < log[0][1]
     assert error < 1.4 and auroc > 0.55
-
-
-# --- DDP, timm -----------------------------------------------------------------------------------
 
 
 def test_ddp(tmp_path):

@@ -110,9 +110,6 @@ def test_a_wrapper_taken_apart_is_refused(rule):
         set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=state)
 
 
-# --- two ranks -----------------------------------------------------------------------------------
-
-
 def prepared(rule, seed):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -101,9 +101,6 @@ def test_training_in_half_precision_follows_that_in_single(half, rule, device):
     assert max(moved) > 0.1
 
 
-# --- steps that a scaler skips, with the engine alone and accumulated micro-batches ---------------
-
-
 class Loop:
     """The engine beside an optimizer of one's own, under a scaler."""
 

@@ -26,9 +26,6 @@ def counts(optimizer, key):
     return [group[key]["count"].tolist() for group in memory(optimizer)["groups"]]
 
 
-# --- epochs --------------------------------------------------------------------------------------
-
-
 def test_the_last_epoch_of_pretraining_is_the_prior(net, dtype):
     """Of several epochs of linear scalarization, only the last one's evidence is kept."""
     optimizer = wrap(net, "sgd", pretrain_epochs=2)
@@ -68,9 +65,6 @@ def test_an_epoch_may_be_ended_early(net):
     assert memory(optimizer)["epoch"] == 2
 
 
-# --- evidence ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("given", ["targets", "recovered"])
 def test_labels_are_counted(given, device, dtype):
     """Those that are there."""
@@ -85,9 +79,6 @@ def test_labels_are_counted(given, device, dtype):
     losses = losses_over(net(x), targets)
     optimizer.step(losses, targets=targets if given == "targets" else None)
     assert counts(optimizer, "running") == [[4, 5], [5, 5], [4]]
-
-
-# --- who sets the heads --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", ["momentum", "adamw"])  # both decay weights
@@ -129,9 +120,6 @@ def test_posterior_readout_of_classification(name, net):
         assert torch.equal(before, head.weight) == (index >= 6 and index % 3 != 2)
         assert (head.weight.grad is None) == (index >= 6)
     assert_finite(head.weight)
-
-
-# --- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("s", [0.0, 1.0, 20.0])
