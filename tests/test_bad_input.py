@@ -18,23 +18,20 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 
-from bayesagg import BayesAggWrapper, BinaryHead, LossTask, MulticlassHead, RegressionHead
+from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.errors import (
     CaptureError,
     CheckpointError,
     FeatureError,
-    HeadError,
     LossError,
     TargetError,
 )
-from bayesagg.rules import PaperRule
 from tests.helpers.data import LOSSES, make_batch, make_losses
 from tests.helpers.nets import Net, make_net
 from tests.helpers.settings import QUICK, RULES, WIDTH
 from tests.helpers.states import assert_finite, assert_same, difference, snapshot
-from tests.helpers.training import make_engine, make_heads, train, wrap
+from tests.helpers.training import make_engine, train, wrap
 
 
 def nothing() -> None:
@@ -301,173 +298,6 @@ def features_are_not_finite(bench):
     losses = make_losses(out, {name: y[:-1] for name, y in bench.labels.items()})
     assert all(loss.isfinite() for loss in losses.values())
     return bench.step(losses), bench.go_on
-
-
-# --- heads ---------------------------------------------------------------------------------------
-
-bad_setting = functools.partial(bad, phases=("after",))
-
-
-def head_of(module: nn.Module, kind: type = RegressionHead, **settings: Any) -> Any:
-    """A call that makes a head."""
-    return functools.partial(kind, module, **settings)
-
-
-@bad_setting(
-    HeadError,
-    "RegressionHead needs",
-    "linear",
-    tower=nn.Sequential(nn.Linear(4, 2), nn.ReLU()),
-    tower_in_tower=nn.Sequential(nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 2), nn.ReLU())),
-    empty=nn.Sequential(),
-    activation=nn.ReLU(),
-    bilinear=nn.Bilinear(4, 4, 2),
-    embedding=nn.Embedding(4, 2),
-    transposed=nn.ConvTranspose2d(4, 2, 1),
-    no_module="linear",
-)
-@bad_setting(
-    HeadError,
-    "RegressionHead needs a convolution of kernel size 1",
-    "linear",
-    wide=nn.Conv2d(4, 2, 3),
-    wide_one_way=nn.Conv2d(4, 2, (1, 3)),
-    stride=nn.Conv2d(4, 2, 1, stride=2),
-    groups=nn.Conv1d(4, 2, 1, groups=2),
-    padding=nn.Conv3d(4, 2, 1, padding=1),
-)
-def head_is_not_linear(bench, module):
-    return head_of(module), bench.go_on
-
-
-@bad_setting(HeadError, "lazy", "one forward pass", linear=nn.LazyLinear, conv=nn.LazyConv2d)
-def head_is_not_initialised(bench, kind):
-    module = kind(2) if kind is nn.LazyLinear else kind(2, 1)
-    return head_of(module), bench.go_on
-
-
-@bad_setting(
-    HeadError,
-    "s must be a finite number >= 0",
-    negative=-0.1,
-    nan=torch.nan,
-    inf=torch.inf,
-    text="0.5",
-    bool=True,
-)
-def exponent_is_bad(bench, s):
-    return head_of(bench.net.heads["reg"], s=s), bench.go_on
-
-
-@bad_setting(
-    HeadError, "prior_variance must be a finite number > 0", zero=0, negative=-1.0, inf=torch.inf
-)
-def prior_variance_is_bad(bench, value):
-    return head_of(bench.net.heads["cls"], MulticlassHead, prior_variance=value), bench.go_on
-
-
-@bad_setting(HeadError, "noise_variance must be", zero=0.0, negative=-1, text="x")
-def noise_variance_is_bad(bench, value):
-    return head_of(bench.net.heads["reg"], noise_variance=value), bench.go_on
-
-
-@bad_setting(HeadError, "num_samples must be an integer of at least 2", one=1, float=2.5, text="8")
-def num_samples_is_bad(bench, value):
-    return head_of(bench.net.heads["bin"], BinaryHead, num_samples=value), bench.go_on
-
-
-@bad_setting(
-    HeadError,
-    "BinaryHead: .* must be one of",
-    moments={"moments": "exact"},
-    readout={"readout": "newton"},
-)
-def choice_is_bad(bench, settings):
-    return head_of(bench.net.heads["bin"], BinaryHead, **settings), bench.go_on
-
-
-@bad_setting(HeadError, "at least two outputs", "use BinaryHead")
-def classes_are_too_few(bench):
-    return head_of(nn.Linear(WIDTH, 1), MulticlassHead), bench.go_on
-
-
-@bad_setting(HeadError, "readout='posterior'", "parametrization", "readout='gradient'")
-def parametrized_head_is_to_be_written(bench):
-    module = parametrizations.weight_norm(nn.Linear(WIDTH, 2))
-    return head_of(module, readout="posterior"), bench.go_on
-
-
-# --- the wrapper's arguments ---------------------------------------------------------------------
-
-
-def wrapper_of(bench: Bench, **kwargs: Any) -> Callable[[], Any]:
-    """A call that wraps the same optimizer and network anew."""
-    return lambda: wrap(bench.net, bench.optimizer.base_optimizer, bench.rule, **kwargs)
-
-
-@bad_setting(HeadError, "heads 'reg' and 'again'", "own linear")
-def module_is_given_twice(bench):
-    heads = make_heads(bench.net, bench.rule)
-    heads["again"] = RegressionHead(bench.net.heads["reg"])
-    return wrapper_of(bench, heads=heads), bench.go_on
-
-
-@bad_setting(HeadError, "and 'other'", "4 and 5 dimensions", "default", rules=("paper",))
-def heads_are_of_different_widths(bench):
-    other = RegressionHead(nn.Linear(WIDTH + 1, 2))
-    return wrapper_of(bench, heads={**make_heads(bench.net), "other": other}), bench.go_on
-
-
-@bad_setting(HeadError, r"heads\['reg'\] is a Linear", "wrap the module in RegressionHead")
-def head_is_a_bare_module(bench):
-    return wrapper_of(bench, heads=dict(bench.net.heads)), bench.go_on
-
-
-@bad_setting(
-    HeadError, "`heads` has no head", "pass one", mapping={}, sequence=[], loss={"aux": LossTask()}
-)
-def heads_are_empty(bench, heads):
-    return wrapper_of(bench, heads=heads), bench.go_on
-
-
-@bad_setting(
-    ValueError, "`shared_rep_hook` must be", "Pass the module itself", text="trunk", number=3
-)
-def hook_is_no_module(bench, hook):
-    return wrapper_of(bench, shared_rep_hook=hook), bench.go_on
-
-
-@bad_setting(ValueError, "passthrough", "'aux'|'reg'", text="aux", head=("reg",))
-def passthrough_is_bad(bench, names):
-    return wrapper_of(bench, passthrough=names), bench.go_on
-
-
-@bad_setting(
-    ValueError, "steps_per_epoch", r"len\(train_loader\)", zero=0, negative=-1, float=2.5, bool=True
-)
-def steps_per_epoch_is_bad(bench, value):
-    return wrapper_of(bench, steps_per_epoch=value), bench.go_on
-
-
-@bad_setting(
-    ValueError,
-    "rule|dtype|process_group",
-    "must be",
-    name={"rule": "nash"},
-    kind={"rule": PaperRule},
-    number={"rule": 3},
-    dtype={"dtype": torch.float16},
-    group={"process_group": "all"},
-)
-def option_is_unknown(bench, options):
-    arguments = {"heads": make_heads(bench.net, bench.rule), "rule": RULES[bench.rule], **options}
-    base = bench.optimizer.base_optimizer
-    return lambda: BayesAggWrapper(base, bench.net.trunk, **arguments), bench.go_on
-
-
-@bad_setting(TypeError, "not wrapped yet", "BayesAggWrapper")
-def optimizer_is_wrapped_twice(bench):
-    return lambda: wrap(bench.net, bench.optimizer), bench.go_on
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
