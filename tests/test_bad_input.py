@@ -431,12 +431,6 @@ def make_bench(phase: str, rule: str, device: torch.device, dtype: torch.dtype) 
     return bench
 
 
-def test_cases_have_names_of_their_own():
-    names = [case.name for case in CASES]
-    assert len(names) > 60
-    assert {name for name in names if names.count(name) > 1} == set()
-
-
 @pytest.mark.filterwarnings("ignore:task '...'. its loss is not the likelihood:UserWarning")
 @pytest.mark.parametrize(
     ("case", "phase", "rule"),
