@@ -11,7 +11,7 @@ from examples.comparison.recent import (
     GO4Align,
     UncertaintySoftOptimal,
 )
-from tests.examples.test_methods import build, regressions
+from tests.examples.small import build, regressions
 
 SEEDED = torch.tensor([0.5, 2.0, 0.1])
 

@@ -1,0 +1,56 @@
+"""A small network of the comparisons and its batches, for tests of methods."""
+
+import torch
+
+from examples.comparison.catalogue import methods, more_methods
+from examples.comparison.gradients import (
+    GradientWeighting,
+)
+from examples.comparison.networks import mlp
+from examples.comparison.tasks import Task, criterion
+from examples.training import TrainSettings
+
+TASKS = (
+    Task("r0", "regression", "mae"),
+    Task("r1", "regression", "mae"),
+    Task("b0", "binary", "auroc"),
+    Task("c0", "multiclass", "accuracy", classes=3),
+)
+AT_ONCE = TrainSettings(warmup_steps=0)  # no warm-up
+CATALOGUE = methods("utkface")
+# Ensembles and torch-rechub's methods have networks of their own.
+ALL = CATALOGUE | {
+    n: m for n, m in more_methods("utkface").items() if not n.startswith(("ensemble", "rechub"))
+}
+GRADIENT = [n for n, m in CATALOGUE.items() if issubclass(m.update, GradientWeighting)]
+
+
+def build(update, tasks=TASKS, **own):
+    """The update on a small network, and a batch's losses by a function."""
+    model = mlp(5, (6, 4), tasks)
+    x, y = torch.randn(20, 5), targets(20, tasks)
+    return update(model, AT_ONCE, 3, **own), lambda: criterion(tasks)(model(x), y)
+
+
+def targets(count, tasks=TASKS):
+    columns = {
+        "regression": lambda: torch.randn(count),
+        "binary": lambda: torch.randint(2, (count,)).float(),
+        "multiclass": lambda: torch.randint(3, (count,)).float(),
+    }
+    return torch.stack([columns[task.kind]() for task in tasks], 1)
+
+
+def regressions(count):
+    return tuple(Task(f"r{k}", "regression", "mae") for k in range(count))
+
+
+def combination(update, rows):
+    """Weights that the update gives gradients, and their combination."""
+    weights = update._weigh(rows)
+    return weights, weights @ rows
+
+
+def scaled_rows(tasks, dimensions, spread=1.0):
+    rows = torch.randn(tasks, dimensions, dtype=torch.float64)
+    return rows * torch.logspace(0, spread, tasks, dtype=torch.float64)[:, None]
