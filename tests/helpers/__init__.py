@@ -1,0 +1,1 @@
+"""What tests of engines share: settings, networks, data, steps, and comparisons of states."""
