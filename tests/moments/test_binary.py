@@ -79,12 +79,12 @@ def test_equals_a_fine_rule(device, seed, d, bias, feature_scale, logit, log_sd,
     check(device, h, y, m, factor, d)
 
 
-@pytest.mark.parametrize("y", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("logit", [-100.0, -20.0, 0.0, 3.0, 20.0, 100.0])
 @pytest.mark.parametrize("sd", [1e-8, 1e-2, 0.5, 1.9, 2.1, 5.0, 12.0, 30.0])
-def test_grid_of_wide_and_saturated_logits(device, y, logit, sd):
-    h, m, factor = problem(7, 3, True, 1.0, logit, sd)
-    check(device, h, y, m, factor, 3)
+def test_grid_of_wide_and_saturated_logits(device, sd):
+    for logit in (-100.0, -20.0, 0.0, 3.0, 20.0, 100.0):
+        h, m, factor = problem(7, 3, True, 1.0, logit, sd)
+        for y in (0.0, 0.3, 1.0):
+            check(device, h, y, m, factor, 3)
 
 
 @pytest.mark.parametrize("bound", [bound for bound, _ in _HERMITE])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayesagg.moments import binary_moments, monte_carlo_moments, multiclass_moments
+from bayesagg.moments import monte_carlo_moments
 from bayesagg.posterior import Gaussian, contrast_basis
 from tests import reference
 
@@ -28,14 +28,6 @@ def problem(kind, device, dtype, seed=0, scale=1.0):
     factor = (factor + 2 * torch.eye(width, dtype=torch.float64)) / scale
     tensors = [t.to(device, dtype) for t in (features, targets, mean, factor)]
     return tensors[0], tensors[1], Gaussian(tensors[2], tensors[3])
-
-
-def integrated(kind, features, targets, posterior, full=False):
-    """The same moments by quadrature or cubature, in the shape of Monte-Carlo's."""
-    if kind == "binary":
-        return binary_moments(features, targets, posterior, D_SHARED, full)
-    first, second = multiclass_moments(features, targets[:, 0], posterior, D_SHARED, full)
-    return first[:, None], second[:, None]
 
 
 def gradients_of(kind, features, targets, weights):
@@ -74,51 +66,6 @@ def test_is_equation_11_of_the_drawn_weights(device, dtype, kind, full):
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     np.testing.assert_allclose(reference.numpy(first), mean, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(reference.numpy(second), expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("scale", [0.2, 1.0, 4.0])
-@pytest.mark.parametrize("kind", ["binary", "multiclass"])
-def test_converges_to_quadrature(device, dtype, kind, scale):
-    features, targets, posterior = problem(kind, device, dtype, seed=1, scale=scale)
-    expected = [reference.numpy(e) for e in integrated(kind, features, targets, posterior)]
-    count = 100_000
-    draw = torch.Generator(device).manual_seed(1)
-    first, second = monte_carlo_moments(features, targets, posterior, D_SHARED, count, draw)
-    weights = posterior.sample(count, torch.Generator(device).manual_seed(2))
-    g = gradients_of(kind, features, targets, weights)
-    mean_se = g.std(0) / count**0.5
-    variance_se = ((g - g.mean(0)) ** 2).std(0) / count**0.5
-    assert np.all(np.abs(reference.numpy(first) - expected[0]) < 6 * mean_se)
-    assert np.all(np.abs(reference.numpy(second) - expected[1]) < 6 * variance_se)
-
-
-@pytest.mark.parametrize("kind", ["binary", "multiclass"])
-def test_error_falls_with_the_root_of_the_number_of_samples(device, kind):
-    features, targets, posterior = problem(kind, device, torch.float64, seed=2)
-    expected = integrated(kind, features, targets, posterior)[0]
-    errors = []
-    for count in (50, 5000):
-        squares = []
-        for seed in range(20):
-            draw = torch.Generator(device).manual_seed(seed)
-            first, _ = monte_carlo_moments(features, targets, posterior, D_SHARED, count, draw)
-            squares.append((first - expected).square().mean())
-        errors.append(float(torch.stack(squares).mean().sqrt()))
-    assert 7 < errors[0] / errors[1] < 14  # √100 = 10
-
-
-@pytest.mark.parametrize("kind", ["binary", "multiclass"])
-def test_variance_is_the_diagonal_of_the_covariance(device, dtype, kind):
-    features, targets, posterior = problem(kind, device, dtype, seed=3)
-    results = [
-        monte_carlo_moments(
-            features, targets, posterior, D_SHARED, 30, torch.Generator(device).manual_seed(0), full
-        )
-        for full in (False, True)
-    ]
-    torch.testing.assert_close(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1].diagonal(dim1=-2, dim2=-1))
-    assert (results[0][1] >= 0).all()
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])

@@ -48,7 +48,7 @@ def moments(device, h, y, m, s, d, full=False):
     return reference.numpy(first)[0], reference.numpy(second)[0]
 
 
-@pytest.mark.parametrize("classes", [2, 3, 5, 8])
+@pytest.mark.parametrize("classes", [5, 8])  # fewer have a finer reference below
 def test_equals_a_million_samples(device, classes):
     d, scales = 2, (0.1, 1.0, 5.0)
     h, y, m, s = problem(classes, classes, d, True, 1.0)

@@ -150,17 +150,3 @@ def test_no_evidence_at_all_is_the_prior(device):
     posterior = Spectrum.of(none, none[:, :2], none.new_full((1, 2), 0.5))
     assert bool((posterior.mean == 0).all())
     torch.testing.assert_close(posterior.inverse, torch.full_like(posterior.inverse, 2.0))
-
-
-def test_the_arithmetic_of_a_step_is_one_graph(device):
-    """No branch of it depends on data: ``torch.compile(fullgraph=True)`` takes it whole."""
-    features, y, ridge = problem(8, 10, 4, 3, device)
-
-    def step(features, y, ridge):
-        posterior = Spectrum.of(*evidence(features, y), ridge)
-        left = leave_one_out(features[None], y[None], posterior)
-        ones = torch.ones_like(y[:1])[None]
-        return student_gradient(left, posterior, 4, ridge, ones, NU)[0]
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(features, y, ridge), step(features, y, ridge))
