@@ -16,18 +16,13 @@ from examples.comparison.ensembles import (
     per_member,
 )
 from examples.comparison.networks import mlp
-from examples.comparison.tasks import Task, by_task, criterion
+from examples.comparison.tasks import by_task, criterion
 from examples.methods import LinearScalarization
 from examples.training import TrainSettings
+from tests.examples.small import TASKS, targets
 
 ENSEMBLES = {n: m for n, m in more_methods("qm9").items() if n.startswith("ensemble")}
 
-TASKS = (
-    Task("r0", "regression", "mae"),
-    Task("r1", "regression", "mae"),
-    Task("b0", "binary", "auroc"),
-    Task("c0", "multiclass", "accuracy", classes=3),
-)
 SETTINGS = TrainSettings(learning_rate=0.01, weight_decay=0.1, clip_norm=0.5, warmup_steps=3)
 LOSSES = criterion(TASKS)
 
@@ -37,9 +32,7 @@ def make():
 
 
 def batch():
-    x, y = torch.randn(20, 5), torch.randn(20, 4)
-    y[:, 2], y[:, 3] = torch.randint(2, (20,)), torch.randint(3, (20,))
-    return x, y
+    return torch.randn(20, 5), targets(20)
 
 
 def member(model, which):

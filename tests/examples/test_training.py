@@ -15,7 +15,6 @@ from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import methods
 from examples.comparison.networks import single_task
 from examples.comparison.tasks import Task, criterion
-from examples.jobs import run_jobs
 from examples.methods import LinearScalarization
 from examples.training import DivergedError, TrainSettings, train
 
@@ -228,28 +227,6 @@ def test_scores_are_logarithms_of_the_validation_metrics(data):
         model.heads["binary"].weight.zero_()
         model.heads["binary"].bias.fill_(-1)
     assert validation_scores(model, perfect)[2] == pytest.approx(-math.log(1e-12))
-
-
-# --- jobs ----------------------------------------------------------------------------------------
-
-
-def _square(job, tick):
-    tick()
-    if job < 0:
-        raise ValueError("negative")
-    return job * job, torch.get_num_threads()
-
-
-def test_jobs_in_processes_keep_their_order_and_report():
-    ticks = []
-    results = run_jobs(_square, [3, 1, 2], workers=2, on_tick=lambda: ticks.append(1))
-    assert results == [(9, 1), (1, 1), (4, 1)]
-    assert len(ticks) == 3
-
-
-def test_an_error_in_a_job_reaches_the_caller():
-    with pytest.raises(ValueError, match="negative"):
-        run_jobs(_square, [-1], workers=1, on_tick=lambda: None)
 
 
 # --- the command's protocols ---------------------------------------------------------------------

@@ -60,6 +60,7 @@ AFTER = {
     "whole_method": lambda net, **kwargs: net.compile(**kwargs),
 }
 TOWERS = {"last_layers": last_layers}
+BOTH = ("all_functions", "whole_method")
 
 
 def parameters(net):
@@ -81,18 +82,26 @@ def compare(rule, kind, device, dtype, towers=False, **kwargs):
     torch.testing.assert_close(*map(parameters, nets))
 
 
+# What is compiled knows nothing of rules: two of the ways are tested under both.
 @pytest.mark.parametrize(
-    ("kind", "backend"),
-    [(kind, "eager") for kind in [*BEFORE, *AFTER]]
-    + [("all_functions", "aot_eager"), ("whole_method", "aot_eager")],
+    ("kind", "backend", "rule"),
+    [
+        *((kind, "eager", "likelihood") for kind in [*BEFORE, *AFTER]),
+        *((kind, "aot_eager", rule) for kind in BOTH for rule in ("likelihood", "paper")),
+    ],
 )
 def test_compiled_parts_train_alike(kind, backend, rule, device, dtype):
     """In linear scalarization and after it, with heads that the posterior writes."""
     compare(rule, kind, device, dtype, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("kind", ["all_functions", "last_layers", "all_methods", "whole_method"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        *(("all_methods", "eager"), ("last_layers", "eager")),
+        *((kind, "aot_eager") for kind in BOTH),
+    ],
+)
 def test_compiled_towers_train_alike(kind, backend, device, dtype):
     """Under the default rule: that of the paper has no towers. A graph breaks before the head."""
     compare("likelihood", kind, device, dtype, towers=True, backend=backend)
