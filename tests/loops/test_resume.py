@@ -25,8 +25,12 @@ def start(rule, folder, *args):
     )
 
 
-def test_a_killed_run_ends_in_the_same_bits(rule, tmp_path):
-    """SIGKILL: nothing is said and nothing is flushed. Step 13 is the third of its epoch."""
+def test_a_killed_run_ends_in_the_same_bits(tmp_path):
+    """SIGKILL: nothing is said and nothing is flushed. Step 13 is the third of its epoch.
+
+    Of one rule: what the other's checkpoints hold is tested below, and processes know of neither.
+    """
+    rule = "paper"  # whose epochs are counted
     resumed_at = ""
     for args, last in ((["--halt-while-saving"], 10), (["--halt-at", "13"], 12)):
         with start(rule, tmp_path, *args) as process:
