@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg.errors import CaptureError, LossError
+from bayesagg.errors import CaptureError, CheckpointError, LossError
 from bayesagg.heads import BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.reading import Capture, Reader
 from tests.helpers.data import LOSSES
@@ -384,6 +384,16 @@ def test_what_was_verified_survives_a_checkpoint(device, dtype):
     for first, second in zip(one.parts, two.parts, strict=True):
         assert torch.equal(first.labels.targets, second.labels.targets)
         assert torch.equal(first.labels.factor, second.labels.factor)
+
+
+@pytest.mark.parametrize("wrong", [{"factor": [1.0]}, {"reductions": []}, {"rows": 0}], ids=str)
+def test_a_state_that_does_not_hang_together(device, dtype, wrong):
+    """Every other damage is that of any checkpoint, in ``tests/test_checkpoint.py``."""
+    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
+    step(bench, KINDS, 0, False)
+    saved = bench.reader.state_dict()
+    with pytest.raises(CheckpointError):
+        bench.reader.loaded({**saved, "a": {**saved["a"], **wrong}})
 
 
 def test_targets_may_come_and_go(device, dtype):
