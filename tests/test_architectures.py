@@ -1,4 +1,4 @@
-"""Networks of every build: towers, several backbones, siamese heads, frozen parts, other losses.
+"""Networks of every build: towers, several backbones, siamese heads, frozen parts.
 
 Heads that read different tensors are of the default rule alone: the paper's needs one common h, and
 says so (``test_bad_input.py``). All else runs under both.
@@ -14,18 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import LossTask
 from tests.helpers.data import LOSSES, make_batch, make_losses
 from tests.helpers.nets import Net, make_net, plain_net, plain_trunk
 from tests.helpers.settings import EPOCH, HEADS, OUTPUTS, PHASES, WIDTH
-from tests.helpers.states import assert_finite, assert_same, difference, gradients, snapshot
+from tests.helpers.states import assert_finite, assert_same, difference, snapshot
 from tests.helpers.training import make_heads, train, wrap
-
-
-@pytest.fixture
-def batch(device, dtype):
-    return make_batch(device, dtype, seed=50)
-
 
 # --- towers, widths, backbones -------------------------------------------------------------------
 
@@ -276,110 +269,3 @@ def test_a_head_that_the_optimizer_lacks_is_announced(rule, device, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wrap(net, torch.optim.SGD(some, lr=0.1), rule)
-
-
-# --- losses without a head -----------------------------------------------------------------------
-
-
-def other_losses(net, rule, way, **kwargs):
-    """A wrapper that takes a loss ``aux`` without a head."""
-    heads = make_heads(net, rule)
-    if way == "task":
-        return wrap(net, "sgd", rule, heads={**heads, "aux": LossTask()}, **kwargs)
-    return wrap(net, "sgd", rule, heads=heads, passthrough=("aux",), **kwargs)
-
-
-WAYS = pytest.mark.parametrize("way", ["task", "passthrough"])
-
-
-@PHASES
-@WAYS
-def test_the_gradient_of_a_loss_without_a_head_arrives(way, steps, rule, device, dtype, batch):
-    """Beside the heads' at the features, and at parameters of its own."""
-    x, labels = batch
-    found = []
-    for present in (False, True):
-        net = plain_net(device, dtype)
-        net.extra = nn.Linear(WIDTH, 1).to(x)
-        optimizer = (
-            other_losses(net, rule, way, keep_length=False)
-            if rule == "likelihood"
-            else (other_losses(net, rule, way))
-        )
-        train(net, optimizer, steps)
-        h = net.trunk(x)
-        out = {name: head(h) for name, head in net.heads.items()}
-        losses = make_losses(out, labels)
-        aux = net.extra(h).exp().mean()
-        own = torch.autograd.grad(
-            aux, [*net.trunk.parameters(), *net.extra.parameters()], retain_graph=True
-        )
-        optimizer.zero_grad()
-        optimizer.step({**losses, "aux": aux} if present else losses)
-        found.append(gradients(net))
-    # Over its running mean, which in its first step is its value.
-    scaled = way == "task" and rule == "likelihood" and steps == 4
-    factor = 1 / aux.detach() if scaled else 1.0
-    names = [n for n, _ in net.named_parameters() if n.startswith(("trunk", "extra"))]
-    for name, gradient in zip(names, own, strict=True):
-        before = found[0][name] if name.startswith("trunk") else 0.0
-        torch.testing.assert_close(found[1][name], before + factor * gradient)
-
-
-@WAYS
-def test_a_step_of_losses_without_a_head_alone(way, rule, device, dtype, batch):
-    x, _ = batch
-    net = plain_net(device, dtype)
-    optimizer = other_losses(net, rule, way)
-    train(net, optimizer, EPOCH + 1)
-    heads = snapshot(net.heads)["parameters"]
-    optimizer.zero_grad()
-    optimizer.step({"aux": net.trunk(x).square().mean()})
-    assert net.trunk[0].weight.grad.any()
-    assert_same(heads, snapshot(net.heads)["parameters"])
-    train(net, optimizer, range(EPOCH + 1, EPOCH + 3))
-    assert_finite(snapshot(net, optimizer))
-
-
-def test_the_unit_of_a_loss_task_does_not_matter(device, dtype):
-    """Of the default rule, which divides it by its running mean; a passthrough is as it comes."""
-    found = []
-    for unit in (1.0, 1000.0):
-        net = plain_net(device, dtype)
-        optimizer = other_losses(net, "likelihood", "task", warmup=0, keep_length=False)
-        for index in range(5):
-            x, labels = make_batch(device, dtype, seed=index)
-            h = net.trunk(x)
-            losses = make_losses({n: head(h) for n, head in net.heads.items()}, labels)
-            optimizer.zero_grad()
-            optimizer.step({**losses, "aux": unit * (1 + h.square().mean())})
-        found.append(snapshot(net)["parameters"])
-    torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("sign", [0.0, -1.0])
-@PHASES
-def test_a_loss_task_that_is_not_positive_is_taken_as_it_is(sign, steps, rule, device, dtype):
-    net = plain_net(device, dtype)
-    optimizer = other_losses(net, rule, "task")
-    free = nn.Parameter(torch.ones(2, device=device, dtype=dtype))
-    for index in range(steps):
-        x, labels = make_batch(device, dtype, seed=index)
-        losses = make_losses(net(x), labels)
-        free.grad = None
-        optimizer.zero_grad()
-        optimizer.step({**losses, "aux": free.sum() + (sign - 2)})
-        assert_finite(snapshot(net, optimizer))
-        assert bool((free.grad > 0).all()) and bool(free.grad.isfinite().all())
-
-
-def test_targets_of_losses_without_a_head_are_of_no_use(rule, device, dtype, batch):
-    x, labels = batch
-    results = []
-    for more in ({}, {"aux": torch.zeros(3, device=device)}):
-        net = plain_net(device, dtype)
-        optimizer = other_losses(net, rule, "task")
-        losses = {**make_losses(net(x), labels), "aux": 1 + net.trunk(x).square().mean()}
-        optimizer.step(losses, targets={**labels, **more})
-        results.append(snapshot(net, optimizer))
-    assert_same(*results)

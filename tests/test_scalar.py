@@ -32,11 +32,6 @@ def start(rule, steps, device, dtype):
     return again
 
 
-@pytest.fixture
-def batch(device, dtype):
-    return make_batch(device, dtype, seed=50)
-
-
 def evidence_of(optimizer):
     """Gram matrices and their like, by place."""
     found = {}
