@@ -61,7 +61,7 @@ class Spectrum:
         ridge = torch.maximum(ridge, floor)
         inverse = torch.add(values.clamp_min_(0.0)[:, None], ridge[..., None]).reciprocal_()
         scaled = torch.bmm(shift, vectors).mul_(inverse)
-        return Spectrum(vectors, inverse, torch.bmm(scaled, vectors.transpose(1, 2)), values)
+        return Spectrum(vectors, inverse, torch.bmm(scaled, vectors.mT), values)
 
     @staticmethod
     def near(
@@ -86,7 +86,7 @@ class Spectrum:
         floor = (values.amax(1, keepdim=True) * _LEAST_RIDGE).clamp_min_(tiny)
         ridge = torch.maximum(ridge, floor)[..., None]
         inverse = torch.add(values[:, None], ridge).reciprocal_()
-        back, light, dtype = vectors.transpose(1, 2), inverse.to(vectors.dtype), gram.dtype
+        back, light, dtype = vectors.mT, inverse.to(vectors.dtype), gram.dtype
 
         def precondition(x: Tensor) -> Tensor:
             return torch.bmm(torch.bmm(x.to(light.dtype), vectors).mul_(light), back).to(dtype)
@@ -114,13 +114,11 @@ class LeaveOneOut:
 
     Attributes:
         residual: ``r' = h̃ᵀm' - y``, ``[G, N, R]``.
-        own: ``r = h̃ᵀm - y``, with the datum, ``[G, N, R]``.
         rest: ``1/κ = 1 - w h̃ᵀA⁻¹h̃``, ``[G, N, R]``.
         rotated: ``h̃ᵀQ``, ``[S, N, D]``.
     """
 
     residual: Tensor
-    own: Tensor
     rest: Tensor
     rotated: Tensor
 
@@ -155,19 +153,18 @@ def leave_one_out(
     posterior = posterior.first(targets.shape[2])
     light = posterior if light is None else light.first(targets.shape[2])
     dtype = light.mean.dtype
-    features = features.expand(posterior.vectors.shape[0], -1, -1)
+    if len(features) < len(posterior.vectors):
+        features = features.expand(len(posterior.vectors), -1, -1)
     if rotated is None:
         rotated = torch.bmm(features, posterior.vectors)
     rotated = rotated.to(dtype)
     square = rotated * rotated
-    rest = torch.baddbmm(
-        square.new_ones(1),
-        square if weights is None else square * weights,
-        light.inverse.transpose(1, 2),
-        alpha=-1,
-    ).clamp_min_(1 - _MAX_LEVERAGE)
-    own = torch.baddbmm(targets, features, posterior.mean.transpose(1, 2), beta=-1).to(dtype)
-    return LeaveOneOut(own / rest, own, rest, rotated)
+    leverage = torch.bmm(
+        square if weights is None else square * weights, light.inverse.mT
+    )
+    rest = torch.sub(1.0, leverage).clamp_min_(1 - _MAX_LEVERAGE)  # type: ignore[call-overload]
+    own = torch.baddbmm(targets, features, posterior.mean.mT, beta=-1).to(dtype)
+    return LeaveOneOut(own.div_(rest), rest, rotated)
 
 
 def student_gradient(
@@ -204,21 +201,22 @@ def student_gradient(
     posterior = posterior.first(left.residual.shape[2])
     # In place where it can be: with many outputs the memory that is touched is the time.
     r, tau2, nu = left.residual, noise_variance[:, None], degrees_of_freedom
-    unit = 2 / (nu + 1)
-    rho = (tau2 * unit) / left.rest
+    factor = factor * (nu + 1)
     if weights is None:
-        rho = rho.addcmul_(r, r, value=unit).add_(tau2 * (unit * (nu - 1))).reciprocal_()
-        scaled = rho * (factor * 2.0)
+        below = tau2 * (nu - 1)
+        rho = torch.addcmul(below, r, r).addcdiv_(tau2, left.rest).reciprocal_()
+        scaled = rho * factor
         # As τ² κ + r'² is what ρ has below the line but for (ν - 1) τ².
-        along = torch.addcmul(factor * (nu + 1), scaled, tau2 * (1 - nu))
+        along = torch.addcmul(factor, scaled, below, value=-1)
     else:
-        square = (r * r).mul_(weights).addcdiv_(tau2, left.rest)
+        rho = tau2 / left.rest
+        square = (r * r).mul_(weights).add_(rho)
         least = torch.finfo(rho.dtype).eps ** 0.5  # κ - 1 of less is rounding
-        rho = rho.sub_(tau2 * unit).div_(weights.clamp_min(least)).addcmul_(r, r, value=unit)
-        rho = rho.add_(tau2 * (unit * nu)).reciprocal_()
-        scaled = rho * (factor * 2.0)
+        rho = rho.sub_(tau2).div_(weights.clamp_min(least)).addcmul_(r, r)
+        rho = rho.add_(tau2 * nu).reciprocal_()
+        scaled = rho * factor
         along = square.mul_(scaled)
     uncertain = torch.bmm(along, posterior.inverse).mul_(left.rotated)
     plain = torch.bmm(scaled.mul_(r), posterior.mean)
-    gradient = torch.baddbmm(plain, uncertain, posterior.vectors.transpose(1, 2))
-    return gradient[..., :d] if gradient.shape[2] > d else gradient, rho
+    gradient = torch.baddbmm(plain, uncertain, posterior.vectors.mT)
+    return gradient[..., :d], rho.mul_((nu + 1) / 2)
