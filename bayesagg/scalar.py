@@ -13,6 +13,7 @@ from bayesagg.heads import Head
 from bayesagg.reading import Batch
 from bayesagg.reading.hooks import Call, Slot, unflatten
 from bayesagg.rules import Plan
+from bayesagg.rules.base import Key
 
 if TYPE_CHECKING:
     from bayesagg.engine import BayesAgg
@@ -40,32 +41,29 @@ class Step:
         self, engine: BayesAgg, plan: Plan, batch: Batch, known: Mapping[str, Any], watched: bool
     ) -> None:
         self.engine, self.plan, self.known = engine, plan, known
-        self.skipped = set() if watched else _skipped(plan, batch)
+        self.skipped: set[str] = set()
         self.planned: list[tuple[Slot, Tensor | None]] = []
         self.direct: list[tuple[Tensor, Tensor]] = []
+        kept = plan.gradients if watched else _kept(plan, batch)
         carried = set()
         for part in batch.parts:
-            if part.key not in plan.gradients:
+            gradient = plan.gradients.get(part.key)
+            if gradient is None:
                 continue
-            for name, head in zip(part.names, part.heads, strict=True):
-                first = part.key not in carried  # it carries the gradient of all that read the same
-                if not first and name in self.skipped:
-                    continue
+            calls = part.calls[part.names[0]]
+            rows: list[Any] = [None] * len(calls)
+            if part.key not in carried:  # it carries the gradient of all that read the same
                 carried.add(part.key)
-                calls = part.calls[name]
-                rows = (
-                    _rows(plan.gradients[part.key], calls, head) if first else [None] * len(calls)
-                )
-                if name in self.skipped:
-                    self.direct += [
-                        (call.features, gradient)
-                        for call, gradient in zip(calls, rows, strict=True)
-                        if gradient is not None
-                    ]
-                else:
-                    slots = (call.slot for call in calls)
-                    pairs = zip(slots, rows, strict=True)
-                    self.planned += [(slot, row) for slot, row in pairs if slot is not None]
+                rows = _rows(gradient, calls, part.heads[0])
+            if part.key not in kept:
+                self.skipped.update(part.names)
+                if rows[0] is not None:
+                    self.direct += zip([call.features for call in calls], rows, strict=True)
+                continue
+            for name in part.names:
+                pairs = zip([call.slot for call in part.calls[name]], rows, strict=True)
+                self.planned += [(slot, row) for slot, row in pairs if slot is not None]
+                rows = [None] * len(calls)
         self._done = False
 
     def begin(self, factor: Tensor) -> None:
@@ -85,24 +83,25 @@ class Step:
             self.engine._adopt(self.plan, self.known)
 
 
-def _skipped(plan: Plan, batch: Batch) -> set[str]:
-    """Heads that nobody would notice if the backward pass went around them.
+def _kept(plan: Plan, batch: Batch) -> set[Key]:
+    """Keys of heads that the backward pass goes through: somebody would notice if it did not.
 
-    Their weights come from the posterior, their losses lead nowhere else, all that read the same
-    features are such, and no hook waits at them.
+    Of others the weights come from the posterior, their losses lead nowhere else, all that read the
+    same features are such, and no hook waits at them.
     """
     spared = batch.alone.intersection(plan.spared)
-    kept = {
-        part.key
-        for part in batch.parts
-        for name, head in zip(part.names, part.heads, strict=True)
-        if name not in spared
-        or head.linear._backward_hooks
-        or head.linear._backward_pre_hooks
-        or any(_noticed(call) for call in part.calls[name])
-    }
-    parts = (part for part in batch.parts if part.key in plan.gradients and part.key not in kept)
-    return {name for part in parts for name in part.names}
+    kept = set()
+    for part in batch.parts:
+        for name, head in zip(part.names, part.heads, strict=True):
+            linear = head.linear
+            if (
+                name not in spared
+                or linear._backward_hooks
+                or linear._backward_pre_hooks
+                or any([_noticed(call) for call in part.calls[name]])
+            ):
+                kept.add(part.key)
+    return kept
 
 
 def _noticed(call: Call) -> bool:
@@ -110,18 +109,15 @@ def _noticed(call: Call) -> bool:
     return call.slot is None or output.retains_grad or bool(output._backward_hooks)
 
 
-def _rows(gradient: Tensor, calls: Sequence[Call], head: Head) -> list[Tensor | None]:
+def _rows(gradient: Tensor, calls: Sequence[Call], head: Head) -> list[Tensor]:
     """A gradient at the features of some calls, as they are; float32 at least."""
     sizes = [call.features.numel() // head.in_features for call in calls]
-    pieces = gradient.split(sizes) if len(calls) > 1 else (gradient,)
-    return [
-        unflatten(
-            piece.to(torch.promote_types(call.features.dtype, torch.float32)),
-            call.features,
-            head.channels_first,
-        )
-        for call, piece in zip(calls, pieces, strict=True)
-    ]
+    found = []
+    for call, rows in zip(calls, gradient.split_with_sizes(sizes), strict=True):
+        if rows.dtype != call.features.dtype:
+            rows = rows.to(torch.promote_types(call.features.dtype, torch.float32))
+        found.append(unflatten(rows, call.features, head.channels_first))
+    return found
 
 
 class _Scalar(torch.autograd.Function):

@@ -42,7 +42,7 @@ def flatten(tensor: Tensor, channels_first: bool) -> Tensor:
 def unflatten(rows: Tensor, like: Tensor, channels_first: bool) -> Tensor:
     """Inverse of :func:`flatten`, in the shape and layout of ``like``."""
     if not channels_first:
-        return rows.reshape(like.shape)
+        return rows if rows.shape == like.shape else rows.reshape(like.shape)
     moved = (like.shape[0], *like.shape[2:], like.shape[1])
     # In the layout of `like`: other strides slow the whole backward pass down.
     return torch.empty_like(like, dtype=rows.dtype).copy_(rows.reshape(moved).movedim(-1, 1))

@@ -99,8 +99,13 @@ class Inference:
         ]
 
     def module_weights(self, heads: Mapping[str, Head]) -> dict[str, Tensor]:
-        """Posterior mean of every head, ``[o, D]``; its own weights without a label in the step."""
+        """Posterior mean of every head, ``[o, D]``; its own weights without a label in the step.
+
+        Heads that keep their own gradient are left out.
+        """
         found = self.frame.by_head(self.posterior.mean, False)
+        for name in [name for name in found if heads[name].readout == "gradient"]:
+            del found[name]
         if self.stack.units[0].weighted:
             evidence = torch.as_tensor(self.seen) > 0
             shape = self.posterior.mean.shape[:2]
