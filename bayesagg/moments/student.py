@@ -159,10 +159,12 @@ def leave_one_out(
         rotated = torch.bmm(features, posterior.vectors)
     rotated = rotated.to(dtype)
     square = rotated * rotated
-    leverage = torch.bmm(
-        square if weights is None else square * weights, light.inverse.mT
-    )
-    rest = torch.sub(1.0, leverage).clamp_min_(1 - _MAX_LEVERAGE)  # type: ignore[call-overload]
+    rest = torch.baddbmm(
+        square.new_ones(1),
+        square if weights is None else square * weights,
+        light.inverse.mT,
+        alpha=-1,
+    ).clamp_min_(1 - _MAX_LEVERAGE)
     own = torch.baddbmm(targets, features, posterior.mean.mT, beta=-1).to(dtype)
     return LeaveOneOut(own.div_(rest), rest, rotated)
 
@@ -201,22 +203,22 @@ def student_gradient(
     posterior = posterior.first(left.residual.shape[2])
     # In place where it can be: with many outputs the memory that is touched is the time.
     r, tau2, nu = left.residual, noise_variance[:, None], degrees_of_freedom
-    factor = factor * (nu + 1)
+    unit = 2 / (nu + 1)
+    scale = tau2 * unit
+    rho = scale / left.rest
     if weights is None:
-        below = tau2 * (nu - 1)
-        rho = torch.addcmul(below, r, r).addcdiv_(tau2, left.rest).reciprocal_()
+        rho = rho.addcmul_(r, r, value=unit).add_(scale, alpha=nu - 1).reciprocal_()
         scaled = rho * factor
         # As τ² κ + r'² is what ρ has below the line but for (ν - 1) τ².
-        along = torch.addcmul(factor, scaled, below, value=-1)
+        along, times = torch.addcmul(factor, scaled, scale, value=1 - nu), nu + 1
     else:
-        rho = tau2 / left.rest
-        square = (r * r).mul_(weights).add_(rho)
+        square = (r * r).mul_(weights).add_(rho, alpha=1 / unit)
         least = torch.finfo(rho.dtype).eps ** 0.5  # κ - 1 of less is rounding
-        rho = rho.sub_(tau2).div_(weights.clamp_min(least)).addcmul_(r, r)
-        rho = rho.add_(tau2 * nu).reciprocal_()
+        rho = rho.sub_(scale).div_(weights.clamp_min(least)).addcmul_(r, r, value=unit)
+        rho = rho.add_(scale, alpha=nu).reciprocal_()
         scaled = rho * factor
-        along = square.mul_(scaled)
+        along, times = square.mul_(scaled), 2.0
     uncertain = torch.bmm(along, posterior.inverse).mul_(left.rotated)
     plain = torch.bmm(scaled.mul_(r), posterior.mean)
-    gradient = torch.baddbmm(plain, uncertain, posterior.vectors.mT)
-    return gradient[..., :d], rho.mul_((nu + 1) / 2)
+    gradient = torch.baddbmm(plain, uncertain, posterior.vectors.mT, beta=2, alpha=times)
+    return gradient.narrow(2, 0, d), rho

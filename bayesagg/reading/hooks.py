@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -117,12 +116,9 @@ class _Hook:
         self._untraced = _untraced()
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
+        """Tell the capture, if it still exists."""
         if torch.compiler.is_compiling():
             return self._untraced(self, module, *args)
-        return self.report(module, *args)
-
-    def report(self, module: nn.Module, *args: Any) -> Any:
-        """Tell the capture, if it still exists."""
         capture = self._capture()
         return None if capture is None else self._method(capture, self._name, module, *args)
 
@@ -134,9 +130,9 @@ class _Hook:
 def _untraced() -> Callable[..., Any]:
     """Made when it is first used: it imports the whole compiler, as any optimizer does."""
     try:
-        return cast("Callable[..., Any]", torch.compiler.disable(_Hook.report, reason=_BREAK))
+        return cast("Callable[..., Any]", torch.compiler.disable(_Hook.__call__, reason=_BREAK))
     except TypeError:  # before torch 2.7 a break has no reason
-        return cast("Callable[..., Any]", torch.compiler.disable(_Hook.report))
+        return cast("Callable[..., Any]", torch.compiler.disable(_Hook.__call__))
 
 
 def _ignore(*_: Any) -> None:
@@ -170,7 +166,6 @@ class Capture:
 
     def _start(self) -> None:
         self.group = None
-        self._paused = False
         self._pending: dict[str, tuple[Tensor, Slot | None]] = {}  # calls that have not returned
         self.clear()
         handles = []
@@ -193,15 +188,6 @@ class Capture:
     def clear(self) -> None:
         """Forget all forward passes."""
         self.calls = {name: [] for name in self.heads}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """While a backward pass runs, modules that checkpointing runs again do not report."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     def _before(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

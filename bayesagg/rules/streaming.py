@@ -203,9 +203,7 @@ def _posterior(
     levels = misfit
     if not units[0].started:
         misfit, levels = misfit.tensor_split([before[2].shape[2]], 1)
-    current, ridge = scales_and_ridges(
-        frame, exact, units[0].started, before[2], misfit, levels
-    )
+    current, ridge = scales_and_ridges(frame, exact, units[0].started, before[2], misfit, levels)
     posterior, bases = _spectrum(stack, before[0], gram, shift, ridge, new.squares, fade, length)
     state = (gram, shift, seen, misfit, before[2], current)
     return Inference(stack, frame, *state, posterior, bases, fade)
