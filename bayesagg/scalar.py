@@ -18,11 +18,11 @@ from bayesagg.rules.base import Key
 if TYPE_CHECKING:
     from bayesagg.engine import BayesAgg
 
-__all__ = ["Step", "scalar_of"]
+__all__ = ["Step"]
 
 
 class Step:
-    """What one scalar carries from the losses to its backward pass.
+    """A plan on its way from the losses to the backward pass, as a scalar or at once.
 
     Args:
         engine: that learns once the pass has run.
@@ -30,20 +30,29 @@ class Step:
         batch: whose calls receive the planned gradients.
         known: what reading it has verified of the losses.
         watched: somebody waits for the gradients of all heads' parameters.
+        waiting: tensors that take part with a gradient of zero.
 
     Attributes:
-        skipped: heads that the pass goes around: it starts at their features.
+        total: the value of the sum.
+        roots: where the pass starts, and with what gradient; ``None``: one. It goes around heads
+            that nobody would notice, and starts at their features.
         planned: what every tap hands on.
-        direct: features that receive a gradient from the scalar itself, and that gradient.
     """
 
     def __init__(
-        self, engine: BayesAgg, plan: Plan, batch: Batch, known: Mapping[str, Any], watched: bool
+        self,
+        engine: BayesAgg,
+        plan: Plan,
+        batch: Batch,
+        known: Mapping[str, Any],
+        watched: bool,
+        waiting: Sequence[Tensor],
     ) -> None:
         self.engine, self.plan, self.known = engine, plan, known
-        self.skipped: set[str] = set()
+        self.total = batch.total.detach()
         self.planned: list[tuple[Slot, Tensor | None]] = []
-        self.direct: list[tuple[Tensor, Tensor]] = []
+        direct: list[tuple[Tensor, Tensor]] = []
+        losses = dict(batch.losses)
         kept = plan.gradients if watched else _kept(plan, batch)
         carried = set()
         for part in batch.parts:
@@ -56,23 +65,50 @@ class Step:
                 carried.add(part.key)
                 rows = _rows(gradient, calls, part.heads[0])
             if part.key not in kept:
-                self.skipped.update(part.names)
+                for name in part.names:
+                    del losses[name]
                 if rows[0] is not None:
-                    self.direct += zip([call.features for call in calls], rows, strict=True)
+                    direct += zip([call.features for call in calls], rows, strict=True)
                 continue
             for name in part.names:
                 pairs = zip([call.slot for call in part.calls[name]], rows, strict=True)
                 self.planned += [(slot, row) for slot, row in pairs if slot is not None]
                 rows = [None] * len(calls)
+        self.roots: list[tuple[Tensor, Tensor | None]] = [
+            *[(loss, plan.loss_weights.get(name)) for name, loss in losses.items()],
+            *direct,
+            *[(tensor, torch.zeros_like(tensor)) for tensor in waiting],
+        ]
         self._done = False
 
-    def begin(self, factor: Tensor) -> None:
-        """The backward pass has reached the scalar."""
+    def scalar(self) -> Tensor:
+        """The sum of the losses, whose backward pass carries the plan."""
+        scalar: Tensor = _Scalar.apply(self, *[root for root, _ in self.roots])
+        return scalar
+
+    def backward(self) -> Tensor:
+        """The backward pass of :meth:`scalar`, without it; returns the sum of the losses."""
+        self.begin(None)
+        torch.autograd.backward([root for root, _ in self.roots], self.gradients(None))
+        self.finish()
+        return self.total
+
+    def gradients(self, factor: Tensor | None) -> list[Tensor | None]:
+        """What every root receives, times the incoming gradient; ``None``: one."""
+        found = []
+        for root, own in self.roots:
+            gradient = factor if own is None else own
+            if own is not None and factor is not None:
+                gradient = own * factor.to(own.dtype)
+            if gradient is not None and gradient.dtype != root.dtype:
+                gradient = gradient.to(root.dtype)
+            found.append(gradient)
+        return found
+
+    def begin(self, factor: Tensor | None) -> None:
+        """The backward pass is about to reach the heads."""
         for slot, gradient in self.planned:
             slot.planned, slot.gradient, slot.factor = True, gradient, factor
-        engine = Variable._execution_engine
-        # Behind the callbacks of DDP and FSDP2, which are queued while the pass runs.
-        engine.queue_callback(lambda: engine.queue_callback(self.finish))
 
     def finish(self) -> None:
         """The backward pass has run; a second one through the same graph teaches nothing new."""
@@ -121,44 +157,18 @@ def _rows(gradient: Tensor, calls: Sequence[Call], head: Head) -> list[Tensor]:
 
 
 class _Scalar(torch.autograd.Function):
-    """The value of the sum; backward, every loss gets the incoming gradient times its weight.
-
-    Features that the pass starts at get their planned gradient times the incoming one.
-    """
+    """The value of the sum; backward, every root gets its gradient times the incoming one."""
 
     @staticmethod
-    def forward(
-        ctx: Any, step: Step, value: Tensor, weights: Sequence[Tensor | None], *inputs: Tensor
-    ) -> Tensor:
-        ctx.step, ctx.weights = step, weights
-        ctx.like = [(x.shape, x.dtype, x.device) for x in inputs]
-        return value.clone()
+    def forward(ctx: Any, step: Step, *roots: Tensor) -> Tensor:
+        ctx.step = step
+        return step.total.clone()
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Any, ...]:
-        step, weights = ctx.step, ctx.weights
-        step.begin(factor.detach())
-        gradients = [factor if weight is None else factor * weight for weight in weights]
-        gradients += [planned * factor.to(planned.dtype) for _, planned in step.direct]
-        gradients = [
-            gradient if gradient.dtype == dtype else gradient.to(dtype)
-            for gradient, (_, dtype, _) in zip(gradients, ctx.like, strict=False)
-        ]
-        for shape, dtype, device in ctx.like[len(gradients) :]:
-            gradients.append(torch.zeros(shape, dtype=dtype, device=device))
-        return None, None, None, *gradients
-
-
-def scalar_of(step: Step, batch: Batch, waiting: Sequence[Tensor]) -> Tensor:
-    """The scalar of a step.
-
-    Args:
-        step: what its backward pass does.
-        batch: its losses.
-        waiting: tensors that take part with a gradient of zero.
-    """
-    losses = [name for name in batch.losses if name not in step.skipped]
-    weights = [step.plan.loss_weights.get(name) for name in losses]
-    inputs = [batch.losses[name] for name in losses] + [features for features, _ in step.direct]
-    scalar: Tensor = _Scalar.apply(step, batch.total.detach(), weights, *inputs, *waiting)
-    return scalar
+        step, factor = ctx.step, factor.detach()
+        step.begin(factor)
+        engine = Variable._execution_engine
+        # Behind the callbacks of DDP and FSDP2, which are queued while the pass runs.
+        engine.queue_callback(lambda: engine.queue_callback(step.finish))
+        return None, *step.gradients(factor)

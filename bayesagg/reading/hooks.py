@@ -55,7 +55,7 @@ class Slot:
         planned: whether the head's own gradient is replaced.
         gradient: by what, in the shape of the features; ``None``: by nothing, because another
             head that reads the same tensor carries the gradient of both.
-        factor: incoming gradient of the scalar whose backward pass runs.
+        factor: incoming gradient of the scalar whose backward pass runs; ``None``: one.
         used: a backward pass came by without a plan.
     """
 
@@ -79,10 +79,12 @@ class _Tap(torch.autograd.Function):
         if not slot.planned:
             slot.used = True
             return gradient, None
-        if slot.gradient is None or slot.factor is None:
+        if slot.gradient is None:
             return None, None
-        # In the precision of the plan: a factor may be there to save half precision from underflow.
-        planned = slot.gradient * slot.factor.to(slot.gradient.dtype)
+        planned = slot.gradient
+        if slot.factor is not None:
+            # In the precision of the plan: a factor may save half precision from underflow.
+            planned = planned * slot.factor.to(planned.dtype)
         return planned.to(gradient.dtype), None
 
 
