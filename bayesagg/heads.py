@@ -178,19 +178,14 @@ class Head:
 
     def write(self, weights: Tensor) -> None:
         """Overwrite weight and bias with the rows of ``weights``, ``[o, D]``, bias last."""
-        own = self.linear._parameters.values()
         # FSDP2 swaps gathered weights for the sharded ones: either may be in place now.
-        for parameter in (*own, *self._sharded):
+        for parameter in (*self.linear._parameters.values(), *self._sharded):
             if parameter is None:
                 continue
-            if parameter.dim() == 1:
-                part = weights.select(1, -1)
-            else:
-                part = weights.narrow(1, 0, self.in_features)
-            if parameter.dim() > 2:
-                part = part.view(parameter.shape)
-            if type(parameter) is not nn.Parameter:
-                part = _like(part, parameter)
+            bias = parameter.dim() == 1
+            part = weights.select(1, -1) if bias else weights.narrow(1, 0, self.in_features)
+            if parameter.dim() > 2 or type(parameter) is not nn.Parameter:
+                part = _like(part.view(parameter.shape), parameter)
             parameter.copy_(part)
 
     def weights(self) -> Tensor:

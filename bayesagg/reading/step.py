@@ -91,7 +91,7 @@ def group_heads(saids: Sequence[Said], known: Mapping[str, Known]) -> list[Group
     for here, forms in groups.values():
         first = forms[0] or _NEW
         own = first.own and here[0].target is not None
-        made.append(Group(here, forms, own, first.weighted or first.masked or None in forms))
+        made.append(Group(here, forms, own, first.weighted or first.masked or not all(forms)))
     return made
 
 

@@ -381,13 +381,14 @@ def exact_gradients(rule: LikelihoodRule, found: Inference) -> Exact:
             for x in (left.residual, targets)
         ]
         known = None if weights is None else (weights > 0).to(dtype)
-        counts = () if known is None else (known.sum(1),)
-        rho = rho if known is None else rho * known
-        sums.append((torch.stack(squared), rho.sum(1), *counts))
-    squares, ratio, *counts = [
+        if known is None:
+            sums.append([torch.stack(squared), rho.sum(1)])
+        else:
+            sums.append([torch.stack(squared), (rho * known).sum(1), known.sum(1)])
+    squares, ratio, *labelled = [
         one[0] if len(one) == 1 else torch.stack(one).sum(0) for one in zip(*sums, strict=True)
     ]
-    count = counts[0].clamp(min=1.0) if counts else float(stack.responses.shape[1])
+    count = labelled[0].clamp(min=1.0) if labelled else float(stack.responses.shape[1])
     return Exact(_by_key(stack, _cat(gradients, 1)), squares, ratio / count)
 
 
