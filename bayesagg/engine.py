@@ -19,7 +19,7 @@ from bayesagg.predicting import Predictor
 from bayesagg.reading import Batch, Reader
 from bayesagg.reading.hooks import Call, Capture
 from bayesagg.rules import LikelihoodRule, PaperRule, Plan, Rule
-from bayesagg.scalar import Step, scalar_of
+from bayesagg.scalar import Step
 
 __all__ = ["BayesAgg", "Losses"]
 
@@ -148,6 +148,10 @@ class BayesAgg(nn.Module):
             BayesAggError: a specific subclass for each kind of bad input, before any gradient,
                 parameter or buffer has changed.
         """
+        return self._step(losses, targets).scalar()
+
+    def _step(self, losses: Losses, targets: Losses | None) -> Step:
+        """What the backward pass of some losses will do; nothing has changed yet."""
         device = next(iter(self.heads.values())).linear.weight.device
         self._exchange.start(self._capture.group, self._modules_of_ranks)
         under = torch.is_autocast_enabled(device.type)
@@ -166,8 +170,8 @@ class BayesAgg(nn.Module):
                 plan = self.rule.plan(self._memory, batch, flags, self._exchange)
             calls, watched = dict(self._capture.calls), self._capture.group is not None
             self._capture.clear()
-            step = Step(self, plan, batch, known, watched or self._exchange.ranks is not None)
-            return scalar_of(step, batch, self._waiting(batch, calls))
+            watched = watched or self._exchange.ranks is not None
+            return Step(self, plan, batch, known, watched, self._waiting(batch, calls))
 
     def _waiting(self, batch: Batch, calls: Mapping[str, list[Call]]) -> list[Tensor]:
         """Outputs of absent tasks: every rank's gradients are waited for, also of these."""
@@ -178,7 +182,7 @@ class BayesAgg(nn.Module):
         return [call.output for name in absent for call in calls[name][-1:]]
 
     def backward(self, losses: Losses, targets: Losses | None = None) -> Tensor:
-        """``engine(losses, targets).backward()``.
+        """As ``engine(losses, targets).backward()``.
 
         Returns:
             the sum of the losses, detached.
@@ -186,9 +190,7 @@ class BayesAgg(nn.Module):
         Raises:
             BayesAggError: as of :meth:`forward`.
         """
-        loss: Tensor = self(losses, targets)
-        loss.backward()
-        return loss.detach()
+        return self._step(losses, targets).backward()
 
     def end_epoch(self) -> None:
         """``PaperRule`` without ``steps_per_epoch`` only: the epoch becomes the posterior.

@@ -143,7 +143,7 @@ class Head:
         linear = self.linear
         if "parametrizations" in linear._modules:
             return False
-        return all(p is None or p.requires_grad for p in linear._parameters.values())
+        return all([p is None or p.requires_grad for p in linear._parameters.values()])
 
     @cached_property
     def channels_first(self) -> bool:
@@ -178,17 +178,15 @@ class Head:
 
     def write(self, weights: Tensor) -> None:
         """Overwrite weight and bias with the rows of ``weights``, ``[o, D]``, bias last."""
-        own = self.linear._parameters.values()
         # FSDP2 swaps gathered weights for the sharded ones: either may be in place now.
-        for parameter in (*own, *self._sharded):
+        for parameter in (*self.linear._parameters.values(), *self._sharded):
             if parameter is None:
                 continue
-            part = weights[:, -1] if parameter.dim() == 1 else weights
-            if parameter.dim() > 1 and self.has_bias:
-                part = weights[:, : self.in_features]
-            if parameter.dim() > 2:
-                part = part.view(parameter.shape)
-            parameter.copy_(_like(part, parameter))
+            bias = parameter.dim() == 1
+            part = weights.select(1, -1) if bias else weights.narrow(1, 0, self.in_features)
+            if parameter.dim() > 2 or type(parameter) is not nn.Parameter:
+                part = _like(part.view(parameter.shape), parameter)
+            parameter.copy_(part)
 
     def weights(self) -> Tensor:
         """Weights without the bias, ``[o, d]``, detached, in the module's dtype.
@@ -230,7 +228,7 @@ def _whole(parameter: Tensor) -> Tensor:
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
     """A value that every rank has, sharded as the parameter is."""
-    if type(parameter) is nn.Parameter or not hasattr(parameter, "full_tensor"):
+    if not hasattr(parameter, "full_tensor"):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -143,7 +143,7 @@ class Frame:
             if len(some) == 1:
                 found[names[0]] = part
             else:
-                found.update(zip(names, part.split(some), strict=True))
+                found.update(zip(names, part.split_with_sizes(some), strict=True))
         return found
 
 

@@ -13,15 +13,16 @@ from bayesagg.heads import Head
 from bayesagg.reading import Batch
 from bayesagg.reading.hooks import Call, Slot, unflatten
 from bayesagg.rules import Plan
+from bayesagg.rules.base import Key
 
 if TYPE_CHECKING:
     from bayesagg.engine import BayesAgg
 
-__all__ = ["Step", "scalar_of"]
+__all__ = ["Step"]
 
 
 class Step:
-    """What one scalar carries from the losses to its backward pass.
+    """A plan on its way from the losses to the backward pass, as a scalar or at once.
 
     Args:
         engine: that learns once the pass has run.
@@ -29,52 +30,85 @@ class Step:
         batch: whose calls receive the planned gradients.
         known: what reading it has verified of the losses.
         watched: somebody waits for the gradients of all heads' parameters.
+        waiting: tensors that take part with a gradient of zero.
 
     Attributes:
-        skipped: heads that the pass goes around: it starts at their features.
+        total: the value of the sum.
+        roots: where the pass starts, and with what gradient; ``None``: one. It goes around heads
+            that nobody would notice, and starts at their features.
         planned: what every tap hands on.
-        direct: features that receive a gradient from the scalar itself, and that gradient.
     """
 
     def __init__(
-        self, engine: BayesAgg, plan: Plan, batch: Batch, known: Mapping[str, Any], watched: bool
+        self,
+        engine: BayesAgg,
+        plan: Plan,
+        batch: Batch,
+        known: Mapping[str, Any],
+        watched: bool,
+        waiting: Sequence[Tensor],
     ) -> None:
         self.engine, self.plan, self.known = engine, plan, known
-        self.skipped = set() if watched else _skipped(plan, batch)
+        self.total = batch.total.detach()
         self.planned: list[tuple[Slot, Tensor | None]] = []
-        self.direct: list[tuple[Tensor, Tensor]] = []
+        direct: list[tuple[Tensor, Tensor]] = []
+        losses = dict(batch.losses)
+        kept = plan.gradients if watched else _kept(plan, batch)
         carried = set()
         for part in batch.parts:
-            if part.key not in plan.gradients:
+            gradient = plan.gradients.get(part.key)
+            if gradient is None:
                 continue
-            for name, head in zip(part.names, part.heads, strict=True):
-                first = part.key not in carried  # it carries the gradient of all that read the same
-                if not first and name in self.skipped:
-                    continue
+            calls = part.calls[part.names[0]]
+            rows: list[Any] = [None] * len(calls)
+            if part.key not in carried:  # it carries the gradient of all that read the same
                 carried.add(part.key)
-                calls = part.calls[name]
-                rows = (
-                    _rows(plan.gradients[part.key], calls, head) if first else [None] * len(calls)
-                )
-                if name in self.skipped:
-                    self.direct += [
-                        (call.features, gradient)
-                        for call, gradient in zip(calls, rows, strict=True)
-                        if gradient is not None
-                    ]
-                else:
-                    slots = (call.slot for call in calls)
-                    pairs = zip(slots, rows, strict=True)
-                    self.planned += [(slot, row) for slot, row in pairs if slot is not None]
+                rows = _rows(gradient, calls, part.heads[0])
+            if part.key not in kept:
+                for name in part.names:
+                    del losses[name]
+                if rows[0] is not None:
+                    direct += zip([call.features for call in calls], rows, strict=True)
+                continue
+            for name in part.names:
+                pairs = zip([call.slot for call in part.calls[name]], rows, strict=True)
+                self.planned += [(slot, row) for slot, row in pairs if slot is not None]
+                rows = [None] * len(calls)
+        self.roots: list[tuple[Tensor, Tensor | None]] = [
+            *[(loss, plan.loss_weights.get(name)) for name, loss in losses.items()],
+            *direct,
+            *[(tensor, torch.zeros_like(tensor)) for tensor in waiting],
+        ]
         self._done = False
 
-    def begin(self, factor: Tensor) -> None:
-        """The backward pass has reached the scalar."""
+    def scalar(self) -> Tensor:
+        """The sum of the losses, whose backward pass carries the plan."""
+        scalar: Tensor = _Scalar.apply(self, *[root for root, _ in self.roots])
+        return scalar
+
+    def backward(self) -> Tensor:
+        """The backward pass of :meth:`scalar`, without it; returns the sum of the losses."""
+        self.begin(None)
+        torch.autograd.backward([root for root, _ in self.roots], self.gradients(None))
+        self.finish()
+        return self.total
+
+    def gradients(self, factor: Tensor | None) -> list[Tensor | None]:
+        """What every root receives, times the incoming gradient; ``None``: one."""
+        found = []
+        for root, own in self.roots:
+            gradient = factor if own is None else own
+            if own is not None and factor is not None:
+                gradient = own * factor.to(own.dtype)
+            if gradient is not None and gradient.dtype != root.dtype:
+                gradient = gradient.to(root.dtype)
+            found.append(gradient)
+        return found
+
+    def begin(self, factor: Tensor | None) -> None:
+        """The backward pass is about to reach the heads."""
         for slot, gradient in self.planned:
             slot.planned, slot.gradient, slot.factor = True, gradient, factor
-        engine = Variable._execution_engine
-        # Behind the callbacks of DDP and FSDP2, which are queued while the pass runs.
-        engine.queue_callback(lambda: engine.queue_callback(self.finish))
 
     def finish(self) -> None:
         """The backward pass has run; a second one through the same graph teaches nothing new."""
@@ -85,24 +119,25 @@ class Step:
             self.engine._adopt(self.plan, self.known)
 
 
-def _skipped(plan: Plan, batch: Batch) -> set[str]:
-    """Heads that nobody would notice if the backward pass went around them.
+def _kept(plan: Plan, batch: Batch) -> set[Key]:
+    """Keys of heads that the backward pass goes through: somebody would notice if it did not.
 
-    Their weights come from the posterior, their losses lead nowhere else, all that read the same
-    features are such, and no hook waits at them.
+    Of others the weights come from the posterior, their losses lead nowhere else, all that read the
+    same features are such, and no hook waits at them.
     """
     spared = batch.alone.intersection(plan.spared)
-    kept = {
-        part.key
-        for part in batch.parts
-        for name, head in zip(part.names, part.heads, strict=True)
-        if name not in spared
-        or head.linear._backward_hooks
-        or head.linear._backward_pre_hooks
-        or any(_noticed(call) for call in part.calls[name])
-    }
-    parts = (part for part in batch.parts if part.key in plan.gradients and part.key not in kept)
-    return {name for part in parts for name in part.names}
+    kept = set()
+    for part in batch.parts:
+        for name, head in zip(part.names, part.heads, strict=True):
+            linear = head.linear
+            if (
+                name not in spared
+                or linear._backward_hooks
+                or linear._backward_pre_hooks
+                or any([_noticed(call) for call in part.calls[name]])
+            ):
+                kept.add(part.key)
+    return kept
 
 
 def _noticed(call: Call) -> bool:
@@ -110,59 +145,30 @@ def _noticed(call: Call) -> bool:
     return call.slot is None or output.retains_grad or bool(output._backward_hooks)
 
 
-def _rows(gradient: Tensor, calls: Sequence[Call], head: Head) -> list[Tensor | None]:
+def _rows(gradient: Tensor, calls: Sequence[Call], head: Head) -> list[Tensor]:
     """A gradient at the features of some calls, as they are; float32 at least."""
     sizes = [call.features.numel() // head.in_features for call in calls]
-    pieces = gradient.split(sizes) if len(calls) > 1 else (gradient,)
-    return [
-        unflatten(
-            piece.to(torch.promote_types(call.features.dtype, torch.float32)),
-            call.features,
-            head.channels_first,
-        )
-        for call, piece in zip(calls, pieces, strict=True)
-    ]
+    found = []
+    for call, rows in zip(calls, gradient.split_with_sizes(sizes), strict=True):
+        if rows.dtype != call.features.dtype:
+            rows = rows.to(torch.promote_types(call.features.dtype, torch.float32))
+        found.append(unflatten(rows, call.features, head.channels_first))
+    return found
 
 
 class _Scalar(torch.autograd.Function):
-    """The value of the sum; backward, every loss gets the incoming gradient times its weight.
-
-    Features that the pass starts at get their planned gradient times the incoming one.
-    """
+    """The value of the sum; backward, every root gets its gradient times the incoming one."""
 
     @staticmethod
-    def forward(
-        ctx: Any, step: Step, value: Tensor, weights: Sequence[Tensor | None], *inputs: Tensor
-    ) -> Tensor:
-        ctx.step, ctx.weights = step, weights
-        ctx.like = [(x.shape, x.dtype, x.device) for x in inputs]
-        return value.clone()
+    def forward(ctx: Any, step: Step, *roots: Tensor) -> Tensor:
+        ctx.step = step
+        return step.total.clone()
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Any, ...]:
-        step, weights = ctx.step, ctx.weights
-        step.begin(factor.detach())
-        gradients = [factor if weight is None else factor * weight for weight in weights]
-        gradients += [planned * factor.to(planned.dtype) for _, planned in step.direct]
-        gradients = [
-            gradient if gradient.dtype == dtype else gradient.to(dtype)
-            for gradient, (_, dtype, _) in zip(gradients, ctx.like, strict=False)
-        ]
-        for shape, dtype, device in ctx.like[len(gradients) :]:
-            gradients.append(torch.zeros(shape, dtype=dtype, device=device))
-        return None, None, None, *gradients
-
-
-def scalar_of(step: Step, batch: Batch, waiting: Sequence[Tensor]) -> Tensor:
-    """The scalar of a step.
-
-    Args:
-        step: what its backward pass does.
-        batch: its losses.
-        waiting: tensors that take part with a gradient of zero.
-    """
-    losses = [name for name in batch.losses if name not in step.skipped]
-    weights = [step.plan.loss_weights.get(name) for name in losses]
-    inputs = [batch.losses[name] for name in losses] + [features for features, _ in step.direct]
-    scalar: Tensor = _Scalar.apply(step, batch.total.detach(), weights, *inputs, *waiting)
-    return scalar
+        step, factor = ctx.step, factor.detach()
+        step.begin(factor)
+        engine = Variable._execution_engine
+        # Behind the callbacks of DDP and FSDP2, which are queued while the pass runs.
+        engine.queue_callback(lambda: engine.queue_callback(step.finish))
+        return None, *step.gradients(factor)

@@ -61,7 +61,7 @@ class Spectrum:
         ridge = torch.maximum(ridge, floor)
         inverse = torch.add(values.clamp_min_(0.0)[:, None], ridge[..., None]).reciprocal_()
         scaled = torch.bmm(shift, vectors).mul_(inverse)
-        return Spectrum(vectors, inverse, torch.bmm(scaled, vectors.transpose(1, 2)), values)
+        return Spectrum(vectors, inverse, torch.bmm(scaled, vectors.mT), values)
 
     @staticmethod
     def near(
@@ -86,7 +86,7 @@ class Spectrum:
         floor = (values.amax(1, keepdim=True) * _LEAST_RIDGE).clamp_min_(tiny)
         ridge = torch.maximum(ridge, floor)[..., None]
         inverse = torch.add(values[:, None], ridge).reciprocal_()
-        back, light, dtype = vectors.transpose(1, 2), inverse.to(vectors.dtype), gram.dtype
+        back, light, dtype = vectors.mT, inverse.to(vectors.dtype), gram.dtype
 
         def precondition(x: Tensor) -> Tensor:
             return torch.bmm(torch.bmm(x.to(light.dtype), vectors).mul_(light), back).to(dtype)
@@ -114,13 +114,11 @@ class LeaveOneOut:
 
     Attributes:
         residual: ``r' = h̃ᵀm' - y``, ``[G, N, R]``.
-        own: ``r = h̃ᵀm - y``, with the datum, ``[G, N, R]``.
         rest: ``1/κ = 1 - w h̃ᵀA⁻¹h̃``, ``[G, N, R]``.
         rotated: ``h̃ᵀQ``, ``[S, N, D]``.
     """
 
     residual: Tensor
-    own: Tensor
     rest: Tensor
     rotated: Tensor
 
@@ -155,7 +153,8 @@ def leave_one_out(
     posterior = posterior.first(targets.shape[2])
     light = posterior if light is None else light.first(targets.shape[2])
     dtype = light.mean.dtype
-    features = features.expand(posterior.vectors.shape[0], -1, -1)
+    if len(features) < len(posterior.vectors):
+        features = features.expand(len(posterior.vectors), -1, -1)
     if rotated is None:
         rotated = torch.bmm(features, posterior.vectors)
     rotated = rotated.to(dtype)
@@ -163,11 +162,11 @@ def leave_one_out(
     rest = torch.baddbmm(
         square.new_ones(1),
         square if weights is None else square * weights,
-        light.inverse.transpose(1, 2),
+        light.inverse.mT,
         alpha=-1,
     ).clamp_min_(1 - _MAX_LEVERAGE)
-    own = torch.baddbmm(targets, features, posterior.mean.transpose(1, 2), beta=-1).to(dtype)
-    return LeaveOneOut(own / rest, own, rest, rotated)
+    own = torch.baddbmm(targets, features, posterior.mean.mT, beta=-1).to(dtype)
+    return LeaveOneOut(own.div_(rest), rest, rotated)
 
 
 def student_gradient(
@@ -205,20 +204,21 @@ def student_gradient(
     # In place where it can be: with many outputs the memory that is touched is the time.
     r, tau2, nu = left.residual, noise_variance[:, None], degrees_of_freedom
     unit = 2 / (nu + 1)
-    rho = (tau2 * unit) / left.rest
+    scale = tau2 * unit
+    rho = scale / left.rest
     if weights is None:
-        rho = rho.addcmul_(r, r, value=unit).add_(tau2 * (unit * (nu - 1))).reciprocal_()
-        scaled = rho * (factor * 2.0)
+        rho = rho.addcmul_(r, r, value=unit).add_(scale, alpha=nu - 1).reciprocal_()
+        scaled = rho * factor
         # As τ² κ + r'² is what ρ has below the line but for (ν - 1) τ².
-        along = torch.addcmul(factor * (nu + 1), scaled, tau2 * (1 - nu))
+        along, times = torch.addcmul(factor, scaled, scale, value=1 - nu), nu + 1
     else:
-        square = (r * r).mul_(weights).addcdiv_(tau2, left.rest)
+        square = (r * r).mul_(weights).add_(rho, alpha=1 / unit)
         least = torch.finfo(rho.dtype).eps ** 0.5  # κ - 1 of less is rounding
-        rho = rho.sub_(tau2 * unit).div_(weights.clamp_min(least)).addcmul_(r, r, value=unit)
-        rho = rho.add_(tau2 * (unit * nu)).reciprocal_()
-        scaled = rho * (factor * 2.0)
-        along = square.mul_(scaled)
+        rho = rho.sub_(scale).div_(weights.clamp_min(least)).addcmul_(r, r, value=unit)
+        rho = rho.add_(scale, alpha=nu).reciprocal_()
+        scaled = rho * factor
+        along, times = square.mul_(scaled), 2.0
     uncertain = torch.bmm(along, posterior.inverse).mul_(left.rotated)
     plain = torch.bmm(scaled.mul_(r), posterior.mean)
-    gradient = torch.baddbmm(plain, uncertain, posterior.vectors.transpose(1, 2))
-    return gradient[..., :d] if gradient.shape[2] > d else gradient, rho
+    gradient = torch.baddbmm(plain, uncertain, posterior.vectors.mT, beta=2, alpha=times)
+    return gradient.narrow(2, 0, d), rho

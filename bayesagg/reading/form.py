@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-__all__ = ["form_of", "nodes_of"]
+__all__ = ["form_of"]
 
 _MANY = 64  # nodes: a loss that reaches into the network by other paths has thousands
 
 
-def nodes_of(outputs: Iterable[Tensor]) -> set[Node]:
-    """The nodes of tensors that have one."""
-    return {output.grad_fn for output in outputs if output.grad_fn is not None}
-
-
-def form_of(loss: Tensor, own: Container[Node], others: Container[Node]) -> tuple[int, bool]:
+def form_of(
+    loss: Tensor, own: Container[Node | None], others: Container[Node | None]
+) -> tuple[int, bool]:
     """A number that another composition of operations is all but sure to change.
 
     A loss that was verified is trusted as long as its form stays: a pool over outputs that was not

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -42,7 +41,7 @@ def flatten(tensor: Tensor, channels_first: bool) -> Tensor:
 def unflatten(rows: Tensor, like: Tensor, channels_first: bool) -> Tensor:
     """Inverse of :func:`flatten`, in the shape and layout of ``like``."""
     if not channels_first:
-        return rows.reshape(like.shape)
+        return rows if rows.shape == like.shape else rows.reshape(like.shape)
     moved = (like.shape[0], *like.shape[2:], like.shape[1])
     # In the layout of `like`: other strides slow the whole backward pass down.
     return torch.empty_like(like, dtype=rows.dtype).copy_(rows.reshape(moved).movedim(-1, 1))
@@ -56,7 +55,7 @@ class Slot:
         planned: whether the head's own gradient is replaced.
         gradient: by what, in the shape of the features; ``None``: by nothing, because another
             head that reads the same tensor carries the gradient of both.
-        factor: incoming gradient of the scalar whose backward pass runs.
+        factor: incoming gradient of the scalar whose backward pass runs; ``None``: one.
         used: a backward pass came by without a plan.
     """
 
@@ -80,10 +79,12 @@ class _Tap(torch.autograd.Function):
         if not slot.planned:
             slot.used = True
             return gradient, None
-        if slot.gradient is None or slot.factor is None:
+        if slot.gradient is None:
             return None, None
-        # In the precision of the plan: a factor may be there to save half precision from underflow.
-        planned = slot.gradient * slot.factor.to(slot.gradient.dtype)
+        planned = slot.gradient
+        if slot.factor is not None:
+            # In the precision of the plan: a factor may save half precision from underflow.
+            planned = planned * slot.factor.to(planned.dtype)
         return planned.to(gradient.dtype), None
 
 
@@ -117,12 +118,9 @@ class _Hook:
         self._untraced = _untraced()
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
+        """Tell the capture, if it still exists."""
         if torch.compiler.is_compiling():
             return self._untraced(self, module, *args)
-        return self.report(module, *args)
-
-    def report(self, module: nn.Module, *args: Any) -> Any:
-        """Tell the capture, if it still exists."""
         capture = self._capture()
         return None if capture is None else self._method(capture, self._name, module, *args)
 
@@ -134,9 +132,9 @@ class _Hook:
 def _untraced() -> Callable[..., Any]:
     """Made when it is first used: it imports the whole compiler, as any optimizer does."""
     try:
-        return cast("Callable[..., Any]", torch.compiler.disable(_Hook.report, reason=_BREAK))
+        return cast("Callable[..., Any]", torch.compiler.disable(_Hook.__call__, reason=_BREAK))
     except TypeError:  # before torch 2.7 a break has no reason
-        return cast("Callable[..., Any]", torch.compiler.disable(_Hook.report))
+        return cast("Callable[..., Any]", torch.compiler.disable(_Hook.__call__))
 
 
 def _ignore(*_: Any) -> None:
@@ -170,7 +168,6 @@ class Capture:
 
     def _start(self) -> None:
         self.group = None
-        self._paused = False
         self._pending: dict[str, tuple[Tensor, Slot | None]] = {}  # calls that have not returned
         self.clear()
         handles = []
@@ -193,15 +190,6 @@ class Capture:
     def clear(self) -> None:
         """Forget all forward passes."""
         self.calls = {name: [] for name in self.heads}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """While a backward pass runs, modules that checkpointing runs again do not report."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     def _before(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

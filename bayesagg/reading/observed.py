@@ -19,7 +19,6 @@ __all__ = [
     "Read",
     "Said",
     "join",
-    "rows_of",
     "tolerance",
     "value_tolerance",
 ]
@@ -76,6 +75,7 @@ class Said:
         eps: rounding of the outputs or of the loss, whichever is larger.
         form: of the loss, see :func:`bayesagg.reading.form.form_of`.
         alone: the loss depends on nothing but the outputs.
+        outputs: of the calls.
         key: identity of what the head reads.
         probes: ``v`` and ``H v`` at the outputs of the calls, ``H`` second derivatives.
     """
@@ -90,21 +90,19 @@ class Said:
     eps: float
     form: int
     alone: bool
+    outputs: list[Tensor] = field(init=False)
     key: tuple[int, ...] = field(init=False)
     probes: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.outputs = [call.output for call in self.calls]
         self.key = tuple([id(call.features) for call in self.calls])
 
     def rows(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors like the outputs of the calls as ``[N, o]``."""
-        return rows_of(tensors, self.layout.channels_first)
-
-
-def rows_of(tensors: Sequence[Tensor], channels_first: bool) -> Tensor:
-    """Every position of every tensor a datum, ``[N, c]``."""
-    flat = [t if t.dim() == 2 else flatten(t, channels_first) for t in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+        first = self.layout.channels_first
+        flat = [t if t.dim() == 2 else flatten(t, first) for t in tensors]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 @dataclass(frozen=True)
@@ -216,13 +214,11 @@ def join(saids: Sequence[Said]) -> Observed:
     """
     first = saids[0]
     classes = first.layout.classes
-    work = torch.promote_types(first.calls[0].output.dtype, torch.float32)
+    work = torch.promote_types(first.outputs[0].dtype, torch.float32)
 
     def beside(parts: list[list[Tensor]]) -> Tensor:
         flat = [
-            one[0]
-            if len(one) == 1 and one[0].dim() == 2
-            else rows_of(one, said.layout.channels_first)
+            one[0] if len(one) == 1 and one[0].dim() == 2 else said.rows(one)
             for one, said in zip(parts, saids, strict=True)
         ]
         wide = flat[0].detach() if len(flat) == 1 else torch.cat(flat, 1)
@@ -235,13 +231,13 @@ def join(saids: Sequence[Said]) -> Observed:
         return wide
 
     sizes = tuple([said.layout.tasks for said in saids])
-    outputs = beside([[call.output for call in said.calls] for said in saids])
+    outputs = beside([said.outputs for said in saids])
     owners = _owners(sizes, outputs.device) if sum(sizes) > len(sizes) else None
     probes = []
     for i in range(len(first.probes)):
         v = beside([said.probes[i][0] for said in saids])
         probes.append((v, beside([said.probes[i][1] for said in saids])))
-    losses = torch.cat([said.loss.view(1) for said in saids])
+    losses = torch.stack([said.loss for said in saids])
     return Observed(
         outputs,
         beside([said.gradients for said in saids]),

@@ -17,7 +17,7 @@ from bayesagg.heads import Head, LossTask
 from bayesagg.parallel import without_gathers
 from bayesagg.reading.batch import Batch, Labels, Part
 from bayesagg.reading.diagnose import unreached
-from bayesagg.reading.form import form_of, nodes_of
+from bayesagg.reading.form import form_of
 from bayesagg.reading.hooks import Call, Capture
 from bayesagg.reading.hot import Factors, look, read_group
 from bayesagg.reading.known import Known, load, state
@@ -83,7 +83,7 @@ class Reader:
         """
         named = named_losses(losses, self.tasks, self.passthrough)
         given = named_targets(targets, self.tasks, named)
-        names = [name for name in named if isinstance(self.tasks.get(name), Head)]
+        names = [name for name in named if name in self._layouts]
         capture.check(names)
         scalars = reduced(named)
         total = next(iter(scalars.values()))
@@ -92,7 +92,7 @@ class Reader:
         calls = {name: capture.calls[name] for name in names}
         outputs = [call.output for some in calls.values() for call in some]
         hooked = any([output._backward_hooks for output in outputs])
-        with capture.paused(), without_gathers(outputs) if hooked else nullcontext():
+        with without_gathers(outputs) if hooked else nullcontext():
             saids = self._hear(capture, calls, scalars, total, given)
             parts = self._parts(saids, named, scalars, total)
         alone = frozenset(said.name for said in saids if said.alone)
@@ -118,21 +118,22 @@ class Reader:
             if outputs
             else ()
         )
-        gradients, nodes = iter(found), nodes_of(outputs)
+        gradients, nodes = iter(found), {output.grad_fn for output in outputs}
         saids = []
         for name, some in calls.items():
-            reached, derivatives = [], []
+            reached, derivatives, own = [], [], []
             for call in some:
                 gradient = next(gradients)
                 if gradient is not None:
                     reached.append(call)
                     derivatives.append(gradient)
+                    own.append(call.output.grad_fn)
             if not reached:
                 raise unreached(name)
             head, loss = self.tasks[name], scalars[name]
             assert isinstance(head, Head)
             capture.check_unchanged(name, reached)
-            form = form_of(loss, nodes_of([call.output for call in reached]), nodes)
+            form = form_of(loss, own, nodes)
             eps = _eps(reached[0].output.dtype, loss.dtype)
             layout, target = self._layouts[name], targets.get(name)
             saids.append(Said(name, head, layout, reached, loss, derivatives, target, eps, *form))

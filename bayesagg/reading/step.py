@@ -75,26 +75,23 @@ class Group:
 
 def group_heads(saids: Sequence[Said], known: Mapping[str, Known]) -> list[Group]:
     """Groups in the order of their first heads."""
-    groups: dict[tuple[object, ...], list[Said]] = {}
+    groups: dict[tuple[object, ...], tuple[list[Said], list[Known | None]]] = {}
     for said in saids:
-        layout, form = said.layout, known.get(said.name, _NEW)
-        output = said.calls[0].output
+        layout, output, form = said.layout, said.outputs[0], known.get(said.name)
         plain = len(said.calls) == 1 and output.dim() == 2
+        some = form or _NEW
         what = (
             *(layout.kind, layout.classes, output.dtype, output.shape[0] if plain else said.key),
-            *(said.target is not None, form.own, form.weighted, form.masked),
+            *(said.target is not None, some.own, some.weighted, some.masked),
         )
-        if what in groups:
-            groups[what].append(said)
-        else:
-            groups[what] = [said]
+        here, forms = groups.setdefault(what, ([], []))
+        here.append(said)
+        forms.append(form)
     made = []
-    for group in groups.values():
-        forms = [known.get(said.name) for said in group]
-        first = forms[0]
-        own = first is not None and first.own and group[0].target is not None
-        uncertain = first is not None and (first.weighted or first.masked)
-        made.append(Group(group, forms, own, uncertain or None in forms))
+    for here, forms in groups.values():
+        first = forms[0] or _NEW
+        own = first.own and here[0].target is not None
+        made.append(Group(here, forms, own, first.weighted or first.masked or not all(forms)))
     return made
 
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from typing import ClassVar
 
 import torch
@@ -135,14 +135,14 @@ class LikelihoodRule:
             )
             for name, head in zip(part.names, part.heads, strict=True):
                 here[name] = True, alone, labels is None or not head.writable
-        return [flag for name in memory.heads for flag in here.get(name, (False, True, False))]
+        return [*chain.from_iterable([here.get(n, (False, True, False)) for n in memory.heads])]
 
     @torch.no_grad()
     def plan(
         self, memory: FadingMemory, batch: Batch, flags: list[bool], exchange: Exchange
     ) -> Plan:
         """Gradients at every head's features, weights, and what the step adds to the memory."""
-        present, alone, owning = ({*compress(memory.heads, flags[i::3])} for i in range(3))
+        present, alone, owning = [{*compress(memory.heads, flags[i::3])} for i in range(3)]
         parts = {name: part for part in batch.parts for name in part.names}
         like = memory.zero(batch.total.device)
         here = {
@@ -179,8 +179,8 @@ class LikelihoodRule:
         plan.loss_weights = {
             n: ratio * scale for n, (ratio, _) in others.items() if n not in memory.heads
         }
-        means = {n: mean for part in found for n, mean in part.module_weights(memory.heads).items()}
-        plan.heads = {n: mean for n, mean in means.items() if memory.heads[n].readout != "gradient"}
+        for one in found:
+            plan.heads |= one.module_weights(memory.heads)
         plan.spared = tuple(plan.heads)
         return plan
 
@@ -241,7 +241,8 @@ class LikelihoodRule:
         """What the aggregate is multiplied by."""
         if not self.keep_length:
             return torch.ones_like(length[0])
-        square = length[0] / length[1]
+        ours, plain = length.unbind()
+        square = ours / plain
         within = (_INVARIANT if memory.invariant else _OTHER) ** 2
         # No gradient at all: 0 / 0.
         return (square.clamp(1 / within, within) / square).sqrt_().nan_to_num_(1.0, 1.0, 1.0)
@@ -345,8 +346,8 @@ def _square(planned: list[Tensor], plain: list[Tensor], like: Tensor) -> Tensor:
     """Squared lengths of the gradients, of both kinds at the same keys, ``[2]``."""
     if not planned:
         return like.expand(2)
-    norms = torch.stack([torch.linalg.vector_norm(g) for g in planned + plain]).to(like.dtype)
-    squares = norms * norms
+    norms = torch.stack([torch.linalg.vector_norm(g) for g in planned + plain])
+    squares = norms.to(like.dtype).square_()
     return squares if len(plain) == 1 else squares.view(2, -1).sum(1)
 
 

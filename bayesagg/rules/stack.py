@@ -76,8 +76,12 @@ class Stack:
         own = torch.promote_types(self.rows[0].dtype, torch.float32)
         return own if most == torch.float64 else most
 
+    def of(self, values: Tensor, rows: slice) -> Tensor:
+        """Values ``[G, N or 1, …]`` of some data."""
+        return values if rows.stop - rows.start >= values.shape[1] else values[:, rows]
+
     def features(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """``h̃`` of some data, ``[S, n, D]``; kept where they are all."""
+        """``h̃`` of some data, ``[G, n, D]``; kept where they are all."""
         if self._kept is None or rows != slice(0, self.responses.shape[1]):
             data, width = rows.stop - rows.start, self.rows[0].shape[1]
             shape = (len(self.rows), data, width + self.bias)
@@ -86,6 +90,7 @@ class Stack:
                 (one[:, :width] if self.bias else one).copy_(
                     part[rows] if data < part.shape[0] else part
                 )
+            self._kept = self._kept.expand(len(self.responses), -1, -1)
         return self._kept
 
     def kept_vectors(self, dtype: torch.dtype) -> Tensor | None:
@@ -103,7 +108,7 @@ class Stack:
         if self._turned is not None and self._turned[0] == rows and self._turned[1] is vectors:
             return self._turned[2]
         h = self.features(rows, dtype).to(vectors.dtype)
-        found = torch.bmm(h.expand(vectors.shape[0], -1, -1), vectors)
+        found = torch.bmm(h, vectors)
         self._turned = (rows, vectors, found)
         return found
 

@@ -82,7 +82,8 @@ class Inference:
             decay: of the running means.
         """
         seen, r = self.seen, self.stack.exact
-        values, levels = sums / (_at_least_one(seen) if isinstance(seen, Tensor) else seen)
+        means = sums / (_at_least_one(seen) if isinstance(seen, Tensor) else seen)
+        values, levels = means.unbind()
         if r < self.current.shape[1]:
             others = self.misfit[:, self.misfit.shape[1] - self.current.shape[1] + r :]
             values = torch.cat([values, others], 1)
@@ -98,8 +99,13 @@ class Inference:
         ]
 
     def module_weights(self, heads: Mapping[str, Head]) -> dict[str, Tensor]:
-        """Posterior mean of every head, ``[o, D]``; its own weights without a label in the step."""
+        """Posterior mean of every head, ``[o, D]``; its own weights without a label in the step.
+
+        Heads that keep their own gradient are left out.
+        """
         found = self.frame.by_head(self.posterior.mean, False)
+        for name in [name for name in found if heads[name].readout == "gradient"]:
+            del found[name]
         if self.stack.units[0].weighted:
             evidence = torch.as_tensor(self.seen) > 0
             shape = self.posterior.mean.shape[:2]
@@ -154,23 +160,22 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
     sums: list[Tensor] = []
     vectors = stack.kept_vectors(dtype)
     for rows in _chunks(stack):
-        h, t = stack.features(rows, dtype), stack.responses[:, rows]
-        weights = None if stack.weights is None else stack.weights[:, rows]
+        h, t = stack.features(rows, dtype), stack.of(stack.responses, rows)
+        weights = None if stack.weights is None else stack.of(stack.weights, rows)
         weighted = h if weights is None else h * weights
-        h = h.expand(weighted.shape[0], -1, -1)
-        new = [weighted.transpose(1, 2).bmm(h), t.transpose(1, 2).bmm(weighted)]
+        new = [weighted.mT.bmm(h), t.mT.bmm(weighted)]
         if vectors is not None:
             rotated = stack.rotated(rows, dtype, vectors)
             squares = rotated * rotated
             new.append((squares if weights is None else squares * weights).sum(1, dtype=dtype))
         sums = [old + one for old, one in zip(sums, new, strict=True)] if sums else new
     gram, shift, *rest = sums
-    misfit, seen = stack.misfit, float(stack.responses.shape[1])
+    total, seen = stack.misfit, float(stack.responses.shape[1])
     if not stack.units[0].started and stack.exact:  # and the level of the labels
-        misfit = torch.cat([misfit, stack.responses[:, :, : stack.exact].square()], 2)
+        total = torch.cat([total, stack.responses[:, :, : stack.exact].square()], 2)
     if stack.weights is not None:
-        misfit = misfit * stack.weights
-    total = misfit.sum(1) if misfit.shape[2] else misfit.new_zeros(misfit.shape[0], 0)
+        total = total * stack.weights
+    total = total.sum(1) if total.shape[2] else total[:, 0]
     if stack.weights is not None:
         return Evidence(gram, shift, total, stack.weights.sum((1, 2)), rest[0] if rest else None)
     number = gram.new_full((len(gram),), seen) if counted else seen
@@ -182,7 +187,7 @@ def _posterior(
 ) -> Inference:
     units, seen, exact = stack.units, new.seen, stack.exact
     frame = frame_of(rule, memory, units, exact, new.shift[..., 0])
-    before = [_cat([getattr(unit, key) for unit in units]) for key in ("gram", "shift", "scale")]
+    before = [*map(_cat, zip(*[(u.gram, u.shift, u.scale) for u in units], strict=True))]
     misfit, length = new.misfit, rule.memory_of(new.gram.shape[-1])
     fade: Tensor | float
     if isinstance(seen, Tensor):
@@ -195,10 +200,10 @@ def _posterior(
         gram = new.gram.add_(before[0], alpha=fade)
         shift = new.shift.add_(before[1], alpha=fade)
         misfit = misfit / seen if misfit.shape[1] else misfit
-    tasks = before[2].shape[2]
-    misfit, levels = misfit[:, :tasks], misfit[:, tasks:]
-    started = units[0].started
-    current, ridge = scales_and_ridges(frame, exact, started, before[2], misfit, levels)
+    levels = misfit
+    if not units[0].started:
+        misfit, levels = misfit.tensor_split([before[2].shape[2]], 1)
+    current, ridge = scales_and_ridges(frame, exact, units[0].started, before[2], misfit, levels)
     posterior, bases = _spectrum(stack, before[0], gram, shift, ridge, new.squares, fade, length)
     state = (gram, shift, seen, misfit, before[2], current)
     return Inference(stack, frame, *state, posterior, bases, fade)
@@ -356,33 +361,35 @@ def exact_gradients(rule: LikelihoodRule, found: Inference) -> Exact:
     current = found.current[:, :r] if r < found.current.shape[1] else found.current
     tau2 = current.to(dtype).clamp_min(torch.finfo(dtype).tiny)
     whole = r == stack.responses.shape[2]
-    gradients, sums, labelled = [], [], []
+    gradients, sums = [], []
     for rows in _chunks(stack):
-        targets = stack.responses[:, rows] if whole else stack.responses[:, rows, :r]
-        weights = None if stack.weights is None else stack.weights[:, rows].to(dtype)
-        factor = stack.factor if stack.factor.shape[1] == 1 else stack.factor[:, rows]
+        targets = stack.of(stack.responses, rows)
+        targets = targets if whole else targets[:, :, :r]
+        weights = None if stack.weights is None else stack.of(stack.weights, rows).to(dtype)
+        factor = stack.of(stack.factor, rows).to(dtype)
         h = stack.features(rows, found.gram.dtype)
         rotated = stack.rotated(rows, found.gram.dtype, found.posterior.vectors)
         left = leave_one_out(h, targets, found.posterior, weights, rotated, light)
         gradient, rho = student_gradient(
-            left, light, d, tau2, factor.to(dtype), rule.degrees_of_freedom, weights
+            left, light, d, tau2, factor, rule.degrees_of_freedom, weights
         )
         if len(stack.rows) == 1 and gradient.shape[0] > 1:  # all read the same
             gradient = gradient.sum(0, keepdim=True)
         gradients.append(gradient)
-        squares = [left.residual * left.residual, targets * targets]
-        if weights is not None:
-            known = (weights > 0).to(dtype)
-            labelled.append(known.sum(1))
-            squares, rho = [square * weights for square in squares], rho * known
-        sums.append((torch.stack([square.sum(1) for square in squares]), rho.sum(1)))
-    squared, ratio = sums[0]
-    if len(sums) > 1:
-        squared, ratio = (torch.stack(part).sum(0) for part in zip(*sums, strict=True))
-    count = (
-        torch.stack(labelled).sum(0).clamp(min=1.0) if labelled else float(stack.responses.shape[1])
-    )
-    return Exact(_by_key(stack, _cat(gradients, 1)), squared, ratio / count)
+        squared = [
+            torch.linalg.vecdot(x, x if weights is None else x * weights, dim=1)
+            for x in (left.residual, targets)
+        ]
+        known = None if weights is None else (weights > 0).to(dtype)
+        if known is None:
+            sums.append([torch.stack(squared), rho.sum(1)])
+        else:
+            sums.append([torch.stack(squared), (rho * known).sum(1), known.sum(1)])
+    squares, ratio, *labelled = [
+        one[0] if len(one) == 1 else torch.stack(one).sum(0) for one in zip(*sums, strict=True)
+    ]
+    count = labelled[0].clamp(min=1.0) if labelled else float(stack.responses.shape[1])
+    return Exact(_by_key(stack, _cat(gradients, 1)), squares, ratio / count)
 
 
 def _by_key(stack: Stack, gradient: Tensor) -> list[tuple[Key, Tensor]]:

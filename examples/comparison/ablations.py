@@ -38,7 +38,9 @@ class InSampleRule(_Replaced):
     @staticmethod
     def change(found: Any, *given: Any) -> Any:
         """With the residual of the whole posterior in place of that without the datum."""
-        return replace(found, residual=found.own, rest=torch.ones_like(found.rest))
+        return replace(
+            found, residual=found.residual * found.rest, rest=torch.ones_like(found.rest)
+        )
 
 
 class PriorInNoiseRule(_Replaced):
