@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ from bayesagg.predicting.classification import MAX_PARAMETERS, laplace
 from bayesagg.predicting.data import Source
 from bayesagg.predicting.labels import BinaryPrediction, MulticlassPrediction
 from bayesagg.predicting.network import Heads, check_finite
-from bayesagg.predicting.prediction import Prediction
+from bayesagg.predicting.prediction import Prediction, Reading
 from bayesagg.predicting.regression import Prior, Sums, solve, sums_of
 from bayesagg.predicting.state import HeadPosterior, Inferred
 from bayesagg.predicting.values import RegressionPrediction
@@ -70,6 +70,8 @@ class Predictor(nn.Module):
         self._heads = Heads(model, named)
         self.model, self.tasks = model, tuple(named)
         self.posteriors = nn.ModuleList(HeadPosterior(head) for head in named.values())
+        after = self.register_load_state_dict_post_hook
+        after(lambda module, _: module._share())  # type: ignore[no-untyped-call]
 
     @classmethod
     def fit(
@@ -168,10 +170,18 @@ class Predictor(nn.Module):
             FeatureError: if what a head received is not finite.
         """
         features = self._features(inputs, keywords, differentiable)
-        return {
-            name: _KINDS[posterior.layout.kind](posterior, features[name])
-            for name, posterior in self._named()
-        }
+        groups: dict[object, dict[str, HeadPosterior]] = {}
+        for name, posterior in self._named():
+            kind = posterior.layout.kind, posterior.layout.bias, posterior.layout.channels_first
+            own = id(posterior.vectors) if posterior.shared else name
+            groups.setdefault((id(features[name]), kind, own), {})[name] = posterior
+        found = {}
+        for group in groups.values():
+            reading, start = Reading(features[next(iter(group))], list(group.values())), 0
+            for name, posterior in group.items():
+                columns = slice(start, start := start + posterior.layout.outputs)
+                found[name] = _KINDS[posterior.layout.kind](posterior, reading, columns)
+        return {name: found[name] for name in self.tasks}
 
     def calibrate(self, data: Iterable[Any]) -> Predictor:
         """Fit one number a task to data that were not trained on, by maximum likelihood.
@@ -288,6 +298,24 @@ class Predictor(nn.Module):
     def _set(self, found: Mapping[str, Inferred]) -> Predictor:
         for name, posterior in self._named():
             posterior.set(found[name])
+        self._share()
+        return self
+
+    def _share(self) -> None:
+        """Heads whose eigenvectors are equal, as of one Gram matrix, have them once."""
+        kept: list[Tensor] = []
+        for _, posterior in self._named():
+            if posterior.shared:
+                own = posterior.vectors
+                posterior.vectors = next((v for v in kept if torch.equal(v, own)), own)
+                kept += [own] if posterior.vectors is own else []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Predictor:
+        before = [id(posterior.vectors) for _, posterior in self._named()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        first: dict[int, Tensor] = {}
+        for key, (_, posterior) in zip(before, self._named(), strict=True):
+            posterior.vectors = first.setdefault(key, posterior.vectors)
         return self
 
 
