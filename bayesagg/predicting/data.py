@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from bayesagg.errors import TargetError, UnknownTaskError
-from bayesagg.predicting.network import Heads, call, check_finite, evaluating, moved
+from bayesagg.predicting.network import Heads, call, check_finite, moved
 from bayesagg.predicting.state import Layout
 
-__all__ = ["Rows", "Source"]
+__all__ = ["CHUNK", "Rows", "Source"]
+
+CHUNK = 1 << 22  # elements of features at once: bounds the memory of whatever is done with them
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Data of one head in a batch.
+    """Data of one head.
 
     Attributes:
         features: ``[N, d]``, in the precision of the network.
@@ -31,6 +33,9 @@ class Rows:
     present: Tensor | None
 
 
+Raw = dict[str, tuple[Tensor, Tensor]]  # of a batch: what the head received, and its targets
+
+
 class Source:
     """Passes over a loader in evaluation mode.
 
@@ -39,8 +44,7 @@ class Source:
 
     Args:
         model: the network.
-        paths: of the last linear layers in it, by task.
-        layouts: of the heads, by task.
+        heads: in it.
         loader: of pairs of inputs and targets by task.
         keep: tasks whose features later passes will ask for.
         cache: bytes.
@@ -49,20 +53,19 @@ class Source:
     def __init__(
         self,
         model: nn.Module,
-        paths: Mapping[str, str],
-        layouts: Mapping[str, Layout],
+        heads: Heads,
         loader: Iterable[Any],
         keep: Iterable[str] = (),
         cache: int = 1 << 29,
     ) -> None:
-        self.model, self.paths, self.layouts = model, paths, layouts
-        self.loader, self.keep, self._left = loader, set(keep), cache
+        self.model, self.heads, self.loader = model, heads, loader
+        self.keep, self._left = set(keep), cache
         self._kept: list[dict[str, Rows]] | None = []
         self._complete = False
 
     @torch.no_grad()
-    def batches(self) -> Iterator[dict[str, Rows]]:
-        """Of every batch the heads that have labels in it; heads that read one tensor share it.
+    def pieces(self) -> Iterator[dict[str, Rows]]:
+        """The data in pieces, each of the heads that read one tensor: several batches, or a part.
 
         Raises:
             TargetError: if the loader has no data or none that can be read, a batch is no pair, or
@@ -74,17 +77,15 @@ class Source:
         if self._complete and self._kept is not None:
             yield from self._kept
             return
-        seen: dict[str, list[bool]] = {task: [False] for task in self.layouts}
-        device = next(self.model.parameters()).device
-        with evaluating(self.model):
-            for batch in self.loader:
-                found = self._read(batch, device)
-                for task, rows in found.items():
+        seen: dict[str, list[bool]] = {task: [False] for task in self.heads.layouts}
+        for batches in self._together():
+            for piece in self._read(batches):
+                for task, rows in piece.items():
                     # Looked for until every output has one, and no longer.
                     if not all(seen[task]):
                         seen[task] = _labels_of(rows, seen[task])
-                self._keep(found)
-                yield found
+                self._keep(piece)
+                yield piece
         for task, outputs in seen.items():
             if not all(outputs):
                 which = f"output {outputs.index(False)}" if any(outputs) else "it"
@@ -95,36 +96,83 @@ class Source:
                 )
         self._complete = True
 
-    def _keep(self, found: Mapping[str, Rows]) -> None:
+    def of(self, task: str) -> Iterator[Rows]:
+        """The data of one task; raises as :meth:`pieces`."""
+        return (piece[task] for piece in self.pieces() if task in piece)
+
+    def _keep(self, piece: dict[str, Rows]) -> None:
         if self._complete or self._kept is None:
             return
-        kept = {task: rows for task, rows in found.items() if task in self.keep}
+        kept = {task: rows for task, rows in piece.items() if task in self.keep}
         tensors = {id(t): t for r in kept.values() for t in (r.features, r.targets)}
         self._left -= sum(t.numel() * t.element_size() for t in tensors.values())
         if self._left < 0:
             self._kept = None
-        else:
+        elif kept:
             self._kept.append(kept)
 
-    def _read(self, batch: Any, device: torch.device) -> dict[str, Rows]:
-        inputs, targets = _pair(batch, self.layouts)
-        watch = Heads(self.model, self.paths, self.layouts)
-        with watch.watched():
-            call(self.model, moved(inputs, device))
-        flat: dict[tuple[int, bool], Tensor] = {}
-        found = {}
-        for task, target in targets.items():
-            layout, features = self.layouts[task], watch.features(task)
-            key = (id(features), layout.channels_first)
-            if key not in flat:
-                check_finite(task, features)
-                flat[key] = layout.flat(features)
-            found[task] = _labelled(task, layout, flat[key], target.to(device))
-        return found
+    def _together(self) -> Iterator[list[Raw]]:
+        """The batches, as many at once as are alike and not too large."""
+        held: list[Raw] = []
+        size, alike = 0, None
+        device = next(self.model.parameters()).device
+        with self.heads.watched(self.model) as seen:
+            for batch in self.loader:
+                inputs, targets = _pair(batch, self.heads.layouts)
+                call(self.model, moved(inputs, device))
+                raw = {task: (self.heads.received(seen, task), y) for task, y in targets.items()}
+                for calls in seen.values():
+                    calls.clear()
+                form = _form(raw)
+                if held and (form != alike or size > CHUNK):
+                    yield held
+                    held, size = [], 0
+                held.append(raw)
+                alike = form
+                size += sum(t.numel() for t in {id(h): h for h, _ in raw.values()}.values())
+        if held:
+            yield held
+
+    def _read(self, batches: list[Raw]) -> Iterator[dict[str, Rows]]:
+        groups: dict[tuple[int, bool], list[str]] = {}
+        for task, (features, _) in batches[0].items():
+            key = (id(features), self.heads.layouts[task].channels_first)
+            groups.setdefault(key, []).append(task)
+        for tasks in groups.values():
+            first = self.heads.layouts[tasks[0]]
+            features = _cat([raw[tasks[0]][0] for raw in batches])
+            check_finite(tasks[0], features)
+            features = first.flat(features)
+            parts = features.split(max(1, CHUNK // features.shape[1]))
+            pieces: list[dict[str, Rows]] = [{} for _ in parts]
+            for task in tasks:
+                target = _cat([raw[task][1] for raw in batches]).to(features.device)
+                y, present = _labelled(task, self.heads.layouts[task], features, target)
+                start = 0
+                for piece, part in zip(pieces, parts, strict=True):
+                    own = slice(start, start := start + len(part))
+                    piece[task] = Rows(part, y[own], None if present is None else present[own])
+            yield from pieces
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _form(raw: Raw) -> object:
+    """Equal for batches that can be put together."""
+    places: dict[int, int] = {}
+    found = []
+    for task, (h, y) in raw.items():
+        if h.dim() < 2 or y.dim() < 1 or len(h) != len(y):
+            return object()
+        place = places.setdefault(id(h), len(places))
+        found.append((task, place, h.shape[1:], h.dtype, y.shape[1:], y.dtype))
+    return found
 
 
 def _labels_of(rows: Rows, before: list[bool]) -> list[bool]:
-    """Whether every output has a label, in a batch or before."""
+    """Whether every output has a label, in a piece or before."""
     if rows.present is None:
         return [True]
     present = rows.present if rows.present.dim() > 1 else rows.present[:, None]
@@ -162,48 +210,44 @@ def _pair(batch: Any, heads: Mapping[str, Layout]) -> tuple[Any, dict[str, Tenso
     return inputs, {task: torch.as_tensor(target) for task, target in targets.items()}
 
 
-def _labelled(task: str, head: Layout, features: Tensor, target: Tensor) -> Rows:
-    """Features and labels of a head, checked.
+def _labelled(
+    task: str, head: Layout, features: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Labels of a head as of :class:`Rows`, checked.
 
     Raises:
         TargetError: for labels of another shape, or that are none of the head's.
     """
     data, outputs = len(features), head.outputs
-    if head.kind == "multiclass":
-        return Rows(features, *_classes(task, data, outputs, target, head.channels_first))
-    if target.dim() > 2 and head.channels_first and target.shape[1] == outputs:
+    each = target.numel() == data * outputs
+    if each and head.channels_first and target.dim() > 2 and target.shape[1] == outputs:
         target = target.movedim(1, -1)
-    if target.numel() != data * outputs:
+    if head.kind == "multiclass":
+        return _classes(task, data, outputs, target)
+    if not each:
         raise TargetError(
             f"task {task!r}: {list(target.shape)} targets for {data} data of {outputs} outputs. "
             f"Pass one for each output, NaN where there is none."
         )
     y = target.reshape(data, outputs).to(torch.promote_types(features.dtype, torch.float32))
     bad = y.isinf() if head.kind == "regression" else (y < 0) | (y > 1)
-    present = ~y.isnan()
     if bool(bad.any()):
         what = "finite" if head.kind == "regression" else "between 0 and 1"
         raise TargetError(f"task {task!r}: targets must be {what}, or NaN where missing.")
-    if bool(present.all()):
-        return Rows(features, y, None)
-    return Rows(features, y.nan_to_num(0.0), present)
+    present = ~y.isnan()
+    return (y, None) if bool(present.all()) else (y.nan_to_num(0.0), present)
 
 
-def _classes(
-    task: str, data: int, classes: int, target: Tensor, channels_first: bool
-) -> tuple[Tensor, Tensor | None]:
+def _classes(task: str, data: int, classes: int, target: Tensor) -> tuple[Tensor, Tensor | None]:
     """Probabilities of the classes, and which data have a label."""
     if target.is_floating_point() and target.numel() == data * classes:
-        y = target.movedim(1, -1) if channels_first and target.dim() > 2 else target
-        y = y.reshape(data, classes)
+        y = target.reshape(data, classes)
         present = ~y.isnan().any(1)
         valid = ((y >= 0) & (y <= 1)).all(1) | ~present
         y = y.nan_to_num(0.0)
     elif target.numel() == data:
-        index = target.reshape(data)
-        present = ~index.isnan() if index.is_floating_point() else torch.ones_like(index) > 0
-        index = index.nan_to_num(-100).long() if index.is_floating_point() else index.long()
-        present &= index != -100
+        index = target.reshape(data).nan_to_num(-100).long()
+        present = index != -100
         valid = ((index >= 0) & (index < classes)) | ~present
         index = index.clamp(0, classes - 1)
         y = torch.zeros(data, classes, device=target.device).scatter_(1, index[:, None], 1.0)

@@ -14,109 +14,94 @@ from bayesagg.errors import CaptureError, FeatureError, HeadError
 from bayesagg.heads import Head
 from bayesagg.predicting.state import Layout
 
-__all__ = ["Heads", "call", "check_finite", "evaluating", "moved", "paths_of"]
-
-
-def paths_of(model: nn.Module, heads: Mapping[str, Head]) -> dict[str, str]:
-    """Where in the model the last linear layer of every head is.
-
-    Raises:
-        HeadError: if it is not there.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    found = {}
-    for task, head in heads.items():
-        if id(head.watched) not in names:
-            raise HeadError(
-                f"task {task!r}: its head is no module of this model. Pass the model that was "
-                f"wrapped; where heads were replaced or the model was built anew since, wrap it "
-                f"again, or fit anew with Predictor.fit(model, heads, loader)."
-            )
-        found[task] = names[id(head.watched)]
-    return found
+__all__ = ["Heads", "call", "check_finite", "moved"]
 
 
 class Heads:
-    """The heads of a model by path, and their features in a forward pass.
+    """The heads of a model, by path, so that the model may be copied, and what they receive.
 
     Args:
         model: that has them.
-        paths: by task.
-        layouts: by task.
+        heads: by task.
+
+    Raises:
+        HeadError: if one is no module of the model.
     """
 
-    def __init__(
-        self, model: nn.Module, paths: Mapping[str, str], layouts: Mapping[str, Layout]
-    ) -> None:
-        self.model, self.paths, self.layouts = model, paths, layouts
-        self.seen: dict[str, list[Tensor]] = {}
+    def __init__(self, model: nn.Module, heads: Mapping[str, Head]) -> None:
+        names = {id(module): name for name, module in model.named_modules()}
+        self.paths: dict[str, str] = {}
+        self.layouts = {task: Layout.of(head) for task, head in heads.items()}
+        for task, head in heads.items():
+            if id(head.watched) not in names:
+                raise HeadError(
+                    f"task {task!r}: its head is no module of this model. Pass the model that was "
+                    f"wrapped; where heads were replaced or the model was built anew since, wrap "
+                    f"it again, or fit anew with Predictor.fit(model, heads, loader)."
+                )
+            self.paths[task] = names[id(head.watched)]
 
     @contextmanager
-    def watched(self) -> Iterator[dict[str, list[Tensor]]]:
-        """What every head receives while the context lasts."""
-        self.seen = {task: [] for task in self.paths}
+    def watched(self, model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+        """What every head receives in a model, in evaluation mode, while the context lasts.
+
+        Afterwards every module is in the mode that it was in.
+        """
+        seen: dict[str, list[Tensor]] = {task: [] for task in self.paths}
+        training = [module for module in model.modules() if module.training]
         handles = []
         try:
             for task, path in self.paths.items():
-                module = self._module(task, path)
-                handles.append(module.register_forward_pre_hook(self._hook(task), with_kwargs=True))
-            yield self.seen
+                hook = _noting(seen[task])
+                module = _submodule(model, task, path)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            for module in training:
+                module.training = False
+            yield seen
         finally:
+            for module in training:
+                module.training = True
             for handle in handles:
                 handle.remove()
 
-    def _module(self, task: str, path: str) -> nn.Module:
-        try:
-            return self.model.get_submodule(path)
-        except AttributeError:
-            raise HeadError(
-                f"task {task!r}: the model has no module {path!r} any more. Its heads were "
-                f"changed after the predictor was made: make a new one."
-            ) from None
-
-    def _hook(self, task: str) -> Any:
-        seen = self.seen[task]
-
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(args[0] if args else kwargs["input"])
-
-        return note
-
-    def features(self, task: str) -> Tensor:
-        """What a head received in its one call.
+    def received(self, seen: dict[str, list[Tensor]], task: str) -> Tensor:
+        """What a head received in its one call, which is forgotten then.
 
         Raises:
             CaptureError: if it was not called, or several times.
             HeadError: if it received another width than before.
         """
-        calls = self.seen[task]
+        calls, layout = seen[task], self.layouts[task]
         if len(calls) != 1:
             how = "was not used" if not calls else f"was used {len(calls)} times"
             raise CaptureError(
                 f"task {task!r}: its head {how} in the forward pass. A prediction needs one call "
                 f"of every head: pass inputs for which the model runs all of them, once each."
             )
-        layout = self.layouts[task]
         width = calls[0].shape[1 if layout.channels_first else -1]
         if width != layout.inputs:
             raise HeadError(
                 f"task {task!r}: its head received {width} features, the predictor knows "
                 f"{layout.inputs}. Heads were changed after it was made: make a new one."
             )
-        return calls[0]
+        return calls.pop()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def _submodule(model: nn.Module, task: str, path: str) -> nn.Module:
     try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        return model.get_submodule(path)
+    except AttributeError:
+        raise HeadError(
+            f"task {task!r}: the model has no module {path!r} any more. Its heads were "
+            f"changed after the predictor was made: make a new one."
+        ) from None
+
+
+def _noting(calls: list[Tensor]) -> Any:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(args[0] if args else kwargs["input"])
+
+    return note
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -11,9 +11,62 @@ from torch.distributions import Distribution
 
 from bayesagg.predicting.state import HeadPosterior
 
-__all__ = ["CHUNK", "Prediction"]
+__all__ = ["CHUNK", "Prediction", "Reading"]
 
 CHUNK = 1 << 22  # elements of the largest intermediate; bounds the extra memory of dense heads
+
+
+class Reading:
+    """What heads of one kind on one tensor have in common, computed when one of them asks.
+
+    Args:
+        features: what they received.
+        posteriors: of one head, or of several on one set of eigenvectors.
+    """
+
+    def __init__(self, features: Tensor, posteriors: Sequence[HeadPosterior]) -> None:
+        self.posteriors, first = posteriors, posteriors[0].layout.channels_first
+        shape = features.shape
+        self.shape = (shape[0], *shape[2:]) if first else shape[:-1]
+        self.h = posteriors[0].augmented(posteriors[0].layout.flat(features))
+
+    def of_all(self, name: str, dimension: int = 0) -> Tensor:
+        """A buffer of all of them, along their outputs."""
+        parts = [getattr(posterior, name) for posterior in self.posteriors]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dimension)).to(self.h.dtype)
+
+    @cached_property
+    def location(self) -> Tensor:
+        """Mean of all outputs, ``[N, o]``."""
+        return self.h @ self.of_all("mean").mT
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """Variance of all outputs, ``[N, o]``."""
+        first = self.posteriors[0]
+        if not first.shared:
+            return self.by_rows(first.variance, first.per_row())[0]
+        square = (self.h @ first.vectors[0].to(self.h.dtype)).square()
+        return square @ self.of_all("variances", 1)[0].mT
+
+    @cached_property
+    def stddev(self) -> Tensor:
+        """Standard deviation of all labels, of regressions."""
+        factor = self.of_all("scale").square() / (1 - 2 / self.of_all("dof"))
+        return ((self.variance + self.of_all("noise")) * factor).sqrt()
+
+    def by_rows(
+        self, function: Callable[..., Tensor | tuple[Tensor, ...]], each: int, *more: Tensor
+    ) -> tuple[Tensor, ...]:
+        """A function of ``h̃`` and other rows, some data at a time; ``each``: elements a datum."""
+        size = max(1, CHUNK // max(each, 1))
+        rows = (self.h, *more)
+        # A traced graph has no loop whose length depends on the batch.
+        whole = torch.compiler.is_compiling() or self.h.shape[0] <= size
+        parts = [rows] if whole else zip(*(r.split(size) for r in rows), strict=True)
+        found = [function(*part) for part in parts]
+        pieces = [(one,) if isinstance(one, Tensor) else one for one in found]
+        return tuple(p[0] if len(p) == 1 else torch.cat(p) for p in zip(*pieces, strict=True))
 
 
 class Prediction:
@@ -24,51 +77,52 @@ class Prediction:
 
     Args:
         posterior: of the head, as it was calibrated.
-        features: what the head's last linear layer received.
+        reading: of what the head's last linear layer received.
+        own: the head's outputs among those of the reading.
     """
 
-    def __init__(self, posterior: HeadPosterior, features: Tensor) -> None:
-        self.posterior, first = posterior, posterior.layout.channels_first
-        shape = features.shape
-        self._shape = (shape[0], *shape[2:]) if first else shape[:-1]
-        self._h = posterior.augmented(posterior.layout.flat(features))
-        self._scale = posterior.scale.to(self._h.dtype)
+    def __init__(self, posterior: HeadPosterior, reading: Reading, own: slice) -> None:
+        self.posterior, self._reading, self._own = posterior, reading, own
 
     @property
     def rows(self) -> Tensor:
         """``h̃`` of every datum (position), ``[N, D]``."""
-        return self._h
+        return self._reading.h
 
     @property
     def mean(self) -> Tensor:
         """Expected label: a value, or probabilities."""
-        raise NotImplementedError
+        return self._back(self._mean)
 
     @property
     def epistemic(self) -> Tensor:
         """Variance that more data would remove: that of the value, or of the probabilities."""
-        raise NotImplementedError
+        return self._back(self._epistemic)
 
     @property
     def aleatoric(self) -> Tensor:
         """Variance of the label that is left if the weights were known, on average."""
-        raise NotImplementedError
-
-    @property
-    def distribution(self) -> Distribution:
-        """Of the label, from ``torch.distributions``."""
-        raise NotImplementedError
+        return self._back(self._aleatoric)
 
     @property
     def stddev(self) -> Tensor:
         """Standard deviation of the label: ``√(epistemic + aleatoric)``."""
-        return (self.epistemic + self.aleatoric).sqrt()
+        return self._back(self._stddev)
+
+    @property
+    def distribution(self) -> Distribution:
+        """Of the label, from ``torch.distributions``.
+
+        ``StudentT``, or ``Normal`` where the noise is given; ``Bernoulli`` of binary outputs;
+        ``Categorical`` over classes, for every datum (position).
+        """
+        raise NotImplementedError
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Central interval of the value, or of the probabilities, that holds with some probability.
+        """Central interval of the label's value, or of the probabilities.
 
         Args:
-            level: the probability, between 0 and 1.
+            level: its probability, between 0 and 1.
 
         Returns:
             lower and upper ends.
@@ -78,10 +132,8 @@ class Prediction:
         """
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
-        return self._interval(level)
-
-    def _interval(self, level: float) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        low, high = self._interval(level)
+        return self._back(low), self._back(high)
 
     def sample(
         self,
@@ -92,6 +144,8 @@ class Prediction:
     ) -> Tensor:
         """Draws of the values (probabilities), jointly for the batch: one set of weights a draw.
 
+        Of a regression with a learned noise, one draw of its scale an output too.
+
         Args:
             number: of draws, ``n``.
             noise: draw labels (class indices without the dimension of classes) instead.
@@ -100,49 +154,61 @@ class Prediction:
         Returns:
             ``n`` in front of the shape of the head's output.
         """
-        raise NotImplementedError
+        return self._sample(number, noise, generator)
 
-    @cached_property
+    def covariance(self) -> Tensor:
+        """Epistemic covariance of every output (logit) between the data, ``[o, N, N]``.
+
+        Raises:
+            TypeError: for classes, whose logits depend on each other.
+        """
+        if self.posterior.layout.kind == "multiclass":
+            raise TypeError(
+                "covariance() is for values and binary outputs: draw classes, sample()."
+            )
+        return self.posterior.covariance(self.rows) * self._factor[:, None, None]
+
+    @property
     def output(self) -> Tensor:
         """Mean of the head's outputs: values, or logits over the temperature."""
         return self._back(self._location)
 
-    @cached_property
+    @property
     def output_variance(self) -> Tensor:
         """Variance of the head's outputs under the posterior of its weights.
 
-        Of classes without their common mode, which no probability depends on.
+        Of a regression without the factor of a Student-t; of classes without their common mode,
+        which no probability depends on.
         """
         return self._back(self._variance)
 
-    @cached_property
-    def _location(self) -> Tensor:
-        return self.posterior.location(self._h)
+    _mean: Tensor  # [N, o], as all of these
+    _epistemic: Tensor
+    _aleatoric: Tensor
+    _stddev: Tensor
+    _location: Tensor
+    _variance: Tensor
+    _factor: Tensor  # from h̃ᵀSh̃ to the epistemic variance, or that of the logits, [o]
 
-    @cached_property
-    def _variance(self) -> Tensor:
-        return self._by_rows(self.posterior.variance, self.posterior.per_row())[0]
+    def _interval(self, level: float) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
-    def _by_rows(
-        self, function: Callable[..., Tensor | tuple[Tensor, ...]], each: int, *more: Tensor
-    ) -> tuple[Tensor, ...]:
-        """A function of ``h̃`` and other rows, some data at a time; ``each``: elements a datum."""
-        size = max(1, CHUNK // max(each, 1))
-        rows = (self._h, *more)
-        # A traced graph has no loop whose length depends on the batch.
-        whole = torch.compiler.is_compiling() or self._h.shape[0] <= size
-        parts = [rows] if whole else zip(*(r.split(size) for r in rows), strict=True)
-        found = [function(*part) for part in parts]
-        pieces = [(one,) if isinstance(one, Tensor) else one for one in found]
-        return tuple(p[0] if len(p) == 1 else torch.cat(p) for p in zip(*pieces, strict=True))
+    def _sample(self, number: int, noise: bool, generator: torch.Generator | None) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def _scale(self) -> Tensor:
+        return self.posterior.scale.to(self.rows.dtype)
 
     def _back(self, rows: Tensor, lead: int = 0) -> Tensor:
         """``[…, N, o]`` in the shape of the output; ``lead``: dimensions in front."""
-        shaped = rows.reshape(*rows.shape[:lead], *self._shape, rows.shape[-1])
+        if rows.dim() == 2 and len(self._reading.shape) == 1:
+            return rows
+        shaped = rows.reshape(*rows.shape[:lead], *self._reading.shape, rows.shape[-1])
         return shaped.movedim(-1, lead + 1) if self.posterior.layout.channels_first else shaped
 
     def _per_output(self, values: Tensor) -> Tensor:
         """``[o]`` so that it broadcasts with the output."""
         if not self.posterior.layout.channels_first:
             return values
-        return values.view(-1, *(1 for _ in self._shape[1:]))
+        return values.view(-1, *(1 for _ in self._reading.shape[1:]))

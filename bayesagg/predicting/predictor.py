@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bayesagg.errors import CheckpointError, PredictionError
-from bayesagg.heads import Head, LossTask, named_heads
+from bayesagg.heads import Head, LossTask, named_heads, stacked
 from bayesagg.predicting.calibration import Collected, calibrate_head
-from bayesagg.predicting.classification import MAX_PARAMETERS
+from bayesagg.predicting.classification import MAX_PARAMETERS, laplace
 from bayesagg.predicting.data import Source
-from bayesagg.predicting.fit import fit_heads
 from bayesagg.predicting.labels import BinaryPrediction, MulticlassPrediction
-from bayesagg.predicting.network import Heads, check_finite, evaluating, paths_of
-from bayesagg.predicting.prediction import Prediction
-from bayesagg.predicting.regression import Prior
-from bayesagg.predicting.state import HeadPosterior, Inferred, Layout
+from bayesagg.predicting.network import Heads, check_finite
+from bayesagg.predicting.prediction import Prediction, Reading
+from bayesagg.predicting.regression import Prior, Sums, solve, sums_of
+from bayesagg.predicting.state import HeadPosterior, Inferred
 from bayesagg.predicting.values import RegressionPrediction
 
 if TYPE_CHECKING:
@@ -67,10 +67,11 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
-        self._paths = paths_of(model, named)
-        self._layouts = {name: Layout.of(head) for name, head in named.items()}
+        self._heads = Heads(model, named)
         self.model, self.tasks = model, tuple(named)
         self.posteriors = nn.ModuleList(HeadPosterior(head) for head in named.values())
+        after = self.register_load_state_dict_post_hook
+        after(lambda module, _: module._share())  # type: ignore[no-untyped-call]
 
     @classmethod
     def fit(
@@ -80,7 +81,7 @@ class Predictor(nn.Module):
         data: Iterable[Any],
         *,
         prior_variance: PriorVariance = None,
-        passes: int = 30,
+        passes: int = 50,
         max_parameters: int = MAX_PARAMETERS,
     ) -> Predictor:
         """Last-layer posteriors of a network that was trained in any way.
@@ -116,7 +117,7 @@ class Predictor(nn.Module):
         data: Iterable[Any] | None = None,
         *,
         prior_variance: PriorVariance = None,
-        passes: int = 30,
+        passes: int = 50,
         max_parameters: int = MAX_PARAMETERS,
     ) -> Predictor:
         """What :meth:`bayesagg.BayesAgg.predictor` returns.
@@ -169,10 +170,18 @@ class Predictor(nn.Module):
             FeatureError: if what a head received is not finite.
         """
         features = self._features(inputs, keywords, differentiable)
-        return {
-            name: _KINDS[posterior.layout.kind](posterior, features[name])
-            for name, posterior in self._named()
-        }
+        groups: dict[object, dict[str, HeadPosterior]] = {}
+        for name, posterior in self._named():
+            kind = posterior.layout.kind, posterior.layout.bias, posterior.layout.channels_first
+            own = id(posterior.vectors) if posterior.shared else name
+            groups.setdefault((id(features[name]), kind, own), {})[name] = posterior
+        found = {}
+        for group in groups.values():
+            reading, start = Reading(features[next(iter(group))], list(group.values())), 0
+            for name, posterior in group.items():
+                columns = slice(start, start := start + posterior.layout.outputs)
+                found[name] = _KINDS[posterior.layout.kind](posterior, reading, columns)
+        return {name: found[name] for name in self.tasks}
 
     def calibrate(self, data: Iterable[Any]) -> Predictor:
         """Fit one number a task to data that were not trained on, by maximum likelihood.
@@ -192,9 +201,8 @@ class Predictor(nn.Module):
         """
         self._check_known()
         collected = {name: Collected(posterior) for name, posterior in self._named()}
-        source = Source(self.model, self._paths, self._layouts, data, cache=0)
-        for batch in source.batches():
-            for name, rows in batch.items():
+        for piece in Source(self.model, self._heads, data, cache=0).pieces():
+            for name, rows in piece.items():
                 collected[name].add(rows)
         for part in collected.values():
             calibrate_head(part)
@@ -235,13 +243,11 @@ class Predictor(nn.Module):
         self, inputs: tuple[Any, ...], keywords: dict[str, Any], differentiable: bool
     ) -> dict[str, Tensor]:
         self._check_known()
-        watch = Heads(self.model, self._paths, self._layouts)
-        with torch.set_grad_enabled(differentiable), evaluating(self.model):
-            with watch.watched():
-                self.model(*inputs, **keywords)
-            found = {name: watch.features(name) for name in self.tasks}
+        with torch.set_grad_enabled(differentiable), self._heads.watched(self.model) as seen:
+            self.model(*inputs, **keywords)
+        found = {name: self._heads.received(seen, name) for name in self.tasks}
         if not torch.compiler.is_compiling():
-            for name, features in found.items():
+            for name, features in {id(h): (n, h) for n, h in reversed(found.items())}.values():
                 check_finite(name, features)
         return found
 
@@ -252,6 +258,7 @@ class Predictor(nn.Module):
                 "one with Predictor.fit(model, heads, loader) or optimizer.predictor(model)."
             )
 
+    @torch.no_grad()
     def _fit(
         self,
         heads: Mapping[str, Head],
@@ -261,20 +268,54 @@ class Predictor(nn.Module):
         passes: int,
         max_parameters: int,
     ) -> Predictor:
+        priors = {name: _prior(prior, prior_variance) for name, prior in priors.items()}
         keep = [name for name, head in heads.items() if head.kind != "regression"]
-        source = Source(self.model, self._paths, self._layouts, data, keep)
-        found = fit_heads(
-            source,
-            heads,
-            {name: _prior(prior, prior_variance) for name, prior in priors.items()},
-            passes=passes,
-            max_parameters=max_parameters,
-        )
+        source = Source(self.model, self._heads, data, keep)
+        sums: dict[str, Sums] = {}
+        for piece in source.pieces():
+            for name, new in sums_of(piece, self._heads.layouts).items():
+                sums[name] = sums[name] + new if name in sums else new
+        found: dict[str, Inferred] = {}
+        spectra: list[tuple[Tensor, ...]] = []
+        for name, head in heads.items():
+            if head.kind == "regression":
+                noise = getattr(head, "noise_variance", None)
+                given = float(noise) if isinstance(noise, int | float) else None
+                found[name] = solve(sums[name], priors[name], given, spectra)
+            else:
+                found[name] = laplace(
+                    name,
+                    head.kind,
+                    stacked(head),
+                    head.has_bias,
+                    partial(source.of, name),
+                    priors[name],
+                    passes=passes,
+                    max_parameters=max_parameters,
+                )
         return self._set(found)
 
     def _set(self, found: Mapping[str, Inferred]) -> Predictor:
         for name, posterior in self._named():
             posterior.set(found[name])
+        self._share()
+        return self
+
+    def _share(self) -> None:
+        """Heads whose eigenvectors are equal, as of one Gram matrix, have them once."""
+        kept: list[Tensor] = []
+        for _, posterior in self._named():
+            if posterior.shared:
+                own = posterior.vectors
+                posterior.vectors = next((v for v in kept if torch.equal(v, own)), own)
+                kept += [own] if posterior.vectors is own else []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Predictor:
+        before = [id(posterior.vectors) for _, posterior in self._named()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        first: dict[int, Tensor] = {}
+        for key, (_, posterior) in zip(before, self._named(), strict=True):
+            posterior.vectors = first.setdefault(key, posterior.vectors)
         return self
 
 

@@ -9,17 +9,19 @@ freedom. A prior on request: ``γ = |m|² / Σ ω / (ω + λ)``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bayesagg.posterior import regression_statistics
-from bayesagg.predicting.state import Inferred
+from bayesagg.posterior import augment, weighted_gram
+from bayesagg.predicting.data import Rows
+from bayesagg.predicting.state import Inferred, Layout
 
-__all__ = ["Prior", "Sums", "solve"]
+__all__ = ["Prior", "Sums", "solve", "sums_of"]
 
-_ITERATIONS, _TOLERANCE = 1000, 1e-12
+_ITERATIONS, _TOLERANCE = 300, 1e-11
 _LEAST = 1e-10  # of the labels' mean square: what a mean of squared residuals is known to
 _LEAST_DOF = 3.0  # a variance exists from 2 on
 
@@ -41,7 +43,7 @@ class Prior:
 
 @dataclass
 class Sums:
-    """Sufficient statistics of a regression head with ``o`` outputs, in float64.
+    """Sufficient statistics of ``o`` regressions, in float64.
 
     Attributes:
         gram: ``Λ``, ``[1, D, D]``, or ``[o, D, D]`` where labels are missing.
@@ -56,23 +58,21 @@ class Sums:
     count: Tensor
 
     @staticmethod
-    def of(h: Tensor, targets: Tensor, present: Tensor | None, gram: Tensor | None = None) -> Sums:
-        """Of a batch.
+    def of(h: Tensor, targets: Tensor, present: Tensor | None, gram: Tensor) -> Sums:
+        """Of some data.
 
         Args:
             h: ``h̃``, ``[N, D]``, float64.
             targets: ``[N, o]``, zero where missing.
             present: ``[N, o]``; ``None``: all.
-            gram: ``[1, D, D]``, where it is known and no label is missing.
+            gram: ``H̃ᵀH̃``, ``[1, D, D]``, for the case that no label is missing.
         """
         y = targets.double()
         if present is None:
-            if gram is None:
-                gram = (h.mT @ h)[None]
             count = y.new_full((y.shape[1],), float(len(y)))
-            return Sums(gram, y.mT @ h, y.square().sum(0), count)
-        precision, shift = regression_statistics(h, y, present)
-        return Sums(precision, shift, (y.square() * present).sum(0), present.sum(0).double())
+        else:
+            gram, count = weighted_gram(h, present.double()), present.sum(0).double()
+        return Sums(gram, y.mT @ h, y.square().sum(0), count)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -83,53 +83,76 @@ class Sums:
         )
 
 
-def solve(sums: Sums, prior: Prior, noise: float | None) -> Inferred:
+def sums_of(piece: Mapping[str, Rows], layouts: Mapping[str, Layout]) -> dict[str, Sums]:
+    """Of the regressions in a piece of data, which share the Gram matrix."""
+    known: dict[bool, tuple[Tensor, Tensor]] = {}
+    found = {}
+    for task, rows in piece.items():
+        if layouts[task].kind == "regression":
+            bias = layouts[task].bias
+            if bias not in known:
+                h = augment(rows.features.double(), bias)
+                known[bias] = h, (h.mT @ h)[None]
+            h, gram = known[bias]
+            found[task] = Sums.of(h, rows.targets, rows.present, gram)
+    return found
+
+
+def solve(
+    sums: Sums, prior: Prior, noise: float | None, spectra: list[tuple[Tensor, ...]]
+) -> Inferred:
     """Posterior of a head.
 
     Args:
         sums: over all data; every output has a label.
         prior: of the weights.
         noise: τ², where it is given.
+        spectra: Gram matrices with eigenvalues and eigenvectors, to look in and to add to.
 
     Returns:
         with degrees of freedom, infinite where the noise is given.
     """
-    omega, vectors = torch.linalg.eigh(sums.gram)
-    omega = omega.clamp_min(0)[:, None] if len(omega) > 1 else omega.clamp_min(0)
+    spectrum = next((known for known in spectra if torch.equal(known[0], sums.gram)), None)
+    if spectrum is None:
+        spectrum = (sums.gram, *torch.linalg.eigh(sums.gram))
+        spectra.append(spectrum)
+    omega, vectors = spectrum[1].clamp_min(0)[:, None], spectrum[2]
     # [G, P, D] with all outputs on one Gram matrix, or one output on each.
-    along = sums.shift[:, None] @ vectors if len(vectors) > 1 else (sums.shift @ vectors[0])[None]
-    if len(vectors) == 1:
-        omega = omega[:, None]
-    shape = along.shape[:2]
-    count, square = sums.count.view(shape), sums.square.view(shape)
+    shift = sums.shift[:, None] if len(vectors) > 1 else sums.shift[None]
+    along = shift @ vectors
+    count, square = (part.view(along.shape[:2]) for part in (sums.count, sums.square))
     level = (square / count).clamp_min(torch.finfo(square.dtype).tiny)
     gamma = prior.variance * (level if prior.relative else torch.ones_like(level))
-    tau2 = level if noise is None else torch.full_like(level, noise)
-    for _ in range(_ITERATIONS):
-        ridge = (tau2 / gamma)[..., None]
-        mean = along / (omega + ridge)
-        known = (omega / (omega + ridge)).sum(-1)
-        before = torch.stack([tau2, gamma])
+
+    def updated(log: Tensor) -> Tensor:
+        """Logarithms of τ² and γ, and where the evidence of the weights there puts them."""
+        tau2, gamma = log.exp()
+        inverse = 1 / (omega + (tau2 / gamma)[..., None])
+        mean, known = along * inverse, (omega * inverse).sum(-1)
         if noise is None:
             rest = square - 2 * (along * mean).sum(-1) + (omega * mean.square()).sum(-1)
-            rest = torch.maximum(rest, _LEAST * square)
-            tau2 = rest / (count - known).clamp_min(1.0)
+            tau2 = torch.maximum(rest, _LEAST * square) / (count - known).clamp_min(1.0)
         if prior.learned:
             gamma = mean.square().sum(-1) / known.clamp_min(1e-12)
             gamma = torch.minimum(torch.maximum(gamma, 1e-12 * level), 1e12 * level)
-        after = torch.stack([tau2, gamma])
-        if bool(((after / before).log().abs() < _TOLERANCE).all()):
+        return torch.stack([tau2, gamma]).log()
+
+    at = torch.stack([level if noise is None else torch.full_like(level, noise), gamma]).log()
+    for _ in range(_ITERATIONS):
+        first = updated(at)
+        if bool(((first - at).abs() < _TOLERANCE).all()):
             break
-    ridge = (tau2 / gamma)[..., None]
-    inverse = 1 / (omega + ridge)
-    mean = (along * inverse) @ vectors.mT
+        second = updated(first)
+        # The steps shrink by a constant ratio in the end: where they would lead (Aitken).
+        ratio = ((second - first) / (first - at)).nan_to_num(0.0, 0.0, 0.0).clamp(0, 0.95)
+        at = second + (second - first) * ratio / (1 - ratio)
+    tau2, gamma = at.exp()
+    inverse = 1 / (omega + (tau2 / gamma)[..., None])
     dof = (count - (omega * inverse).sum(-1)).clamp_min(_LEAST_DOF)
-    if noise is not None:
-        dof = torch.full_like(dof, torch.inf)
     return Inferred(
-        mean.flatten(0, 1),
+        ((along * inverse) @ vectors.mT).flatten(0, 1),
         vectors,
         inverse * tau2[..., None],
         noise=tau2.flatten(),
-        dof=dof.flatten(),
+        dof=dof.flatten() if noise is None else torch.full_like(dof, torch.inf).flatten(),
     )

@@ -115,12 +115,18 @@ class HeadPosterior(nn.Module):
         """Whether there is anything to predict with."""
         return self.mean.numel() > 0
 
+    @property
+    def shared(self) -> bool:
+        """Whether all outputs have one set of eigenvectors."""
+        return len(self.vectors) == 1 and not self.rotation.numel()
+
     def set(self, inferred: Inferred) -> HeadPosterior:
         """Take over a posterior; what calibration found is forgotten."""
         for name in _BUFFERS[:-1]:
             value = getattr(inferred, name)
             own = getattr(self, name)
-            setattr(self, name, own.new_empty(0) if value is None else value.detach().to(own))
+            value = own.new_empty(0) if value is None else value.detach().to(own)
+            setattr(self, name, value.contiguous())  # as it would be once loaded
         self.scale = torch.ones_like(self.mean[: self.layout.tasks, 0])
         return self
 

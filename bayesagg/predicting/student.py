@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NORMAL", "student_cdf", "student_density", "student_quantile"]
+__all__ = ["NORMAL", "normal_quantile", "student_cdf", "student_density", "student_quantile"]
 
 NORMAL = 1e7  # degrees of freedom from which a Student-t distribution is taken for a normal one
 _X, _W = np.polynomial.legendre.leggauss(64)
@@ -46,6 +46,11 @@ def student_cdf(t: Tensor, dof: Tensor) -> Tensor:
     return torch.where(dof < NORMAL, student, torch.special.ndtr(t))
 
 
+def normal_quantile(probability: float) -> float:
+    """Value that a standard normal variable is below with some probability."""
+    return float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
+
+
 def student_quantile(probability: float, dof: Tensor) -> Tensor:
     """Value that a standard Student-t variable is below with some probability, by Newton steps.
 
@@ -57,9 +62,7 @@ def student_quantile(probability: float, dof: Tensor) -> Tensor:
         of the shape and dtype of ``dof``.
     """
     nu = dof.double()
-    normal = torch.full_like(
-        nu, float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
-    )
+    normal = torch.full_like(nu, normal_quantile(probability))
     upper = (nu < NORMAL) & (nu > 0)
     # Bisection on the angle, where the whole line is a bounded interval, then Newton.
     low = torch.full_like(nu, -math.pi / 2)

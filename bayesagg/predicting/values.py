@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal, StudentT
@@ -22,33 +20,6 @@ class RegressionPrediction(Prediction):
     """
 
     @property
-    def mean(self) -> Tensor:
-        """``h̃ᵀm``."""
-        return self.output
-
-    @cached_property
-    def output_variance(self) -> Tensor:
-        """``h̃ᵀSh̃`` times the squared calibration, without the factor of a Student-t."""
-        return self._back(self._variance * self._scale.square())
-
-    @property
-    def epistemic(self) -> Tensor:
-        """As of :class:`Prediction`."""
-        return self.output_variance * self._inflation
-
-    @property
-    def aleatoric(self) -> Tensor:
-        """As of :class:`Prediction`; the same for all data."""
-        noise = self._per_output(self._noise)
-        return noise.expand_as(self.output) * self._inflation
-
-    @property
-    def stddev(self) -> Tensor:
-        """As of :class:`Prediction`."""
-        noise = self._per_output(self._noise)
-        return ((self.output_variance + noise) * self._inflation).sqrt()
-
-    @property
     def dof(self) -> Tensor:
         """Degrees of freedom ν of every output, so that they broadcast; infinite: normal."""
         return self._per_output(self._dof)
@@ -56,32 +27,61 @@ class RegressionPrediction(Prediction):
     @property
     def scale(self) -> Tensor:
         """Scale of the predictive distribution, ``√(τ² + h̃ᵀSh̃)`` times the calibration."""
-        return (self.output_variance + self._per_output(self._noise)).sqrt()
+        return self._back((self._variance + self._noise).sqrt())
 
     @property
     def distribution(self) -> Distribution:
-        """``StudentT``, or ``Normal`` where the noise is given."""
+        """As of :class:`Prediction`."""
         if bool((self._dof >= NORMAL).all()):
-            return Normal(self.output, self.scale, validate_args=False)
-        return StudentT(
-            self.dof.expand_as(self.output), self.output, self.scale, validate_args=False
-        )
+            return Normal(self.mean, self.scale, validate_args=False)
+        return StudentT(self.dof.expand_as(self.mean), self.mean, self.scale, validate_args=False)
 
-    def covariance(self) -> Tensor:
-        """Epistemic covariance of every output between the data of the batch, ``[o, N, N]``."""
-        factor = self._scale.square() * self._dof_factor
-        return self.posterior.covariance(self._h) * factor[:, None, None]
+    @property
+    def _location(self) -> Tensor:  # type: ignore[override]
+        return self._reading.location[:, self._own]
 
-    def sample(
-        self,
-        number: int = 1,
-        *,
-        noise: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """As of :class:`Prediction`; with a learned noise, one draw of its scale an output too."""
-        spread = self._scale * self._mixture(number, generator)[:, None]  # [n, 1, o]
-        drawn = self.posterior.draw(number, self._h, generator)
+    _mean = _location
+
+    @property
+    def _variance(self) -> Tensor:  # type: ignore[override]
+        return self._reading.variance[:, self._own] * self._scale.square()
+
+    @property
+    def _epistemic(self) -> Tensor:  # type: ignore[override]
+        return self._reading.variance[:, self._own] * self._factor
+
+    @property
+    def _aleatoric(self) -> Tensor:  # type: ignore[override]
+        return (self.posterior.noise * self._factor).expand_as(self._location)
+
+    @property
+    def _stddev(self) -> Tensor:  # type: ignore[override]
+        return self._reading.stddev[:, self._own]
+
+    @property
+    def _dof(self) -> Tensor:
+        return self.posterior.dof.to(self.rows.dtype)
+
+    @property
+    def _factor(self) -> Tensor:  # type: ignore[override]
+        return self._scale.square() / (1 - 2 / self._dof)
+
+    @property
+    def _noise(self) -> Tensor:
+        return self.posterior.noise.to(self.rows.dtype) * self._scale.square()
+
+    def _interval(self, level: float) -> tuple[Tensor, Tensor]:
+        scale = (self._variance + self._noise).sqrt()
+        half = student_quantile((1 + level) / 2, self._dof) * scale
+        return self._location - half, self._location + half
+
+    def _sample(self, number: int, noise: bool, generator: torch.Generator | None) -> Tensor:
+        # √(ν / χ²_ν) makes a Student-t of a normal.
+        dof = self._dof.clamp_max(NORMAL).expand(number, -1)
+        gamma = torch._standard_gamma(dof / 2, generator=generator)
+        mixture = torch.where(self._dof < NORMAL, (dof / 2 / gamma).sqrt(), 1.0)
+        spread = (self._scale * mixture)[:, None]  # [n, 1, o]
+        drawn = self.posterior.draw(number, self.rows, generator)
         values = self._location + (drawn - self._location) * spread
         if noise:
             error = torch.randn(
@@ -89,29 +89,3 @@ class RegressionPrediction(Prediction):
             )
             values = values + error * spread * self.posterior.noise.to(values.dtype).sqrt()
         return self._back(values, 1)
-
-    def _mixture(self, number: int, generator: torch.Generator | None) -> Tensor:
-        """``√(ν / χ²_ν)``, ``[n, o]``: what makes a Student-t of a normal."""
-        dof = self._dof.clamp_max(NORMAL).expand(number, -1)
-        gamma = torch._standard_gamma(dof / 2, generator=generator)
-        return torch.where(self._dof < NORMAL, (dof / 2 / gamma).sqrt(), 1.0)
-
-    def _interval(self, level: float) -> tuple[Tensor, Tensor]:
-        half = self._per_output(student_quantile((1 + level) / 2, self._dof)) * self.scale
-        return self.output - half, self.output + half
-
-    @property
-    def _dof(self) -> Tensor:
-        return self.posterior.dof.to(self._h.dtype)
-
-    @property
-    def _dof_factor(self) -> Tensor:
-        return torch.where(self._dof < NORMAL, self._dof / (self._dof - 2), 1.0)
-
-    @property
-    def _inflation(self) -> Tensor:
-        return self._per_output(self._dof_factor)
-
-    @property
-    def _noise(self) -> Tensor:
-        return self.posterior.noise.to(self._h.dtype) * self._scale.square()

@@ -2,8 +2,8 @@
 
 CPU time of a prediction with standard deviations over that of the plain forward pass, and of the
 exact pass over the training data over that of an evaluation epoch, both medians of interleaved
-runs, on random data of the shapes of the paper's networks. laplace-torch (last layer, full
-covariance, on the same network) beside it where it has the likelihood.
+runs, on random data of the shapes of the paper's networks with trained last layers. laplace-torch
+(last layer, full covariance, on the same network) beside it where it has the likelihood.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayesagg import BinaryHead, MulticlassHead, RegressionHead
@@ -22,18 +23,20 @@ from bayesagg.predicting import Predictor
 from examples.uncertainty.peers import package
 
 RUNS = 15
-BATCHES = 16
+BATCHES = 16  # of an epoch of images
 
 
 class Net(nn.Module):
-    """A trunk and one head."""
+    """A trunk and heads."""
 
-    def __init__(self, trunk: nn.Module, width: int, outputs: int) -> None:
+    def __init__(self, trunk: nn.Module, width: int, outputs: list[int]) -> None:
         super().__init__()
-        self.trunk, self.head = trunk, nn.Linear(width, outputs)
+        heads = {f"task {i}": nn.Linear(width, o) for i, o in enumerate(outputs)}
+        self.trunk, self.heads = trunk, nn.ModuleDict(heads)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.trunk(x))
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.trunk(x)
+        return {name: head(h) for name, head in self.heads.items()}
 
 
 def mlp() -> nn.Module:
@@ -71,77 +74,103 @@ def compare(actions: dict[str, Callable[[], Any]], runs: int) -> dict[str, float
     return {name: median(values) for name, values in seconds.items()}
 
 
-def both(p: Any) -> tuple[Tensor, Tensor]:
+def looked_at(found: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """What a user looks at."""
-    return p.mean, p.stddev
+    return [(p.mean, p.stddev) for p in found.values()]
+
+
+def trained(net: Net, heads: dict[str, Any], batches: list[Any]) -> None:
+    """The last layers trained on what the trunk gives, as they are where predictions are made."""
+    losses = {"regression": F.mse_loss, "binary": F.binary_cross_entropy_with_logits}
+    with torch.no_grad():
+        seen = [(net.trunk(x), y) for x, y in batches]
+    optimizer = torch.optim.Adam(net.heads.parameters(), lr=1e-2)
+    for _ in range(20):
+        for h, y in seen:
+            optimizer.zero_grad()
+            for name, head in heads.items():
+                loss = losses.get(head.kind, F.cross_entropy)
+                loss(net.heads[name](h), y[name]).backward()
+            optimizer.step()
+
+
+def labels(kind: str, outputs: int, z: Tensor) -> Tensor:
+    """Random ones that depend on a network's outputs."""
+    z = (z - z.mean(0)) / z.std(0)
+    if kind == "multiclass":
+        return torch.distributions.Categorical(logits=2 * z).sample()
+    noisy = z + torch.randn_like(z)
+    return noisy if kind == "regression" else (noisy > 0).float()
 
 
 def case(
-    name: str, head: Any, trunk: nn.Module, width: int, outputs: int, x: Tensor, runs: int
+    title: str, head: Any, trunk: nn.Module, width: int, outputs: list[int], x: Tensor, runs: int
 ) -> None:
-    """Print one case."""
+    """Print one case; ``x`` has all the data of :data:`BATCHES` batches."""
     net = Net(trunk, width, outputs).eval()
-    kind = head.kind
-    label = {
-        "regression": torch.randn(len(x), outputs),
-        "binary": (torch.rand(len(x), outputs) > 0.5).float(),
-        "multiclass": torch.randint(outputs, (len(x),)),
-    }[kind]
-    heads = {"task": head(net.head)}
-    batches = [(x, {"task": label})] * BATCHES
-    predictor = Predictor.fit(net, heads, batches)
+    heads = {name: head(module) for name, module in net.heads.items()}
+    kind = next(iter(heads.values())).kind
+    with torch.no_grad():
+        guides = Net(trunk, width, outputs).eval()(x)
+    targets = {name: labels(kind, z.shape[1], z) for name, z in guides.items()}
+    batches = [
+        (x[rows], {name: y[rows] for name, y in targets.items()})
+        for rows in torch.arange(len(x)).chunk(BATCHES)
+    ]
+    trained(net, heads, batches)
+    predictor, first = Predictor.fit(net, heads, batches), batches[0][0]
 
     @torch.no_grad()
     def plain() -> None:
-        net(x)
+        net(first)
 
     @torch.no_grad()
     def epoch() -> None:
         for inputs, _ in batches:
             net(inputs)
 
-    actions = {"forward": plain, "predict": lambda: both(predictor(x)["task"])}
+    actions = {"forward": plain, "predict": lambda: looked_at(predictor(first))}
     fits = {"epoch": epoch, "fit": lambda: Predictor.fit(net, heads, batches)}
-    library = package("laplace") if kind != "binary" else None
+    library = package("laplace") if kind != "binary" and len(outputs) == 1 else None
     if library is not None:
-        task = "regression" if kind == "regression" else "classification"
-        loader = DataLoader(
-            TensorDataset(
-                x.repeat(BATCHES, *(1 for _ in x.shape[1:])),
-                label.repeat(BATCHES, *(1 for _ in label.shape[1:])),
-            ),
-            batch_size=len(x),
-        )
+        [name] = heads
+        likelihood = "regression" if kind == "regression" else "classification"
+        model = nn.Sequential(trunk, net.heads[name])
+        loader = DataLoader(TensorDataset(x, targets[name]), batch_size=len(first))
 
         def fitted() -> Any:
             own = library.Laplace(
-                net, task, subset_of_weights="last_layer", hessian_structure="full"
+                model, likelihood, subset_of_weights="last_layer", hessian_structure="full"
             )
             own.fit(loader)
             return own
 
         own = fitted()
-        actions["laplace-torch"] = lambda: own(x)
+        actions["laplace-torch"] = lambda: own(first)
         fits["laplace-torch"] = fitted
     seconds, fit = compare(actions, runs), compare(fits, 3)
     size = sum(b.numel() * b.element_size() for b in predictor.posteriors.buffers()) / 2**20
     print(
-        f"{name}: {len(x)} data, {width + 1} weights an output, {outputs} outputs, {size:.1f} MiB"
+        f"{title}: {len(first)} of {len(x)} data, {len(outputs)} heads of {outputs[0]} outputs, ",
+        end="",
     )
-    for what, found in (("prediction", seconds), ("fit", fit)):
-        first = next(iter(found.values()))
-        rows = ", ".join(f"{key} {1e3 * v:.1f} ms ({v / first:.2f})" for key, v in found.items())
+    print(f"{width + 1} weights an output, {size:.1f} MiB")
+    for what, found in (("prediction", seconds), ("exact pass", fit)):
+        unit = next(iter(found.values()))
+        rows = ", ".join(f"{key} {1e3 * v:.1f} ms ({v / unit:.2f})" for key, v in found.items())
         print(f"  {what}: {rows}", flush=True)
 
 
 def main() -> None:
     """All cases."""
     torch.manual_seed(0)
-    case("QM9 proxy", RegressionHead, mlp(), 64, 11, torch.randn(120, 274), 40)
-    images = torch.randn(64, 3, 32, 32)
-    case("CIFAR-MTL, ResNet-18", BinaryHead, resnet(), 512, 20, images, RUNS)
-    images = torch.randn(16, 3, 128, 128)
-    case("larger images, 5 classes", MulticlassHead, resnet(), 512, 5, images, RUNS // 3)
+    x = torch.randn(120 * BATCHES, 274)
+    case("QM9 proxy", RegressionHead, mlp(), 64, [11], x, 60)
+    case("QM9 proxy", RegressionHead, mlp(), 64, [1] * 11, x, 60)
+    images = torch.randn(64 * BATCHES, 3, 32, 32)
+    case("CIFAR-MTL, ResNet-18", BinaryHead, resnet(), 512, [20], images, RUNS)
+    images = torch.randn(16 * BATCHES, 3, 128, 128)
+    case("larger images, ResNet-18", MulticlassHead, resnet(), 512, [5], images, 5)
 
 
 if __name__ == "__main__":

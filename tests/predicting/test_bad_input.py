@@ -111,7 +111,7 @@ def test_a_head_used_several_times_or_never():
         (changed(other=torch.zeros(30)), UnknownTaskError, "'other'.*'reg', 'bin', 'cls'"),
         (changed(bin=torch.full((30, 2), torch.nan)), TargetError, "'bin': the loader has no"),
         (changed(cls=torch.full((30,), -100)), TargetError, "'cls': the loader has no"),
-        (changed(reg=torch.zeros(30, 3)), TargetError, r"'reg': \[30, 3\] targets for 30 data"),
+        (changed(reg=torch.zeros(30, 3)), TargetError, r"'reg': \[60, 3\] targets for 60 data"),
         (changed(reg=torch.full((30, 2), torch.inf)), TargetError, "'reg': targets must be finite"),
         (changed(bin=torch.full((30, 2), 2.0)), TargetError, "'bin': targets must be between"),
         (changed(cls=torch.full((30,), 3)), TargetError, "'cls': class indices"),
