@@ -12,24 +12,19 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from bayesagg import BayesAggWrapper, MulticlassHead, RegressionHead
+from examples.image_models import block
 from examples.scenes import CLASSES, IGNORED, Scenes, make_scenes
 
 METHODS = ("linear scalarization", "BayesAgg")
-
-
-def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """A convolution, batch normalisation and ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
 
 
 class Encoder(nn.Module):
@@ -107,13 +102,6 @@ def predict(net: SceneNet, scenes: Scenes) -> Scenes:
     return Scenes(scenes.images, classes, torch.cat([part["depth"] for part in out]))
 
 
-def mean_iou(predicted: Tensor, truth: Tensor) -> float:
-    """Intersection over union, averaged over the classes, of the labelled pixels."""
-    predicted, truth = predicted[truth != IGNORED], truth[truth != IGNORED]
-    pairs = [(predicted == c, truth == c) for c in range(len(CLASSES))]
-    return mean(float((a & b).sum() / (a | b).sum()) for a, b in pairs if (a | b).any())
-
-
 def depth_error(predicted: Tensor, truth: Tensor) -> float:
     """Mean absolute error of the labelled pixels."""
     seen = ~truth.isnan()
@@ -160,7 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for method in METHODS:
         net, milliseconds = train(method, scenes, args)
         shown[method] = found = predict(net, test)
-        iou, error = mean_iou(found.classes, test.classes), depth_error(found.depth, test.depth)
+        error = depth_error(found.depth, test.depth)
+        iou = multiclass_jaccard_index(
+            found.classes, test.classes, len(CLASSES), ignore_index=IGNORED
+        )
         print(f"{method:22} mIoU {iou:.3f}  depth error {error:.4f}  {milliseconds:.0f} ms a step")
     draw(args.out, shown, count=min(4, args.test_scenes))
     print(f"figure: {args.out}")

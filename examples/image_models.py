@@ -1,4 +1,4 @@
-"""Networks for images: the paper's CNN, and timm's ResNets with its last shared layer."""
+"""Networks for images: CNNs, SegNet, and timm's ResNets with the paper's last shared layer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import hashlib
 import importlib
 import pickle
 import warnings
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from examples.data import DataUnavailableError
 from examples.data.folder import DataFileError, data_folder
@@ -41,6 +44,61 @@ def cnn(channels: int = 160) -> nn.Sequential:
         conv = nn.Conv2d(inputs, channels, 3, padding=1, padding_mode="reflect")
         layers += [conv, nn.ELU(), nn.MaxPool2d(3)]
     return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.Flatten())
+
+
+def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """A 3×3 convolution, batch normalisation and ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+def nine_layers(widths: Sequence[int] = (64, 128, 256, 512)) -> nn.Sequential:
+    """The network of FAMO for CelebA: ``(B, 3, H, W)`` to ``(B, widths[-1])``.
+
+    A block of the first width, two of each other, with 2×2 max-pooling in between; their mean over
+    the image goes through two linear layers.
+    """
+    last = widths[-1]
+    layers: list[nn.Module] = [block(3, widths[0])]
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.MaxPool2d(2), block(inputs, outputs), block(outputs, outputs)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for _ in range(2):
+        layers += [nn.Linear(last, last, bias=False), nn.BatchNorm1d(last), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class SegNet(nn.Module):
+    """SegNet as MTAN has it: ``(B, 3, H, W)`` to ``(B, widths[0], H, W)``.
+
+    VGG-16's convolutions with batch normalisation and 2×2 max-pooling, and their mirror image, in
+    which values go back to the places of the maxima.
+
+    Args:
+        widths: Channels of each level; ``H`` and ``W`` are multiples of two to their number.
+    """
+
+    def __init__(self, widths: Sequence[int] = (64, 128, 256, 512, 512)) -> None:
+        super().__init__()
+        more = [1 if level < 2 else 2 for level in range(len(widths))]
+        down, up = (3, *widths), (widths[0], *widths)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            own = (block(width, width) for _ in range(more[level]))
+            self.down.append(nn.Sequential(block(down[level], width), *own))
+            own = (block(up[level], up[level]) for _ in range(more[level]))
+            self.up.append(nn.Sequential(block(width, up[level]), *own))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shared features of every pixel."""
+        places = []
+        for layers in self.down:
+            x, place = F.max_pool2d(layers(x), 2, return_indices=True)
+            places.append(place)
+        for layers, place in zip(reversed(self.up), reversed(places), strict=True):
+            x = layers(F.max_unpool2d(x, place, 2))
+        return x
 
 
 def resnet(name: str, width: int = 256, weights: Path | None = None) -> nn.Sequential:

@@ -25,6 +25,7 @@ HEADS: dict[str, type[Head]] = {
 }
 HeadSettings = Mapping[str, Mapping[str, Any]]  # by kind of head
 _NONE: HeadSettings = MappingProxyType({})
+_PIXELS = 1024  # of a batch of maps, from which the paper's rule takes posterior and moments
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -146,7 +147,7 @@ class BayesAggregation(LinearScalarization):
             rule = replace(rule, warmup=self.settings.warmup_steps)
         if memory is not None:
             linear = self.model.groups[0].module
-            rule = replace(rule, memory=memory * (linear.in_features + 1))
+            rule = replace(rule, memory=memory * (linear.weight.shape[1] + 1))
         self._wrap(heads, **({} if rule == LikelihoodRule() else {"rule": rule}))
 
     def _wrap(self, heads: HeadSettings, **own: Any) -> None:
@@ -176,7 +177,7 @@ class BayesAggregation(LinearScalarization):
     def task_weights(self) -> Tensor:
         """Mean weights of the tasks in the last batch, shape ``(K,)``."""
         weights = self.optimizer.task_weights
-        return torch.cat([weights[group.name] for group in self.groups])
+        return torch.cat([weights[g.name].view(g.tasks, -1).mean(1) for g in self.groups])
 
 
 class PaperAggregation(BayesAggregation):
@@ -195,4 +196,6 @@ class PaperAggregation(BayesAggregation):
         LinearScalarization.__init__(self, *shared)
         share = rule.pretrain_epochs / epochs
         rule = replace(rule, pretrain_epochs=max(1, round(share * self.settings.epochs)))
+        if any(group.module.weight.dim() > 2 for group in self.model.groups):
+            rule = replace(rule, max_data=_PIXELS)
         self._wrap(heads, rule=rule, steps_per_epoch=self.steps_per_epoch)

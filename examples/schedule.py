@@ -13,9 +13,10 @@ from torch.optim import lr_scheduler
 if TYPE_CHECKING:
     from examples.training import TrainSettings
 
-SCHEDULES = ("cosine", "steps", "plateau")
+# Shares of the epochs after which the rate drops, and the factor.
+_DROPS = {"constant": ((), 1.0), "half": ((0.5,), 0.5), "steps": ((0.6, 0.8), 0.1)}
+SCHEDULES = ("cosine", "plateau", *_DROPS)
 SELECTIONS = ("last", "best")
-_DROPS, _DROP = (0.6, 0.8), 0.1  # shares of the epochs, and the factor at each
 # Those of Navon et al. (2022), whose protocol the paper follows for QM9.
 _PLATEAU = {"factor": 0.7, "patience": 5, "min_lr": 1e-5}
 
@@ -37,9 +38,10 @@ class Schedule:
         self._by_score: lr_scheduler.ReduceLROnPlateau | None = None
         if settings.schedule == "cosine":
             self._by_step = lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs * steps)
-        elif settings.schedule == "steps":
+        elif settings.schedule in _DROPS:
+            shares, factor = _DROPS[settings.schedule]
             self._by_epoch = lr_scheduler.MultiStepLR(
-                optimizer, [round(share * settings.epochs) for share in _DROPS], gamma=_DROP
+                optimizer, [round(share * settings.epochs) for share in shares], gamma=factor
             )
         else:
             # Scores are logarithms: a difference of 1e-4 is the relative one that is the default.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bayesagg.presets import PAPER
 from examples.comparison.networks import mlp, single_task
-from examples.comparison.tasks import Outputs, Task, measure, primary
+from examples.comparison.tasks import Outputs, Task, criterion, measure, primary
 from examples.data import Moved, Split
-from examples.training import Part, TrainSettings
+from examples.training import Criterion, Part, TrainSettings
 
 _CLIP = 6.0  # standard deviations: rare columns would give inputs of 100
 _CHUNK = 4096  # data at once in evaluation, where the part has no number of its own
@@ -45,6 +45,15 @@ class Benchmark:
     version: dict[str, Any]  # what identifies the data: everything they depend on
     # More measures on outputs by head and targets, by name
     extra: dict[str, Callable[[Outputs, Tensor], float]] = field(default_factory=dict)
+    # Losses and metrics of dense tasks: the criterion, and the metrics of each task from a model
+    # and a part; ``None``: those of the tasks' kinds, of one output per datum
+    losses: Criterion | None = None
+    evaluate: Callable[[nn.Module, Part], list[dict[str, float]]] | None = None
+
+    @property
+    def criterion(self) -> Criterion:
+        """Losses by task from outputs by head and targets."""
+        return self.losses or criterion(self.tasks)
 
     @property
     def higher_is_better(self) -> list[bool]:
@@ -80,6 +89,8 @@ class Source:
     paper_size: int | None = None
     # Whether all heads read one tensor, which some methods need
     common: bool = True
+    # Whether outputs are maps, which the ensembles do not take
+    dense: bool = False
     # Modules that results depend on, besides that of ``load`` and the shared ones
     code: tuple[ModuleType, ...] = ()
 
@@ -125,7 +136,10 @@ def validation_scores(model: nn.Module, data: Benchmark) -> list[float]:
     mean over tasks is Δm with the geometric mean in place of the arithmetic one. The single-task
     models, which Δm divides by, are a constant in it, so that no run waits for another's result.
     """
-    measured = measure(data.tasks, *predict(model, data.val), data.scale)
+    if data.evaluate:
+        measured = data.evaluate(model, data.val)
+    else:
+        measured = measure(data.tasks, *predict(model, data.val), data.scale)
     return [
         (-1 if task.higher_is_better else 1) * math.log(max(value, _SMALLEST))
         for task, value in zip(data.tasks, primary(data.tasks, measured), strict=True)

@@ -109,6 +109,8 @@ def unsuited(method: Method, source: Source) -> str:
     """Why a method cannot train the networks of a benchmark; empty where it can."""
     if issubclass(method.update, _COMMON) and not source.common:
         return "needs a network whose heads all read one tensor"
+    if issubclass(method.update, Ensemble) and source.dense:
+        return "needs one output per datum and task"
     if issubclass(method.update, rechub.Adaptive) and rechub not in source.code:
         return "needs a network of torch-rechub"
     return ""

@@ -16,7 +16,6 @@ from examples.benchmark.memory import trace
 from examples.benchmark.timing import CLOCKS, Clock
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.catalogue import Method
-from examples.comparison.tasks import criterion
 from examples.methods import LinearScalarization
 from examples.training import Losses, TrainSettings
 
@@ -47,7 +46,7 @@ class _Stepper:
         torch.manual_seed(settings.seed)
         plan = replace(settings, warmup_steps=_EPOCH, epochs=_EPOCH)
         self._model = method.network(data.model)
-        self._losses = method.criterion(criterion(data.tasks))
+        self._losses = method.criterion(data.criterion)
         self._update: LinearScalarization = method.update(
             self._model, plan, _EPOCH, **method.settings
         )

@@ -96,9 +96,9 @@ def plot_calibration(
     where there are more than four. A method of which a run failed is left out.
 
     Returns:
-        Whether there is something to draw: a task of classification.
+        Whether there is something to draw: a task of classification with one output per datum.
     """
-    which = [k for k, task in enumerate(tasks) if task.kind != "regression"]
+    which = [k for k, values in enumerate(outcome.runs[SINGLE_TASK][0].test) if "ece" in values]
     done = [name for name in outcome.runs if name in (SINGLE_TASK, *outcome.standings)]
     if not which:
         return False

@@ -16,7 +16,7 @@ from examples import image_models
 from examples.comparison import networks
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.networks import SeparateNets, TaskNet
-from examples.comparison.tasks import Outputs, Task
+from examples.comparison.tasks import Task
 from examples.data import folder, images
 from examples.training import Part
 
@@ -55,7 +55,7 @@ def _contexts(
 @contextmanager
 def _kept_statistics(network: nn.Module) -> Iterator[None]:
     """Leave the running statistics of batch normalisation alone: a batch counts once."""
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -66,14 +66,16 @@ def _kept_statistics(network: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def task_net(backbone: Backbone, width: int, tasks: Sequence[Task]) -> TaskNet:
-    """A backbone of random (or its loaded) weights with linear heads."""
-    return TaskNet(backbone(), width, tasks)
+def task_net(backbone: Backbone, *shape: Any) -> TaskNet:
+    """A backbone of random (or its loaded) weights with linear heads; see :class:`TaskNet`."""
+    return TaskNet(backbone(), *shape)
 
 
-def separate_nets(backbone: Backbone, width: int, tasks: Sequence[Task]) -> RecomputedNets:
+def separate_nets(
+    backbone: Backbone, width: int, tasks: Sequence[Task], *head: Any
+) -> RecomputedNets:
     """A network per task, each with its own initial weights."""
-    return RecomputedNets([task_net(backbone, width, [task]) for task in tasks], tasks)
+    return RecomputedNets([task_net(backbone, width, [t], *head) for t in tasks], tasks)
 
 
 def image_benchmark(
@@ -84,8 +86,8 @@ def image_benchmark(
     *,
     network: str,
     version: dict[str, Any],
-    scale: Tensor | None = None,
-    extra: dict[str, Callable[[Outputs, Tensor], float]] | None = None,
+    head: Callable[[int, int], nn.Module] = nn.Linear,
+    **own: Any,
 ) -> Benchmark:
     """Put a benchmark of images together.
 
@@ -97,18 +99,17 @@ def image_benchmark(
         network: What it is.
         version: What identifies the data besides the sizes of the parts and the source that reads
             them.
-        scale: As of :class:`Benchmark`; ``None``: there is no regression.
-        extra: As of :class:`Benchmark`.
+        head: As of :class:`TaskNet`.
+        own: Other fields of the :class:`Benchmark`; without a scale no target was divided.
     """
     train, val, test = parts
-    shape = (backbone, width, tasks)
+    shape = (backbone, width, tasks, head)
     code = [Path(__file__), *(Path(m.__file__) for m in SOURCES if m.__file__)]
     return Benchmark(
         tasks=tuple(tasks),
         train=train,
         val=val,
         test=test,
-        scale=torch.ones(len(tasks)) if scale is None else scale,
         model=partial(task_net, *shape),
         single_task=partial(separate_nets, *shape),
         network=f"{network}, linear heads",
@@ -117,5 +118,5 @@ def image_benchmark(
             "parts": [len(train), len(val), len(test)],
             "loader": folder.content_digest(code),
         },
-        extra=extra or {},
+        **{"scale": torch.ones(len(tasks)), **own},
     )

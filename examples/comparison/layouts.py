@@ -12,6 +12,7 @@ from typing import Any
 
 from examples.comparison.catalogue import SINGLE_TASK
 from examples.comparison.report import spread
+from examples.comparison.tasks import LOWER_IS_BETTER
 
 _OURS = "bayesagg-paper"
 _FULL = ("ls", "si", "rlw", "dwa", "uw", "mgda", "pcgrad", "cagrad", "imtl-g", "nash-mtl", "igbv2")
@@ -202,7 +203,7 @@ def _tasks(content: Mapping[str, Any], digits: int, deviation: bool = False) -> 
     _names(content)
     for k, task in enumerate(content["tasks"]):
         metric = task["metric"]
-        better = "↑" if metric in ("accuracy", "auroc") else "↓"
+        better = "↓" if metric in LOWER_IS_BETTER else "↑"
         unit = "%" if metric == "accuracy" else task["unit"]
         cells = {}
         for name, runs in content["runs"].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,22 @@ class TaskNet(nn.Module):
             the heads receive.
         width: Dimensions of the shared representation.
         tasks: Tasks, sorted by kind.
+        head: Makes a head from the numbers of its inputs and outputs.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, tasks: Sequence[Task]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        width: int,
+        tasks: Sequence[Task],
+        head: Callable[[int, int], nn.Module] = nn.Linear,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         heads = {}
         for name, _, which in grouped(tasks):
             outputs = sum(task.classes for task in tasks[which])
-            heads[name] = nn.Linear(width, outputs)
+            heads[name] = head(width, outputs)
         self.heads = nn.ModuleDict(heads)
         self._kinds = [
             (name, kind, which.stop - which.start) for name, kind, which in grouped(tasks)
@@ -42,7 +49,7 @@ class TaskNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Outputs:
-        """Outputs by head, each ``(B, outputs)``."""
+        """Outputs by head, each ``(B, outputs)``, or maps of them."""
         h = self.backbone(x)
         return {name: head(h) for name, head in self.heads.items()}
 

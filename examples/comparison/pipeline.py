@@ -18,7 +18,9 @@ from examples.training import TrainSettings
 
 AGAINST = ("ls", "si")
 _SCHEDULES = {
+    "constant": "constant",
     "cosine": "cosine to 0",
+    "half": "x 0.5 after half of the epochs",
     "steps": "x 0.1 after 60 % and 80 % of the epochs",
     "plateau": "x 0.7 after more than 5 epochs without a lower validation score, down to 1e-5",
 }

@@ -41,7 +41,12 @@ class Readout(BayesAggregation):
             values = torch.stack(list(losses.values())).detach().requires_grad_()
             self._base.objective(values).backward()
             assert values.grad is not None
-            self._now = {group.name: part for group, part in self.by_group(values.grad)}
+            self._now = {
+                g.name: part.repeat(
+                    1 if g.kind == "multiclass" else len(g.module.weight) // g.tasks
+                )
+                for g, part in self.by_group(values.grad)
+            }
         super().backward(losses)
 
     def after_step(self, losses_now: Callable[[], Losses]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -14,9 +15,10 @@ from examples.models import Kind
 from examples.training import Losses
 
 Outputs = dict[str, Tensor]
-Metric = Literal["mae", "rmse", "accuracy", "auroc"]
+Metric = Literal["mae", "rmse", "angle", "accuracy", "auroc", "f1", "miou"]
+LOWER_IS_BETTER: tuple[Metric, ...] = ("mae", "rmse", "angle")
 BINS = 15  # of the calibration error
-_SHARED_HEADS: tuple[Kind, ...] = ("regression", "binary")
+_KINDS: tuple[Kind, ...] = ("regression", "binary", "multiclass")
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,16 @@ class Task:
     kind: Kind  # its likelihood. Tasks of a benchmark are sorted: regression, binary, multi-class
     metric: Metric  # what Δm and the mean rank use
     unit: str = ""  # of a regression target
-    classes: int = 1  # of a multi-class task
+    classes: int = 1  # of a multi-class task; of a regression of vectors its dimensions
 
     @property
     def higher_is_better(self) -> bool:
         """Whether a higher value of the metric is better."""
-        return self.metric not in ("mae", "rmse")
+        return self.metric not in LOWER_IS_BETTER
 
 
 def grouped(tasks: Sequence[Task]) -> Iterator[tuple[str, Kind, slice]]:
-    """Heads for the tasks: one for all of a kind; a multi-class task has its own.
+    """Heads for the tasks: one for all of a kind; a task of several outputs has its own.
 
     Yields:
         Name of the head, kind, and which tasks it serves.
@@ -44,19 +46,14 @@ def grouped(tasks: Sequence[Task]) -> Iterator[tuple[str, Kind, slice]]:
     Raises:
         ValueError: If the tasks are not sorted by kind.
     """
-    order = (*_SHARED_HEADS, "multiclass")
-    places = [order.index(task.kind) for task in tasks]
+    places = [(_KINDS.index(task.kind), task.classes > 1) for task in tasks]
     if places != sorted(places):
         raise ValueError("sort the tasks of a benchmark: regression, binary, multi-class")
     start = 0
-    for kind in _SHARED_HEADS:
-        count = sum(task.kind == kind for task in tasks)
-        if count:
-            yield kind, kind, slice(start, start + count)
-        start += count
-    for k, task in enumerate(tasks):
-        if task.kind == "multiclass":
-            yield task.name, "multiclass", slice(k, k + 1)
+    for name, own in groupby(tasks, lambda t: t.kind if t.classes == 1 else t.name):
+        stop = start + len(list(own))
+        yield name, tasks[start].kind, slice(start, stop)
+        start = stop
 
 
 def criterion(tasks: Sequence[Task]) -> Callable[[Outputs, Tensor], Losses]:
@@ -97,7 +94,7 @@ def by_task(tasks: Sequence[Task], outputs: Outputs) -> list[Tensor]:
 def measure(
     tasks: Sequence[Task], outputs: Outputs, y: Tensor, scale: Tensor
 ) -> list[dict[str, float]]:
-    """Metrics of each task: MAE and RMSE, or accuracy, AUROC (binary), ECE and Brier score.
+    """Metrics of each task: MAE and RMSE, or accuracy, AUROC and F1 (binary), ECE and Brier score.
 
     Args:
         tasks: The tasks.
@@ -122,8 +119,10 @@ def measure(
 
 
 def _binary(p: Tensor, y: Tensor) -> dict[str, float]:
+    guess = p > 0.5
     return {
-        "accuracy": ((p > 0.5) == y).double().mean().item(),
+        "accuracy": (guess == y).double().mean().item(),
+        "f1": (2 * (guess & (y == 1)).sum() / (guess.sum() + y.sum()).clamp(min=1)).item(),
         "auroc": area_under_roc(p, y),
         "ece": calibration_error(p, y),
         "brier": (p - y).square().mean().item(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from examples.data import DataUnavailableError
 from examples.data.folder import DataFileError, data_folder, require
 from examples.data.images import Pixels, read_pixels, verify
 
@@ -74,7 +72,7 @@ def read(patients: int | None, seed: int) -> Images:
     if patients is not None:
         people = np.random.default_rng(seed).permutation(table["Patient ID"].unique())
         table = table[table["Patient ID"].isin(people[:patients])]
-    _require_images(folder / IMAGES, table["Image Index"])
+    require(folder / IMAGES, table["Image Index"], LAYOUT)
     labels = table["Finding Labels"].str.split("|")
     findings = np.array([[name in found for name in FINDINGS] for found in labels], np.float32)
     return Images(
@@ -101,12 +99,6 @@ def _table(path: Path) -> pd.DataFrame:
             name = table["Image Index"][row]
             raise DataFileError(f"{path}: unknown finding in {text!r} of {name}")
     return table
-
-
-def _require_images(folder: Path, names: pd.Series[str]) -> None:
-    absent = names[~names.isin(os.listdir(folder))]
-    if len(absent):
-        raise DataUnavailableError(f"{folder}: {_some(absent)} of {TABLE} not found. {LAYOUT}")
 
 
 def _some(names: pd.Series[str]) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from examples.data import DataUnavailableError
 
+_SHOWN = 3  # names in a message
+
 
 class DataFileError(ValueError):
     """A file of a data set is not what it should be; the message names it."""
@@ -30,10 +32,12 @@ def require(folder: Path, names: Iterable[str], layout: str) -> None:
     Raises:
         DataUnavailableError: If one is not.
     """
-    missing = [name for name in names if not (folder / name).exists()]
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    missing = [str(folder / name) for name in names if name not in there]
     if missing:
+        more = f", … ({len(missing)} in all)" if len(missing) > _SHOWN else ""
         raise DataUnavailableError(
-            f"{', '.join(str(folder / name) for name in missing)} not found. {layout} "
+            f"{', '.join(missing[:_SHOWN])}{more} not found. {layout} "
             "Another folder than data/: --data-dir, or the environment variable BAYESAGG_DATA"
         )
 

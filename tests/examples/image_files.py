@@ -1,10 +1,11 @@
-"""Small files in the formats of CIFAR-100, UTKFace and ChestX-ray14, with random pixels."""
+"""Small files in the formats of the image benchmarks, with random pixels."""
 
 import struct
 
 import numpy as np
 from PIL import Image
 
+from examples.data import nyuv2
 from examples.data.chestxray14 import FINDINGS
 
 COARSE = [f"coarse_{k}" for k in range(20)]
@@ -99,3 +100,47 @@ def write_chest(data, patients=24, size=48):
     (folder / "train_val_list.txt").write_text("\n".join(names[:cut]))
     (folder / "test_list.txt").write_text("\n".join(names[cut:]))
     return rows
+
+
+ATTRIBUTES = [f"Attribute_{k}" for k in range(40)]
+
+
+def write_celeba(data, parts=(24, 8, 8), width=178, height=218):
+    """Images and both lists as in the archive; returns the attributes of every image, 0 or 1."""
+    folder = data / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, (sum(parts), 40))
+    names = [f"{k:06d}.jpg" for k in range(1, len(labels) + 1)]
+    for name in names:
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "img_align_celeba" / name)
+    rows = [" ".join([f"{2 * v - 1:2d}" for v in row]) for row in labels]
+    lines = [str(len(names)), " ".join(ATTRIBUTES) + " "]
+    lines += [f"{name} {row}" for name, row in zip(names, rows, strict=True)]
+    (folder / "list_attr_celeba.txt").write_text("\n".join([*lines, ""]))
+    places = np.repeat([0, 1, 2], parts)
+    lines = [f"{name} {part}" for name, part in zip(names, places, strict=True)]
+    (folder / "list_eval_partition.txt").write_text("\n".join([*lines, ""]))
+    return labels
+
+
+def write_nyuv2(data, train=4, val=2):
+    """Arrays as in MTAN's release, each with pixels of which one or more maps know nothing."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for place in range(count):
+            normal = generator.normal(size=(*nyuv2.SIZE, 3))
+            normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+            maps = {
+                "image": generator.random((*nyuv2.SIZE, 3)),
+                "label": generator.integers(-1, nyuv2.CLASSES, nyuv2.SIZE).astype("float64"),
+                "depth": generator.uniform(0.7, 9, (*nyuv2.SIZE, 1)),
+                "normal": normal,
+            }
+            maps["depth"][:, :9], maps["normal"][:5] = 0, 0
+            for kind, values in maps.items():
+                folder = data / "nyuv2" / part / kind
+                folder.mkdir(parents=True, exist_ok=True)
+                dtype = "float32" if place % 2 else "float64"
+                np.save(folder / f"{place}.npy", values.astype(dtype))

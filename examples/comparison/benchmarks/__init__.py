@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from examples.comparison.benchmark import Source
 from examples.comparison.benchmarks import (
+    celeba,
     chestxray14,
     cifar_mtl,
     mnist,
@@ -11,6 +12,7 @@ from examples.comparison.benchmarks import (
     multi_mnist,
     nhefs,
     nih,
+    nyuv2,
     qm9,
     qm9_mpnn,
     qm9_private,
@@ -32,6 +34,8 @@ SOURCES: dict[str, Source] = {
     "movielens-mmoe": movielens.MMOE,
     "movielens-ple": movielens.PLE,
     "cifar-mtl": cifar_mtl.SOURCE,
+    "celeba": celeba.SOURCE,
     "chestxray14": chestxray14.SOURCE,
+    "nyuv2": nyuv2.SOURCE,
     "utkface": utkface.SOURCE,
 }

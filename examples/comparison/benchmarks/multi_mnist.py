@@ -22,7 +22,7 @@ from examples.data.images import StoredImages
 from examples.training import TrainSettings
 
 _TASKS = tuple(Task(side, "multiclass", "accuracy", classes=10) for side in ("left", "right"))
-_PARTNERS = 4  # images in which a digit is on the left, and as many on the right
+_PARTNERS = 2  # images in which a digit is on the left, and as many on the right
 _SIDE, _SHIFT, _CANVAS = 28, 6, 36  # pixels
 _WIDTH = 50
 
@@ -39,7 +39,7 @@ def compose(images: Tensor, digits: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Every digit on the left of others and on the right of others, at random, never on itself.
 
     Returns:
-        Images, ``(4 n, 1, 28, 28)``, in random order, and the digits of both tasks, ``(4 n, 2)``.
+        Images, ``(2 n, 1, 28, 28)``, in random order, and the digits of both tasks, ``(2 n, 2)``.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(images)
@@ -85,7 +85,7 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
 SOURCE = Source(
     title="MultiMNIST",
     load=load,
-    settings=TrainSettings(epochs=5, batch_size=128, learning_rate=3e-3),
+    settings=TrainSettings(epochs=5, batch_size=64, learning_rate=3e-3),
     preset="utkface",
     code=(mnist,),
 )

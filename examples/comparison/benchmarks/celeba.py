@@ -1,0 +1,64 @@
+"""CelebA: 40 binary attributes of a face, by the protocol of FAMO (Liu et al., 2023)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from examples.comparison.benchmark import Benchmark, Source
+from examples.comparison.images import image_benchmark
+from examples.comparison.tasks import Task
+from examples.data import celeba
+from examples.data.folder import content_digest, listing_digest
+from examples.data.images import ImageFiles, create_transform, read_pixels, resized
+from examples.image_models import nine_layers
+from examples.training import TrainSettings
+
+_SIZE = 64  # pixels
+_WIDTHS = (64, 128, 256, 512)
+
+
+def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
+    """Read the lists; the parts are the official ones. Images are read when needed, to 64×64.
+
+    Raises:
+        DataUnavailableError: If a file is not in the data folder, or there is no timm.
+        DataFileError: If a list is not what it should be.
+    """
+    faces = celeba.read()
+    scaled = create_transform(
+        _SIZE, is_training=False, crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+
+    def read(place: int) -> Image.Image:
+        return resized(read_pixels(faces.files[place], "RGB"), _SIZE)
+
+    def part(number: int, most: int | None = None) -> ImageFiles:
+        rows: Tensor = (faces.parts == number).nonzero()[:most, 0]
+        return ImageFiles(read, rows, faces.targets[rows], scaled)
+
+    return image_benchmark(
+        [Task(name, "binary", "f1") for name in faces.names],
+        (part(0, max_train), part(1), part(2)),
+        partial(nine_layers, _WIDTHS),
+        _WIDTHS[-1],
+        network="CNN of nine layers, random initialisation",
+        version={
+            "files": listing_digest(faces.files),
+            "reader": content_digest([Path(celeba.__file__)]),
+        },
+    )
+
+
+SOURCE = Source(
+    title="CelebA",
+    load=load,
+    settings=TrainSettings(epochs=15, batch_size=256),
+    preset="chestxray14",
+    paper=TrainSettings(
+        epochs=15, batch_size=256, learning_rate=3e-4, schedule="constant", selection="best"
+    ),
+)

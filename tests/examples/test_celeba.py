@@ -1,0 +1,118 @@
+"""CelebA: its lists, its images as the network gets them, and training on them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import f1_score
+from torch import nn
+
+from examples.comparison import runs
+from examples.comparison.benchmarks import SOURCES, celeba
+from examples.comparison.catalogue import methods, more_methods
+from examples.comparison.tasks import Task, measure
+from examples.data import DataUnavailableError
+from examples.data import celeba as files
+from examples.data.folder import DataFileError
+from examples.image_models import nine_layers
+from examples.training import TrainSettings
+from tests.examples.image_files import ATTRIBUTES, write_celeba
+
+KNOWN = methods("chestxray14") | more_methods("chestxray14")
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAYESAGG_DATA", str(tmp_path))
+    runs.load.cache_clear()
+    yield tmp_path
+    runs.load.cache_clear()
+
+
+def test_attributes_and_parts_are_those_of_the_lists(data):
+    pytest.importorskip("timm")
+    labels = write_celeba(data)
+    loaded = celeba.load()
+    assert [(task.name, task.metric) for task in loaded.tasks] == [(n, "f1") for n in ATTRIBUTES]
+    parts = loaded.train, loaded.val, loaded.test
+    assert [len(part) for part in parts] == [24, 8, 8]
+    assert (torch.cat([part.y for part in parts]).numpy() == labels).all()
+    x, y = loaded.val.batch(torch.tensor([3]))  # the images follow each other as the parts do
+    assert (y[0].numpy() == labels[27]).all()
+    with Image.open(data / "celeba" / "img_align_celeba" / "000028.jpg") as image:
+        expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)) / 255
+    np.testing.assert_allclose(x[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)
+    assert len(celeba.load(None, 10).train) == 10
+
+
+def edited(name, old, new):
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (edited("list_attr_celeba.txt", " -1", " 0"), DataFileError, "40 values of -1 or 1"),
+        (edited("list_attr_celeba.txt", ".jpg", ".jpg 1"), DataFileError, "list_attr_celeba.txt"),
+        (edited("list_attr_celeba.txt", "Attribute_39", ""), DataFileError, "40 values"),
+        (edited("list_eval_partition.txt", "000002.jpg", "2.jpg"), DataFileError, "in order"),
+        (edited("list_eval_partition.txt", "0\n", "3\n"), DataFileError, "should be 0, 1 or 2"),
+        (
+            lambda folder: (folder / "list_attr_celeba.txt").write_bytes(b""),
+            DataFileError,
+            "cannot be read as a table",
+        ),
+        (
+            lambda folder: (folder / "img_align_celeba" / "000007.jpg").unlink(),
+            DataUnavailableError,
+            "000007.jpg not found.*https://mmlab",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(change, error, message, data):
+    write_celeba(data, width=8, height=8)
+    change(data / "celeba")
+    with pytest.raises(error, match=message) as failure:
+        files.read()
+    assert str(data / "celeba") in str(failure.value)
+
+
+def test_f1_is_that_of_scikit_learn():
+    outputs, y = torch.randn(50, 3), torch.randint(2, (50, 3)).float()
+    outputs[:, 2], y[:, 2] = -1, 0  # nothing to find, nothing found
+    tasks = [Task(name, "binary", "f1") for name in "abc"]
+    found = [m["f1"] for m in measure(tasks, {"binary": outputs}, y, torch.ones(3))]
+    expected = [f1_score(t, z > 0, zero_division=0) for t, z in zip(y.T, outputs.T, strict=True)]
+    assert found == pytest.approx(expected) and found[2] == 0
+    assert all(task.higher_is_better for task in tasks)
+
+
+def test_the_network_has_nine_layers():
+    network = nine_layers((4, 8, 8, 16))
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert [layer.weight.shape[0] for layer in layers] == [4, 8, 8, 8, 8, 16, 16, 16, 16]
+    assert network(torch.randn(3, 3, 64, 64)).shape == (3, 16)
+
+
+def test_the_published_protocol():
+    ours = SOURCES["celeba"].paper
+    assert (ours.epochs, ours.batch_size, ours.learning_rate) == (15, 256, 3e-4)
+    assert (ours.schedule, ours.selection, ours.optimizer) == ("constant", "best", "adam")
+
+
+@pytest.mark.parametrize("method", ["ls", "si-readout", "mgda-ub", "bayesagg", "bayesagg-paper"])
+def test_it_trains(method, data, monkeypatch):
+    pytest.importorskip("timm")
+    write_celeba(data, width=20, height=20)
+    monkeypatch.setattr(celeba, "_SIZE", 16)
+    monkeypatch.setattr(celeba, "_WIDTHS", (4, 4, 4, 8))
+    settings = TrainSettings(epochs=2, batch_size=12, warmup_steps=1, selection="best")
+    job = runs.Job(runs.Data("celeba", None, None), method, KNOWN[method], settings, final=True)
+    run = runs.run_job(job, lambda: None)
+    assert not run.failure and len(run.test) == 40
+    assert all(0 <= task["f1"] <= 1 for task in run.test)
