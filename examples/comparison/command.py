@@ -152,7 +152,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=("small", "paper"),
         default="small",
-        help="default settings and size: those for a small machine, or the paper's "
+        help="default settings and size: those for a small machine, or the published "
         "(default: small); the options below override single ones",
     )
     add("--epochs", whole(1), None, "epochs of each training (default: the protocol's)")
@@ -208,8 +208,8 @@ def _check_size(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     if options.protocol == "paper" and source.paper is None:
         known = ", ".join(key for key, s in SOURCES.items() if s.paper is not None)
         parser.error(
-            f"argument --protocol: the paper has no {options.benchmark}; its settings are "
-            f"known for: {known}"
+            f"argument --protocol: no published settings for {options.benchmark}; there are some "
+            f"for: {known}"
         )
     if options.data_dir is not None:
         if not options.data_dir.is_dir():

@@ -91,6 +91,12 @@ def test_steps_drop_at_60_and_80_per_cent_of_the_epochs(data):
     assert calls == 0
 
 
+@pytest.mark.parametrize(("schedule", "later"), [("half", 0.05), ("constant", 0.1)])
+def test_the_rate_is_halved_after_half_of_the_epochs_or_kept(schedule, later, data):
+    _, _, rates, _, calls = run(data, replace(SETTINGS, schedule=schedule))
+    assert rates == pytest.approx([0.1] * 4 + [later] * 6) and calls == 0
+
+
 def test_plateau_drops_after_more_than_five_epochs_without_a_lower_score(data):
     settings = replace(SETTINGS, schedule="plateau", epochs=16)
     _, _, rates, _, calls = run(data, settings, lambda epoch: [0.0, -5.0, -5.0 - 1e-5 * epoch])
@@ -266,7 +272,7 @@ def test_a_benchmark_that_the_paper_does_not_have(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(tmp_path, "yeast", "--protocol", "paper")
     error = capsys.readouterr().err
-    assert "the paper has no yeast" in error and "qm9-mpnn" in error
+    assert "no published settings for yeast" in error and "qm9-mpnn" in error
 
 
 def test_a_comparison_by_another_protocol(tmp_path, with_paper):
