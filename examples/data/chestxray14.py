@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from examples.data.folder import DataFileError, data_folder, require
-from examples.data.images import Pixels, read_pixels, verify
 
 FOLDER, IMAGES, TABLE = "ChestX-ray14", "images", "Data_Entry_2017_v2020.csv"
 LISTS = ("train_val_list.txt", "test_list.txt")
@@ -126,35 +124,3 @@ def parts(images: Images, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError("the patients leave an empty part; take more of them")
     train, val, test = map(torch.from_numpy, found)
     return train, val, test
-
-
-def reader(names: list[str]) -> Callable[[int], Pixels]:
-    """What reads an image of grey values, ``(H, W)``, by its place in ``names``.
-
-    It is torchxrayvision's reader where that package is installed, else Pillow; the grey values are
-    the same.
-    """
-    folder = data_folder(FOLDER)
-    try:
-        from torchxrayvision.datasets import NIH_Dataset
-    except ImportError:
-        return lambda place: read_pixels(folder / IMAGES / names[place], "L")
-    state = np.random.get_state()
-    # Its defaults would keep one frontal image per patient.
-    nih = NIH_Dataset(
-        str(folder / IMAGES),
-        csvpath=str(folder / TABLE),
-        views=["PA", "AP"],
-        unique_patients=False,
-    )
-    np.random.set_state(state)  # the constructor seeds it
-    position = {name: row for row, name in enumerate(nih.csv["Image Index"])}
-
-    def read_one(place: int) -> Pixels:
-        name = names[place]
-        verify(folder / IMAGES / name)  # the reader tries many formats, and leaves files open
-        scaled = nih[position[name]]["img"][0]  # grey values from -1024 to 1024
-        pixels: Pixels = np.rint((scaled / 1024 + 1) * 127.5).astype(np.uint8)
-        return pixels
-
-    return read_one

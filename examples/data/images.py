@@ -107,24 +107,9 @@ def read_pixels(path: Path, mode: str) -> Pixels:
     Raises:
         DataFileError: If it cannot be read as an image.
     """
-    with _readable(path), Image.open(path) as image:
-        return np.asarray(image.convert(mode))
-
-
-def verify(path: Path) -> None:
-    """Check an image file (of a PNG, every checksum) without decoding it.
-
-    Raises:
-        DataFileError: If it is not what it should be.
-    """
-    with _readable(path), Image.open(path) as image:
-        image.verify()
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
     try:
-        yield
+        with Image.open(path) as image:
+            return np.asarray(image.convert(mode))
     except _UNREADABLE as error:
         raise DataFileError(
             f"{path} cannot be read as an image ({type(error).__name__}: {error}); "

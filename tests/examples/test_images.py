@@ -359,7 +359,8 @@ def test_chest_images_are_normalised_as_imagenet_s(data):
     pytest.importorskip("timm")
     names = list(write_chest(data, size=256))
     loaded = chestxray14.load()
-    row = 1
+    # As some of the real ones, it has four channels.
+    row = [names[place] for place in loaded.test.rows].index("00000020_000.png")
     x, _ = loaded.test.batch(torch.tensor([row]))
     assert x.shape == (1, 3, 224, 224)
     with Image.open(data / "ChestX-ray14" / "images" / names[loaded.test.rows[row]]) as image:
@@ -368,27 +369,6 @@ def test_chest_images_are_normalised_as_imagenet_s(data):
     np.testing.assert_allclose(x[0].numpy(), np.stack(expected), atol=1e-5)
     augmented, _ = loaded.train.batch(torch.arange(4))
     assert augmented.shape == (4, 3, 224, 224) and augmented.isfinite().all()
-
-
-@pytest.mark.parametrize("content", [b"no image", None])
-def test_both_readers_give_the_same_images(content, data, monkeypatch):
-    pytest.importorskip("torchxrayvision")
-    names = list(write_chest(data))[::-1]
-    state = np.random.get_state()[1].copy()
-    theirs = chest_files.reader(names)
-    assert (np.random.get_state()[1] == state).all()
-    monkeypatch.setitem(sys.modules, "torchxrayvision.datasets", None)
-    ours = chest_files.reader(names)
-    for place, name in enumerate(names):
-        with Image.open(data / "ChestX-ray14" / "images" / name) as image:
-            expected = np.asarray(image.convert("L"))
-        for read in (theirs, ours):
-            assert read(place).dtype == np.uint8 and (read(place) == expected).all()
-    path = data / "ChestX-ray14" / "images" / names[3]
-    path.write_bytes(content or path.read_bytes()[:-200])
-    for read in (theirs, ours):
-        with pytest.raises(DataFileError, match=f"{names[3]} cannot be read as an image"):
-            read(3)
 
 
 def table_without(column):

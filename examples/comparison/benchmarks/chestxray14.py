@@ -14,7 +14,7 @@ from examples.comparison.images import image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import chestxray14
 from examples.data.folder import content_digest, data_folder, listing_digest
-from examples.data.images import ImageFiles, Transform, create_transform, resized
+from examples.data.images import ImageFiles, Transform, create_transform, read_pixels, resized
 from examples.training import TrainSettings
 
 _NETWORK, _WIDTH = "resnet34", 256
@@ -34,19 +34,18 @@ def load(patients: int | None = None, max_train: int | None = None) -> Benchmark
     data = chestxray14.read(patients, seed=0)
     train, val, test = chestxray14.parts(data, seed=0)
     weights = image_models.imagenet_weights(_NETWORK)
-    grey = chestxray14.reader(data.names)
+    folder = data_folder(chestxray14.FOLDER) / chestxray14.IMAGES
     erase = {"re_prob": 0.25, "re_mode": "pixel"}
     augment = create_transform(_CROP, is_training=True, color_jitter=0.4, **erase)
     plain = create_transform(_CROP, is_training=False, crop_pct=_CROP / _SIZE)
 
     def read(place: int) -> Image.Image:
-        return resized(grey(place), _SIZE)
+        return resized(read_pixels(folder / data.names[place], "L"), _SIZE)
 
     def part(rows: Tensor, transform: Transform) -> ImageFiles:
         return ImageFiles(read, rows, data.findings[rows], transform)
 
     start = "random initialisation" if weights is None else "ImageNet weights"
-    folder = data_folder(chestxray14.FOLDER) / chestxray14.IMAGES
     return image_benchmark(
         [Task(name, "binary", "auroc") for name in chestxray14.FINDINGS],
         (part(train[:max_train], augment), part(val, plain), part(test, plain)),
