@@ -47,8 +47,8 @@ class TrainSettings:
     seed: int = 0  # seed of the weights and of the order of the batches
     # Of the learning rate. ``cosine``: half a cosine to 0 at the last step; ``steps``: times 0.1
     # after 60 % and 80 % of the epochs; ``half``: times 0.5 after half of them; ``constant``: as it
-    # is; ``plateau``: times 0.7, down to 1e-5, after more than 5
-    # epochs in which the validation score was not lower than before
+    # is; ``plateau``: times 0.7, down to 1e-5, after more than 5 epochs in which the validation
+    # score was not lower than before
     schedule: str = "cosine"
     # Which epoch is evaluated: the ``last``, or the ``best`` by validation score
     selection: str = "last"

@@ -41,7 +41,7 @@ class Readout(BayesAggregation):
             values = torch.stack(list(losses.values())).detach().requires_grad_()
             self._base.objective(values).backward()
             assert values.grad is not None
-            self._now = {
+            self._now = {  # the outputs of a vector share the weight of its task
                 g.name: part.repeat(
                     1 if g.kind == "multiclass" else len(g.module.weight) // g.tasks
                 )

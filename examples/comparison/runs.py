@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -168,6 +169,8 @@ def _evaluate(model: nn.Module, data: Benchmark, final: bool) -> dict[str, Any]:
     for name in ("val", "test") if final else ("val",):
         if data.evaluate:
             result[name] = data.evaluate(model, getattr(data, name))
+            if not all(map(math.isfinite, (v for task in result[name] for v in task.values()))):
+                raise training.DivergedError("a metric is not finite")
             continue
         outputs, y = predict(model, getattr(data, name))
         for head, values in outputs.items():

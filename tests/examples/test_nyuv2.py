@@ -17,7 +17,7 @@ from examples.data import DataUnavailableError
 from examples.data import nyuv2 as files
 from examples.data.folder import DataFileError
 from examples.image_models import SegNet
-from examples.training import TrainSettings
+from examples.training import DivergedError, TrainSettings
 from tests.examples.image_files import write_nyuv2
 
 KNOWN = methods("utkface") | more_methods("utkface")
@@ -130,10 +130,9 @@ def test_augmentation_moves_all_maps_alike(small):
         shown = 63 / float(x[1].max() - x[1].min())
         scale = min((1.0, 1.2, 1.5), key=lambda s: abs(s - shown))
         seen.add((mirrored, scale))
-        near = 1.01  # nearest against bilinear, aligned at the corners
-        assert (x[0] - y[0]).abs().max() < near and (x[0] - y[3]).abs().max() < near
-        sign = -1 if mirrored else 1
-        assert (x[1] - sign * y[2]).abs().max() < near
+        normal = -y[2] if mirrored else y[2]
+        for a, b in ((x[0], y[0]), (x[0], y[3]), (x[1], normal)):  # nearest against bilinear
+            assert (a - b).abs().max() < 1.01
         torch.testing.assert_close(y[1] * scale, 1 + y[4])
     assert len(seen) == 6
 
@@ -235,6 +234,13 @@ def test_perfect_outputs_have_perfect_metrics(data, small):
     depth, normal, segmentation = nyuv2.evaluate(Answers(outputs), part)
     assert depth == {"mae": 0, "relative error": 0} and segmentation == {"miou": 1, "accuracy": 1}
     assert normal["angle"] < 0.1 and normal["within 11.25°"] == 1
+
+
+def test_outputs_that_are_no_numbers_have_no_metrics(data, small):
+    write_nyuv2(data, train=2, val=1)
+    outputs = {name: values * torch.nan for name, values in made_up(1).items()}
+    with pytest.raises(DivergedError, match="not finite"):
+        runs._evaluate(Answers(outputs), nyuv2.load(), final=False)
 
 
 # --- network and training ------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def evaluate(model: nn.Module, part: Scenes) -> list[dict[str, float]]:
         for metric in (absolute, relative):
             metric.update(outputs["regression"][seen], depth[seen])
         cosine = F.cosine_similarity(outputs["normals"], normals)
-        angles.append(cosine[~cosine.isnan()].clamp(-1, 1).acos().rad2deg())
+        angles.append(cosine[~normals[:, 0].isnan()].clamp(-1, 1).acos().rad2deg())
     angle = torch.cat(angles)
     within = {f"within {most:g}°": (angle < most).double().mean().item() for most in _DEGREES}
     return [
