@@ -238,6 +238,15 @@ def _contrasts(num_classes: int, dtype: torch.dtype, device: torch.device) -> Te
     return basis / (rows * (rows + 1)).sqrt()[:, None]
 
 
+@lru_cache
+def _blocks(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of an upper triangle, and which of them every entry is, ``[E, E]``."""
+    row, column = torch.triu_indices(size, size, device=device)
+    block_of = torch.zeros(size, size, dtype=torch.long, device=device)
+    block_of[row, column] = block_of[column, row] = torch.arange(len(row), device=device)
+    return row, column, block_of
+
+
 def multiclass_statistics(
     features: Tensor,
     targets: Tensor,
@@ -267,12 +276,8 @@ def multiclass_statistics(
     if present is not None:
         residual, curvature = residual * present[:, None], curvature * present[:, None, None]
     e, d = basis.shape[0], features.shape[1]
-    upper = torch.triu_indices(e, e, device=logits.device)
-    blocks = weighted_gram(features, curvature[:, upper[0], upper[1]])
-    precision = features.new_empty(e, d, e, d)
-    for (row, column), block in zip(upper.mT.tolist(), blocks, strict=True):
-        precision[row, :, column] = block
-        precision[column, :, row] = block
-    precision = precision.view(e * d, e * d)
+    row, column, block_of = _blocks(e, logits.device)
+    blocks = weighted_gram(features, curvature[:, row, column])
+    precision = blocks[block_of].transpose(1, 2).reshape(e * d, e * d)
     response = (curvature @ (logits @ basis.mT)[..., None])[..., 0] - residual
     return precision, (response.mT @ features).reshape(-1)

@@ -1,4 +1,4 @@
-"""One scalar for any loop: a function whose backward pass hands out what was planned."""
+"""A backward pass that hands out what was planned: at once, or that of one scalar for any loop."""
 
 from __future__ import annotations
 

@@ -204,10 +204,10 @@ def _integrals(
         return _integrate(t_mean, factor, targets, basis, x[:, None], w.expand_as(x)[:, None])
     f = e * (e + 1)
     spread = factor.square().sum((-2, -1)) / e
-    tiers = [bisect_left(_BOUNDS, value) for value in spread.tolist()]
+    rules = [_rule(e, tier, max_nodes) for tier in range(len(_BOUNDS) + 1)]
     by_rule: dict[tuple[int, bool], list[int]] = {}
-    for row, tier in enumerate(tiers):
-        by_rule.setdefault(_rule(e, tier, max_nodes), []).append(row)
+    for row, value in enumerate(spread.tolist()):
+        by_rule.setdefault(rules[bisect_left(_BOUNDS, value)], []).append(row)
     order, found = [], []
     for rule, rows in by_rule.items():
         nodes, weights = standard_normal_nodes(e, *rule, t_mean.dtype, t_mean.device)

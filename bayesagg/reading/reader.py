@@ -163,9 +163,9 @@ class Reader:
                 if _overflowed(saids):
                     return None
                 _raise_invalid(groups, features)
-        unread = [group for group in groups if group.read is None and not group.own]
-        verified = verify(unread, saids, scalars, total, self.known) if unread else {}
-        with torch.no_grad():
+            unread = [group for group in groups if group.read is None and not group.own]
+            with torch.enable_grad() if unread else nullcontext():
+                verified = verify(unread, saids, scalars, total, self.known) if unread else {}
             parts = [part for group in groups for part in _made(group, verified, features)]
         self._remember(groups, verified)
         return parts

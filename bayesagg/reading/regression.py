@@ -88,9 +88,10 @@ class Regression:
         z, g = observed.output, observed.gradient
         r = g / factor
         y = torch.add(z, r, alpha=-0.5)
-        agrees = observed.agrees((g * r).sum(0), value_tolerance(observed.eps), times=4)
+        squares = g * r
+        agrees = observed.agrees(squares.sum(0), value_tolerance(observed.eps), times=4)
         # Without a derivative there is no label, or no residual: second derivatives tell.
-        return Read(y, factor, None, (agrees, g.all(0)))
+        return Read(y, factor, None, (agrees, squares.amin(0).bool()))
 
     def recover(self, observed: Observed) -> Found:
         """``2f`` is the second derivative, one number per output where there is a label."""

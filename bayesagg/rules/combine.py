@@ -130,13 +130,16 @@ def _unit(labels: Sequence[Labels]) -> Tensor:
     Tasks are weighted relative to it, so that the scale common to all losses (mean or sum over
     the batch, a ``GradScaler``) has no say in Eq. 7 where tasks differ in ``s``.
     """
-    total, count = [], []
-    for known in labels:
-        mean = known.factor.mean(0)
-        seen = torch.ones_like(mean) if known.present is None else known.present.any(0).to(mean)
-        total.append((mean * seen).sum())
-        count.append(seen.sum())
-    return torch.stack(total).sum() / torch.stack(count).sum().clamp(min=1)
+    means = torch.cat([known.factor.mean(0) for known in labels])
+    if all(known.present is None for known in labels):
+        return means.mean()
+    seen = torch.cat(
+        [
+            torch.ones_like(known.factor[0]) if known.present is None else known.present.any(0)
+            for known in labels
+        ]
+    )
+    return (means * seen).sum() / seen.sum().clamp(min=1)
 
 
 def _stack(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,11 +44,15 @@ class Update:
         squares: of every group, as of :meth:`bayesagg.likelihoods.Likelihood.squares`; ``None``
             where no scale is learned.
         owning: heads whose losses are not their likelihood.
+        totals: the evidence together with the prior of the step, if that was found.
+        draws: of the memory that the step saw.
     """
 
     evidence: Sequence[Evidence] = ()
     squares: Sequence[Tensor | None] = ()
     owning: Collection[str] = ()
+    totals: Sequence[Evidence] = ()
+    draws: int = 0
 
 
 @dataclass(eq=False)
@@ -86,7 +91,7 @@ class PaperMemory:
     def __post_init__(self) -> None:
         self.states = self.states or [State() for _ in self.groups]
 
-    @property
+    @cached_property
     def heads(self) -> dict[str, Head]:
         """All, by name."""
         return {name: head for group in self.groups for name, head in group.heads.items()}
@@ -160,7 +165,10 @@ class PaperMemory:
     @torch.no_grad()
     def commit(self, update: Update) -> None:
         """Take in what a step has found; its backward pass has run."""
-        totals = self.totals(update.evidence) if self.fades and update.evidence else None
+        totals = None
+        if self.fades and update.evidence:
+            current = update.totals if update.draws == self.draws else ()
+            totals = current or self.totals(update.evidence)
         self.draws += 1
         self.passes += 1
         self.pending = True

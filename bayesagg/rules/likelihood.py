@@ -204,12 +204,12 @@ class LikelihoodRule:
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Of tasks without inference: ratio ``[o]`` or scalar, and value and number of the loss."""
         values = {}
-        for name, task in memory.tasks.items():
-            if isinstance(task, Head) and name not in owning:
-                continue
+        for name in [n for n in memory.tasks if n in owning or n not in memory.heads]:
             loss = batch.losses.get(name)
             value = like if loss is None else loss.detach().to(like.dtype)
             values[name] = torch.stack([value, torch.full_like(like, float(loss is not None))])
+        if not values:
+            return {}
         new = [name for name in values if name not in memory.others]
         # Their first scale is that of the batch, which all ranks have to share.
         first = dict(zip(new, exchange.sum([values[name] for name in new]), strict=True))
@@ -307,9 +307,10 @@ def _gradients(
         kept: list[list[int]] = []  # columns from and to
         at = 0
         for part in some:
+            exact_part = BOUNDS[part.kind].exact
             for name, head in zip(part.names, part.heads, strict=True):
                 start, at = at, at + head.out_features
-                if BOUNDS[part.kind].exact and name in here:
+                if exact_part and name in here:
                     continue  # replaced altogether
                 scales.append(ratios[name].expand(head.out_features))
                 if kept and kept[-1][1] == start:

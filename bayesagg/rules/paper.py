@@ -7,7 +7,7 @@ moments of every datum's gradient at h (Eq. 4, 11), and their combination (Eq. 7
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -155,7 +155,8 @@ class PaperRule:
             return plan
         totals = memory.totals(evidence)
         posteriors = memory.posteriors(totals, plan.update)
-        plan.update = replace(plan.update, squares=_refined(sample, posteriors, exchange))
+        refined = _refined(sample, posteriors, exchange)
+        plan.update = Update(evidence, refined, kept, totals, memory.draws)
         plan.spared = memory.spared(own)
         if memory.fades:
             plan.heads = memory.read_out(posteriors, totals, own)

@@ -84,9 +84,12 @@ class Sample:
         """What learned scales are the means of; ``None`` for groups that learn none."""
         found: list[Tensor | None] = []
         for i, (group, known) in enumerate(zip(self.groups, self.labels, strict=True)):
+            if not group.learns:
+                found.append(None)
+                continue
             posterior = None if posteriors is None else posteriors[i]
             given = (self._features(group), known, data_weights(known), posterior)
-            found.append(group.likelihood.squares(*given) * self.scale if group.learns else None)
+            found.append(group.likelihood.squares(*given) * self.scale)
         return found
 
     def _features(self, group: Group) -> Tensor:

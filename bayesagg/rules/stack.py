@@ -135,8 +135,9 @@ def arrange(
     """
     found: list[Unit] = []
     idle: list[Unit] = []
-    known = {name for unit in units for name in unit.names}
+    known: set[str] = set()
     for unit in units:
+        known.update(unit.names)
         present = [name for name in unit.names if name in here]
         if not present:
             continue
@@ -145,15 +146,13 @@ def arrange(
             and len({here[name].key for name in present}) == 1
             and not alone.intersection(present)
         )
-        split = [unit] if shared else unit.alone(heads)
-        found += [one for one in split if one.names[0] in here]
-        idle += [one for one in split if one.names[0] not in here]
+        for one in [unit] if shared else unit.alone(heads):
+            (found if one.names[0] in here else idle).append(one)
     groups: dict[tuple[object, ...], list[str]] = {}
-    for name, part in here.items():
-        if name not in known:
-            head = heads[name]
-            own = name if name in alone else None
-            groups.setdefault((part.key, head.has_bias, head.in_features, own), []).append(name)
+    for name in [name for name in here if name not in known]:
+        head, own = heads[name], name if name in alone else None
+        what = (here[name].key, head.has_bias, head.in_features, own)
+        groups.setdefault(what, []).append(name)
     for key, names in groups.items():
         exact_first = sorted(names, key=lambda name: not BOUNDS[heads[name].kind].exact)
         found.append(Unit.empty(exact_first, heads, key[-1] is not None, like))
@@ -177,13 +176,15 @@ def columns_of(
     for part, names in runs(unit.names, here):
         labels = part.labels
         assert labels is not None
-        whole = names == list(part.names)
-        wide = working[id(part)].shape[1] // labels.factor.shape[1]  # columns a task
-        tasks = None if whole else [i for name in names for i in _span(part.slices[name])]
-        responses.append(_select(working[id(part)], tasks, wide))
-        if not (BOUNDS[part.kind].exact and unit.started):
-            misfits.append(_select(BOUNDS[part.kind].misfit(labels), tasks))
-        if BOUNDS[part.kind].exact:
+        bound, columns = BOUNDS[part.kind], working[id(part)]
+        wide = columns.shape[1] // labels.factor.shape[1]  # columns a task
+        tasks = None
+        if len(names) < len(part.names) or (*names,) != part.names:
+            tasks = [i for name in names for i in _span(part.slices[name])]
+        responses.append(_select(columns, tasks, wide))
+        if not (bound.exact and unit.started):
+            misfits.append(_select(bound.misfit(labels), tasks))
+        if bound.exact:
             exact += responses[-1].shape[1]
             factor = _select(labels.factor, tasks)
             if labels.present is not None:
@@ -203,18 +204,18 @@ def columns_of(
 
 def make_stacks(units: Sequence[Unit], here: Mapping[str, Part], dtype: torch.dtype) -> list[Stack]:
     """Stacks of all units that take part in a step."""
-    parts = {id(part): part for part in here.values()}
     working = {}
-    for key, part in parts.items():
-        assert part.labels is not None
-        working[key] = BOUNDS[part.kind].working(part.labels, part.gradient)
+    for part in here.values():
+        if id(part) not in working:
+            assert part.labels is not None
+            working[id(part)] = BOUNDS[part.kind].working(part.labels, part.gradient)
     groups: dict[tuple[object, ...], list[tuple[Unit, Part, Columns]]] = {}
     for unit in units:
         part = here[unit.names[0]]
         columns = columns_of(unit, here, working, dtype)
         signature = (
-            tuple(unit.gram.shape[1:]),
-            tuple(unit.shift.shape[1:]),
+            unit.gram.shape[1:],
+            unit.shift.shape[1:],
             columns.exact,
             unit.weighted,
             unit.wide,
@@ -228,9 +229,7 @@ def make_stacks(units: Sequence[Unit], here: Mapping[str, Part], dtype: torch.dt
 
 
 def _stack(group: Sequence[tuple[Unit, Part, Columns]]) -> Stack:
-    units = [unit for unit, _, _ in group]
-    parts = [part for _, part, _ in group]
-    all_columns = [columns for _, _, columns in group]
+    units, parts, all_columns = [list(some) for some in zip(*group, strict=True)]
     if len({part.key for part in parts}) == 1:
         rows = [parts[0].features]
     else:
