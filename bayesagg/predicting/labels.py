@@ -20,11 +20,11 @@ class _Labels(Prediction):
 
     @cached_property
     def _location(self) -> Tensor:  # type: ignore[override]
-        return self._reading.location[:, self._own] / self._scale
+        return self._reading.part("location", self._place) / self._scale
 
     @cached_property
     def _variance(self) -> Tensor:  # type: ignore[override]
-        return self._reading.variance[:, self._own] * self._factor
+        return self._reading.part("variance", self._place) * self._factor
 
     @property
     def _factor(self) -> Tensor:  # type: ignore[override]

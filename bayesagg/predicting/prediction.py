@@ -28,12 +28,22 @@ class Reading:
         self.posteriors, first = posteriors, posteriors[0].layout.channels_first
         shape = features.shape
         self.shape = (shape[0], *shape[2:]) if first else shape[:-1]
+        self._parts: dict[str, tuple[Tensor, ...]] = {}
         self.h = posteriors[0].augmented(posteriors[0].layout.flat(features))
 
     def of_all(self, name: str, dimension: int = 0) -> Tensor:
         """A buffer of all of them, along their outputs."""
-        parts = [getattr(posterior, name) for posterior in self.posteriors]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dimension)).to(self.h.dtype)
+        parts = [posterior._buffers[name] for posterior in self.posteriors]  # faster than getattr
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dimension)  # type: ignore[arg-type]
+        return whole.to(self.h.dtype)  # type: ignore[union-attr]
+
+    def part(self, name: str, place: int) -> Tensor:
+        """What one of the heads has of a member."""
+        if name not in self._parts:
+            whole: Tensor = getattr(self, name)
+            widths = [posterior.layout.outputs for posterior in self.posteriors]
+            self._parts[name] = (whole,) if len(widths) == 1 else whole.split(widths, 1)
+        return self._parts[name][place]
 
     @cached_property
     def location(self) -> Tensor:
@@ -76,13 +86,12 @@ class Prediction:
     They are computed when they are first asked for.
 
     Args:
-        posterior: of the head, as it was calibrated.
         reading: of what the head's last linear layer received.
-        own: the head's outputs among those of the reading.
+        place: of the posterior among those of the reading.
     """
 
-    def __init__(self, posterior: HeadPosterior, reading: Reading, own: slice) -> None:
-        self.posterior, self._reading, self._own = posterior, reading, own
+    def __init__(self, reading: Reading, place: int) -> None:
+        self.posterior, self._reading, self._place = reading.posteriors[place], reading, place
 
     @property
     def rows(self) -> Tensor:

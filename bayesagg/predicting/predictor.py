@@ -177,10 +177,9 @@ class Predictor(nn.Module):
             groups.setdefault((id(features[name]), kind, own), {})[name] = posterior
         found = {}
         for group in groups.values():
-            reading, start = Reading(features[next(iter(group))], list(group.values())), 0
-            for name, posterior in group.items():
-                columns = slice(start, start := start + posterior.layout.outputs)
-                found[name] = _KINDS[posterior.layout.kind](posterior, reading, columns)
+            reading = Reading(features[next(iter(group))], list(group.values()))
+            for place, (name, posterior) in enumerate(group.items()):
+                found[name] = _KINDS[posterior.layout.kind](reading, place)
         return {name: found[name] for name in self.tasks}
 
     def calibrate(self, data: Iterable[Any]) -> Predictor:

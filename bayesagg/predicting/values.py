@@ -38,17 +38,17 @@ class RegressionPrediction(Prediction):
 
     @property
     def _location(self) -> Tensor:  # type: ignore[override]
-        return self._reading.location[:, self._own]
+        return self._reading.part("location", self._place)
 
     _mean = _location
 
     @property
     def _variance(self) -> Tensor:  # type: ignore[override]
-        return self._reading.variance[:, self._own] * self._scale.square()
+        return self._reading.part("variance", self._place) * self._scale.square()
 
     @property
     def _epistemic(self) -> Tensor:  # type: ignore[override]
-        return self._reading.variance[:, self._own] * self._factor
+        return self._reading.part("variance", self._place) * self._factor
 
     @property
     def _aleatoric(self) -> Tensor:  # type: ignore[override]
@@ -56,7 +56,7 @@ class RegressionPrediction(Prediction):
 
     @property
     def _stddev(self) -> Tensor:  # type: ignore[override]
-        return self._reading.stddev[:, self._own]
+        return self._reading.part("stddev", self._place)
 
     @property
     def _dof(self) -> Tensor:

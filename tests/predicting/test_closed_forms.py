@@ -241,6 +241,14 @@ def test_a_kronecker_product_beyond_the_size_is_the_formula():
     centre = torch.eye(3).double() - 1 / 3  # without the common mode
     expected = (centre @ logits @ centre).diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(p.output_variance, expected, rtol=1e-6, atol=1e-9)
+    p, posterior = predictor(new)["bin"], predictor.posteriors[1]
+    close = fitted(data, net=net)[1](new)["bin"]
+    torch.testing.assert_close(p.output, close.output, rtol=1e-2, atol=1e-3)
+    for k in range(2):  # of binary outputs the mean curvature of each
+        level = (h @ posterior.mean[k]).sigmoid()
+        precision = (level * (1 - level)).mean() * h.mT @ h + torch.eye(h.shape[1]).double() / GAMMA
+        expected = ((g @ torch.linalg.inv(precision)) * g).sum(1)
+        torch.testing.assert_close(p.output_variance[:, k], expected, rtol=1e-6, atol=1e-9)
 
 
 def test_missing_classes_and_binary_labels_are_left_out():

@@ -217,6 +217,42 @@ def test_an_exported_graph_gives_mean_and_standard_deviation():
             torch.testing.assert_close(found[task][1], p.stddev, rtol=1e-5, atol=1e-7)
 
 
+def test_heads_on_one_tensor_share_what_they_have_in_common(tmp_path):
+    net = plain_net(outputs={f"reg{i}": 1 for i in range(3)})
+    heads = {n: RegressionHead(m) for n, m in net.heads.items()}
+    data = [(x, {n: x[:, i : i + 1] for i, n in enumerate(heads)}) for x, _ in loader()]
+    predictor, x = Predictor.fit(net, heads, data), make_batch(seed=9)[0]
+    torch.save(predictor.state_dict(), tmp_path / "predictor.pt")
+    loaded = Predictor(net, heads)
+    loaded.load_state_dict(torch.load(tmp_path / "predictor.pt", weights_only=True))
+    for one in (predictor, loaded, copy.deepcopy(predictor), predictor.to("cpu", torch.float64)):
+        assert len({id(posterior.vectors) for posterior in one.posteriors}) == 1
+        together = one(x)
+        for name, head in heads.items():
+            some = [(x, {name: y[name]}) for x, y in data]
+            alone = Predictor.fit(net, {name: head}, some)(x)[name]
+            torch.testing.assert_close(together[name].mean, alone.mean)
+            torch.testing.assert_close(together[name].stddev, alone.stddev)
+            torch.testing.assert_close(together[name].epistemic, alone.epistemic)
+
+
+def test_the_network_runs_once_over_batches_of_any_size():
+    net = plain_net()
+    whole, runs = loader(batches=1, size=200), []
+    handle = net.trunk.register_forward_hook(lambda *_: runs.append(1))
+    sizes = (1, 60, 139)
+    x, y = whole[0]
+    parts = zip(x.split(sizes), *(v.split(sizes) for v in y.values()), strict=True)
+    data = [(first, dict(zip(y, rest, strict=True))) for first, *rest in parts]
+    found = Predictor.fit(net, heads_of(net), data)
+    handle.remove()
+    assert len(runs) == len(sizes)
+    expected = Predictor.fit(net, heads_of(net), whole)
+    new = make_batch(seed=9)[0]
+    for task, p in found(new).items():
+        torch.testing.assert_close(p.stddev, expected(new)[task].stddev)
+
+
 # --- calibration ---------------------------------------------------------------------------------
 
 
