@@ -41,6 +41,10 @@ def describe(tasks: Mapping[str, Head | LossTask]) -> list[list[str]]:
     ]
 
 
+def _listed(heads: list[Any]) -> str:
+    return ", ".join(": ".join(map(str, h)) if isinstance(h, list) else str(h) for h in heads)
+
+
 def read_state(
     state: Any, tasks: Mapping[str, Head | LossTask], rule: str, memory: Memory, reader: Reader
 ) -> dict[str, Any]:
@@ -60,15 +64,15 @@ def read_state(
     own = describe(tasks)
     if isinstance(state, dict) and isinstance(state.get("heads"), list) and state["heads"] != own:
         raise CheckpointError(
-            f"the checkpoint was saved from other heads: it has {state['heads']}, this engine "
-            f"{own}. Build the engine with the same heads, in the same order."
+            f"the checkpoint was saved from other heads ({_listed(state['heads'])}) than there "
+            f"are here ({_listed(own)}). Build the wrapper or engine with the same, in that order."
         )
     check_keys(state, _KEYS, "the state of bayesagg")
     check(state["heads"] == own, "the description of the heads is damaged")
     if state["rule"] != rule:
         raise CheckpointError(
-            f"the checkpoint was saved under rule {state['rule']!r}, this engine has {rule!r}. "
-            f"Build the engine with the rule it was saved with."
+            f"the checkpoint was saved under rule {state['rule']!r}, here it is {rule!r}. Build "
+            f"the wrapper or engine with the rule it was saved with."
         )
     check(isinstance(state["optimizer_known"], bool), "the mark of the optimizer is no boolean")
     device = next(h for h in tasks.values() if isinstance(h, Head)).linear.weight.device
@@ -242,6 +246,6 @@ class PosteriorState:
             own = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
         except Exception as error:  # of pickle, zip or torch
             raise CheckpointError(
-                f"the checkpoint's state of bayesagg cannot be read: {error}"
+                f"the checkpoint's state of bayesagg is damaged ({error}). Load an older one."
             ) from error
         self.engine.set_extra_state(own)

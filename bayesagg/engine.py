@@ -299,7 +299,10 @@ def _rule(rule: str | Rule) -> Rule:
             )
         return _RULES[rule]()
     if isinstance(rule, type) or not hasattr(rule, "plan"):
-        raise ValueError(f"rule must be a name or a rule object, got {rule!r}.")
+        raise ValueError(
+            f"rule must be a name or a rule object, such as bayesagg.LikelihoodRule() with its "
+            f"brackets, got {rule!r}."
+        )
     found: Rule = rule
     return found
 
@@ -319,7 +322,10 @@ def _checked_names(names: Iterable[str], tasks: Mapping[str, Head | LossTask]) -
     found = frozenset(names)
     both = sorted(found & tasks.keys())
     if both:
-        raise ValueError(f"passthrough names {both[0]!r}, which is also an entry of `heads`.")
+        raise ValueError(
+            f"passthrough names {both[0]!r}, which is also an entry of `heads`: name it in one of "
+            f"the two."
+        )
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesagg.errors import CheckpointError, PredictionError
-from bayesagg.heads import Head, LossTask, named_heads, stacked
+from bayesagg.heads import Head, LossTask, check_kinds, named_heads, stacked
 from bayesagg.predicting.calibration import Collected, calibrate_head
 from bayesagg.predicting.classification import MAX_PARAMETERS, laplace
 from bayesagg.predicting.data import Source
@@ -67,6 +67,7 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
+        check_kinds(named, _KINDS, "prediction")
         self._heads = Heads(model, named)
         self.model, self.tasks = model, tuple(named)
         self.posteriors = nn.ModuleList(HeadPosterior(head) for head in named.values())
@@ -232,8 +233,8 @@ class Predictor(nn.Module):
         own = self.get_extra_state()
         if not isinstance(state, dict) or state.get("tasks") != own["tasks"]:
             raise CheckpointError(
-                f"the state is that of a predictor of {state!r}, here the tasks are {own!r}: build "
-                f"it with the heads that it was saved with, in their order."
+                f"the state is not that of a predictor of {own['tasks']} (task, kind): build it "
+                f"with the heads that it was saved with, in their order."
             )
 
     def _named(self) -> list[tuple[str, HeadPosterior]]:

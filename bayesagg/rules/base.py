@@ -44,16 +44,18 @@ class Plan:
 
 
 class Memory(Protocol):
-    """The state of a rule; nothing else of an engine learns."""
+    """The state of a rule; nothing else of an engine learns. Members left out do nothing."""
 
     def commit(self, update: Any) -> None:
         """Take in what a step has found; its backward pass has run."""
 
     def stepped(self) -> dict[str, Tensor]:
         """The optimizer took a step; weights that heads receive now."""
+        return {}
 
     def end_epoch(self) -> dict[str, Tensor]:
         """The end of an epoch, where the rule knows of any; weights that heads receive now."""
+        return {}
 
     def met(self, optimizer: Optimizer) -> None:
         """The optimizer that takes the steps is known."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesagg.heads import Head
+from bayesagg.heads import Head, check_kinds
 from bayesagg.likelihoods import LIKELIHOODS, Evidence, Likelihood
 from bayesagg.posterior import Gaussian, from_natural
 from bayesagg.reading import Labels, Part
@@ -118,6 +118,7 @@ def make_groups(heads: Mapping[str, Head]) -> list[Group]:
         UserWarning: of a setting without effect.
         NumericalWarning: as of :meth:`bayesagg.likelihoods.Likelihood.of`.
     """
+    check_kinds(heads, LIKELIHOODS, "the paper's rule (likelihoods.LIKELIHOODS)")
     found: dict[Any, list[str]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for name, head in heads.items():

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.errors import HeadError
-from bayesagg.heads import Head
+from bayesagg.heads import Head, check_kinds
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.memory import FadingMemory, Frame, Update, means_of, running_mean
 from bayesagg.parallel import Exchange
@@ -116,14 +116,16 @@ class LikelihoodRule:
         """
         if steps_per_epoch is not None:
             warnings.warn(
-                "steps_per_epoch has no effect under the default rule, which knows of no epochs; "
-                "rule='paper' uses it.",
+                "steps_per_epoch has no effect under the default rule, which knows of no epochs: "
+                "leave it out. rule='paper' uses it.",
                 stacklevel=4,
             )
         for name, head in tasks.items():
             if isinstance(head, Head):
                 _warn_of_unused(name, head)
-        return FadingMemory(tasks, dtype)
+        memory = FadingMemory(tasks, dtype)
+        check_kinds(memory.heads, BOUNDS, "likelihoods.bounds.BOUNDS")
+        return memory
 
     def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:
         """Of every head: whether it takes part, cannot share Gram matrices, is not inferred."""
@@ -267,8 +269,8 @@ def _warn_of_unused(name: str, head: Head) -> None:
     if unused:
         verb = "has" if len(unused) == 1 else "have"
         warnings.warn(
-            f"task {name!r}: {' and '.join(unused)} {verb} no effect under the default rule; "
-            f"rule='paper' uses such settings.",
+            f"task {name!r}: {' and '.join(unused)} {verb} no effect under the default rule: leave "
+            f"out, or use rule='paper'.",
             stacklevel=6,
         )
 
