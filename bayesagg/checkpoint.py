@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +17,6 @@ from bayesagg.heads import Head, LossTask
 from bayesagg.invariance import alike
 from bayesagg.reading import Reader
 from bayesagg.rules.base import Memory
-
-if TYPE_CHECKING:
-    from bayesagg.engine import BayesAgg
-    from bayesagg.optimizer import BayesAggWrapper
 
 __all__ = ["PosteriorState", "describe", "load_optimizer", "read_state"]
 
@@ -65,7 +61,7 @@ def read_state(
     if isinstance(state, dict) and isinstance(state.get("heads"), list) and state["heads"] != own:
         raise CheckpointError(
             f"the checkpoint was saved from other heads ({_listed(state['heads'])}) than there "
-            f"are here ({_listed(own)}). Build the wrapper or engine with the same, in that order."
+            f"are here ({_listed(own)}). Build with the same heads, in the same order."
         )
     check_keys(state, _KEYS, "the state of bayesagg")
     check(state["heads"] == own, "the description of the heads is damaged")
@@ -224,8 +220,8 @@ class PosteriorState:
         owner: the wrapper, or the engine where the optimizer is one's own.
     """
 
-    def __init__(self, owner: BayesAggWrapper | BayesAgg) -> None:
-        self.engine = owner if isinstance(owner, nn.Module) else owner.engine
+    def __init__(self, owner: Optimizer | nn.Module) -> None:
+        self.engine = owner if isinstance(owner, nn.Module) else owner.engine  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """One value: a posterior that has not seen data has other entries than one that has."""

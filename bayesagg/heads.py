@@ -88,7 +88,7 @@ class Head:
         ):
             raise HeadError(
                 f"{name} needs a convolution of kernel size 1, stride 1, one group and no "
-                f"padding, got {module}. Put such a layer behind that one, and pass it."
+                f"padding, got {module}. Put such a linear layer behind it, and pass that."
             )
         if isinstance(module.weight, UninitializedParameter):
             raise HeadError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from bayesagg.predicting.prediction import Prediction, Reading
 from bayesagg.predicting.regression import Prior, Sums, solve, sums_of
 from bayesagg.predicting.state import HeadPosterior, Inferred
 from bayesagg.predicting.values import RegressionPrediction
-
-if TYPE_CHECKING:
-    from bayesagg.engine import BayesAgg
 
 __all__ = ["MeanAndStddev", "Predictor", "PriorVariance"]
 
@@ -111,10 +108,12 @@ class Predictor(nn.Module):
         return cls(model, named)._fit(named, data, priors, prior_variance, passes, max_parameters)
 
     @classmethod
-    def of_engine(
+    def of_rule(
         cls,
-        engine: BayesAgg,
         model: nn.Module,
+        heads: Mapping[str, Head],
+        rule: object,
+        memory: object,
         data: Iterable[Any] | None = None,
         *,
         prior_variance: PriorVariance = None,
@@ -127,23 +126,23 @@ class Predictor(nn.Module):
             PredictionError: without data, if a head has no evidence.
             BayesAggError: as of :meth:`fit`.
         """
-        predictor, rule = cls(model, engine.heads), engine.rule
+        predictor = cls(model, heads)
         if data is not None:
             own = getattr(rule, "prior_of", None)
             priors = {
                 name: Prior(head.prior_variance or 1.0) if own is None else own(head)
-                for name, head in engine.heads.items()
+                for name, head in heads.items()
             }
             settings = (prior_variance, passes, max_parameters)
-            return predictor._fit(engine.heads, data, priors, *settings)
+            return predictor._fit(heads, data, priors, *settings)
         inferred = getattr(rule, "inferred", None)
         if inferred is None:
             raise PredictionError(
                 f"{type(rule).__name__} does not say what it inferred of the heads: pass data, as "
                 f"in predictor(model, train_loader)."
             )
-        found = inferred(engine._memory)
-        for name in engine.heads:
+        found = inferred(memory)
+        for name in heads:
             if name not in found:
                 raise PredictionError(
                     f"task {name!r}: there is no evidence of training for its head. The engine has "
