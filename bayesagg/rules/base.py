@@ -30,7 +30,7 @@ class Plan:
         weights: by task ``[o]``: what the gradient of each loss is multiplied by, as a share; or
             what says so, when somebody asks.
         loss_weights: by loss without a head: its multiplier, a scalar; 1 where it is not named.
-        update: for :meth:`Memory.commit`.
+        update: for :meth:`Memory.commit`, which is not called without one.
         heads: weights that heads receive once the pass is over, by task ``[o, D]``, bias last.
         spared: heads whose own gradients are dropped: the posterior sets their weights.
     """
@@ -72,7 +72,7 @@ class Memory(Protocol):
 
 
 class Rule(Protocol):
-    """Frozen settings of a way to combine gradients."""
+    """Frozen settings of a way to combine gradients. Without ``flags``, ranks agree on nothing."""
 
     name: ClassVar[str]
 
@@ -83,6 +83,7 @@ class Rule(Protocol):
 
     def flags(self, memory: Any, batch: Batch) -> list[bool]:
         """What all ranks must agree on before evidence is summed; of constant length."""
+        return []
 
     def plan(self, memory: Any, batch: Batch, flags: list[bool], exchange: Exchange) -> Plan:
         """What the backward pass of a batch will do; neither batch nor memory change."""
