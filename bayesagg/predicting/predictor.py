@@ -232,8 +232,8 @@ class Predictor(nn.Module):
         own = self.get_extra_state()
         if not isinstance(state, dict) or state.get("tasks") != own["tasks"]:
             raise CheckpointError(
-                f"the state is not that of a predictor of {own['tasks']} (task, kind): build it "
-                f"with the heads that it was saved with, in their order."
+                f"the state is not that of a predictor of the tasks {own['tasks']}: build it with "
+                f"the heads that it was saved with, in their order."
             )
 
     def _named(self) -> list[tuple[str, HeadPosterior]]:
