@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesagg.errors import NumericalError
 from bayesagg.heads import Head, check_kinds
 from bayesagg.likelihoods import LIKELIHOODS, Evidence, Likelihood
 from bayesagg.posterior import Gaussian, from_natural
@@ -93,7 +94,10 @@ class Group:
             prior = 1 / precision.new_tensor(self.prior_variance)[:, None]
             precision = precision.expand(self.num_tasks, -1, -1).contiguous()
         precision.diagonal(dim1=-2, dim2=-1).add_(prior)
-        return from_natural(precision, shift)
+        try:
+            return from_natural(precision, shift)
+        except NumericalError as error:
+            raise NumericalError(f"tasks {', '.join(map(repr, self.heads))}: {error}") from None
 
     def scales(self, learned: Tensor) -> Tensor:
         """τ² of every task: that of its head, or else the learned one, ``[K]``."""
