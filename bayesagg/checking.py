@@ -14,7 +14,10 @@ from bayesagg.errors import CheckpointError
 __all__ = ["check", "check_keys", "scalar_leaf", "tensor_leaf"]
 
 Number = TypeVar("Number", int, float)
-_REMEDY = "It was saved from other heads or settings, by another version, or is damaged."
+_REMEDY = (
+    "Build model, heads, rule and optimizer as they were; if they are, it is damaged or of another "
+    "version."
+)
 
 
 def check(holds: bool, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +17,6 @@ from bayesagg.heads import Head, LossTask
 from bayesagg.invariance import alike
 from bayesagg.reading import Reader
 from bayesagg.rules.base import Memory
-
-if TYPE_CHECKING:
-    from bayesagg.engine import BayesAgg
-    from bayesagg.optimizer import BayesAggWrapper
 
 __all__ = ["PosteriorState", "describe", "load_optimizer", "read_state"]
 
@@ -39,6 +35,10 @@ def describe(tasks: Mapping[str, Head | LossTask]) -> list[list[str]]:
         ]
         for name, head in tasks.items()
     ]
+
+
+def _listed(heads: list[Any]) -> str:
+    return ", ".join(": ".join(map(str, h)) if isinstance(h, list) else str(h) for h in heads)
 
 
 def read_state(
@@ -60,15 +60,15 @@ def read_state(
     own = describe(tasks)
     if isinstance(state, dict) and isinstance(state.get("heads"), list) and state["heads"] != own:
         raise CheckpointError(
-            f"the checkpoint was saved from other heads: it has {state['heads']}, this engine "
-            f"{own}. Build the engine with the same heads, in the same order."
+            f"the checkpoint was saved from other heads ({_listed(state['heads'])}) than there "
+            f"are here ({_listed(own)}). Build with the same heads, in the same order."
         )
     check_keys(state, _KEYS, "the state of bayesagg")
     check(state["heads"] == own, "the description of the heads is damaged")
     if state["rule"] != rule:
         raise CheckpointError(
-            f"the checkpoint was saved under rule {state['rule']!r}, this engine has {rule!r}. "
-            f"Build the engine with the rule it was saved with."
+            f"the checkpoint was saved under rule {state['rule']!r}, here it is {rule!r}. Build "
+            f"the wrapper or engine with the rule it was saved with."
         )
     check(isinstance(state["optimizer_known"], bool), "the mark of the optimizer is no boolean")
     device = next(h for h in tasks.values() if isinstance(h, Head)).linear.weight.device
@@ -220,8 +220,8 @@ class PosteriorState:
         owner: the wrapper, or the engine where the optimizer is one's own.
     """
 
-    def __init__(self, owner: BayesAggWrapper | BayesAgg) -> None:
-        self.engine = owner if isinstance(owner, nn.Module) else owner.engine
+    def __init__(self, owner: Optimizer | nn.Module) -> None:
+        self.engine = owner if isinstance(owner, nn.Module) else owner.engine  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """One value: a posterior that has not seen data has other entries than one that has."""
@@ -242,6 +242,6 @@ class PosteriorState:
             own = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
         except Exception as error:  # of pickle, zip or torch
             raise CheckpointError(
-                f"the checkpoint's state of bayesagg cannot be read: {error}"
+                f"the checkpoint's state of bayesagg is damaged ({error}). Load an older one."
             ) from error
         self.engine.set_extra_state(own)

@@ -16,6 +16,7 @@ from bayesagg.checkpoint import describe, read_state
 from bayesagg.heads import Head, LossTask, named_heads
 from bayesagg.parallel import Exchange, ProcessGroup
 from bayesagg.predicting import Predictor
+from bayesagg.presets import check_rule
 from bayesagg.reading import Batch, Reader
 from bayesagg.reading.hooks import Call, Capture
 from bayesagg.rules import LikelihoodRule, PaperRule, Plan, Rule
@@ -93,6 +94,7 @@ class BayesAgg(nn.Module):
         self.rule, self.dtype, self.seed = _rule(rule), dtype, seed
         self.steps_per_epoch = _checked_steps(steps_per_epoch)
         self.passthrough = _checked_names(passthrough, self.tasks)
+        check_rule(self.rule, self.tasks)
         self._memory = self.rule.start(self.tasks, dtype, seed, steps_per_epoch)
         self._reader = Reader(self.tasks, self.passthrough)
         self._exchange = Exchange(process_group)
@@ -171,7 +173,7 @@ class BayesAgg(nn.Module):
             calls, watched = dict(self._capture.calls), self._capture.group is not None
             self._capture.clear()
             watched = watched or self._exchange.ranks is not None
-            return Step(self, plan, batch, known, watched, self._waiting(batch, calls))
+            return Step(self._adopt, plan, batch, known, watched, self._waiting(batch, calls))
 
     def _waiting(self, batch: Batch, calls: Mapping[str, list[Call]]) -> list[Tensor]:
         """Outputs of absent tasks: every rank's gradients are waited for, also of these."""
@@ -227,7 +229,7 @@ class BayesAgg(nn.Module):
             PredictionError: without data, if a head has no evidence.
             BayesAggError: for bad data, as of :meth:`bayesagg.predicting.Predictor.fit`.
         """
-        return Predictor.of_engine(self, model, data, **settings)
+        return Predictor.of_rule(model, self.heads, self.rule, self._memory, data, **settings)
 
     def _adopt(self, plan: Plan, known: Mapping[str, Any]) -> None:
         """The backward pass has run: learn, keep the weights, set the heads."""
@@ -299,7 +301,10 @@ def _rule(rule: str | Rule) -> Rule:
             )
         return _RULES[rule]()
     if isinstance(rule, type) or not hasattr(rule, "plan"):
-        raise ValueError(f"rule must be a name or a rule object, got {rule!r}.")
+        raise ValueError(
+            f"rule must be a name or a rule object, such as bayesagg.LikelihoodRule() with its "
+            f"brackets, got {rule!r}."
+        )
     found: Rule = rule
     return found
 
@@ -319,7 +324,10 @@ def _checked_names(names: Iterable[str], tasks: Mapping[str, Head | LossTask]) -
     found = frozenset(names)
     both = sorted(found & tasks.keys())
     if both:
-        raise ValueError(f"passthrough names {both[0]!r}, which is also an entry of `heads`.")
+        raise ValueError(
+            f"passthrough names {both[0]!r}, which is also an entry of `heads`: name it in one of "
+            f"the two."
+        )
     return found
 
 

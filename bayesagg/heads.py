@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal, cast
@@ -21,6 +21,7 @@ __all__ = [
     "LossTask",
     "MulticlassHead",
     "RegressionHead",
+    "check_kinds",
     "named_heads",
     "stacked",
 ]
@@ -87,7 +88,7 @@ class Head:
         ):
             raise HeadError(
                 f"{name} needs a convolution of kernel size 1, stride 1, one group and no "
-                f"padding, got {module}. Anything wider is not a linear head per position."
+                f"padding, got {module}. Put such a linear layer behind it, and pass that."
             )
         if isinstance(module.weight, UninitializedParameter):
             raise HeadError(
@@ -256,9 +257,7 @@ class RegressionHead(Head):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.noise_variance, str):
-            self._check_choice("noise_variance", self.noise_variance, ("learned",))
-        elif self.noise_variance is not None:
+        if self.noise_variance not in (None, "learned"):
             self._check_number("noise_variance", self.noise_variance)
 
 
@@ -323,6 +322,20 @@ class MulticlassHead(_ClassificationHead):
     def num_tasks(self) -> int:
         """One task, whatever the number of classes."""
         return 1
+
+
+def check_kinds(heads: Mapping[str, Head], known: Collection[str], what: str) -> None:
+    """Whether every kind of head has an entry; kinds may be added, see docs/contributing.md.
+
+    Raises:
+        HeadError: if one has none.
+    """
+    for name, head in heads.items():
+        if head.kind not in known:
+            raise HeadError(
+                f"task {name!r}: {what} has no entry for heads of kind {head.kind!r}. Add one (see "
+                f"contributing, a new likelihood), or make the task a LossTask()."
+            )
 
 
 def named_heads(

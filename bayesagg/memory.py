@@ -300,7 +300,7 @@ class FadingMemory:
         check_keys(
             state, ("units", "others", "length", "steps", "invariant"), "the default rule's memory"
         )
-        memory = FadingMemory(self.tasks, self.dtype)
+        memory = type(self)(self.tasks, self.dtype)
         memory.steps = scalar_leaf(state["steps"], int, "the number of steps", minimum=0)
         check(isinstance(state["invariant"], bool), "the mark of the optimizer is not a boolean")
         memory.invariant = state["invariant"]

@@ -254,7 +254,9 @@ class BayesAggWrapper(Optimizer):
                 damaged in any part; nothing has changed then.
         """
         if not isinstance(state_dict, dict):
-            raise CheckpointError(f"the checkpoint is a {type(state_dict).__name__}, not a dict.")
+            raise CheckpointError(
+                f"the checkpoint is a {type(state_dict).__name__}: pass what state_dict() returned."
+            )
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict

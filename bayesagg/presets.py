@@ -22,13 +22,15 @@ behaviour contradicts the paper: the bias is inside the posterior.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bayesagg.heads import Head
-from bayesagg.rules import PaperRule
+from bayesagg.errors import HeadError
+from bayesagg.heads import Head, LossTask
+from bayesagg.rules import LikelihoodRule, PaperRule, Rule
 
-__all__ = ["PAPER", "Preset", "published"]
+__all__ = ["PAPER", "Preset", "check_rule"]
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,20 @@ PAPER: dict[str, Preset] = {
 """The paper's, by benchmark: ``"qm9"``, ``"cifar_mtl"``, ``"chestxray14"`` and ``"utkface"``."""
 
 
-def published(head: Head) -> str | None:
-    """The benchmark of :data:`PAPER` whose settings a head has, literally and all of them.
+def check_rule(rule: Rule, tasks: Mapping[str, Head | LossTask]) -> None:
+    """Whether heads that have all settings of a benchmark come under a rule that has them too.
 
-    For a rule that cannot use them, and should say so.
+    Raises:
+        HeadError: if it is the default rule, which cannot use them.
     """
-    for name, preset in PAPER.items():
-        settings: dict[str, Any] = getattr(preset, head.kind, {})
-        if settings and all(getattr(head, key) == value for key, value in settings.items()):
-            return name
-    return None
+    if not isinstance(rule, LikelihoodRule):
+        return
+    for name, head in tasks.items():
+        for benchmark, preset in PAPER.items():
+            settings: dict[str, Any] = getattr(preset, getattr(head, "kind", ""), {})
+            if settings and all(getattr(head, key) == value for key, value in settings.items()):
+                raise HeadError(
+                    f"task {name!r} has the head settings of presets.PAPER[{benchmark!r}], which "
+                    f"belong to its rule: pass `**preset.wrapper` to the wrapper, or leave the "
+                    f"head settings out."
+                )

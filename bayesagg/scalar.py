@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,16 @@ from bayesagg.reading.hooks import Call, Slot, unflatten
 from bayesagg.rules import Plan
 from bayesagg.rules.base import Key
 
-if TYPE_CHECKING:
-    from bayesagg.engine import BayesAgg
-
 __all__ = ["Step"]
+
+Adopt = Callable[[Plan, Mapping[str, Any]], None]
 
 
 class Step:
     """A plan on its way from the losses to the backward pass, as a scalar or at once.
 
     Args:
-        engine: that learns once the pass has run.
+        adopt: called with plan and ``known`` once the pass has run.
         plan: of the rule.
         batch: whose calls receive the planned gradients.
         known: what reading it has verified of the losses.
@@ -41,14 +40,14 @@ class Step:
 
     def __init__(
         self,
-        engine: BayesAgg,
+        adopt: Adopt,
         plan: Plan,
         batch: Batch,
         known: Mapping[str, Any],
         watched: bool,
         waiting: Sequence[Tensor],
     ) -> None:
-        self.engine, self.plan, self.known = engine, plan, known
+        self.adopt, self.plan, self.known = adopt, plan, known
         self.total = batch.total.detach()
         self.planned: list[tuple[Slot, Tensor | None]] = []
         direct: list[tuple[Tensor, Tensor]] = []
@@ -116,7 +115,7 @@ class Step:
             slot.planned, slot.gradient, slot.factor = False, None, None
         if not self._done:
             self._done = True
-            self.engine._adopt(self.plan, self.known)
+            self.adopt(self.plan, self.known)
 
 
 def _kept(plan: Plan, batch: Batch) -> set[Key]:

@@ -171,7 +171,7 @@ def targets_are_wrong(bench, choice):
 # --- forward passes ------------------------------------------------------------------------------
 
 
-@bad(CaptureError, "task 'reg': no forward pass", "Run the model in training mode")
+@bad(CaptureError, "task 'reg': no forward pass", "Run the model that was wrapped")
 def forward_pass_is_missing(bench):
     losses = bench.losses()
     bench.optimizer.step(losses)

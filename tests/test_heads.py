@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from bayesagg import BinaryHead, LossTask, MulticlassHead, RegressionHead
+from bayesagg import BayesAgg, BinaryHead, LossTask, MulticlassHead, RegressionHead
 from bayesagg.errors import BayesAggError, HeadError
 from bayesagg.heads import named_heads
+from bayesagg.predicting import Predictor
 
 KINDS = [RegressionHead, BinaryHead, MulticlassHead]
 MODULES = {
@@ -182,3 +183,17 @@ def test_errors_are_of_two_families(kind):
     for family in (BayesAggError, ValueError):
         with pytest.raises(family):
             kind(nn.ReLU())
+
+
+@pytest.mark.parametrize("rule", ["likelihood", "paper"])
+def test_a_kind_without_an_entry_is_named(rule):
+    """A head of one's own, of which a table says nothing yet."""
+
+    class CountHead(RegressionHead):
+        kind = "count"
+
+    head = CountHead(nn.Linear(4, 1))
+    with pytest.raises(HeadError, match=r"'visits'.*BOUNDS|'visits'.*likelihoods\.LIKELIHOODS"):
+        BayesAgg(None, {"visits": head}, rule=rule)
+    with pytest.raises(HeadError, match=r"'visits'.*prediction.*'count'"):
+        Predictor(nn.Sequential(head.module), {"visits": head})

@@ -1,6 +1,7 @@
 """What is shipped, what it pulls in, and what the repository must not mention."""
 
 import ast
+import graphlib
 import importlib.metadata
 import re
 import subprocess
@@ -106,6 +107,25 @@ for module in pkgutil.walk_packages(bayesagg.__path__, "bayesagg."):
     importlib.import_module(module.name)
 print(*(name for name in bayesagg.__all__ if not hasattr(bayesagg, name)))
 """
+
+
+def test_no_import_goes_in_a_circle():
+    """Neither those of functions nor those for type checking."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "bayesagg").rglob("*.py")
+    }
+    imports = {
+        name: {
+            found if (found := f"{node.module}.{alias.name}") in files else node.module
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        for name, path in files.items()
+    }
+    assert len(imports["bayesagg.engine"]) > 5
+    graphlib.TopologicalSorter(imports).prepare()  # CycleError names the circle
 
 
 def test_the_core_imports_without_the_examples_packages():

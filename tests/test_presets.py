@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from bayesagg import BayesAgg, BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import (
+    BayesAgg,
+    BayesAggWrapper,
+    BinaryHead,
+    LikelihoodRule,
+    LossTask,
+    MulticlassHead,
+    RegressionHead,
+)
 from bayesagg.errors import HeadError
-from bayesagg.presets import PAPER, published
+from bayesagg.presets import PAPER, check_rule
 
 HEADS = {
     "regression": (RegressionHead, 1),
@@ -65,13 +73,10 @@ def test_published_settings(name, pretrain, batch, s):
     assert all(s[kind] in grid for kind, grid in preset.s_grid.items())
 
 
-def test_heads_of_a_preset_are_recognised():
-    preset = PAPER["utkface"]
-    assert published(RegressionHead(nn.Linear(4, 1), **preset.regression)) == "utkface"
-    assert published(MulticlassHead(nn.Linear(4, 3), **preset.multiclass)) == "utkface"
-    assert published(RegressionHead(nn.Linear(4, 1))) is None
-    assert published(RegressionHead(nn.Linear(4, 1), s=0.3)) is None
-    assert published(MulticlassHead(nn.Linear(4, 3), **{**preset.multiclass, "s": 0.2})) is None
+def test_heads_with_other_settings_are_not_refused():
+    nearly = {**PAPER["utkface"].multiclass, "s": 0.2}
+    check_rule(LikelihoodRule(), {"a": RegressionHead(nn.Linear(4, 1), s=0.3), "b": LossTask()})
+    check_rule(LikelihoodRule(), {"a": MulticlassHead(nn.Linear(4, 3), **nearly)})
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -190,8 +190,8 @@ def _pair(batch: Any, heads: Mapping[str, Layout]) -> tuple[Any, dict[str, Tenso
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TargetError(
             f"a batch of the loader must be a pair of inputs and targets by task, as in "
-            f"(x, {{'age': y}}), got {type(batch).__name__}. Several inputs are a tuple in first "
-            f"place: ((x1, x2), targets)."
+            f"(x, {{{next(iter(heads))!r}: y}}), got {type(batch).__name__}. Several inputs are a "
+            f"tuple in first place: ((x1, x2), targets)."
         )
     inputs, targets = batch
     if isinstance(targets, tuple | list) and len(targets) == len(heads):

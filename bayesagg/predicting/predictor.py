@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bayesagg.errors import CheckpointError, PredictionError
-from bayesagg.heads import Head, LossTask, named_heads, stacked
+from bayesagg.heads import Head, LossTask, check_kinds, named_heads, stacked
 from bayesagg.predicting.calibration import Collected, calibrate_head
 from bayesagg.predicting.classification import MAX_PARAMETERS, laplace
 from bayesagg.predicting.data import Source
@@ -20,9 +20,6 @@ from bayesagg.predicting.prediction import Prediction, Reading
 from bayesagg.predicting.regression import Prior, Sums, solve, sums_of
 from bayesagg.predicting.state import HeadPosterior, Inferred
 from bayesagg.predicting.values import RegressionPrediction
-
-if TYPE_CHECKING:
-    from bayesagg.engine import BayesAgg
 
 __all__ = ["MeanAndStddev", "Predictor", "PriorVariance"]
 
@@ -67,6 +64,7 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
+        check_kinds(named, _KINDS, "prediction")
         self._heads = Heads(model, named)
         self.model, self.tasks = model, tuple(named)
         self.posteriors = nn.ModuleList(HeadPosterior(head) for head in named.values())
@@ -110,10 +108,12 @@ class Predictor(nn.Module):
         return cls(model, named)._fit(named, data, priors, prior_variance, passes, max_parameters)
 
     @classmethod
-    def of_engine(
+    def of_rule(
         cls,
-        engine: BayesAgg,
         model: nn.Module,
+        heads: Mapping[str, Head],
+        rule: object,
+        memory: object,
         data: Iterable[Any] | None = None,
         *,
         prior_variance: PriorVariance = None,
@@ -126,23 +126,23 @@ class Predictor(nn.Module):
             PredictionError: without data, if a head has no evidence.
             BayesAggError: as of :meth:`fit`.
         """
-        predictor, rule = cls(model, engine.heads), engine.rule
+        predictor = cls(model, heads)
         if data is not None:
             own = getattr(rule, "prior_of", None)
             priors = {
                 name: Prior(head.prior_variance or 1.0) if own is None else own(head)
-                for name, head in engine.heads.items()
+                for name, head in heads.items()
             }
             settings = (prior_variance, passes, max_parameters)
-            return predictor._fit(engine.heads, data, priors, *settings)
+            return predictor._fit(heads, data, priors, *settings)
         inferred = getattr(rule, "inferred", None)
         if inferred is None:
             raise PredictionError(
                 f"{type(rule).__name__} does not say what it inferred of the heads: pass data, as "
                 f"in predictor(model, train_loader)."
             )
-        found = inferred(engine._memory)
-        for name in engine.heads:
+        found = inferred(memory)
+        for name in heads:
             if name not in found:
                 raise PredictionError(
                     f"task {name!r}: there is no evidence of training for its head. The engine has "
@@ -231,8 +231,8 @@ class Predictor(nn.Module):
         own = self.get_extra_state()
         if not isinstance(state, dict) or state.get("tasks") != own["tasks"]:
             raise CheckpointError(
-                f"the state is that of a predictor of {state!r}, here the tasks are {own!r}: build "
-                f"it with the heads that it was saved with, in their order."
+                f"the state is not that of a predictor of the tasks {own['tasks']}: build it with "
+                f"the heads that it was saved with, in their order."
             )
 
     def _named(self) -> list[tuple[str, HeadPosterior]]:

@@ -22,8 +22,8 @@ class Binary:
     needs_factor: ClassVar[bool] = True
     loss_name: ClassVar[str] = "a binary cross-entropy of constant weight on logits"
     hints: ClassVar[str] = (
-        "outputs that are pooled, class or example weights, a focal term and a regulariser in the "
-        "loss do this"
+        "outputs that are pooled, class or example weights, a focal term, or a regulariser in the "
+        "loss"
     )
 
     other_labels: ClassVar[str] = (

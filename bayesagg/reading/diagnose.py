@@ -98,18 +98,18 @@ def _alone(group: Group) -> None:
                 f"torch.compile, or pass `targets=`."
             )
         raise LossError(
-            f"task {said.name!r}: the loss is not {likelihood.loss_name}, so labels cannot be "
-            f"recovered from its derivatives: {likelihood.hints}. If it is another loss or has "
-            f"class or example weights, pass `targets=`, or make the task a LossTask() in `heads` "
-            f"if its head is not to be inferred. A regulariser needs an entry of its own in "
-            f"`losses` (passthrough=)."
+            f"task {said.name!r}: its loss is not {likelihood.loss_name}, so its labels cannot be "
+            f"read off it. Likely causes: {likelihood.hints}. For another loss, or weights, pass "
+            f"`targets=`; make a regulariser a loss of its own (passthrough=); or make the task a "
+            f"LossTask() in `heads`: its head is then not inferred."
         )
     with torch.no_grad():
         if points_away(likelihood, observed):
             raise TargetError(
                 f"task {said.name!r}: the gradient of its loss points away from `targets`: they "
-                f"are not the labels this loss was computed with, or the loss does not decrease "
-                f"towards them. With label smoothing the targets are the smoothed probabilities."
+                f"are not the labels this loss was computed with (with label smoothing the "
+                f"smoothed probabilities), or it does not decrease towards them: make it a "
+                f"LossTask() then."
             )
         if observed.probes and bool(likelihood.recover_any(join(group.saids)).valid.all()):
             raise TargetError(

@@ -237,10 +237,10 @@ class Capture:
         for name in names:
             if not self.calls[name]:
                 raise CaptureError(
-                    f"task {name!r}: no forward pass of its head was seen. Run the model in "
-                    f"training mode, with gradients enabled, before `backward` or `step(losses)`; "
-                    f"every forward pass serves one. A model that ran under torch.compile before "
-                    f"it was wrapped does not report: wrap first."
+                    f"task {name!r}: no forward pass of its head was seen. Run the model that was "
+                    f"wrapped, not a copy of it, in training mode and with gradients before each "
+                    f"`backward` or `step(losses)`. One that ran under torch.compile before it was "
+                    f"wrapped does not report: wrap first."
                 )
 
     def check_unchanged(self, name: str, calls: Sequence[Call]) -> None:

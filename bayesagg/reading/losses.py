@@ -36,7 +36,7 @@ def named_losses(
         if not loss.requires_grad:
             raise LossError(
                 f"task {name!r}: its loss does not require gradients: it was detached, or "
-                f"computed under torch.no_grad()."
+                f"computed under torch.no_grad(). Pass the loss itself."
             )
     if not named:
         raise LossError("`losses` is empty: pass the loss of at least one task.")
@@ -62,10 +62,13 @@ def named_targets(
         if name not in losses:
             if name in tasks:
                 raise UnknownTaskError(
-                    f"`targets` has a task {name!r} that has no loss in this step."
+                    f"`targets` has a task {name!r} that has no loss in this step: pass both, or "
+                    f"neither."
                 )
             known = ", ".join(map(repr, tasks))
-            raise UnknownTaskError(f"`targets` has a task {name!r} without a head; heads: {known}.")
+            raise UnknownTaskError(
+                f"`targets` has a task {name!r} without a head; heads: {known}. Leave it out."
+            )
     return {
         name: target.detach() if target.requires_grad else target
         for name, target in named.items()
@@ -111,7 +114,7 @@ def raise_not_finite(losses: Mapping[str, Tensor]) -> None:
     for name, loss in losses.items():
         if not bool(loss.detach().isfinite().all()):
             raise LossError(
-                f"task {name!r}: its loss is not finite. Check its inputs and labels (mark "
-                f"missing labels through `targets=` and a loss over the others), or lower the "
+                f"task {name!r}: its loss is not finite. Leave missing labels out of it by a mask, "
+                f"and a task without any out of the step; check inputs and labels, or lower the "
                 f"learning rate."
             )

@@ -23,9 +23,9 @@ class Multiclass:
     needs_factor: ClassVar[bool] = False
     loss_name: ClassVar[str] = "a cross-entropy of constant weight on logits"
     hints: ClassVar[str] = (
-        "outputs that are pooled, class or example weights, a temperature and a regulariser in "
-        "the loss do this; with label smoothing or soft labels, the targets are the probabilities "
-        "that the loss compares with, one per class"
+        "outputs that are pooled, class or example weights, a temperature, a regulariser in the "
+        "loss, or soft or smoothed labels, whose targets are the probabilities that the loss "
+        "compares with, one per class"
     )
 
     other_labels: ClassVar[str] = (
@@ -96,7 +96,8 @@ class Multiclass:
         assert said.target is not None
         if said.target.is_floating_point():
             raise TargetError(
-                f"task {said.name!r}: probability targets must be >= 0 and sum to one."
+                f"task {said.name!r}: probability targets must be >= 0 and sum to one. Pass those "
+                f"that the loss compares with, NaN where there is none."
             )
         raise TargetError(
             f"task {said.name!r}: a class index lies outside 0 to {classes - 1} (and is not the "

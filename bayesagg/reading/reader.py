@@ -204,7 +204,8 @@ def _announce(name: str) -> None:
     warnings.warn(
         f"task {name!r}: its loss is not the likelihood of its head. Nothing is inferred from it: "
         f"the head keeps its own gradient, and what it sends to its features is weighed by the "
-        f"mean of the loss. (With label smoothing the targets are the smoothed probabilities.)",
+        f"mean of the loss. If it was meant to be: `targets` are what it compares with, with label "
+        f"smoothing the smoothed probabilities.",
         stacklevel=5,
     )
 
@@ -243,8 +244,8 @@ def _overflowed(saids: Sequence[Said]) -> bool:
             if bool(gradient.isnan().any()):
                 raise LossError(
                     f"task {said.name!r}: its loss is finite but its gradient is NaN: probably a "
-                    f"missing label hidden by torch.where. Leave missing labels out of the loss "
-                    f"by a mask, or pass them as NaN through `targets=`."
+                    f"missing label hidden by torch.where. Index outputs and labels with the mask "
+                    f"instead, as in loss_fn(z[known], y[known])."
                 )
             overflowed |= not bool(gradient.isfinite().all())
     return overflowed

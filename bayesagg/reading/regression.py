@@ -20,10 +20,9 @@ class Regression:
     needs_factor: ClassVar[bool] = True
     loss_name: ClassVar[str] = "a squared error of constant weight"
     hints: ClassVar[str] = (
-        "its second derivative at the head's output varies over the batch, vanishes or is not "
-        "diagonal (outputs that are pooled), or its value is another: labels of another shape "
-        "than the output, which broadcast, do this, an activation on the output, and a "
-        "regulariser in the loss; a classification needs a BinaryHead or MulticlassHead"
+        "labels of another shape than the output (they broadcast), an activation on the output, "
+        "outputs that are pooled, weights, a regulariser in the loss, or a classification, which "
+        "needs a BinaryHead or MulticlassHead"
     )
 
     other_labels: ClassVar[str] = (

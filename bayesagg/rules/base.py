@@ -30,7 +30,7 @@ class Plan:
         weights: by task ``[o]``: what the gradient of each loss is multiplied by, as a share; or
             what says so, when somebody asks.
         loss_weights: by loss without a head: its multiplier, a scalar; 1 where it is not named.
-        update: for :meth:`Memory.commit`.
+        update: for :meth:`Memory.commit`, which is not called without one.
         heads: weights that heads receive once the pass is over, by task ``[o, D]``, bias last.
         spared: heads whose own gradients are dropped: the posterior sets their weights.
     """
@@ -44,16 +44,18 @@ class Plan:
 
 
 class Memory(Protocol):
-    """The state of a rule; nothing else of an engine learns."""
+    """The state of a rule; nothing else of an engine learns. Members left out do nothing."""
 
     def commit(self, update: Any) -> None:
         """Take in what a step has found; its backward pass has run."""
 
     def stepped(self) -> dict[str, Tensor]:
         """The optimizer took a step; weights that heads receive now."""
+        return {}
 
     def end_epoch(self) -> dict[str, Tensor]:
         """The end of an epoch, where the rule knows of any; weights that heads receive now."""
+        return {}
 
     def met(self, optimizer: Optimizer) -> None:
         """The optimizer that takes the steps is known."""
@@ -70,7 +72,7 @@ class Memory(Protocol):
 
 
 class Rule(Protocol):
-    """Frozen settings of a way to combine gradients."""
+    """Frozen settings of a way to combine gradients. Without ``flags``, ranks agree on nothing."""
 
     name: ClassVar[str]
 
@@ -81,6 +83,7 @@ class Rule(Protocol):
 
     def flags(self, memory: Any, batch: Batch) -> list[bool]:
         """What all ranks must agree on before evidence is summed; of constant length."""
+        return []
 
     def plan(self, memory: Any, batch: Batch, flags: list[bool], exchange: Exchange) -> Plan:
         """What the backward pass of a batch will do; neither batch nor memory change."""

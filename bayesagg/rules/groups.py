@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesagg.heads import Head
+from bayesagg.errors import NumericalError
+from bayesagg.heads import Head, check_kinds
 from bayesagg.likelihoods import LIKELIHOODS, Evidence, Likelihood
 from bayesagg.posterior import Gaussian, from_natural
 from bayesagg.reading import Labels, Part
@@ -93,7 +94,10 @@ class Group:
             prior = 1 / precision.new_tensor(self.prior_variance)[:, None]
             precision = precision.expand(self.num_tasks, -1, -1).contiguous()
         precision.diagonal(dim1=-2, dim2=-1).add_(prior)
-        return from_natural(precision, shift)
+        try:
+            return from_natural(precision, shift)
+        except NumericalError as error:
+            raise NumericalError(f"tasks {', '.join(map(repr, self.heads))}: {error}") from None
 
     def scales(self, learned: Tensor) -> Tensor:
         """τ² of every task: that of its head, or else the learned one, ``[K]``."""
@@ -118,6 +122,7 @@ def make_groups(heads: Mapping[str, Head]) -> list[Group]:
         UserWarning: of a setting without effect.
         NumericalWarning: as of :meth:`bayesagg.likelihoods.Likelihood.of`.
     """
+    check_kinds(heads, LIKELIHOODS, "the paper's rule (likelihoods.LIKELIHOODS)")
     found: dict[Any, list[str]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for name, head in heads.items():

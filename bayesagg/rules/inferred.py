@@ -13,18 +13,18 @@ from bayesagg.memory import FadingMemory, Unit
 from bayesagg.moments import Spectrum
 from bayesagg.posterior import Gaussian, contrast_basis
 from bayesagg.predicting.state import Inferred
+from bayesagg.rules.settings import Settings
 from bayesagg.rules.streaming import frame_of, scales_and_ridges
 
 if TYPE_CHECKING:
     from bayesagg.rules.epochs import PaperMemory
     from bayesagg.rules.groups import Group
-    from bayesagg.rules.likelihood import LikelihoodRule
 
 __all__ = ["of_fading", "of_paper"]
 
 
 @torch.no_grad()
-def of_fading(rule: LikelihoodRule, memory: FadingMemory) -> dict[str, Inferred]:
+def of_fading(rule: Settings, memory: FadingMemory) -> dict[str, Inferred]:
     """From evidence that fades.
 
     ``S = τ² (Λ + λ)⁻¹`` of a regression, ``(cΛ + 1/γ)⁻¹`` under a bound of curvature c.
@@ -39,7 +39,7 @@ def of_fading(rule: LikelihoodRule, memory: FadingMemory) -> dict[str, Inferred]
     return found
 
 
-def _of_unit(rule: LikelihoodRule, memory: FadingMemory, unit: Unit) -> dict[str, Inferred]:
+def _of_unit(rule: Settings, memory: FadingMemory, unit: Unit) -> dict[str, Inferred]:
     noise, ridge, spread = _columns(rule, memory, unit)
     posterior = Spectrum.of(unit.gram, unit.shift, ridge)
     variances = posterior.inverse * spread[..., None]
@@ -66,9 +66,7 @@ def _dof(head: Head, like: Tensor, learned: float) -> Tensor:
     return torch.full_like(like, torch.inf if given else learned)
 
 
-def _columns(
-    rule: LikelihoodRule, memory: FadingMemory, unit: Unit
-) -> tuple[Tensor, Tensor, Tensor]:
+def _columns(rule: Settings, memory: FadingMemory, unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
     """Of every column: noise, ridge, and what the inverse is multiplied by, ``[G, P]`` each."""
     heads = [memory.heads[name] for name in unit.names]
     like, bounds = unit.shift[..., 0], [BOUNDS[head.kind] for head in heads]

@@ -23,16 +23,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bayesagg.errors import HeadError
-from bayesagg.heads import Head
+from bayesagg.heads import Head, check_kinds
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.memory import FadingMemory, Frame, Update, means_of, running_mean
 from bayesagg.parallel import Exchange
-from bayesagg.predicting.regression import Prior
 from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
 from bayesagg.rules.base import Key, Plan, Tasks
 from bayesagg.rules.inferred import of_fading
+from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import arrange, make_stacks
 from bayesagg.rules.streaming import (
     Exact,
@@ -48,7 +47,7 @@ _INVARIANT, _OTHER = 5.0, 1.0  # how far the aggregate's length may be from the 
 
 
 @dataclass(frozen=True)
-class LikelihoodRule:
+class LikelihoodRule(Settings):
     """Settings of the default rule; an ablation is ``dataclasses.replace(rule, …)``.
 
     Args:
@@ -68,43 +67,11 @@ class LikelihoodRule:
         ValueError: for a setting out of range.
     """
 
-    memory: int | None = None
-    warmup: int = 50
-    lag: int = 100
-    prior_variance: float = 0.05
-    degrees_of_freedom: float = 10.0
-    keep_length: bool = True
-
     name: ClassVar[str] = "likelihood"
-
-    def __post_init__(self) -> None:
-        for setting, least in (("memory", 1), ("warmup", 0), ("lag", 1)):
-            value = getattr(self, setting)
-            if value is None and setting == "memory":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{setting} must be an integer >= {least}, got {value!r}.")
-        for setting in ("prior_variance", "degrees_of_freedom"):
-            value = getattr(self, setting)
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{setting} must be a positive number, got {value!r}.")
-
-    def memory_of(self, width: int) -> float:
-        """N for outputs of ``width`` weights."""
-        return float(self.memory or 20 * width)
-
-    def prior_of(self, head: Head) -> Prior:
-        """Of the weights of a head, for predictions."""
-        return Prior(head.prior_variance or self.prior_variance, relative=True)
 
     def inferred(self, memory: FadingMemory) -> dict[str, Inferred]:
         """Posteriors of all heads of which there is evidence, for predictions."""
         return of_fading(self, memory)
-
-    @property
-    def decay(self) -> float:
-        """Weight of the past in the running means."""
-        return 1 - 1 / self.lag
 
     def start(
         self, tasks: Tasks, dtype: torch.dtype, seed: int, steps_per_epoch: int | None
@@ -112,18 +79,20 @@ class LikelihoodRule:
         """A memory without evidence; warns of settings that this rule does not use.
 
         Raises:
-            HeadError: for the settings of a preset of the paper's rule.
+            HeadError: for a kind of head without a bound.
         """
         if steps_per_epoch is not None:
             warnings.warn(
-                "steps_per_epoch has no effect under the default rule, which knows of no epochs; "
-                "rule='paper' uses it.",
+                "steps_per_epoch has no effect under the default rule, which knows of no epochs: "
+                "leave it out. rule='paper' uses it.",
                 stacklevel=4,
             )
         for name, head in tasks.items():
             if isinstance(head, Head):
                 _warn_of_unused(name, head)
-        return FadingMemory(tasks, dtype)
+        memory = FadingMemory(tasks, dtype)
+        check_kinds(memory.heads, BOUNDS, "likelihoods.bounds.BOUNDS")
+        return memory
 
     def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:
         """Of every head: whether it takes part, cannot share Gram matrices, is not inferred."""
@@ -249,26 +218,14 @@ class LikelihoodRule:
 
 
 def _warn_of_unused(name: str, head: Head) -> None:
-    """Say which settings of a head this rule does not use.
-
-    Raises:
-        HeadError: for the settings of a preset of the paper's rule, all of them.
-    """
-    from bayesagg.presets import published  # which imports the rules
-
-    benchmark = published(head)
-    if benchmark is not None:
-        raise HeadError(
-            f"task {name!r} has the head settings of presets.PAPER[{benchmark!r}], which belong to "
-            f"its rule: pass `**preset.wrapper` to the wrapper, or leave the head settings out."
-        )
+    """Say which settings of a head this rule does not use."""
     settings = ("s", "moments", "num_samples")
     unused = [key for key in settings if getattr(head, key, None) not in (None, 0)]
     if unused:
         verb = "has" if len(unused) == 1 else "have"
         warnings.warn(
-            f"task {name!r}: {' and '.join(unused)} {verb} no effect under the default rule; "
-            f"rule='paper' uses such settings.",
+            f"task {name!r}: {' and '.join(unused)} {verb} no effect under the default rule: leave "
+            f"out, or use rule='paper'.",
             stacklevel=6,
         )
 

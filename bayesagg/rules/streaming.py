@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +16,8 @@ from bayesagg.moments import Spectrum, leave_one_out, student_gradient
 from bayesagg.parallel import Exchange
 from bayesagg.reading import Labels, Part
 from bayesagg.rules.base import Key
+from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import Stack
-
-if TYPE_CHECKING:
-    from bayesagg.rules.likelihood import LikelihoodRule
 
 __all__ = [
     "Exact",
@@ -146,7 +143,7 @@ class Evidence:
 
 
 def infer(
-    rule: LikelihoodRule, memory: FadingMemory, stacks: Sequence[Stack], exchange: Exchange
+    rule: Settings, memory: FadingMemory, stacks: Sequence[Stack], exchange: Exchange
 ) -> list[Inference]:
     """Posteriors of all stacks from the memory and the evidence of all ranks' batches."""
     found = [_evidence(stack, memory.dtype, exchange.ranks is not None) for stack in stacks]
@@ -182,9 +179,7 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
     return Evidence(gram, shift, total, number, rest[0] if rest else None)
 
 
-def _posterior(
-    rule: LikelihoodRule, memory: FadingMemory, stack: Stack, new: Evidence
-) -> Inference:
+def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence) -> Inference:
     units, seen, exact = stack.units, new.seen, stack.exact
     frame = frame_of(rule, memory, units, exact, new.shift[..., 0])
     before = [*map(_cat, zip(*[(u.gram, u.shift, u.scale) for u in units], strict=True))]
@@ -296,7 +291,7 @@ def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
 
 
 def frame_of(
-    rule: LikelihoodRule, memory: FadingMemory, units: Sequence[Unit], exact: int, like: Tensor
+    rule: Settings, memory: FadingMemory, units: Sequence[Unit], exact: int, like: Tensor
 ) -> Frame:
     """What the rows of stacked units belong to. Heads and rules are frozen, so it is made once.
 
@@ -349,7 +344,7 @@ class Exact:
     ratio: Tensor
 
 
-def exact_gradients(rule: LikelihoodRule, found: Inference) -> Exact:
+def exact_gradients(rule: Settings, found: Inference) -> Exact:
     """Leave-one-out Student-t gradients of the regressions of a stack."""
     stack, r = found.stack, found.stack.exact
     if r == 0:

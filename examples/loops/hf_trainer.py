@@ -71,11 +71,6 @@ class MultiTaskTrainer(Trainer):
         loss = self.wrapper.loss(losses) if model.training else sum(losses.values())
         return (loss, out) if return_outputs else loss
 
-    def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Any:
-        """The loss alone: the Trainer would look for ``labels`` in the batch."""
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
 
 def tokens(smiles: list[str]) -> Tensor:
     """Numbers of the characters, ``(n, longest)``, behind one that every molecule begins with."""
@@ -109,7 +104,7 @@ def make_trainer(args: argparse.Namespace) -> MultiTaskTrainer:
         disable_tqdm=True,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,  # else it drops what `forward` does not name: the labels
+        label_names=list(TASKS),  # entries of a batch that are targets: kept, and evaluated
         seed=args.seed,
     )
     return MultiTaskTrainer(

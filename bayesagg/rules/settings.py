@@ -1,0 +1,51 @@
+"""Settings of the default rule; what they mean is said where they are documented, in the rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bayesagg.heads import Head
+from bayesagg.predicting.regression import Prior
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of :class:`bayesagg.rules.LikelihoodRule`, which has their documentation.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    memory: int | None = None
+    warmup: int = 50
+    lag: int = 100
+    prior_variance: float = 0.05
+    degrees_of_freedom: float = 10.0
+    keep_length: bool = True
+
+    def __post_init__(self) -> None:
+        for setting, least in (("memory", 1), ("warmup", 0), ("lag", 1)):
+            value = getattr(self, setting)
+            if value is None and setting == "memory":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{setting} must be an integer >= {least}, got {value!r}.")
+        for setting in ("prior_variance", "degrees_of_freedom"):
+            value = getattr(self, setting)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{setting} must be a positive number, got {value!r}.")
+
+    def memory_of(self, width: int) -> float:
+        """N for outputs of ``width`` weights."""
+        return float(self.memory or 20 * width)
+
+    def prior_of(self, head: Head) -> Prior:
+        """Of the weights of a head, for predictions."""
+        return Prior(head.prior_variance or self.prior_variance, relative=True)
+
+    @property
+    def decay(self) -> float:
+        """Weight of the past in the running means."""
+        return 1 - 1 / self.lag
