@@ -174,6 +174,13 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         choices=OPTIMIZERS,
         help="of the methods; sgd has momentum 0.9 (default: adam, as the single-task models)",
     )
+    parser.add_argument(
+        "--part",
+        choices=("test", "val"),
+        default="test",
+        help="part that the tables are of; with val, for choices, no run looks at the test part "
+        "(default: test)",
+    )
     add("--clip-norm", float, None, "largest norm of the gradient (default: no clipping)")
     add("--device", str, "cpu", "where to train, such as cuda (default: cpu)")
     add("--jobs", whole(1), min(4, os.cpu_count() or 1), "processes (default: cores, at most 4)")
@@ -257,6 +264,7 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
         search_seeds=options.search_seeds,
         untuned=tuple(options.untuned),
         reference=options.reference,
+        part=options.part,
         workers=options.jobs,
         device=options.device,
         single_task=replace(SINGLE_TASK_METHOD, training=single),

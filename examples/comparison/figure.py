@@ -73,7 +73,7 @@ def _differences(
     """Relative difference to the single-task mean, per task; positive is worse."""
     runs = outcome.runs[SINGLE_TASK]
     single = np.array(
-        [mean(run.test[k][task.metric] for run in runs) for k, task in enumerate(tasks)]
+        [mean(run.shown[k][task.metric] for run in runs) for k, task in enumerate(tasks)]
     )
     sign = np.array([-1.0 if task.higher_is_better else 1.0 for task in tasks])
     values = np.array([outcome.standings[name].values for name in order])
@@ -92,8 +92,8 @@ def plot_calibration(
 ) -> bool:
     """Draw ECE against Brier score, a point per method, and write the figure to ``path``.
 
-    Means over the seeds, on the test part; a panel per classification task, or one of the means
-    where there are more than four. A method of which a run failed is left out.
+    Means over the seeds, on the part that tables are of; a panel per classification task, or one of
+    the means where there are more than four. A method of which a run failed is left out.
 
     Returns:
         Whether there is something to draw: a task of classification with one output per datum.
@@ -131,5 +131,5 @@ def plot_calibration(
 
 def _calibration(outcome: Outcome, name: str, which: Sequence[int]) -> tuple[float, float]:
     """Mean ECE and Brier score over seeds and tasks."""
-    measured = [run.test[k] for run in outcome.runs[name] for k in which]
+    measured = [run.shown[k] for run in outcome.runs[name] for k in which]
     return mean(m["ece"] for m in measured), mean(m["brier"] for m in measured)

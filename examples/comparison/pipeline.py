@@ -42,6 +42,7 @@ class Plan:
     device: str = "cpu"  # where all is trained
     reference: str = "ls"  # method whose Δm is subtracted from that of the others in the table
     single_task: Method = SINGLE_TASK_METHOD  # the single-task models' method
+    part: str = "test"  # that tables are of; with ``val`` no run looks at the test part
 
     def trials_of(self, name: str) -> int:
         """Number of trials of a method."""
@@ -116,12 +117,11 @@ def execute(plan: Plan, store: Store) -> Outcome:
     """
     everything = {SINGLE_TASK: plan.single_task, **plan.methods}
     chosen = search(plan, everything, store)
+    final = plan.part == "test"
     jobs = [
-        Job(
-            plan.data, name, c.trial.method, replace(c.trial.training, seed=seed), True, plan.device
-        )
+        Job(plan.data, name, c.trial.method, replace(c.trial.training, seed=s), final, plan.device)
         for name, c in chosen.items()
-        for seed in range(plan.seeds)
+        for s in range(plan.seeds)
     ]
     runs: dict[str, list[Run]] = {name: [] for name in everything}
     for run in run_all(jobs, store, plan.workers, "comparison"):
@@ -179,7 +179,7 @@ def _standings(plan: Plan, runs: Mapping[str, list[Run]]) -> dict[str, Standing]
     data = load(plan.data)
     _require(runs[SINGLE_TASK])
     complete = {
-        name: criteria(data, group, "test")
+        name: criteria(data, group, "shown")
         for name, group in runs.items()
         if not any(run.failure for run in group)
     }

@@ -65,7 +65,7 @@ def best_rates(outcome: Outcome, data: Benchmark) -> dict[str, str]:
 def errors(outcome: Outcome, name: str, data: Benchmark) -> list[float]:
     """100 % minus the metric, mean over the classification tasks, of every seed."""
     which = [k for k, task in enumerate(data.tasks) if task.higher_is_better]
-    runs = criteria(data, outcome.runs[name], "test")
+    runs = criteria(data, outcome.runs[name], "shown")
     return [100 * (1 - mean(run[k] for k in which)) for run in runs]
 
 
@@ -134,7 +134,7 @@ def best_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark, ref
         return ""
     best = best_rates(outcome, data)
     order = sorted(best, key=lambda method: mean(outcome.standings[best[method]].delta))
-    values = {m: criteria(data, outcome.runs[best[m]], "test") for m in order}
+    values = {m: criteria(data, outcome.runs[best[m]], "shown") for m in order}
     others = [m for m in order if m != reference and reference in best]
     header = ["each at its best", "learning rate"]
     rows = {m: [_label(labels, found[m]), best[m].partition("@")[2]] for m in order}

@@ -18,6 +18,7 @@ from examples.comparison.runs import Run, criteria, load
 from examples.comparison.statistics import paired_interval, task_means
 
 CALIBRATION = ("ece", "brier")
+_PARTS = {"val": "validation", "test": "test"}
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -48,7 +49,7 @@ def own_settings(chosen: Chosen) -> str:
 
 def calibration(runs: Sequence[Run], name: str) -> float | None:
     """Mean over seeds and classification tasks; ``None`` where there is none."""
-    found = [values[name] for run in runs for values in run.test if name in values]
+    found = [values[name] for run in runs for values in run.shown if name in values]
     return mean(found) if found else None
 
 
@@ -104,10 +105,11 @@ def task_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> 
     """A line per method, a column per task: the metric that Δm uses, mean over seeds."""
     units = [f" [{task.unit}]" if task.unit else "" for task in data.tasks]
     pairs = zip(data.tasks, units, strict=True)
-    header = ["test metric", *(f"{task.name}, {task.metric.upper()}{unit}" for task, unit in pairs)]
+    header = ["metric"]
+    header += [f"{task.name}, {task.metric.upper()}{unit}" for task, unit in pairs]
     rows = []
     for name in (SINGLE_TASK, *(n for n in _order(outcome) if n in outcome.standings)):
-        values = task_means(criteria(data, outcome.runs[name], "test"))
+        values = task_means(criteria(data, outcome.runs[name], "shown"))
         rows.append([labels[name], *(f"{value:.4g}" for value in values)])
     return markdown(header, rows)
 
@@ -139,9 +141,9 @@ def page(
     if best and best not in AGAINST:
         tests += f" {labels[best]} was picked as the best by these very data."
     notes = [
-        f"Δm: mean relative difference to the single-task models on the test part, mean over "
-        f"{plan.seeds} seeds ± standard deviation; lower is better. Differences are paired, "
-        f"± half their 95 % interval. {search}",
+        f"Δm: mean relative difference to the single-task models on the {_PARTS[plan.part]} part, "
+        f"mean over {plan.seeds} seeds ± standard deviation; lower is better. Differences are "
+        f"paired, ± half their 95 % interval. {search}",
         tests,
     ]
     settings = "\n".join(f"- {name}: {json.dumps(v)}" for name, v in shared.items())

@@ -73,6 +73,11 @@ class Run:
         """Seed of weights and batches."""
         return int(self.identity["training"]["seed"])
 
+    @property
+    def shown(self) -> list[dict[str, float]]:
+        """Metrics that tables are of: on the test part, where the run has looked at it."""
+        return self.test or self.val
+
 
 @lru_cache(maxsize=1)  # once per process, whatever the number of its jobs
 def load(data: Data) -> Benchmark:

@@ -21,7 +21,14 @@ from examples.comparison.search import choose, trial
 from examples.comparison.statistics import compare as compare_values
 from examples.comparison.statistics import holm
 from examples.comparison.store import Store
-from examples.comparison.tasks import Task, criterion, grouped, joint_accuracy, measure
+from examples.comparison.tasks import (
+    Task,
+    criterion,
+    grouped,
+    joint_accuracy,
+    measure,
+    primary,
+)
 from examples.methods import LinearScalarization
 from examples.training import TrainSettings
 
@@ -113,6 +120,20 @@ def test_statistics_follow_from_the_csv(finished):
     assert {r["run"] for r in records} == {
         r["key"] for r in lines(folder) if r["identity"]["final"]
     }
+
+
+def test_tables_of_the_validation_part_leave_the_test_part_alone(tmp_path):
+    arguments = ["--methods", "ls", "si", "--seeds", "2", "--part", "val"]
+    assert compare.main([*SMALL, *arguments, "--output", str(tmp_path)]) == 0
+    found = {(r["method"], r["identity"]["training"]["seed"]): r for r in lines(tmp_path)}
+    assert not any(run["test"] for run in found.values())
+    tasks = runs.load(runs.Data("nhefs", None, 120)).tasks
+    values = {key: primary(tasks, run["val"]) for key, run in found.items()}
+    single = [sum(pair) / 2 for pair in zip(values["stl", 0], values["stl", 1], strict=True)]
+    higher = [task.higher_is_better for task in tasks]
+    expected = [delta_m(values["si", seed], single, higher) for seed in range(2)]
+    assert content(tmp_path)["summary"]["si"]["delta"] == pytest.approx(expected)
+    assert "on the validation part" in (tmp_path / "results.md").read_text()
 
 
 def test_tables_and_figure_are_written(finished):
