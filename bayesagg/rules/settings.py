@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bayesagg.heads import Head
+from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.predicting.regression import Prior
 
 __all__ = ["Settings"]
@@ -21,7 +22,7 @@ class Settings:
     memory: int | None = None
     warmup: int = 50
     lag: int = 100
-    prior_variance: float = 0.05
+    prior_variance: float | None = None
     degrees_of_freedom: float = 10.0
     keep_length: bool = True
 
@@ -34,16 +35,24 @@ class Settings:
                 raise ValueError(f"{setting} must be an integer >= {least}, got {value!r}.")
         for setting in ("prior_variance", "degrees_of_freedom"):
             value = getattr(self, setting)
+            if value is None and setting == "prior_variance":
+                continue
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{setting} must be a positive number, got {value!r}.")
 
     def memory_of(self, width: int) -> float:
         """N for outputs of ``width`` weights."""
-        return float(self.memory or 20 * width)
+        return float(self.memory or 5 * width)
 
     def prior_of(self, head: Head) -> Prior:
         """Of the weights of a head, for predictions."""
-        return Prior(head.prior_variance or self.prior_variance, relative=True)
+        return Prior(self.variance_of(head), relative=True)
+
+    def variance_of(self, head: Head) -> float:
+        """γ of a head."""
+        width = head.in_features + head.has_bias
+        given = head.prior_variance or self.prior_variance
+        return given or 1 / (BOUNDS[head.kind].curvature * width)
 
     @property
     def decay(self) -> float:
