@@ -222,6 +222,26 @@ def test_a_perfect_fit_has_a_bounded_weight():
     torch.testing.assert_close(x.grad, 100 * plain)
 
 
+def test_features_that_are_there_twice_change_nothing():
+    """By default the prior of an output is as large as its labels, however wide the features."""
+    found = []
+    for copies in (1, 2):
+        modules, heads = network(KINDS, bias=False)
+        for k, module in modules.items():
+            wide = nn.Linear(copies * D, module.out_features, bias=False).double()
+            with torch.no_grad():
+                wide.weight.copy_(module.weight.repeat(1, copies) / copies)
+            modules[k], heads[k] = wide, KINDS[k][0](wide)
+        engine = BayesAgg(None, heads, rule=replace(RULE, prior_variance=None))
+        for step in range(4):
+            x, labels = batch(step, KINDS)
+            h = x.repeat(1, copies)
+            engine({k: LOSSES[k](modules[k](h), labels[k]) for k in heads}).backward()
+        with torch.no_grad():
+            found.append([x.grad, *(module(h) for module in modules.values())])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("unit", [1e-3, 1e6])
 def test_the_unit_of_a_label_does_not_matter(unit):
     """Gradients at the features are the same, weights of the head in its unit."""
