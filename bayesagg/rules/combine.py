@@ -133,12 +133,7 @@ def _unit(labels: Sequence[Labels]) -> Tensor:
     means = torch.cat([known.factor.mean(0) for known in labels])
     if all(known.present is None for known in labels):
         return means.mean()
-    seen = torch.cat(
-        [
-            torch.ones_like(known.factor[0]) if known.present is None else known.present.any(0)
-            for known in labels
-        ]
-    )
+    seen = torch.cat([(k.factor > 0 if k.present is None else k.present).any(0) for k in labels])
     return (means * seen).sum() / seen.sum().clamp(min=1)
 
 

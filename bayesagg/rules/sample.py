@@ -82,14 +82,12 @@ class Sample:
 
     def squares(self, posteriors: Sequence[Gaussian] | None = None) -> list[Tensor | None]:
         """What learned scales are the means of; ``None`` for groups that learn none."""
-        found: list[Tensor | None] = []
+        found: list[Tensor | None] = [None] * len(self.groups)
         for i, (group, known) in enumerate(zip(self.groups, self.labels, strict=True)):
-            if not group.learns:
-                found.append(None)
-                continue
-            posterior = None if posteriors is None else posteriors[i]
-            given = (self._features(group), known, data_weights(known), posterior)
-            found.append(group.likelihood.squares(*given) * self.scale)
+            if group.learns:
+                posterior = None if posteriors is None else posteriors[i]
+                given = (self._features(group), known, data_weights(known), posterior)
+                found[i] = group.likelihood.squares(*given) * self.scale
         return found
 
     def _features(self, group: Group) -> Tensor:

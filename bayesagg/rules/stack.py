@@ -178,9 +178,8 @@ def columns_of(
         assert labels is not None
         bound, columns = BOUNDS[part.kind], working[id(part)]
         wide = columns.shape[1] // labels.factor.shape[1]  # columns a task
-        tasks = None
-        if len(names) < len(part.names) or (*names,) != part.names:
-            tasks = [i for name in names for i in _span(part.slices[name])]
+        whole = (*names,) == part.names
+        tasks = None if whole else [i for name in names for i in _span(part.slices[name])]
         responses.append(_select(columns, tasks, wide))
         if not (bound.exact and unit.started):
             misfits.append(_select(bound.misfit(labels), tasks))

@@ -79,8 +79,8 @@ class Inference:
             decay: of the running means.
         """
         seen, r = self.seen, self.stack.exact
-        means = sums / (_at_least_one(seen) if isinstance(seen, Tensor) else seen)
-        values, levels = means.unbind()
+        count = _at_least_one(seen) if isinstance(seen, Tensor) else seen
+        values, levels = (sums / count).unbind()
         if r < self.current.shape[1]:
             others = self.misfit[:, self.misfit.shape[1] - self.current.shape[1] + r :]
             values = torch.cat([values, others], 1)
@@ -368,15 +368,12 @@ def exact_gradients(rule: Settings, found: Inference) -> Exact:
         if len(stack.rows) == 1 and gradient.shape[0] > 1:  # all read the same
             gradient = gradient.sum(0, keepdim=True)
         gradients.append(gradient)
-        squared = [
-            torch.linalg.vecdot(x, x if weights is None else x * weights, dim=1)
-            for x in (left.residual, targets)
-        ]
-        known = None if weights is None else (weights > 0).to(dtype)
-        if known is None:
-            sums.append([torch.stack(squared), rho.sum(1)])
-        else:
-            sums.append([torch.stack(squared), (rho * known).sum(1), known.sum(1)])
+        pair = (left.residual, targets)
+        weighted = pair if weights is None else [x * weights for x in pair]
+        dots = [torch.linalg.vecdot(x, w, dim=1) for x, w in zip(pair, weighted, strict=True)]
+        known = [] if weights is None else [(weights > 0).to(dtype)]
+        rho = rho * known[0] if known else rho
+        sums.append([torch.stack(dots), *[part.sum(1) for part in (rho, *known)]])
     squares, ratio, *labelled = [
         one[0] if len(one) == 1 else torch.stack(one).sum(0) for one in zip(*sums, strict=True)
     ]
