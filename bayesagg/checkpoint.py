@@ -38,7 +38,7 @@ def describe(tasks: Mapping[str, Head | LossTask]) -> list[list[str]]:
 
 
 def _listed(heads: list[Any]) -> str:
-    return ", ".join(": ".join(map(str, h)) if isinstance(h, list) else str(h) for h in heads)
+    return "; ".join(str(head).strip("[]") for head in heads)
 
 
 def read_state(
