@@ -8,7 +8,8 @@ import torch
 from bayesagg import acquisition
 from bayesagg.predicting import Predictor
 from tests.helpers.data import make_batch
-from tests.predicting.cases import heads_of, loader, plain_net
+from tests.helpers.nets import plain_net
+from tests.predicting.cases import heads_of, loader
 
 
 @pytest.fixture(scope="module")

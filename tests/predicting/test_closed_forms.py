@@ -10,7 +10,8 @@ from bayesagg.predicting import Predictor
 from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
 from bayesagg.predicting.student import student_cdf, student_density, student_quantile
 from tests.helpers.data import make_batch
-from tests.predicting.cases import all_of, features_of, heads_of, loader, plain_net
+from tests.helpers.nets import plain_net
+from tests.predicting.cases import all_of, features_of, heads_of, loader
 
 GAMMA = 0.3
 

@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bayesagg import BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.predicting import Predictor
-from tests.predicting.cases import Single, all_of, loader, plain_net
+from tests.helpers.nets import plain_net
+from tests.predicting.cases import Single, all_of, loader
 
 laplace = pytest.importorskip("laplace")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what it imports
