@@ -30,6 +30,23 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+# Fixtures and loops whose set-up is most of their time.
+COSTLY = ("ranks", "site", "wheel", "finished", "at_rates", "frame", "ratings")
+LOOPS = ("ddp", "huggingface")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
+def pytest_collection_modifyitems(items):
+    """Under ``--dist loadgroup`` one process sets up for all tests of a group."""
+    for item in items:
+        groups = [name for name in COSTLY if name in item.fixturenames]
+        groups += [name for name in LOOPS if name in item.nodeid]
+        if groups:
+            where = "" if groups[0] in ("ranks", *LOOPS) else item.path.stem
+            name = "ranks" if groups[0] == "ddp" else groups[0]
+            item.add_marker(pytest.mark.xdist_group(where + name))
+
+
 # Session-wide, so that hypothesis accepts them: it refuses fixtures made anew per test function.
 @pytest.fixture(scope="session")
 def device() -> torch.device:

@@ -1,7 +1,7 @@
 """Damaged checkpoints: every leaf, damaged in every way, is refused with nothing changed.
 
 The damage is generated from the states themselves, so that a leaf that is added is tested too.
-What is saved and loaded well is tested in ``test_optimizer_protocol.py`` and ``loops``.
+What is saved and loaded well is tested in ``test_optimizer_state.py`` and ``loops``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Autocast in half precision, and gradient scalers that skip a step.
 
-What a wrapper's step does under a scaler is in ``tests/test_optimizer_protocol.py``.
+What a wrapper's step does under a scaler is in ``tests/test_optimizer_loops.py``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from bayesagg.errors import LossError, TargetError
 from tests.helpers.data import skip_without_losses
 from tests.reading.bench import Free, labels_by_task
 
-DRAWS, CHUNK = 2400, 200
+DRAWS, CHUNK = 1600, 200
 
 
 def keep(z):

@@ -1,6 +1,6 @@
 """Epochs, evidence and settings of the paper's rule, which the default rule does not have.
 
-What a step computes is in ``test_end_to_end.py``, what the memory does in ``test_paper.py``.
+What a step computes is in ``test_paper_equations.py``, what the memory does in ``test_paper.py``.
 """
 
 from __future__ import annotations
