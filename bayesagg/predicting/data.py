@@ -15,7 +15,7 @@ from bayesagg.predicting.state import Layout
 
 __all__ = ["CHUNK", "Rows", "Source"]
 
-CHUNK = 1 << 22  # elements of features at once: bounds the memory of whatever is done with them
+CHUNK = 1 << 19  # elements of features at once: they stay in the cache of the processor
 
 
 @dataclass(frozen=True)

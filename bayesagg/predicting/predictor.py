@@ -85,8 +85,8 @@ class Predictor(nn.Module):
         """Last-layer posteriors of a network that was trained in any way.
 
         One pass over the data in evaluation mode. Regressions are solved in closed form, with
-        their noise learned unless the head gives it; classifications by Laplace, whose Newton
-        passes run on the features of that pass, kept up to 512 MiB.
+        their noise learned unless the head gives it; classifications by Laplace, whose passes run
+        on the features of that one, kept up to 512 MiB.
 
         Args:
             model: the network.
@@ -96,16 +96,22 @@ class Predictor(nn.Module):
             prior_variance: γ of the prior ``N(0, γ I)`` of all weights, bias included; in squared
                 units of the labels over those of the features. ``"marginal_likelihood"``: learned,
                 by output (by head of classes). ``None``: that of each head, or 1.
-            passes: Newton passes, at most.
-            max_parameters: rows of an exact curvature of classes, (C - 1) D; beyond, a Kronecker
-                product.
+            passes: over the features, to the modes of classifications, at most.
+            max_parameters: rows of an exact curvature, K D of binary outputs and (C - 1) D of
+                classes; beyond, a Kronecker product.
 
         Raises:
             BayesAggError: a specific subclass for each kind of bad data, which names the task.
         """
         named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
-        priors = {name: Prior(head.prior_variance or 1.0) for name, head in named.items()}
-        return cls(model, named)._fit(named, data, priors, prior_variance, passes, max_parameters)
+        return cls(model, named)._fit(
+            named,
+            data,
+            _own_prior,
+            prior_variance=prior_variance,
+            passes=passes,
+            max_parameters=max_parameters,
+        )
 
     @classmethod
     def of_rule(
@@ -115,10 +121,7 @@ class Predictor(nn.Module):
         rule: object,
         memory: object,
         data: Iterable[Any] | None = None,
-        *,
-        prior_variance: PriorVariance = None,
-        passes: int = 50,
-        max_parameters: int = MAX_PARAMETERS,
+        **settings: Any,
     ) -> Predictor:
         """What :meth:`bayesagg.BayesAgg.predictor` returns.
 
@@ -128,13 +131,8 @@ class Predictor(nn.Module):
         """
         predictor = cls(model, heads)
         if data is not None:
-            own = getattr(rule, "prior_of", None)
-            priors = {
-                name: Prior(head.prior_variance or 1.0) if own is None else own(head)
-                for name, head in heads.items()
-            }
-            settings = (prior_variance, passes, max_parameters)
-            return predictor._fit(heads, data, priors, *settings)
+            prior_of = getattr(rule, "prior_of", _own_prior)
+            return predictor._fit(heads, data, prior_of, **settings)
         inferred = getattr(rule, "inferred", None)
         if inferred is None:
             raise PredictionError(
@@ -262,36 +260,33 @@ class Predictor(nn.Module):
         self,
         heads: Mapping[str, Head],
         data: Iterable[Any],
-        priors: Mapping[str, Prior],
-        prior_variance: PriorVariance,
-        passes: int,
-        max_parameters: int,
+        prior_of: Callable[[Head], Prior],
+        *,
+        prior_variance: PriorVariance = None,
+        passes: int = 50,
+        max_parameters: int = MAX_PARAMETERS,
     ) -> Predictor:
-        priors = {name: _prior(prior, prior_variance) for name, prior in priors.items()}
+        priors = {name: _prior(prior_of(head), prior_variance) for name, head in heads.items()}
         keep = [name for name, head in heads.items() if head.kind != "regression"]
         source = Source(self.model, self._heads, data, keep)
         sums: dict[str, Sums] = {}
         for piece in source.pieces():
             for name, new in sums_of(piece, self._heads.layouts).items():
                 sums[name] = sums[name] + new if name in sums else new
-        found: dict[str, Inferred] = {}
-        spectra: list[tuple[Tensor, ...]] = []
-        for name, head in heads.items():
-            if head.kind == "regression":
-                noise = getattr(head, "noise_variance", None)
-                given = float(noise) if isinstance(noise, int | float) else None
-                found[name] = solve(sums[name], priors[name], given, spectra)
-            else:
-                found[name] = laplace(
-                    name,
-                    head.kind,
-                    stacked(head),
-                    head.has_bias,
-                    partial(source.of, name),
-                    priors[name],
-                    passes=passes,
-                    max_parameters=max_parameters,
-                )
+        noises = {name: _number(getattr(heads[name], "noise_variance", None)) for name in sums}
+        found = solve(sums, priors, noises)
+        for name in keep:
+            head = heads[name]
+            found[name] = laplace(
+                name,
+                head.kind,
+                stacked(head),
+                head.has_bias,
+                partial(source.of, name),
+                priors[name],
+                passes=passes,
+                max_parameters=max_parameters,
+            )
         return self._set(found)
 
     def _set(self, found: Mapping[str, Inferred]) -> Predictor:
@@ -334,6 +329,14 @@ class MeanAndStddev(nn.Module):
         """``(mean, stddev)`` by task, in the shape of the head's output."""
         found = self.predictor(*inputs, **keywords)
         return {name: (p.mean, p.stddev) for name, p in found.items()}
+
+
+def _number(noise: object) -> float | None:
+    return float(noise) if isinstance(noise, int | float) else None
+
+
+def _own_prior(head: Head) -> Prior:
+    return Prior(head.prior_variance or 1.0)
 
 
 def _prior(own: Prior, given: PriorVariance) -> Prior:

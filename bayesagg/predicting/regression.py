@@ -21,7 +21,7 @@ from bayesagg.predicting.state import Inferred, Layout
 
 __all__ = ["Prior", "Sums", "solve", "sums_of"]
 
-_ITERATIONS, _TOLERANCE = 300, 1e-11
+_ITERATIONS, _TOLERANCE = 300, 1e-8
 _LEAST = 1e-10  # of the labels' mean square: what a mean of squared residuals is known to
 _LEAST_DOF = 3.0  # a variance exists from 2 on
 
@@ -99,30 +99,52 @@ def sums_of(piece: Mapping[str, Rows], layouts: Mapping[str, Layout]) -> dict[st
 
 
 def solve(
-    sums: Sums, prior: Prior, noise: float | None, spectra: list[tuple[Tensor, ...]]
-) -> Inferred:
-    """Posterior of a head.
+    sums: Mapping[str, Sums], priors: Mapping[str, Prior], noises: Mapping[str, float | None]
+) -> dict[str, Inferred]:
+    """Posteriors of heads; those on one Gram matrix are solved together.
 
     Args:
-        sums: over all data; every output has a label.
-        prior: of the weights.
-        noise: τ², where it is given.
-        spectra: Gram matrices with eigenvalues and eigenvectors, to look in and to add to.
+        sums: by task, over all data; every output has a label.
+        priors: of the weights, by task.
+        noises: τ², where it is given.
 
     Returns:
-        with degrees of freedom, infinite where the noise is given.
+        by task, with degrees of freedom, infinite where the noise is given.
     """
-    spectrum = next((known for known in spectra if torch.equal(known[0], sums.gram)), None)
-    if spectrum is None:
-        spectrum = (sums.gram, *torch.linalg.eigh(sums.gram))
-        spectra.append(spectrum)
-    omega, vectors = spectrum[1].clamp_min(0)[:, None], spectrum[2]
+    groups: dict[object, list[tuple[Tensor, list[str]]]] = {}
+    for name, prior in ((name, priors[name]) for name in sums):
+        gram, key = sums[name].gram, (prior.relative, prior.learned, noises[name] is None)
+        like = groups.setdefault(key, [])
+        names = next((n for g, n in like if len(gram) == 1 and torch.equal(g, gram)), None)
+        if names is None:
+            like.append((gram, [name]))
+        else:
+            names.append(name)
+    found = {}
+    for gram, names in (group for like in groups.values() for group in like):
+        parts = [sums[name] for name in names]
+        rows = [torch.cat([getattr(p, k) for p in parts]) for k in ("shift", "square", "count")]
+        ones = [torch.ones_like(part.count) for part in parts]
+        gamma = [one * priors[name].variance for name, one in zip(names, ones, strict=True)]
+        given = [one * (noises[name] or 0.0) for name, one in zip(names, ones, strict=True)]
+        noise = None if noises[names[0]] is None else torch.cat(given)
+        together = _solve(Sums(gram, *rows), priors[names[0]], torch.cat(gamma), noise)
+        start = 0
+        for name, one in zip(names, ones, strict=True):
+            found[name] = together.part(slice(start, start := start + len(one)))
+    return found
+
+
+def _solve(sums: Sums, prior: Prior, gamma: Tensor, noise: Tensor | None) -> Inferred:
+    """With prior variances and given noises of every output, ``[o]``."""
+    omega, vectors = torch.linalg.eigh(sums.gram)
+    omega = omega.clamp_min(0)[:, None]
     # [G, P, D] with all outputs on one Gram matrix, or one output on each.
     shift = sums.shift[:, None] if len(vectors) > 1 else sums.shift[None]
     along = shift @ vectors
     count, square = (part.view(along.shape[:2]) for part in (sums.count, sums.square))
     level = (square / count).clamp_min(torch.finfo(square.dtype).tiny)
-    gamma = prior.variance * (level if prior.relative else torch.ones_like(level))
+    gamma = gamma.view_as(level) * (level if prior.relative else 1.0)
 
     def updated(log: Tensor) -> Tensor:
         """Logarithms of τ² and γ, and where the evidence of the weights there puts them."""
@@ -137,7 +159,7 @@ def solve(
             gamma = torch.minimum(torch.maximum(gamma, 1e-12 * level), 1e12 * level)
         return torch.stack([tau2, gamma]).log()
 
-    at = torch.stack([level if noise is None else torch.full_like(level, noise), gamma]).log()
+    at = torch.stack([level if noise is None else noise.view_as(level), gamma]).log()
     for _ in range(_ITERATIONS):
         first = updated(at)
         if bool(((first - at).abs() < _TOLERANCE).all()):

@@ -83,6 +83,15 @@ class Inferred:
     noise: Tensor | None = None
     dof: Tensor | None = None
 
+    def part(self, own: slice) -> Inferred:
+        """That of some outputs of a regression."""
+        assert self.variances is not None and self.noise is not None and self.dof is not None
+        whole = self.vectors is not None and len(self.vectors) > 1
+        variances = self.variances[own] if whole else self.variances[:, own]
+        return Inferred(
+            self.mean[own], self.vectors, variances, noise=self.noise[own], dof=self.dof[own]
+        )
+
 
 class HeadPosterior(nn.Module):
     """Weights of a head, ``N(m, S)``, the noise of its labels and how it was calibrated.
