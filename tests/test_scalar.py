@@ -1,6 +1,6 @@
 """One scalar for any loop: what its backward pass does under factors, sums, repeats and failures.
 
-That it equals ``step`` is in ``test_optimizer_protocol.py``; scalers are in ``test_optimizer_loops.py``.
+That it equals ``step`` is in ``test_optimizer_protocol.py``; scalers: ``test_optimizer_loops.py``.
 """
 
 from __future__ import annotations
