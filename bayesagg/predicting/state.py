@@ -57,6 +57,8 @@ class Layout:
 
     def flat(self, features: Tensor) -> Tensor:
         """Every position a datum, ``[N, d]``."""
+        if features.dim() == 2:
+            return features
         moved = features.movedim(1, -1) if self.channels_first else features
         return moved.reshape(-1, moved.shape[-1])
 
