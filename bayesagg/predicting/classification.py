@@ -32,7 +32,7 @@ from bayesagg.predicting.state import Inferred
 __all__ = ["MAX_PARAMETERS", "laplace"]
 
 MAX_PARAMETERS = 2560  # rows of an exact curvature of classes: 50 MB in float64
-_NEAR, _FAR = 1e-2, 0.3  # standard deviations from the mode: to stop at, to warn from
+_NEAR, _FAR = 5e-4, 0.3  # standard deviations from the mode: to stop at, to warn from
 _PAIRS, _PRIORS = 10, 30
 
 

@@ -93,7 +93,7 @@ def test_a_classification(default_double):
         rtol=1e-5,
         atol=1e-6,
     )
-    torch.testing.assert_close(p.output_variance, variance, rtol=2e-4, atol=1e-8)
+    torch.testing.assert_close(p.output_variance, variance, rtol=1e-5, atol=1e-8)
 
 
 def test_a_binary_output_is_half_a_classification_of_two(default_double):
@@ -115,4 +115,4 @@ def test_a_binary_output_is_half_a_classification_of_two(default_double):
     p, difference = own(x[:20])["bin"], torch.tensor([-1.0, 1.0])
     torch.testing.assert_close(p.output[:, 0], mean @ difference, rtol=1e-5, atol=1e-5)
     variance = difference @ covariance @ difference
-    torch.testing.assert_close(p.output_variance[:, 0], variance, rtol=2e-4, atol=1e-8)
+    torch.testing.assert_close(p.output_variance[:, 0], variance, rtol=1e-5, atol=1e-8)
