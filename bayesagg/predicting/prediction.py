@@ -93,6 +93,10 @@ class Prediction:
     def __init__(self, reading: Reading, place: int) -> None:
         self.posterior, self._reading, self._place = reading.posteriors[place], reading, place
 
+    def __repr__(self) -> str:
+        """Kind and shape."""
+        return f"{type(self).__name__}(shape={tuple(self.mean.shape)})"
+
     @property
     def rows(self) -> Tensor:
         """``h̃`` of every datum (position), ``[N, D]``."""

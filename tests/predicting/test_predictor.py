@@ -32,10 +32,10 @@ def trained(rule, net=None, steps=STEPS, **kwargs):
 def test_the_mean_of_a_regression_is_what_the_network_says(rule):
     net, optimizer = trained(rule)
     x = make_batch(seed=9)[0]
-    torch.testing.assert_close(optimizer.predictor(net)(x)["reg"].mean, net(x)["reg"])
-    torch.testing.assert_close(
-        optimizer.predictor(net)(x)["cls"].output.softmax(1), net(x)["cls"].softmax(1)
-    )
+    found = optimizer.predictor(net)(x)
+    torch.testing.assert_close(found["reg"].mean, net(x)["reg"])
+    torch.testing.assert_close(found["cls"].output.softmax(1), net(x)["cls"].softmax(1))
+    assert repr(found["reg"]) == f"RegressionPrediction(shape={tuple(net(x)['reg'].shape)})"
 
 
 def test_evidence_of_training_is_what_the_memory_holds():
