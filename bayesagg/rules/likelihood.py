@@ -51,7 +51,7 @@ class LikelihoodRule(Settings):
     """Settings of the default rule; an ablation is ``dataclasses.replace(rule, …)``.
 
     Args:
-        memory: N, data after which evidence has faded to 1/e; ``None``: five times the number of
+        memory: N, data after which evidence has faded to 1/e; ``None``: ten times the number of
             weights of an output.
         warmup: steps of linear scalarization first, while evidence gathers.
         lag: steps that the running means of the scales go back.

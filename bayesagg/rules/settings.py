@@ -42,7 +42,7 @@ class Settings:
 
     def memory_of(self, width: int) -> float:
         """N for outputs of ``width`` weights."""
-        return float(self.memory or 5 * width)
+        return float(self.memory or 10 * width)
 
     def prior_of(self, head: Head) -> Prior:
         """Of the weights of a head, for predictions."""

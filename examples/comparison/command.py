@@ -54,7 +54,7 @@ The figures of docs/default.md, one command each (--jobs 2 on two cores; add --o
     qm9 --molecules 10000 --epochs 20 --learning-rate 4e-3 --reference bayesagg --methods ls si \\
         si-readout bayesagg bayesagg-free without-readout without-noise without-student-t \\
         without-leave-one-out without-lag without-warmup without-prior-in-labels \\
-        without-prior-by-width memory-2 memory-10 memory-20
+        without-prior-by-width memory-2 memory-5 memory-20
   heavy tails, noise-free tasks, a rare class and other trials
     python -m examples.comparison.stress
 """
