@@ -40,7 +40,7 @@ LINES = {
     "noise": Line("Noise in all labels", "noise in units of the labels [%]", percent=True),
     "scale": Line("Labels of every second task times a factor", "factor"),
     "missing": Line("Missing labels", "labels missing [%]", percent=True),
-    "size": Line("Training data: 400 passes over 100 to one over 40,000", "molecules"),
+    "size": Line("Training data, 400 steps each", "molecules"),
     "Adam": Line("Learning rate of Adam", "learning rate", at_rates=True),
     "SGD": Line("Learning rate of SGD with momentum", "learning rate", at_rates=True),
     "optimizer": Line("SGD with momentum in place of Adam", "optimizer"),
@@ -147,7 +147,7 @@ def plot_line(path: Path, points: Sequence[Point], labels: Mapping[str, str]) ->
     if line.at_rates:
         axes.axhline(0, color="black", lw=1, ls=":")
     axes.set_xticks(places, [_text(point.value, line.percent) for point in points])
-    axes.set_yscale("symlog", linthresh=20)
+    axes.set_yscale("symlog", linthresh=40)
     low, high = axes.get_ylim()
     axes.set_yticks(
         [t for t in (-90, -60, -40, -20, -10, 0, 10, 20, 50, 100, 200, 500) if low < t < high]
@@ -258,7 +258,11 @@ def write(folder: Path, points: Sequence[Point], labels: Mapping[str, str]) -> s
         if len(own) > 2 and name != "benchmark":
             plot_line(folder / f"regimes-{name.lower()}.png", own, labels)
     # Each regime once, though it be on several lines.
-    once = list({p.place: p for p in points if not LINES[p.line].at_rates}.values())
+    first: dict[str, Point] = {}
+    for point in points:
+        if not LINES[point.line].at_rates:
+            first.setdefault(point.place, point)
+    once = list(first.values())
     table = mean_scores(once, labels)
     text, matrix = differences(table)
     parts += ["## Against linear scalarization", verdicts(once), "## All together", text]

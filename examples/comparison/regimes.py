@@ -46,7 +46,7 @@ _CHANGES = {
     "missing": (0.0, (0.0, 0.5, 0.9)),
 }  # what it is where another thing is changed, and the values
 _SIZES = (100, 1_000, 2_000, 10_000, 40_000)
-_BENCHMARKS = ("yeast", "nhefs", "mnist")
+_BENCHMARKS = ("yeast", "nhefs")
 
 
 @dataclass(frozen=True)
