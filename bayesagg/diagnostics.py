@@ -1,4 +1,4 @@
-"""What to watch while training: conflict and certainty of tasks, and calibration of classifiers.
+"""What to watch while training: whether to weigh tasks, their conflict, calibration of classifiers.
 
 Numbers only; :mod:`bayesagg.plots` draws them.
 """
@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bayesagg.advice import Advice, advise
+
 if TYPE_CHECKING:
     from bayesagg.predicting import RegressionPrediction
 
 __all__ = [
+    "Advice",
     "Reliability",
+    "advise",
     "brier_score",
     "expected_calibration_error",
     "gradient_certainty",

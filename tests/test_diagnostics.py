@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bayesagg.diagnostics import (
+    advise,
     brier_score,
     expected_calibration_error,
     gradient_certainty,
@@ -103,3 +104,77 @@ def test_interval_coverage_counts_labels_inside():
     assert shares.tolist() == [[1, 0], [1, 1]]
     with pytest.raises(ValueError, match="shape"):
         interval_coverage(p, targets[:1], (0.5,))
+
+
+# --- advice --------------------------------------------------------------------------------------
+
+
+def gradients_of(factors, count=60, noise=0.0):
+    """Features, and losses of tasks whose gradients have these lengths, at right angles or not."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(count, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    residuals = torch.randn(count, len(factors), generator=generator, dtype=torch.float64)
+    weights = torch.randn(len(factors), 5, generator=generator, dtype=torch.float64)
+    outputs = h @ weights.mT
+    targets = outputs.detach() - residuals * torch.tensor(factors, dtype=torch.float64)
+    return h, outputs, targets
+
+
+def test_advice_against_its_definitions():
+    h, outputs, targets = gradients_of([0.1, 1.0, 3.0])
+    losses = (outputs - targets).square().mean(0)
+    found = advise(h, {"a": losses[0], "b": losses[1:]}, {"a": losses[0] / 2, "b": losses[1:] / 8})
+    rows = [
+        torch.autograd.grad(value, h, retain_graph=True)[0].flatten().tolist() for value in losses
+    ]
+    scales = losses.tolist()
+
+    def cosine(a, b):
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        return dot / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
+
+    assert list(found.scales) == ["a", "b[0]", "b[1]"]
+    assert list(found.scales.values()) == pytest.approx(scales)
+    assert found.ratio == pytest.approx(max(scales) / min(scales))
+    pairs = [cosine(a, b) for a, b in itertools.combinations(rows, 2)]
+    assert found.cosine == pytest.approx(sum(pairs) / 3)
+    plain = [sum(column) for column in zip(*rows, strict=True)]
+    weighed = [
+        sum(x / s for x, s in zip(column, scales, strict=True))
+        for column in zip(*rows, strict=True)
+    ]
+    assert found.agreement == pytest.approx(cosine(plain, weighed))
+    assert found.overfit == pytest.approx((2 * 8 * 8) ** (1 / 3))
+    assert outputs.grad_fn is not None and h.grad is None
+
+
+@pytest.mark.parametrize(
+    ("factors", "trained", "weigh", "says"),
+    [
+        ([1.0, 1.0, 1.0], 1.0, False, "hardly changes the direction"),
+        ([0.1, 1.0, 10.0], 1.0, True, "Weigh the tasks"),
+        ([0.1, 1.0, 10.0], 0.01, False, "overfits"),
+    ],
+)
+def test_advice_in_words(factors, trained, weigh, says):
+    h, outputs, targets = gradients_of(factors)
+    losses = {"tasks": (outputs - targets).square().mean(0)}
+    found = advise(h, losses, {"tasks": trained * losses["tasks"].detach()})
+    assert found.weigh is weigh and says in str(found)
+    assert f"agreement of plain and weighed gradient {found.agreement:.2f}" in str(found)
+    assert "training loss" not in str(advise(h, losses))
+
+
+def test_advice_needs_tasks_and_positive_losses_of_the_features():
+    h, outputs, targets = gradients_of([1.0, 1.0])
+    losses = (outputs - targets).square().mean(0)
+    for given, trained, message in (
+        ({"a": losses[0]}, None, "at least two tasks"),
+        ({"a": losses[0], "b": losses[1] * 0}, None, "'b' is 0"),
+        ({"a": losses[0], "b": losses[1] * torch.nan}, None, "'b' is nan"),
+        ({"a": losses[0], "b": torch.ones(()).requires_grad_()}, None, "'b' does not depend"),
+        ({"a": losses[:, None]}, None, "'a' has shape"),
+        ({"a": losses}, {"b": losses}, "both must have the same tasks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            advise(h, given, trained)

@@ -54,7 +54,7 @@ def test_every_page_has_its_place():
     nav = navigation(settings()["nav"], pages)
     titles = [next(iter(entry)) for entry in nav]
     assert titles == [
-        *("Home", "Get started", "How-to", "Theory"),
+        *("Home", "Get started", "When to use it", "How-to", "Theory"),
         *("Benchmarks", "API", "Changelog", "Contributing"),
     ], "a page that no entry before the last matches"
 

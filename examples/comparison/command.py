@@ -31,32 +31,8 @@ from examples.training import OPTIMIZERS
 _ABOUT = """
 Trains every method on one benchmark with several seeds under the same conditions, optionally tuned
 with the same number of trials each, and writes tables, a figure and every run. A command that is
-stopped goes on where it was when it is started again: finished runs are not repeated.
-"""
-_FIGURES = """
-The figures of docs/default.md, one command each (--jobs 2 on two cores; add --output):
-
-  QM9 descriptors, 8,000 molecules, 20 epochs, 3 learning rates
-    qm9 --molecules 10000 --epochs 20 --learning-rate 1e-3 2e-3 4e-3 \\
-        --methods ls si ls-readout si-readout uw-readout bayesagg bayesagg-free
-  24,000 molecules
-    qm9 --molecules 30000 --epochs 20 --learning-rate 4e-3 --methods ls si si-readout bayesagg
-  one pass over 80,000 molecules
-    qm9 --molecules 100000 --epochs 1 --methods ls si si-readout bayesagg
-  SGD with momentum
-    qm9 --molecules 10000 --epochs 20 --optimizer sgd --learning-rate 1e-3 3e-3 1e-2 3e-2 1e-1 \\
-        --methods ls si si-readout bayesagg
-  MNIST with 3,000 images; with fewer: --train-size 1000 --epochs 40, --train-size 300 --epochs 60
-    mnist --learning-rate 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2 --methods ls bayesagg
-  small tables
-    yeast --learning-rate 5e-4 1e-3 2e-3 4e-3 8e-3 --methods ls bayesagg     (also nhefs, nih)
-  each part of the default; with few data: --train-size 500 --epochs 60
-    qm9 --molecules 10000 --epochs 20 --learning-rate 4e-3 --reference bayesagg --methods ls si \\
-        si-readout bayesagg bayesagg-free without-readout without-noise without-student-t \\
-        without-leave-one-out without-lag without-warmup without-prior-in-labels \\
-        without-prior-by-width memory-2 memory-5 memory-20
-  heavy tails, noise-free tasks, a rare class and other trials
-    python -m examples.comparison.stress
+stopped goes on where it was when it is started again: finished runs are not repeated. A search
+goes on where its best learning rate is the lowest or the highest of those tried.
 """
 
 
@@ -65,7 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(
         prog="python -m examples.compare",
         description=_ABOUT,
-        epilog=_FIGURES,
+        epilog="The commands of the documentation are beside its figures: docs/default.md.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_what(parser)

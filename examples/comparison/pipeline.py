@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,14 @@ from tqdm import tqdm
 
 from examples.comparison.catalogue import SINGLE_TASK, SINGLE_TASK_METHOD, Method
 from examples.comparison.runs import Data, Job, Run, criteria, identity, key_of, load, run_job
-from examples.comparison.search import FIRST_SEARCH_SEED, Trial, choose, trial
+from examples.comparison.search import (
+    FIRST_SEARCH_SEED,
+    FURTHEST,
+    Trial,
+    choose,
+    trial,
+    widened,
+)
 from examples.comparison.statistics import Standing, compare, task_means
 from examples.comparison.store import Store
 from examples.jobs import run_jobs
@@ -130,28 +138,41 @@ def execute(plan: Plan, store: Store) -> Outcome:
 
 
 def search(plan: Plan, methods: Mapping[str, Method], store: Store) -> dict[str, Chosen]:
-    """Choose the settings of each method by the validation part alone."""
+    """Choose the settings of each method by the validation part alone.
+
+    A method whose best trial has the lowest or the highest learning rate of its trials has more.
+    """
     trials = {
         name: [trial(method, plan.training, n) for n in range(plan.trials_of(name))]
         for name, method in methods.items()
     }
     if plan.trials == 1:
         return {name: Chosen(tried[0]) for name, tried in trials.items()}
-    wanted = {name: tried for name, tried in trials.items() if len(tried) > 1}
     seeds = range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + plan.search_seeds)
-    jobs = [
-        Job(plan.data, name, t.method, replace(t.training, seed=seed), False, plan.device)
-        for name, tried in wanted.items()
-        for t in tried
-        for seed in seeds
-    ]
-    runs = iter(run_all(jobs, store, plan.workers, "search"))
-    found = {name: [[next(runs) for _ in seeds] for _ in tried] for name, tried in wanted.items()}
-    chosen: dict[str, Chosen] = {}
-    for name, number_and_deltas in _choices(plan, found).items():
-        number, deltas = number_and_deltas
-        chosen[name] = Chosen(trials[name][number], number, deltas)
-    return {name: chosen.get(name, Chosen(tried[0])) for name, tried in trials.items()}
+    todo = {name: list(tried) for name, tried in trials.items() if len(tried) > 1}
+    found: dict[str, list[list[Run]]] = {name: [] for name in todo}
+    while todo:
+        jobs = [
+            Job(plan.data, name, t.method, replace(t.training, seed=seed), False, plan.device)
+            for name, tried in todo.items()
+            for t in tried
+            for seed in seeds
+        ]
+        runs = iter(run_all(jobs, store, plan.workers, "search"))
+        for name, tried in todo.items():
+            found[name] += [[next(runs) for _ in seeds] for _ in tried]
+        choices, todo = _choices(plan, found), {}
+        for name, (number, deltas) in choices.items():
+            further = widened(trials[name], number) if math.isfinite(deltas[number]) else None
+            if further and len(trials[name]) < plan.trials + FURTHEST:
+                trials[name].append(further)
+                todo[name] = [further]
+    return {
+        name: Chosen(tried[choices[name][0]], *choices[name])
+        if name in choices
+        else Chosen(tried[0])
+        for name, tried in trials.items()
+    }
 
 
 def _choices(

@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from bayesagg.errors import BayesAggError
 from examples import methods as updates
 from examples import models, schedule, training
 from examples.comparison import benchmark as benchmark_module
-from examples.comparison import networks, tasks
+from examples.comparison import changes, networks, tasks
 from examples.comparison.benchmark import Benchmark, predict, validation_scores
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import SINGLE_TASK, Method
@@ -37,6 +37,7 @@ class Data:
     benchmark: str
     size: int | None
     max_train: int | None
+    change: tuple[tuple[str, float], ...] = ()  # to its labels, as of :func:`changes.changed`
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,11 @@ class Run:
         return self.test or self.val
 
 
-@lru_cache(maxsize=1)  # once per process, whatever the number of its jobs
+@lru_cache(maxsize=2)  # once per process, whatever the number of its jobs and changes
 def load(data: Data) -> Benchmark:
     """Read the data of a benchmark."""
+    if data.change:
+        return changes.changed(load(replace(data, change=())), dict(data.change))
     return SOURCES[data.benchmark].load(data.size, data.max_train)
 
 
@@ -117,6 +120,7 @@ def code_version(job: Job) -> str:
     shared = (training, schedule, updates, models, tasks, networks, benchmark_module)
     source = SOURCES[job.data.benchmark]
     modules = [*shared, *source.code, inspect.getmodule(source.load)]
+    modules += [changes] if job.data.change else []
     modules += [inspect.getmodule(cls) for cls in job.method.code()]
     files = {Path(inspect.getfile(module)) for module in modules if module is not None}
     if issubclass(job.method.update, BayesAggregation):

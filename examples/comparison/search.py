@@ -1,4 +1,7 @@
-"""Tuning: the same number of trials for every method, chosen by the validation part alone."""
+"""Tuning: the same trials for every method, chosen by the validation part alone.
+
+Where the best one has the lowest or the highest learning rate, the next beyond is tried too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from examples.comparison.catalogue import Method
 from examples.training import TrainSettings
 
 _RATE_SPAN = 4.0  # learning rates between default / 4 and default * 4
+FURTHEST = 4  # learning rates that are tried beyond the first ones
 _DECAYS = (0.0, 1e-5, 1e-4, 1e-3)
 _BASES = (2, 3, 5, 7, 11, 13)  # of the Halton sequence, one per setting
 FIRST_SEARCH_SEED = 1000  # seeds of the search are not those of the comparison
@@ -46,6 +50,23 @@ def trial(method: Method, training: TrainSettings, number: int) -> Trial:
     }
     tuned = replace(training, learning_rate=rounded, weight_decay=decay)
     return Trial(method.with_settings(own), tuned, own)
+
+
+def beyond(tried: Sequence[float], best: float, factor: float) -> float | None:
+    """The learning rate to try next where the best one is the lowest or the highest; else none."""
+    if min(tried) < best < max(tried):
+        return None
+    return float(f"{best * factor if best == max(tried) else best / factor:.2g}")
+
+
+def widened(trials: Sequence[Trial], best: int) -> Trial | None:
+    """The best trial with a learning rate beyond all others, where it has the edge of them."""
+    chosen = trials[best]
+    rates = [one.training.learning_rate for one in trials]
+    rate = beyond(rates, chosen.training.learning_rate, _RATE_SPAN)
+    if rate is None:
+        return None
+    return replace(chosen, training=replace(chosen.training, learning_rate=rate))
 
 
 def _van_der_corput(number: int, base: int) -> float:

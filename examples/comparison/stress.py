@@ -117,8 +117,6 @@ TRIALS: dict[str, tuple[Callable[[int], Data], dict[str, Any]]] = {
     "noise-free": (lambda seed: regressions(seed, noise=lambda drawn, _: 0 * drawn), {}),
     "rescaled": (rescaled, {}),
     "pure-noise": (pure_noise, {}),
-    "50-tasks": (lambda seed: regressions(seed, count=50), {}),
-    "adam-0.03": (regressions, {"learning_rate": 0.03}),
     "sgd-0.1": (regressions, {"learning_rate": 0.1, "optimizer": "sgd"}),
     "rare-class": (rare, {"epochs": 10}),
     "100-data": (lambda seed: regressions(seed, size=100), {"epochs": 100}),

@@ -59,7 +59,8 @@ def grouped(tasks: Sequence[Task]) -> Iterator[tuple[str, Kind, slice]]:
 def criterion(tasks: Sequence[Task]) -> Callable[[Outputs, Tensor], Losses]:
     """Squared error, binary cross-entropy or cross-entropy of each task, mean over the batch.
 
-    The result takes outputs by head and targets ``(B, K)``; a class is a whole number there.
+    The result takes outputs by head and targets ``(B, K)``; a class is a whole number there, and a
+    label of a regression that is NaN is missing: the mean is over the others.
     """
     groups = list(grouped(tasks))
     names = [task.name for task in tasks]
@@ -69,7 +70,7 @@ def criterion(tasks: Sequence[Task]) -> Callable[[Outputs, Tensor], Losses]:
         for head, kind, which in groups:
             target = y[:, which]
             if kind == "regression":
-                values += F.mse_loss(outputs[head], target, reduction="none").mean(0).unbind()
+                values += _squared_errors(outputs[head], target).unbind()
             elif kind == "binary":
                 values += (
                     F.binary_cross_entropy_with_logits(outputs[head], target, reduction="none")
@@ -81,6 +82,14 @@ def criterion(tasks: Sequence[Task]) -> Callable[[Outputs, Tensor], Losses]:
         return dict(zip(names, values, strict=True))
 
     return losses
+
+
+def _squared_errors(outputs: Tensor, target: Tensor) -> Tensor:
+    missing = target.isnan()
+    if not missing.any():
+        return F.mse_loss(outputs, target, reduction="none").mean(0)
+    errors = torch.where(missing, 0.0, outputs - target.nan_to_num()).square()
+    return errors.sum(0) / (~missing).sum(0).clamp(min=1)
 
 
 def by_task(tasks: Sequence[Task], outputs: Outputs) -> list[Tensor]:

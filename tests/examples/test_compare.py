@@ -17,7 +17,7 @@ from examples import compare
 from examples.comparison import command, pipeline, runs
 from examples.comparison.benchmarks import SOURCES, nih
 from examples.comparison.catalogue import Method, methods
-from examples.comparison.search import choose, trial
+from examples.comparison.search import FURTHEST, beyond, choose, trial
 from examples.comparison.statistics import compare as compare_values
 from examples.comparison.statistics import holm
 from examples.comparison.store import Store
@@ -59,7 +59,6 @@ def test_every_method_has_its_trials_and_its_seeds(finished):
         found.setdefault((run["method"], run["identity"]["final"]), []).append(run)
     assert {name for name, _ in found} == {"stl", "ls", "si", "bayesagg", "uw10"}
     for name in ("stl", "ls", "si", "uw10"):
-        assert len(found[name, False]) == 3
         assert {run["identity"]["training"]["seed"] for run in found[name, False]} == {1000}
         assert not any(run["test"] for run in found[name, False])  # the search never sees it
     assert ("bayesagg", False) not in found
@@ -75,18 +74,30 @@ def test_every_method_has_its_trials_and_its_seeds(finished):
             )
             for run in found[name, False]
         ]
-        for name in ("ls", "si")
+        for name in ("stl", "ls", "si", "uw10")
     }
-    assert tried["ls"] == tried["si"]
-    assert len(set(tried["ls"])) == 3
+    assert tried["ls"][:3] == tried["si"][:3]
+    assert len(set(tried["ls"][:3])) == 3
+    for settings in tried.values():
+        rates = [rate for rate, _ in settings]
+        for k in range(3, len(rates)):  # further trials go beyond those before them
+            assert not min(rates[:k]) <= rates[k] <= max(rates[:k])
 
 
-def test_the_chosen_trial_has_the_lowest_validation_delta(finished):
+def test_the_chosen_trial_has_the_lowest_validation_delta_and_is_not_at_the_edge(finished):
     folder, _ = finished
     search = content(folder)["search"]
     for name in ("ls", "si", "uw10"):
         deltas = search[name]["validation_delta_m"]
-        assert search[name]["chosen"] == deltas.index(min(deltas))
+        number = search[name]["chosen"]
+        assert number == deltas.index(min(deltas))
+        rates = [
+            run["identity"]["training"]["learning_rate"]
+            for run in lines(folder)
+            if run["method"] == name and not run["identity"]["final"]
+        ]
+        assert len(rates) == len(deltas) <= 3 + FURTHEST
+        assert min(rates) < rates[number] < max(rates) or len(rates) == 3 + FURTHEST
     assert search["bayesagg"] == {
         "chosen": 0,
         "settings": "lr 0.002, wd 0",
@@ -485,3 +496,10 @@ def test_joint_accuracy_is_that_of_the_best_scoring_task():
     tasks = [Task(str(k), "binary", "accuracy") for k in range(3)]
     outputs = {"binary": torch.tensor([[-1.0, -2.0, -3.0], [0.0, 2.0, 1.0]])}
     assert joint_accuracy(tasks, outputs, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])) == 0.5
+
+
+def test_a_best_rate_at_the_edge_asks_for_the_next_beyond():
+    assert beyond([1e-3, 1e-2, 1e-1], 1e-2, 10.0) is None
+    assert beyond([1e-3, 1e-2, 1e-1], 1e-1, 10.0) == 1.0
+    assert beyond([1e-3, 1e-2, 1e-1], 1e-3, 10.0) == 1e-4
+    assert beyond([1e-3], 1e-3, 4.0) == 4e-3
