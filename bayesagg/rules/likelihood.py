@@ -4,8 +4,8 @@ See docs/theory.md for the derivation. One step, for the heads that read one ten
 
 1. ``Λ ← exp(-n/N) Λ + H̃ᵀH̃`` and ``η_k ← exp(-n/N) η_k + H̃ᵀt_k``: evidence that fades by the datum.
 2. ``m_k = (Λ + λ_k)⁻¹ η_k`` with the ridge ``λ_k = τ_k² / γ ȳ_k²`` of the prior ``N(0, γ ȳ_k²)``,
-   in units of the labels (``1 / c γ`` for a classification of curvature bound c); ``γ = 1 / c D``:
-   the head once the backward pass is over.
+   in units of the labels (``1 / c γ`` for a classification of curvature bound c): the head once
+   the backward pass is over.
 3. Regressions: gradient of a Student-t likelihood under the posterior without the datum, with a
    scale τ² that lags. Others: their own gradient in units of the running mean of their loss.
 4. The length of the sum is kept near that of the plain gradient.
@@ -51,14 +51,14 @@ class LikelihoodRule(Settings):
     """Settings of the default rule; an ablation is ``dataclasses.replace(rule, …)``.
 
     Args:
-        memory: N, data after which evidence has faded to 1/e; ``None``: ten times the number of
-            weights of an output.
+        memory: N, data after which evidence has faded to 1/e; ``None``: twenty times the number
+            of weights of an output.
         warmup: steps of linear scalarization first, while evidence gathers.
         lag: steps that the running means of the scales go back.
         prior_variance: γ of the prior over the weights of every output, ``N(0, γ I)``, for
-            regressions in units of the mean square of their labels; ``None``: one over the number
-            of weights of an output and the bound on the curvature (1, binary 1/4, multi-class
-            1/2). Of a head that sets its own, that.
+            regressions in units of the mean square of their labels; ``None``: 0.05, and 3.25 over
+            the number of weights of an output where that is less. Of a head that sets its own,
+            that.
         degrees_of_freedom: ν of the Student-t likelihood of regressions.
         keep_length: keep the length of the aggregate within a factor of the running length of the
             plain gradient: 5 under an optimizer whose step does not depend on the scale of the

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bayesagg.heads import Head
-from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.predicting.regression import Prior
 
 __all__ = ["Settings"]
@@ -42,7 +41,7 @@ class Settings:
 
     def memory_of(self, width: int) -> float:
         """N for outputs of ``width`` weights."""
-        return float(self.memory or 10 * width)
+        return float(self.memory or 20 * width)
 
     def prior_of(self, head: Head) -> Prior:
         """Of the weights of a head, for predictions."""
@@ -52,7 +51,7 @@ class Settings:
         """γ of a head."""
         width = head.in_features + head.has_bias
         given = head.prior_variance or self.prior_variance
-        return given or 1 / (BOUNDS[head.kind].curvature * width)
+        return given or min(0.05, 3.25 / width)
 
     @property
     def decay(self) -> float:

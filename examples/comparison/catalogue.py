@@ -219,12 +219,9 @@ def ablations() -> dict[str, Method]:
         "without-leave-one-out": bayesagg("without leave-one-out", rule=InSampleRule()),
         "without-lag": bayesagg("without lag", rule=replace(rule, lag=10)),
         "without-warmup": bayesagg("without warm-up", rule=replace(rule, warmup=0)),
-        "without-prior-by-width": bayesagg(
-            "prior variance 0.05", rule=replace(rule, prior_variance=0.05)
-        ),
         "without-prior-in-labels": bayesagg("prior in units of the noise", rule=PriorInNoiseRule()),
         **{
             f"memory-{factor}": bayesagg(f"memory of {factor} D", memory=factor)
-            for factor in (2, 5, 20)
+            for factor in (2, 5, 10, 40)
         },
     }

@@ -70,7 +70,7 @@ def test_ablations_differ_from_the_default_in_one_thing():
         found[name] = changed | {type(engine.rule)} - {LikelihoodRule}
         assert found[name] or any(h != (None, None) for h in heads), name
         assert len(found[name]) <= 1
-    memory = {"memory-2": 10, "memory-5": 25, "memory-20": 100}  # heads have 5 weights
+    memory = {"memory-2": 10, "memory-5": 25, "memory-40": 200}  # heads have 5 weights
     for name, expected in memory.items():
         method = ablations()[name]
         update = method.update(mlp(5, (6, 4), TASKS), TrainSettings(), 3, **method.settings)

@@ -48,14 +48,14 @@ def test_evidence_of_training_is_what_the_memory_holds():
     eye = torch.eye(5).double()
     for k in range(2):
         tau2, unit_of = total[k] / weight[k], level[k] / weight[k]
-        a = unit.gram[0] + 5 * tau2 / unit_of * eye  # the prior is N(0, ȳ² / D)
+        a = unit.gram[0] + tau2 / (0.05 * unit_of) * eye
         variance = tau2 * ((g @ torch.linalg.inv(a)) * g).sum(1)
         squared = p["reg"].scale.square()[:, k]
         torch.testing.assert_close(squared, tau2 + variance)
         assert p["reg"].dof[k] == settings.degrees_of_freedom
-    bound = torch.linalg.inv(unit.gram[0] / 4 + 5 / 4 * eye)  # N(0, 4 / D)
+    bound = torch.linalg.inv(unit.gram[0] / 4 + eye / 0.05)
     torch.testing.assert_close(p["bin"].output_variance[:, 1], ((g @ bound) * g).sum(1))
-    bound = torch.linalg.inv(unit.gram[0] / 2 + 5 / 2 * eye)  # N(0, 2 / D)
+    bound = torch.linalg.inv(unit.gram[0] / 2 + eye / 0.05)
     torch.testing.assert_close(p["cls"].output_variance[:, 1], ((g @ bound) * g).sum(1))
 
 
@@ -102,8 +102,8 @@ def test_exact_under_either_rule_is_its_prior_and_the_data(rule):
     data = loader()
     exact = optimizer.predictor(net, data)
     x = make_batch(seed=9)[0]
-    for task, own in (("bin", 4 / 5), ("cls", 2 / 5)):  # of the default: 1 / c D
-        gamma = 1.0 if rule == "paper" else own
+    gamma = {"likelihood": 0.05, "paper": 1.0}[rule]
+    for task in ("bin", "cls"):
         plain = Predictor.fit(net, heads_of(net), data, prior_variance=gamma)
         torch.testing.assert_close(exact(x)[task].mean, plain(x)[task].mean)
     if rule == "likelihood":  # in units of the labels
