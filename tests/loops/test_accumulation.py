@@ -213,7 +213,7 @@ def test_every_forward_pass_serves_one_scalar(rule):
     optimizer.zero_grad()
     optimizer.backward(second)
     before = snapshot(net, optimizer)
-    with pytest.raises(CaptureError, match="every forward pass serves one"):
+    with pytest.raises(CaptureError, match="before each"):
         optimizer.backward(first)
     assert_same(before, snapshot(net, optimizer))
 
@@ -283,5 +283,5 @@ def test_heads_inside_reentrant_checkpointing_are_refused(rule):
         return sum(losses.values())
 
     total = checkpoint(forward, x.requires_grad_(), use_reentrant=True)
-    with pytest.raises(CaptureError, match="gradients enabled"):
+    with pytest.raises(CaptureError, match="with gradients"):
         optimizer.step({name: total / 3 for name in losses})

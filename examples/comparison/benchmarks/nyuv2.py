@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanAbsoluteError, MeanAbsolutePercentageError
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from examples.comparison.benchmark import Benchmark, Source
 from examples.comparison.images import image_benchmark
@@ -55,6 +53,10 @@ def losses(outputs: Outputs, y: Tensor) -> Losses:
 @torch.no_grad()
 def evaluate(model: nn.Module, part: Scenes) -> list[dict[str, float]]:
     """Metrics of each task over all pixels with a label; angles are in degrees."""
+    # Takes seconds to import, and every comparison imports this file.
+    from torchmetrics import MeanAbsoluteError, MeanAbsolutePercentageError
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
     model.eval()
     absolute, relative = MeanAbsoluteError(), MeanAbsolutePercentageError()
     iou = MulticlassJaccardIndex(CLASSES, ignore_index=_IGNORED)
