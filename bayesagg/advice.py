@@ -90,11 +90,13 @@ def advise(
         )
     rows = []
     for name, value in values.items():
-        [row] = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
+        row = None
+        if value.requires_grad and features.requires_grad:
+            [row] = torch.autograd.grad(value, features, retain_graph=True, allow_unused=True)
         if row is None:
             raise ValueError(
                 f"the loss of task {name!r} does not depend on the features: pass the tensor that "
-                f"its head reads"
+                f"its head reads, and compute both with gradients"
             )
         rows.append(row.detach().flatten().double())
     gradients = torch.stack(rows)  # [K, N d]

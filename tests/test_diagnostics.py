@@ -173,6 +173,7 @@ def test_advice_needs_tasks_and_positive_losses_of_the_features():
         ({"a": losses[0], "b": losses[1] * 0}, None, "'b' is 0"),
         ({"a": losses[0], "b": losses[1] * torch.nan}, None, "'b' is nan"),
         ({"a": losses[0], "b": torch.ones(()).requires_grad_()}, None, "'b' does not depend"),
+        ({"a": losses[0], "b": losses[1].detach()}, None, "'b' does not depend.* with gradients"),
         ({"a": losses[:, None]}, None, "'a' has shape"),
         ({"a": losses}, {"b": losses}, "both must have the same tasks"),
     ):

@@ -9,6 +9,8 @@ from bayesagg.predicting.regression import Prior
 
 __all__ = ["Settings"]
 
+_VARIANCE, _WEIGHTS = 0.05, 65  # of the prior, and up to how wide; measured: docs/default.md
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -48,10 +50,10 @@ class Settings:
         return Prior(self.variance_of(head), relative=True)
 
     def variance_of(self, head: Head) -> float:
-        """γ of a head."""
+        """γ of a head: by default one that expects no larger outputs of wider features."""
         width = head.in_features + head.has_bias
         given = head.prior_variance or self.prior_variance
-        return given or min(0.05, 3.25 / width)
+        return given or _VARIANCE * min(1.0, _WEIGHTS / width)
 
     @property
     def decay(self) -> float:
