@@ -26,7 +26,7 @@ _LEFT_OUT = (
 )
 
 
-def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
+def load(size: int | None = None, max_train: int | None = None, split_seed: int = 0) -> Benchmark:
     """Read the survey; split 60/20/20.
 
     A missing value becomes the median of its column, with a column that says so.
@@ -47,9 +47,9 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
         _TASKS,
         torch.from_numpy(pd.concat([inputs, missing], axis=1).to_numpy("float64")),
         torch.from_numpy(targets.to_numpy()),
-        split_indices(len(table), val_fraction=0.2, test_fraction=0.2, seed=0),
+        split_indices(len(table), val_fraction=0.2, test_fraction=0.2, seed=split_seed),
         widths=(64, 32),
-        version={"split_seed": 0, "left_out": _LEFT_OUT},
+        version={"split_seed": split_seed, "left_out": _LEFT_OUT},
         package="causaldata",
         max_train=max_train,
     )
