@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from bayesagg.arguments import check_arguments, passthrough_of, rule_of
 from bayesagg.checkpoint import describe, read_state
 from bayesagg.heads import Head, LossTask, named_heads
 from bayesagg.parallel import Exchange, ProcessGroup
@@ -19,13 +20,12 @@ from bayesagg.predicting import Predictor
 from bayesagg.presets import check_rule
 from bayesagg.reading import Batch, Reader
 from bayesagg.reading.hooks import Call, Capture
-from bayesagg.rules import LikelihoodRule, PaperRule, Plan, Rule
+from bayesagg.rules import Plan, Rule
 from bayesagg.scalar import Step
 
 __all__ = ["BayesAgg", "Losses"]
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor]
-_RULES: dict[str, Callable[[], Rule]] = {"likelihood": LikelihoodRule, "paper": PaperRule}
 
 
 class BayesAgg(nn.Module):
@@ -82,18 +82,12 @@ class BayesAgg(nn.Module):
         process_group: ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__()
-        if shared_rep_hook is not None and not isinstance(shared_rep_hook, nn.Module):
-            raise ValueError(
-                f"`shared_rep_hook` must be the last shared nn.Module, or None, got "
-                f"{type(shared_rep_hook).__name__}. Pass the module itself, not its output."
-            )
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}.")
+        check_arguments(shared_rep_hook, dtype, steps_per_epoch)
         self.tasks = named_heads(heads)
         self.heads = {name: head for name, head in self.tasks.items() if isinstance(head, Head)}
-        self.rule, self.dtype, self.seed = _rule(rule), dtype, seed
-        self.steps_per_epoch = _checked_steps(steps_per_epoch)
-        self.passthrough = _checked_names(passthrough, self.tasks)
+        self.rule, self.dtype, self.seed = rule_of(rule), dtype, seed
+        self.steps_per_epoch = steps_per_epoch
+        self.passthrough = passthrough_of(passthrough, self.tasks)
         check_rule(self.rule, self.tasks)
         self._memory = self.rule.start(self.tasks, dtype, seed, steps_per_epoch)
         self._reader = Reader(self.tasks, self.passthrough)
@@ -290,45 +284,6 @@ class BayesAgg(nn.Module):
         """Rule and heads."""
         heads = ", ".join(f"{name}: {kind}" for name, kind in describe(self.tasks))
         return f"rule={self.rule!r}, dtype={self.dtype}, heads=[{heads}]"
-
-
-def _rule(rule: str | Rule) -> Rule:
-    if isinstance(rule, str):
-        if rule not in _RULES:
-            raise ValueError(
-                f"rule must be one of {', '.join(map(repr, _RULES))}, or an object such as "
-                f"bayesagg.rules.LikelihoodRule(), got {rule!r}."
-            )
-        return _RULES[rule]()
-    if isinstance(rule, type) or not hasattr(rule, "plan"):
-        raise ValueError(
-            f"rule must be a name or a rule object, such as bayesagg.LikelihoodRule() with its "
-            f"brackets, got {rule!r}."
-        )
-    found: Rule = rule
-    return found
-
-
-def _checked_steps(steps: int | None) -> int | None:
-    if steps is not None and (type(steps) is not int or steps < 1):
-        raise ValueError(
-            f"steps_per_epoch must be a positive integer, such as len(train_loader), or None; got "
-            f"{steps!r}."
-        )
-    return steps
-
-
-def _checked_names(names: Iterable[str], tasks: Mapping[str, Head | LossTask]) -> frozenset[str]:
-    if isinstance(names, str):
-        raise ValueError(f"passthrough must be a collection of names, as in ({names!r},).")
-    found = frozenset(names)
-    both = sorted(found & tasks.keys())
-    if both:
-        raise ValueError(
-            f"passthrough names {both[0]!r}, which is also an entry of `heads`: name it in one of "
-            f"the two."
-        )
-    return found
 
 
 def _meet_optimizer(engine: BayesAgg) -> None:

@@ -124,6 +124,25 @@ class Part:
     labels: Labels | None
     slices: Mapping[str, slice]
 
+    @staticmethod
+    def blank(name: str, head: Head, like: Tensor) -> Part:
+        """No data at all, of a head that only other ranks have in this step."""
+        shape = (0, head.num_tasks)
+        if head.num_tasks != head.out_features:
+            shape += (head.out_features,)  # type: ignore[assignment]
+        none = like.new_zeros(shape)
+        return Part(
+            kind=head.kind,
+            names=(name,),
+            heads=(head,),
+            key=(),
+            calls={},
+            features=like.new_zeros(0, head.in_features),
+            gradient=none,
+            labels=Labels(none, none, like.new_ones(1, head.num_tasks), None),
+            slices={name: slice(0, head.num_tasks)},
+        )
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from bayesagg.heads import Head, stacked
 from bayesagg.likelihoods.bounds import BOUNDS
-from bayesagg.memory import FadingMemory, Unit
+from bayesagg.memory import FadingMemory
 from bayesagg.moments import Spectrum
 from bayesagg.posterior import Gaussian, contrast_basis
 from bayesagg.predicting.state import Inferred
+from bayesagg.rules.arrange import frame_of
 from bayesagg.rules.settings import Settings
-from bayesagg.rules.streaming import frame_of, scales_and_ridges
+from bayesagg.rules.streaming import scales_and_ridges
+from bayesagg.units import Unit
 
 if TYPE_CHECKING:
     from bayesagg.rules.epochs import PaperMemory

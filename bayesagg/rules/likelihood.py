@@ -25,21 +25,18 @@ from torch import Tensor
 
 from bayesagg.heads import Head, check_kinds
 from bayesagg.likelihoods.bounds import BOUNDS
-from bayesagg.memory import FadingMemory, Frame, Update, means_of, running_mean
+from bayesagg.memory import FadingMemory, Update
 from bayesagg.parallel import Exchange
 from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
-from bayesagg.rules.base import Key, Plan, Tasks
+from bayesagg.rules.arrange import arrange
+from bayesagg.rules.base import Plan, Tasks
+from bayesagg.rules.gradients import Exact, exact_gradients, gradients, totals
 from bayesagg.rules.inferred import of_fading
 from bayesagg.rules.settings import Settings
-from bayesagg.rules.stack import arrange, make_stacks
-from bayesagg.rules.streaming import (
-    Exact,
-    Inference,
-    blank_part,
-    exact_gradients,
-    infer,
-)
+from bayesagg.rules.stack import make_stacks
+from bayesagg.rules.streaming import Inference, infer
+from bayesagg.units import Frame, means_of, running_mean
 
 __all__ = ["LikelihoodRule"]
 
@@ -116,7 +113,7 @@ class LikelihoodRule(Settings):
         parts = {name: part for part in batch.parts for name in part.names}
         like = memory.zero(batch.total.device)
         here = {
-            name: parts[name] if name in parts else blank_part(name, memory.heads[name], like)
+            name: parts[name] if name in parts else Part.blank(name, memory.heads[name], like)
             for name in memory.heads
             if name in present and name not in owning
         }
@@ -131,8 +128,8 @@ class LikelihoodRule(Settings):
                 ratios |= one.frame.by_head(value, True)
         # Of all heads on every rank: weights that are sharded are gathered.
         weights = {n: h.weights() for n, h in memory.heads.items() if n in present}
-        planned, plain = _gradients(batch.parts, here, exact, ratios, weights)
-        squares, lengths, misses = _totals(exact, others, planned, plain, like, exchange)
+        planned, plain = gradients(batch.parts, here, exact, ratios, weights)
+        squares, lengths, misses = totals(exact, others, planned, plain, like, exchange)
         length = _moved(memory.length, lengths, self.decay)
         units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
         before = [pair for one in found for pair in zip(one.stack.units, one.fades(), strict=True)]
@@ -229,85 +226,6 @@ def _warn_of_unused(name: str, head: Head) -> None:
             f"out, or use rule='paper'.",
             stacklevel=6,
         )
-
-
-def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def _gradients(
-    parts: Sequence[Part],
-    here: Mapping[str, Part],
-    exact: Sequence[Exact],
-    ratios: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
-    """Gradients at the features of every key, as planned and as the losses have them."""
-    planned: dict[Key, Tensor] = {}
-    plain: dict[Key, Tensor] = {}
-
-    def add(key: Key, gradient: Tensor) -> None:
-        planned[key] = planned[key] + gradient if key in planned else gradient
-
-    for one in exact:
-        for key, gradient in one.gradient:
-            if key:  # not of a part that only other ranks have
-                add(key, gradient)
-    readers: dict[Key, list[Part]] = {}
-    for part in parts:
-        readers.setdefault(part.key, []).append(part)
-    for key, some in readers.items():
-        flat = [p.gradient if p.gradient.dim() == 2 else p.gradient.flatten(1) for p in some]
-        gradient = _cat(flat, 1)
-        rows = _cat([weights[name] for part in some for name in part.names]).to(gradient.dtype)
-        plain[key] = gradient @ rows
-        scales: list[Tensor] = []
-        kept: list[list[int]] = []  # columns from and to
-        at = 0
-        for part in some:
-            exact_part = BOUNDS[part.kind].exact
-            for name, head in zip(part.names, part.heads, strict=True):
-                start, at = at, at + head.out_features
-                if exact_part and name in here:
-                    continue  # replaced altogether
-                scales.append(ratios[name].expand(head.out_features))
-                if kept and kept[-1][1] == start:
-                    kept[-1][1] = at
-                else:
-                    kept.append([start, at])
-        if scales:
-            if kept != [[0, at]]:
-                gradient = _cat([gradient[:, i:j] for i, j in kept], 1)
-                rows = _cat([rows[i:j] for i, j in kept])
-            add(key, (gradient * _cat(scales).to(gradient.dtype)) @ rows)
-    return planned, plain
-
-
-def _totals(
-    exact: Sequence[Exact],
-    others: Mapping[str, tuple[Tensor, Tensor]],
-    planned: Mapping[Key, Tensor],
-    plain: Mapping[Key, Tensor],
-    like: Tensor,
-    exchange: Exchange,
-) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-    """Sums over all ranks: squared residuals by stack, squared lengths, values of losses."""
-    lengths = _square([*planned.values()], [*plain.values()], like)
-    if exchange.size > 1:  # the gradients of ranks are averaged
-        lengths = lengths / exchange.size**2
-    parts = [one.sums for one in exact] + [lengths] + [value for _, value in others.values()]
-    sums = exchange.sum(parts)
-    n = len(exact)
-    return sums[:n], sums[n], dict(zip(others, sums[n + 1 :], strict=True))
-
-
-def _square(planned: list[Tensor], plain: list[Tensor], like: Tensor) -> Tensor:
-    """Squared lengths of the gradients, of both kinds at the same keys, ``[2]``."""
-    if not planned:
-        return like.expand(2)
-    norms = torch.stack([torch.linalg.vector_norm(g) for g in planned + plain])
-    squares = norms.to(like.dtype).square_()
-    return squares if len(plain) == 1 else squares.view(2, -1).sum(1)
 
 
 def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bayesagg.heads import Head
 from bayesagg.likelihoods.bounds import BOUNDS
-from bayesagg.memory import Unit
 from bayesagg.reading import Labels, Part
+from bayesagg.units import Unit
 
-__all__ = ["Columns", "Stack", "arrange", "columns_of", "make_stacks", "runs"]
+__all__ = ["Columns", "Stack", "cat", "columns_of", "make_stacks", "runs"]
+
+_CHUNK = 1 << 22  # elements of an intermediate tensor; bounds the extra memory of dense heads
 
 
 @dataclass
@@ -76,6 +78,18 @@ class Stack:
         own = torch.promote_types(self.rows[0].dtype, torch.float32)
         return own if most == torch.float64 else most
 
+    def chunks(self) -> Iterator[slice]:
+        """Data in pieces that bound the intermediate tensors."""
+        groups, data, columns = self.responses.shape
+        width = self.rows[0].shape[1] + 1
+        size = max(1, _CHUNK // (groups * (width + columns)))
+        if data <= size:
+            yield slice(0, data)
+            return
+        step = math.ceil(data / math.ceil(data / size))
+        for start in range(0, data, step):
+            yield slice(start, min(data, start + step))
+
     def of(self, values: Tensor, rows: slice) -> Tensor:
         """Values ``[G, N or 1, …]`` of some data."""
         return values if rows.stop - rows.start >= values.shape[1] else values[:, rows]
@@ -99,8 +113,7 @@ class Stack:
             bases = [u.basis.vectors for u in self.units if u.basis is not None and u.basis.left]
             if len(bases) < len(self.units):
                 return None
-            vectors = bases[0] if len(bases) == 1 else torch.cat(bases)
-            self._vectors = vectors.to(self.precision(dtype))
+            self._vectors = cat(bases).to(self.precision(dtype))
         return self._vectors
 
     def rotated(self, rows: slice, dtype: torch.dtype, vectors: Tensor) -> Tensor:
@@ -111,52 +124,6 @@ class Stack:
         found = torch.bmm(h, vectors)
         self._turned = (rows, vectors, found)
         return found
-
-
-def arrange(
-    units: Sequence[Unit],
-    heads: Mapping[str, Head],
-    here: Mapping[str, Part],
-    alone: set[str],
-    like: Tensor,
-) -> tuple[list[Unit], list[Unit]]:
-    """Units of the heads that take part in a step; a unit is split where its heads differ.
-
-    Args:
-        units: that there are.
-        heads: by name.
-        here: the part of every head that is inferred in this step.
-        alone: heads that cannot share Gram matrices in this step, because labels are missing or
-            have weights, or that have none at all on some rank.
-        like: device and dtype of new units.
-
-    Returns:
-        the units that take part, and those that were split from them and do not.
-    """
-    found: list[Unit] = []
-    idle: list[Unit] = []
-    known: set[str] = set()
-    for unit in units:
-        known.update(unit.names)
-        present = [name for name in unit.names if name in here]
-        if not present:
-            continue
-        shared = (
-            len(present) == len(unit.names)
-            and len({here[name].key for name in present}) == 1
-            and not alone.intersection(present)
-        )
-        for one in [unit] if shared else unit.alone(heads):
-            (found if one.names[0] in here else idle).append(one)
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name in [name for name in here if name not in known]:
-        head, own = heads[name], name if name in alone else None
-        what = (here[name].key, head.has_bias, head.in_features, own)
-        groups.setdefault(what, []).append(name)
-    for key, names in groups.items():
-        exact_first = sorted(names, key=lambda name: not BOUNDS[heads[name].kind].exact)
-        found.append(Unit.empty(exact_first, heads, key[-1] is not None, like))
-    return found, idle
 
 
 def columns_of(
@@ -191,13 +158,13 @@ def columns_of(
             factors.append(factor)
         if unit.weighted:
             weights = _weights(labels, tasks)
-    together = _cat(responses).to(dtype)
+    together = cat(responses, 1).to(dtype)
     return Columns(
         together,
         exact,
         None if weights is None else weights.to(dtype),
         _cat_rows(factors) if factors else together[:1, :0],
-        _cat(misfits).to(dtype) if misfits else together[:, :0],
+        cat(misfits, 1).to(dtype) if misfits else together[:, :0],
     )
 
 
@@ -253,7 +220,7 @@ def _stack(group: Sequence[tuple[Unit, Part, Columns]]) -> Stack:
 def _grams(parts: Sequence[Tensor], wide: bool) -> Tensor:
     """Columns ``[N, P]`` of every unit by Gram matrix: ``[G, N, P]``, or ``[G, N, 1]`` if wide."""
     if wide:
-        return _cat(list(parts)).mT[..., None]
+        return cat(parts, 1).mT[..., None]
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
@@ -294,12 +261,13 @@ def _weights(labels: Labels, tasks: list[int] | None) -> Tensor:
     return torch.where(present, factor / torch.where(mean > 0, mean, 1), 0)
 
 
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
 def _cat_rows(parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     rows = max([part.shape[0] for part in parts])
-    return _cat([part if part.shape[0] == rows else part.expand(rows, -1) for part in parts])
+    return cat([part if part.shape[0] == rows else part.expand(rows, -1) for part in parts], 1)
+
+
+def cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """As ``torch.cat``; without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -10,28 +10,23 @@ import torch
 from torch import Tensor
 
 from bayesagg.heads import Head, stacked
-from bayesagg.likelihoods.bounds import BOUNDS, floored
-from bayesagg.memory import Basis, FadingMemory, Frame, Unit, means_of, running_mean
-from bayesagg.moments import Spectrum, leave_one_out, student_gradient
+from bayesagg.likelihoods.bounds import floored
+from bayesagg.memory import FadingMemory
+from bayesagg.moments import Spectrum
 from bayesagg.parallel import Exchange
-from bayesagg.reading import Labels, Part
-from bayesagg.rules.base import Key
+from bayesagg.rules.arrange import frame_of
 from bayesagg.rules.settings import Settings
-from bayesagg.rules.stack import Stack
+from bayesagg.rules.stack import Stack, cat
+from bayesagg.units import Basis, Frame, Unit, means_of, running_mean
 
 __all__ = [
-    "Exact",
     "Inference",
-    "blank_part",
-    "exact_gradients",
-    "frame_of",
     "infer",
     "scales_and_ridges",
 ]
 
 _LARGE = 128  # weights of an output above which a decomposition serves for several steps
 _TURNOVER = 0.25  # until this share of the evidence is new
-_CHUNK = 1 << 22  # elements of an intermediate tensor; bounds the extra memory of dense heads
 
 
 @dataclass
@@ -156,7 +151,7 @@ def infer(
 def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
     sums: list[Tensor] = []
     vectors = stack.kept_vectors(dtype)
-    for rows in _chunks(stack):
+    for rows in stack.chunks():
         h, t = stack.features(rows, dtype), stack.of(stack.responses, rows)
         weights = None if stack.weights is None else stack.of(stack.weights, rows)
         weighted = h if weights is None else h * weights
@@ -182,7 +177,7 @@ def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
 def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence) -> Inference:
     units, seen, exact = stack.units, new.seen, stack.exact
     frame = frame_of(rule, memory, units, exact, new.shift[..., 0])
-    before = [*map(_cat, zip(*[(u.gram, u.shift, u.scale) for u in units], strict=True))]
+    before = [*map(cat, zip(*[(u.gram, u.shift, u.scale) for u in units], strict=True))]
     misfit, length = new.misfit, rule.memory_of(new.gram.shape[-1])
     fade: Tensor | float
     if isinstance(seen, Tensor):
@@ -231,8 +226,8 @@ def scales_and_ridges(
     noise, ridge = frame.noise, frame.ridge
     if noise is not None:
         fixed = torch.where(noise > 0, noise, current[:, :r])
-        relative = _cat([relative[:, :r] * (fixed / current[:, :r]), relative[:, r:]], 1)
-        current = _cat([fixed, current[:, r:]], 1)
+        relative = cat([relative[:, :r] * (fixed / current[:, :r]), relative[:, r:]], 1)
+        current = cat([fixed, current[:, r:]], 1)
     if r == ridge.shape[1]:
         return current, relative * ridge
     return current, torch.cat([relative[:, :r] * ridge[:, :r], ridge[:, r:]], 1) if r else ridge
@@ -261,9 +256,9 @@ def _spectrum(
         posterior = Spectrum.of(gram, shift, ridge)
         left = _interval(before, gram, fade, length)
     else:
-        old = _cat([unit.basis.values for unit in stack.units if unit.basis is not None])
+        old = cat([unit.basis.values for unit in stack.units if unit.basis is not None])
         values = torch.addcmul(squares, old, torch.as_tensor(fade, dtype=old.dtype))
-        start = _cat([unit.basis.mean for unit in stack.units if unit.basis is not None])
+        start = cat([unit.basis.mean for unit in stack.units if unit.basis is not None])
         posterior = Spectrum.near(gram, shift, ridge, vectors, values, start)
         left = min(unit.basis.left for unit in stack.units if unit.basis is not None) - 1
     vectors = posterior.vectors.to(stack.precision(gram.dtype))
@@ -288,136 +283,3 @@ def _at_least_one(seen: Tensor) -> Tensor:
 
 def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [values] if len(sizes) == 1 else values.split(sizes)
-
-
-def frame_of(
-    rule: Settings, memory: FadingMemory, units: Sequence[Unit], exact: int, like: Tensor
-) -> Frame:
-    """What the rows of stacked units belong to. Heads and rules are frozen, so it is made once.
-
-    Args:
-        rule: for the prior of heads that have none of their own.
-        memory: keeps it.
-        units: side by side.
-        exact: number of regressions among the columns of a unit, which come first.
-        like: shape ``[G, P]``, dtype and device.
-    """
-    shape = tuple(like.shape)
-    key = (shape, like.device, *(unit.names for unit in units))
-    frame = memory.frames.get(key)
-    if frame is not None:
-        return frame
-    heads = [memory.heads[name] for unit in units for name in unit.names]
-    columns = [head for head in heads for _ in range(head.out_features)]
-    ridges = [1 / (BOUNDS[head.kind].curvature * rule.variance_of(head)) for head in columns]
-    noises = [getattr(head, "noise_variance", None) for head in columns]
-    fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
-    noise = like.new_tensor(fixed).view(shape)[:, :exact] if any(fixed) else None
-    by_unit = [[memory.heads[name] for name in unit.names] for unit in units]
-    frame = memory.frames[key] = Frame(
-        [unit.names for unit in units],
-        [unit.gram.shape[0] for unit in units] if units[0].wide else None,
-        [[head.num_tasks for head in some] for some in by_unit],
-        [[head.out_features for head in some] for some in by_unit],
-        noise,
-        like.new_tensor(ridges).view(shape),
-        max(BOUNDS[head.kind].least_scale for head in heads),
-    )
-    return frame
-
-
-@dataclass
-class Exact:
-    """What the exact likelihoods (regressions) of a stack say.
-
-    Attributes:
-        gradient: summed over their outputs and, by unit, over its Gram matrices; ``[N, d]`` each.
-        sums: of squared leave-one-out residuals and of squared labels, ``[2, G, R]``.
-        ratio: mean over the labelled data of what the loss is multiplied by, ``[G, R]``.
-    """
-
-    gradient: list[tuple[Key, Tensor]]
-    sums: Tensor
-    ratio: Tensor
-
-
-def exact_gradients(rule: Settings, found: Inference) -> Exact:
-    """Leave-one-out Student-t gradients of the regressions of a stack."""
-    stack, r = found.stack, found.stack.exact
-    if r == 0:
-        none = found.current[:, :0]
-        return Exact([], none.expand(2, -1, -1), none)
-    # Passes over [G, N, R] take time by the byte: in the network's own precision.
-    dtype, d = stack.precision(found.gram.dtype), stack.rows[0].shape[1]
-    light = found.posterior.first(r).to(dtype)
-    current = found.current[:, :r] if r < found.current.shape[1] else found.current
-    tau2 = current.to(dtype).clamp_min(torch.finfo(dtype).tiny)
-    whole = r == stack.responses.shape[2]
-    gradients, sums = [], []
-    for rows in _chunks(stack):
-        targets = stack.of(stack.responses, rows)
-        targets = targets if whole else targets[:, :, :r]
-        weights = None if stack.weights is None else stack.of(stack.weights, rows).to(dtype)
-        factor = stack.of(stack.factor, rows).to(dtype)
-        h = stack.features(rows, found.gram.dtype)
-        rotated = stack.rotated(rows, found.gram.dtype, found.posterior.vectors)
-        left = leave_one_out(h, targets, found.posterior, weights, rotated, light)
-        gradient, rho = student_gradient(
-            left, light, d, tau2, factor, rule.degrees_of_freedom, weights
-        )
-        if len(stack.rows) == 1 and gradient.shape[0] > 1:  # all read the same
-            gradient = gradient.sum(0, keepdim=True)
-        gradients.append(gradient)
-        pair = (left.residual, targets)
-        weighted = pair if weights is None else [x * weights for x in pair]
-        dots = [torch.linalg.vecdot(x, w, dim=1) for x, w in zip(pair, weighted, strict=True)]
-        known = [] if weights is None else [(weights > 0).to(dtype)]
-        rho = rho * known[0] if known else rho
-        sums.append([torch.stack(dots), *[part.sum(1) for part in (rho, *known)]])
-    squares, ratio, *labelled = [
-        one[0] if len(one) == 1 else torch.stack(one).sum(0) for one in zip(*sums, strict=True)
-    ]
-    count = labelled[0].clamp(min=1.0) if labelled else float(stack.responses.shape[1])
-    return Exact(_by_key(stack, _cat(gradients, 1)), squares, ratio / count)
-
-
-def _by_key(stack: Stack, gradient: Tensor) -> list[tuple[Key, Tensor]]:
-    if len(stack.rows) == 1:
-        return [(stack.parts[0].key, gradient[0])]
-    pieces = zip(stack.parts, gradient.split(stack.sizes), strict=True)
-    return [(part.key, g[0] if g.shape[0] == 1 else g.sum(0)) for part, g in pieces]
-
-
-def blank_part(name: str, head: Head, like: Tensor) -> Part:
-    """No data at all, of a head that only other ranks have in this step."""
-    shape = (0, head.num_tasks)
-    if head.num_tasks != head.out_features:
-        shape += (head.out_features,)  # type: ignore[assignment]
-    none = like.new_zeros(shape)
-    return Part(
-        kind=head.kind,
-        names=(name,),
-        heads=(head,),
-        key=(),
-        calls={},
-        features=like.new_zeros(0, head.in_features),
-        gradient=none,
-        labels=Labels(none, none, like.new_ones(1, head.num_tasks), None),
-        slices={name: slice(0, head.num_tasks)},
-    )
-
-
-def _chunks(stack: Stack) -> Iterator[slice]:
-    """Data in pieces that bound the intermediate tensors."""
-    groups, data, columns = stack.responses.shape
-    width = stack.rows[0].shape[1] + 1
-    size = max(1, _CHUNK // (groups * (width + columns)))
-    if data <= size:
-        yield slice(0, data)
-        return
-    for start in range(0, data, math.ceil(data / math.ceil(data / size))):
-        yield slice(start, min(data, start + math.ceil(data / math.ceil(data / size))))
-
-
-def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 
 from bayesagg import LikelihoodRule
-from bayesagg.rules import Plan, streaming
+from bayesagg.rules import Plan, gradients, streaming
 
 
 class _Replaced(LikelihoodRule):
-    """The default rule with a function of :mod:`bayesagg.rules.streaming` changed."""
+    """The default rule with a function of one of its modules changed."""
 
+    module: ClassVar[ModuleType]
     function: ClassVar[str]
     change: ClassVar[Callable[..., Any]]  # called with what the function gives, and its arguments
 
     def plan(self, *arguments: Any) -> Plan:
         """As of the base."""
-        own = getattr(streaming, self.function)
+        own = getattr(self.module, self.function)
 
         def changed(*given: Any) -> Any:
             return self.change(own(*given), *given)
 
-        with mock.patch.object(streaming, self.function, changed):
+        with mock.patch.object(self.module, self.function, changed):
             return super().plan(*arguments)
 
 
 class InSampleRule(_Replaced):
     """Predictions of the posterior that has seen the datum."""
 
+    module: ClassVar = gradients
     function: ClassVar = "leave_one_out"
 
     @staticmethod
@@ -46,6 +49,7 @@ class InSampleRule(_Replaced):
 class PriorInNoiseRule(_Replaced):
     """With prior ``N(0, τ²)`` for every regression, in units of its noise."""
 
+    module: ClassVar = streaming
     function: ClassVar = "scales_and_ridges"
 
     @staticmethod

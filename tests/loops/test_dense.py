@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bayesagg.rules.combine
-import bayesagg.rules.streaming
+import bayesagg.rules.stack
 from bayesagg.posterior import weighted_gram
 from tests.helpers.data import ignore, losses_over, make_batch, make_losses
 from tests.helpers.nets import plain_net
@@ -130,7 +130,7 @@ def test_memory_is_bounded(missing, rule, device, monkeypatch):
     outputs, size, chunk = {"reg": 16, "bin": 16, "cls": 3}, 4000, 1 << 13
     results, largest = [], []
     for bound in (1 << 30, chunk):
-        for module in (bayesagg.rules.combine, bayesagg.rules.streaming):
+        for module in (bayesagg.rules.combine, bayesagg.rules.stack):
             monkeypatch.setattr(module, "_CHUNK", bound)
         monkeypatch.setattr(weighted_gram, "__defaults__", (bound,))
         net = plain_net(device, outputs=outputs)

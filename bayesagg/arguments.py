@@ -1,0 +1,77 @@
+"""What the engine is given: rules by name, and errors that say what was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import nn
+
+from bayesagg.heads import Head, LossTask
+from bayesagg.rules import LikelihoodRule, PaperRule, Rule
+
+__all__ = ["check_arguments", "passthrough_of", "rule_of"]
+
+_RULES: dict[str, Callable[[], Rule]] = {"likelihood": LikelihoodRule, "paper": PaperRule}
+
+
+def rule_of(rule: str | Rule) -> Rule:
+    """A rule by its name, or as it is.
+
+    Raises:
+        ValueError: for what is neither.
+    """
+    if isinstance(rule, str):
+        if rule not in _RULES:
+            raise ValueError(
+                f"rule must be one of {', '.join(map(repr, _RULES))}, or an object such as "
+                f"bayesagg.rules.LikelihoodRule(), got {rule!r}."
+            )
+        return _RULES[rule]()
+    if isinstance(rule, type) or not hasattr(rule, "plan"):
+        raise ValueError(
+            f"rule must be a name or a rule object, such as bayesagg.LikelihoodRule() with its "
+            f"brackets, got {rule!r}."
+        )
+    found: Rule = rule
+    return found
+
+
+def check_arguments(
+    shared_rep_hook: nn.Module | None, dtype: torch.dtype, steps: int | None
+) -> None:
+    """Those that are used as they are.
+
+    Raises:
+        ValueError: for one that is of another type, or out of range.
+    """
+    if shared_rep_hook is not None and not isinstance(shared_rep_hook, nn.Module):
+        raise ValueError(
+            f"`shared_rep_hook` must be the last shared nn.Module, or None, got "
+            f"{type(shared_rep_hook).__name__}. Pass the module itself, not its output."
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}.")
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ValueError(
+            f"steps_per_epoch must be a positive integer, such as len(train_loader), or None; got "
+            f"{steps!r}."
+        )
+
+
+def passthrough_of(names: Collection[str], tasks: Mapping[str, Head | LossTask]) -> frozenset[str]:
+    """Names of losses whose gradients arrive as they are.
+
+    Raises:
+        ValueError: for a single string, or a name that a task has.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"passthrough must be a collection of names, as in ({names!r},).")
+    found = frozenset(names)
+    both = sorted(found & tasks.keys())
+    if both:
+        raise ValueError(
+            f"passthrough names {both[0]!r}, which is also an entry of `heads`: name it in one of "
+            f"the two."
+        )
+    return found

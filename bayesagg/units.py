@@ -1,0 +1,245 @@
+"""Heads that share a Gram matrix: their evidence, their scales, and how a checkpoint has them.
+
+A *unit* are heads that share Gram matrices: all heads that read one tensor, as long as every datum
+has every label; a head by itself where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesagg.checking import check, check_keys, scalar_leaf, tensor_leaf
+from bayesagg.errors import CheckpointError
+from bayesagg.heads import Head
+
+__all__ = ["Basis", "Frame", "Unit", "load_unit", "means_of", "running_mean"]
+
+_TENSORS = ("gram", "shift", "scale")
+_BASIS = ("vectors", "values", "mean")
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An eigenbasis of the evidence that serves for some steps, where a new one costs too much.
+
+    Attributes:
+        vectors: ``Q``, ``[G, D, D]``.
+        values: diagonal of ``QᵀΛQ`` for the evidence of now, ``[G, D]``.
+        mean: of the last step, ``[G, P, D]``.
+        left: steps until it is renewed.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    mean: Tensor
+    left: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Heads that share Gram matrices, in the order of their columns.
+
+    Attributes:
+        names: of the heads; ``P`` outputs (classes) together.
+        wide: every output of the one head has a Gram matrix of its own: then ``P`` is 1 below and
+            ``G`` the number of outputs, else ``G`` is 1.
+        weighted: labels may be missing or have weights.
+        gram: ``Λ = Σ w h̃ h̃ᵀ``, ``[G, D, D]``.
+        shift: ``Σ w t h̃``, ``[G, P, D]``, of the working responses t.
+        started: there is evidence, and every task has a scale; of weighted units never sure.
+        scale: running means of every task's scale and of the level of its labels (their mean
+            square; 1 where they have no unit), ``[G, 3, T]``; ``T`` is 1 if wide.
+        basis: of the evidence; ``None``: the next step makes one.
+    """
+
+    names: tuple[str, ...]
+    wide: bool
+    weighted: bool
+    started: bool
+    gram: Tensor
+    shift: Tensor
+    scale: Tensor
+    basis: Basis | None = None
+
+    @staticmethod
+    def empty(
+        names: Sequence[str], heads: Mapping[str, Head], weighted: bool, like: Tensor
+    ) -> Unit:
+        """Before any evidence; ``like`` has the device and the dtype."""
+        first = heads[names[0]]
+        width = first.in_features + first.has_bias
+        outputs = sum(heads[name].out_features for name in names)
+        tasks = sum(heads[name].num_tasks for name in names)
+        wide = weighted and len(names) == 1 and tasks == outputs > 1
+        groups, columns = (outputs, 1) if wide else (1, outputs)
+        return Unit(
+            tuple(names),
+            wide,
+            weighted,
+            False,
+            like.new_zeros(groups, width, width),
+            like.new_zeros(groups, columns, width),
+            like.new_zeros(groups, 3, 1 if wide else tasks),
+        )
+
+    def alone(self, heads: Mapping[str, Head]) -> list[Unit]:
+        """One unit a head, each with this one's evidence, whose labels may be missing from now."""
+        if self.weighted:
+            return [self]
+        units, column, task = [], 0, 0
+        for name in self.names:
+            outputs, tasks = heads[name].out_features, heads[name].num_tasks
+            shift = self.shift[:, column : column + outputs]
+            scale = self.scale[:, :, task : task + tasks]
+            wide = tasks == outputs > 1
+            units.append(
+                Unit(
+                    (name,),
+                    wide,
+                    True,
+                    False,
+                    self.gram.expand(outputs, -1, -1) if wide else self.gram,
+                    shift.transpose(0, 1) if wide else shift,
+                    scale.permute(2, 1, 0) if wide else scale,
+                )
+            )
+            column, task = column + outputs, task + tasks
+        return units
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers, lists and dicts."""
+        basis = self.basis
+        return {
+            "names": list(self.names),
+            "weighted": self.weighted,
+            "started": self.started,
+            **{key: getattr(self, key).clone() for key in _TENSORS},
+            "basis": None
+            if basis is None
+            else {"left": basis.left, **{key: getattr(basis, key).clone() for key in _BASIS}},
+        }
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the rows of a stack of units belong to; the same in every step.
+
+    Attributes:
+        names: of the heads, by unit.
+        wide: Gram matrices of every unit, if these are wide; else ``None``, and each has one.
+        tasks: of every head, by unit.
+        columns: outputs (classes) of every head, by unit.
+        noise: fixed noise variances, ``[G, R]``, 0 where it is learned; ``None``: nowhere fixed.
+        ridge: ``1 / c γ``, per unit of noise, ``[G, P]``.
+        least_scale: of tasks that are not exact.
+    """
+
+    names: list[tuple[str, ...]]
+    wide: list[int] | None
+    tasks: list[list[int]]
+    columns: list[list[int]]
+    noise: Tensor | None
+    ridge: Tensor
+    least_scale: float
+
+    def by_head(self, values: Tensor, tasks: bool) -> dict[str, Tensor]:
+        """Rows ``[G, P, …]`` of all columns, or ``[G, T, …]`` of all tasks, by head."""
+        rows = values.unbind() if self.wide is None else values[:, 0].split(self.wide)
+        found: dict[str, Tensor] = {}
+        sizes = self.tasks if tasks else self.columns
+        for names, some, part in zip(self.names, sizes, rows, strict=True):
+            if len(some) == 1:
+                found[names[0]] = part
+            else:
+                found.update(zip(names, part.split_with_sizes(some), strict=True))
+        return found
+
+
+def running_mean(
+    state: Tensor, values: Sequence[Tensor], seen: Tensor | None, decay: float
+) -> Tensor:
+    """Exponential running means, kept as sums of values and, in the last row, of weights.
+
+    Args:
+        state: before, ``[…, R + 1, T]``; zeros at the start.
+        values: ``R`` tensors ``[…, T]``.
+        seen: booleans ``[…]``, ``None``: all; where not, the means stay as they are.
+        decay: of the weight of the past.
+    """
+    new = torch.stack([*values, torch.ones_like(values[0])], -2)
+    moved = torch.lerp(new, state, decay)
+    return moved if seen is None else torch.where(seen[..., None, None], moved, state)
+
+
+def means_of(state: Tensor, otherwise: Sequence[Tensor]) -> list[Tensor]:
+    """The running means, ``R`` tensors ``[…, T]``; ``otherwise`` before the first value."""
+    *sums, weight = state.unbind(-2)
+    known = weight > 0
+    return [torch.where(known, s / weight, o) for s, o in zip(sums, otherwise, strict=True)]
+
+
+def load_unit(state: Any, heads: Mapping[str, Head], like: Tensor) -> Unit:
+    """A unit of a checkpoint.
+
+    Raises:
+        CheckpointError: if any part of the state does not fit the heads.
+    """
+    check_keys(state, ("names", "weighted", "started", "basis", *_TENSORS), "a unit of evidence")
+    names = state["names"]
+    check(
+        isinstance(names, list)
+        and len(names) > 0
+        and all(isinstance(name, str) and name in heads for name in names),
+        f"it has evidence of tasks {names!r}, of which some are not known here",
+    )
+    for key in ("weighted", "started"):
+        check(isinstance(state[key], bool), f"a mark of evidence ({key}) is not a boolean")
+    first = heads[names[0]]
+    check(
+        all(
+            heads[n].in_features == first.in_features and heads[n].has_bias == first.has_bias
+            for n in names
+        ),
+        f"tasks {names!r} cannot share evidence",
+    )
+    blank = Unit.empty(names, heads, state["weighted"], like)
+    what = "tasks " + ", ".join(map(repr, names))
+    found = {
+        key: tensor_leaf(
+            state[key],
+            tuple(getattr(blank, key).shape),
+            like,
+            f"{what}: {key}",
+            minimum=0.0 if key == "scale" else None,
+        )
+        for key in _TENSORS
+    }
+    if bool((found["gram"].diagonal(dim1=-2, dim2=-1) < 0).any()):
+        raise CheckpointError(f"{what}: the evidence in the checkpoint is not a Gram matrix.")
+    basis = None if state["basis"] is None else _basis(state["basis"], blank, like, what)
+    return replace(
+        blank,
+        started=state["started"],
+        basis=basis,
+        gram=found["gram"],
+        shift=found["shift"],
+        scale=found["scale"],
+    )
+
+
+def _basis(state: Any, unit: Unit, like: Tensor, what: str) -> Basis:
+    """A basis of a checkpoint, checked."""
+    check_keys(state, ("left", *_BASIS), f"{what}: the basis")
+    shapes = (unit.gram.shape, unit.gram.shape[:2], unit.shift.shape)
+    tensors = [
+        tensor_leaf(state[key], tuple(shape), like, f"{what}: {key}")
+        for key, shape in zip(_BASIS, shapes, strict=True)
+    ]
+    check(bool((tensors[1] >= 0).all()), f"{what}: values of the basis are negative")
+    left = scalar_leaf(state["left"], int, f"{what}: steps of the basis", 0)
+    return Basis(tensors[0], tensors[1], tensors[2], left)
