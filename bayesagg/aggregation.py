@@ -14,7 +14,6 @@ __all__ = [
     "aggregate_diagonal",
     "aggregate_full",
     "aggregate_relative",
-    "aggregate_uniform",
 ]
 
 GradientScale = Literal["sum", "mean"]
@@ -92,31 +91,6 @@ def _weighted(
         weights.nan_to_num_()  # NaN: no task present at all
     gradient = (weights * mean).sum(1)
     return (gradient * _count(mean, present) if scale == "sum" else gradient), weights
-
-
-def aggregate_uniform(
-    mean: Tensor, present: Tensor | None = None, scale: GradientScale = "sum"
-) -> tuple[Tensor, Tensor]:
-    """:func:`aggregate_diagonal` with ``s = 0`` for every task: a sum or a mean.
-
-    Args:
-        mean: ``[N, K, d]``.
-        present: ``[N, K]`` booleans or ``None``.
-        scale: as in :func:`aggregate_diagonal`.
-
-    Returns:
-        ``g``, ``[N, d]``, and the weights, ``[N or 1, K, 1]``.
-    """
-    shape = (1, mean.shape[1]) if present is None else present.shape
-    weights = mean.new_ones(shape) if present is None else present.to(mean.dtype)
-    weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
-    if present is not None:
-        mean = mean.masked_fill(~present[..., None], 0)
-    gradient = mean.sum(1)
-    if scale == "mean":
-        count = _count(mean, present)
-        gradient = gradient / (count if isinstance(count, int) else count.clamp(min=1))
-    return gradient, weights[..., None]
 
 
 def aggregate_full(

@@ -176,19 +176,6 @@ class Likelihood(ABC):
     ) -> tuple[Tensor, Tensor]:
         """``E[g]``, ``[N, K, d]``, and ``Cov[g]``, ``[N, K, d, d]``, for factor one."""
 
-    @staticmethod
-    @abstractmethod
-    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
-        """Derivative of a loss of factor one at the outputs.
-
-        Args:
-            outputs: of one head, ``[o, N]``: outputs (classes) first, data last.
-            targets: of the same shape.
-
-        Returns:
-            of the same shape.
-        """
-
     def module_weights(self, mean: Tensor) -> Tensor:
         """Rows of the heads' modules, bias last, from means ``[R, M]``; ``[outputs, D]``."""
         return mean

@@ -63,8 +63,3 @@ class Binary(Likelihood):
         return monte_carlo_moments(
             features, targets, posterior, self.d, self.samples, generator, full=True
         )
-
-    @staticmethod
-    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
-        """``σ(z) - y``."""
-        return outputs.sigmoid() - targets

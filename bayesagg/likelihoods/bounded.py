@@ -127,11 +127,6 @@ class BoundedMulticlass(Likelihood):
             level = error.square_().sum(1).mean(1, keepdim=True)
             yield along, level.clamp_(min=torch.finfo(dtype).tiny), variance - rho.square(), rho
 
-    @staticmethod
-    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
-        """``p - y``."""
-        return outputs.softmax(0) - targets
-
 
 @lru_cache
 def _nodes(dimensions: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -123,11 +123,6 @@ class Multiclass(Likelihood):
             parts.append(part)
         return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
 
-    @staticmethod
-    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
-        """``p - y``."""
-        return outputs.softmax(0) - targets
-
     def module_weights(self, mean: Tensor) -> Tensor:
         """Contrasts back to classes; the common mode, which no output depends on, is zero."""
         basis = contrast_basis(self.classes, mean)

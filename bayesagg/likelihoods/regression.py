@@ -63,8 +63,3 @@ class Regression(Likelihood):
     ) -> tuple[Tensor, Tensor]:
         """Closed form."""
         return regression_moments(features, targets, posterior, self.d, full=True)
-
-    @staticmethod
-    def residual(outputs: Tensor, targets: Tensor) -> Tensor:
-        """``2 (z - y)``."""
-        return 2 * (outputs - targets)

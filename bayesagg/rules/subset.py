@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from bayesagg.aggregation import GradientScale
-from bayesagg.likelihoods import Likelihood
+from bayesagg.heads import Head
 from bayesagg.posterior import Gaussian
 from bayesagg.reading import Labels
+from bayesagg.reading.step import LIKELIHOODS
 from bayesagg.rules.groups import Group
 
 __all__ = ["Subset", "draw", "extend", "select"]
@@ -128,7 +129,7 @@ def extend(
         start += group.num_tasks
         for name, mean in group.means(posterior).items():
             part = group.slices[name]
-            point = _residuals(group.likelihood, known, part, h, mean.to(h.dtype))
+            point = _residuals(group.heads[name], known, part, h, mean.to(h.dtype))
             gradient.addmm_(point.mT, own[part] * mean[:, : h.shape[1]].to(h.dtype))
         if share is not None:
             present = _mask(known, group.num_tasks, len(h)).to(h.dtype)
@@ -141,19 +142,17 @@ def extend(
     return gradient.index_copy_(0, index, exact.to(h.dtype))
 
 
-def _residuals(
-    likelihood: Likelihood, known: Labels, part: slice, h: Tensor, mean: Tensor
-) -> Tensor:
+def _residuals(head: Head, known: Labels, part: slice, h: Tensor, mean: Tensor) -> Tensor:
     """``f e`` of one head at its posterior mean ``[o, D]``; ``[o, N]``, 0 without a label.
 
     Outputs come first: a softmax over rows of a few classes takes twenty times as long.
     """
-    z = mean[:, : likelihood.d] @ h.mT
-    if likelihood.bias:
+    z = mean[:, : h.shape[1]] @ h.mT
+    if head.has_bias:
         z += mean[:, -1:]
     targets = known.targets[:, part]
     targets = (targets[:, 0] if targets.dim() == 3 else targets).to(h.dtype).mT
-    residual = likelihood.residual(z, targets) * known.factor[:, part].to(h.dtype).mT
+    residual = LIKELIHOODS[head.kind].residual(z, targets) * known.factor[:, part].to(h.dtype).mT
     if known.present is not None:
         residual.masked_fill_(~known.present[:, part].mT, 0)
     return residual
