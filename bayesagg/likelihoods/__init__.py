@@ -4,12 +4,12 @@ A new likelihood is a subclass of :class:`Likelihood` and a line here, for the p
 :class:`bayesagg.likelihoods.bounds.Bound` for the default one.
 """
 
-from bayesagg.likelihoods.base import Evidence, Likelihood, data_weights
+from bayesagg.likelihoods.base import Evidence, Likelihood
 from bayesagg.likelihoods.binary import Binary
 from bayesagg.likelihoods.multiclass import Multiclass
 from bayesagg.likelihoods.regression import Regression
 
-__all__ = ["LIKELIHOODS", "Evidence", "Likelihood", "data_weights"]
+__all__ = ["LIKELIHOODS", "Evidence", "Likelihood"]
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "regression": Regression,

@@ -21,7 +21,7 @@ from bayesagg.posterior import Gaussian
 if TYPE_CHECKING:
     from bayesagg.reading import Labels
 
-__all__ = ["Evidence", "Likelihood", "data_weights", "label_count"]
+__all__ = ["Evidence", "Likelihood"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Likelihood(ABC):
         Args:
             features: ``h̃``, ``[N, D]``.
             labels: of ``K`` tasks.
-            weights: of the data, from :func:`data_weights`.
+            weights: of the data, as of :meth:`bayesagg.reading.Labels.weights`.
         """
 
     def squares(
@@ -179,25 +179,3 @@ class Likelihood(ABC):
     def module_weights(self, mean: Tensor) -> Tensor:
         """Rows of the heads' modules, bias last, from means ``[R, M]``; ``[outputs, D]``."""
         return mean
-
-
-def data_weights(labels: Labels) -> Tensor | None:
-    """How much every datum counts for every task, ``[N, K]``; ``None``: all alike.
-
-    The factor of its loss relative to the mean over the data that have a label, so that the scale
-    of the loss has no say; booleans where that is the same for all.
-    """
-    factor, present = labels.factor, labels.present
-    if factor.shape[0] == 1:
-        return present
-    if present is None:
-        return factor / factor.mean(0)
-    mean = (factor * present).sum(0) / present.sum(0).clamp(min=1)
-    return torch.where(present, factor / torch.where(mean > 0, mean, 1), 0)
-
-
-def label_count(labels: Labels) -> Tensor:
-    """Number of labels of every task, ``[K]``."""
-    if labels.present is None:
-        return labels.factor.new_full((labels.factor.shape[1],), float(len(labels.outputs)))
-    return labels.present.sum(0).to(labels.factor.dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from bayesagg.likelihoods.base import Evidence, Likelihood, label_count
+from bayesagg.likelihoods.base import Evidence, Likelihood
 from bayesagg.moments import (
     LogMoments,
     binary_log_moments,
@@ -38,7 +38,7 @@ class Binary(Likelihood):
     def evidence(self, features: Tensor, labels: Labels, weights: Tensor | None) -> Evidence:
         """Quadratic expansion at the current outputs."""
         precision, shift = binary_statistics(features, labels.targets, labels.outputs, weights)
-        return Evidence(precision, shift, label_count(labels))
+        return Evidence(precision, shift, labels.count())
 
     def moments(
         self,

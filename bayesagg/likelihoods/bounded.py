@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bayesagg.likelihoods.base import Evidence, Likelihood, label_count
+from bayesagg.likelihoods.base import Evidence, Likelihood
 from bayesagg.likelihoods.binary import Binary
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.moments import LogMoments
@@ -63,7 +63,7 @@ class BoundedMulticlass(Likelihood):
             one = weights[:, :1].to(features.dtype)
             precision = (features * one).mT @ features[None]
             shift = (working * one).mT @ features
-        return Evidence(precision * bound.curvature, shift * bound.curvature, label_count(labels))
+        return Evidence(precision * bound.curvature, shift * bound.curvature, labels.count())
 
     def moments(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesagg.errors import NumericalWarning
 from bayesagg.heads import Head
-from bayesagg.likelihoods.base import Evidence, Likelihood, label_count
+from bayesagg.likelihoods.base import Evidence, Likelihood
 from bayesagg.likelihoods.binary import Binary
 from bayesagg.likelihoods.bounded import BoundedMulticlass
 from bayesagg.moments import (
@@ -80,7 +80,7 @@ class Multiclass(Likelihood):
             for k in range(labels.targets.shape[1])
         ]
         precision = torch.stack([p[0] for p in parts]) if len(parts) > 1 else parts[0][0][None]
-        return Evidence(precision, torch.stack([p[1] for p in parts]), label_count(labels))
+        return Evidence(precision, torch.stack([p[1] for p in parts]), labels.count())
 
     def moments(
         self,

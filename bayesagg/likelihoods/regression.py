@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from bayesagg.likelihoods.base import Evidence, Likelihood, label_count
+from bayesagg.likelihoods.base import Evidence, Likelihood
 from bayesagg.moments import LogMoments, regression_log_moments, regression_moments
 from bayesagg.posterior import Gaussian, regression_statistics
 
@@ -32,7 +32,7 @@ class Regression(Likelihood):
     def evidence(self, features: Tensor, labels: Labels, weights: Tensor | None) -> Evidence:
         """Gram matrix, shared where all data count alike, and ``H̃ᵀy``."""
         precision, shift = regression_statistics(features, labels.targets, weights)
-        return Evidence(precision, shift, label_count(labels))
+        return Evidence(precision, shift, labels.count())
 
     def squares(
         self, features: Tensor, labels: Labels, weights: Tensor | None, posterior: Gaussian | None

@@ -90,6 +90,32 @@ class Labels:
         present = None if self.present is None else self.present[start:stop]
         return Labels(self.outputs[start:stop], self.targets[start:stop], factor, present)
 
+    def at(self, index: Tensor) -> Labels:
+        """The labels of the data ``index``, ``[n]``."""
+        factor = self.factor if len(self.factor) == 1 else self.factor[index]
+        present = None if self.present is None else self.present[index]
+        return Labels(self.outputs[index], self.targets[index], factor, present)
+
+    def count(self) -> Tensor:
+        """Number of labels of every task, ``[K]``."""
+        if self.present is None:
+            return self.factor.new_full((self.factor.shape[1],), float(len(self.outputs)))
+        return self.present.sum(0).to(self.factor.dtype)
+
+    def weights(self) -> Tensor | None:
+        """How much every datum counts for every task, ``[N, K]``; ``None``: all alike.
+
+        The factor of its loss relative to the mean over the data that have a label, so that the
+        scale of the loss has no say; booleans where that is the same for all.
+        """
+        factor, present = self.factor, self.present
+        if factor.shape[0] == 1:
+            return present
+        if present is None:
+            return factor / factor.mean(0)
+        mean = (factor * present).sum(0) / present.sum(0).clamp(min=1)
+        return torch.where(present, factor / torch.where(mean > 0, mean, 1), 0)
+
     def to(self, dtype: torch.dtype) -> Labels:
         """In another dtype."""
         return Labels(

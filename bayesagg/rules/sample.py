@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesagg.likelihoods import Evidence, data_weights
+from bayesagg.likelihoods import Evidence
 from bayesagg.posterior import Gaussian, augment
 from bayesagg.reading import Batch, Labels
 from bayesagg.rules.epochs import PaperMemory
 from bayesagg.rules.groups import Group
-from bayesagg.rules.subset import draw, select
+from bayesagg.rules.subset import draw
 
 __all__ = ["Sample"]
 
@@ -60,7 +60,7 @@ class Sample:
         if found is None:
             return self
         features = {bias: h[found.index] for bias, h in self.features.items()}
-        labels = select(self.labels, found.index)
+        labels = [known.at(found.index) for known in self.labels]
         rows = self.rows[found.index]
         return Sample(self.groups, rows, features, labels, found.index, found.scale)
 
@@ -73,7 +73,7 @@ class Sample:
         """
         found = []
         for group, known in zip(self.groups, self.labels, strict=True):
-            given = (self._features(group), known, data_weights(known))
+            given = (self._features(group), known, known.weights())
             part = group.likelihood.evidence(*given)
             if any(name in uneven for name in group.heads):
                 part = part.shared_by(group.num_tasks)
@@ -86,7 +86,7 @@ class Sample:
         for i, (group, known) in enumerate(zip(self.groups, self.labels, strict=True)):
             if group.learns:
                 posterior = None if posteriors is None else posteriors[i]
-                given = (self._features(group), known, data_weights(known), posterior)
+                given = (self._features(group), known, known.weights(), posterior)
                 found[i] = group.likelihood.squares(*given) * self.scale
         return found
 

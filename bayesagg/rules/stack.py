@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.likelihoods.bounds import BOUNDS
-from bayesagg.reading import Labels, Part
+from bayesagg.reading import Part
 from bayesagg.units import Unit
 
 __all__ = ["Columns", "Stack", "cat", "columns_of", "make_stacks", "runs"]
@@ -157,7 +157,13 @@ def columns_of(
                 factor = factor * _select(labels.present, tasks)
             factors.append(factor)
         if unit.weighted:
-            weights = _weights(labels, tasks)
+            own = labels.weights()
+            own = (
+                torch.ones_like(labels.factor.expand(len(labels.outputs), -1))
+                if own is None
+                else own
+            )
+            weights = _select(own, tasks)
     together = cat(responses, 1).to(dtype)
     return Columns(
         together,
@@ -248,17 +254,6 @@ def _select(values: Tensor, tasks: list[int] | None, wide: int = 1) -> Tensor:
     if columns == list(range(first, last)):
         return values[:, first:last]
     return values[:, columns]
-
-
-def _weights(labels: Labels, tasks: list[int] | None) -> Tensor:
-    """Weight of every datum relative to the mean over the labels of a task, ``[N, G]``."""
-    factor = _select(labels.factor, tasks).expand(len(labels.outputs), -1)
-    if labels.present is None:
-        return factor / factor.mean(0)
-    present = _select(labels.present, tasks)
-    total = (factor * present).sum(0)
-    mean = total / present.sum(0).clamp(min=1)
-    return torch.where(present, factor / torch.where(mean > 0, mean, 1), 0)
 
 
 def _cat_rows(parts: list[Tensor]) -> Tensor:

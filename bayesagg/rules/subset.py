@@ -34,7 +34,7 @@ from bayesagg.reading import Labels
 from bayesagg.reading.step import LIKELIHOODS
 from bayesagg.rules.groups import Group
 
-__all__ = ["Subset", "draw", "extend", "select"]
+__all__ = ["Subset", "draw", "extend"]
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,6 @@ def draw(
     place += torch.rand(max_data, dtype=torch.float64, device=device, generator=generator)
     index = place.mul_(rows / max_data).long().clamp_(max=rows - 1)
     return Subset(index if candidates is None else candidates[index], rows / max_data)
-
-
-def select(labels: Sequence[Labels], index: Tensor) -> list[Labels]:
-    """Labels of the data ``index``."""
-    return [
-        Labels(
-            known.outputs[index],
-            known.targets[index],
-            known.factor if known.factor.shape[0] == 1 else known.factor[index],
-            None if known.present is None else known.present[index],
-        )
-        for known in labels
-    ]
 
 
 def extend(
@@ -164,8 +151,8 @@ def _given_a_label(weights: Tensor, labels: Sequence[Labels], index: Tensor) -> 
     A task without a label in the subset gets the weight of uniform ones.
     """
     sizes = [known.factor.shape[1] for known in labels]
-    pairs = zip(select(labels, index), sizes, strict=True)
-    masks = torch.cat([_mask(known, size, len(index)) for known, size in pairs], dim=1)
+    pairs = zip(labels, sizes, strict=True)
+    masks = torch.cat([_mask(known.at(index), size, len(index)) for known, size in pairs], dim=1)
     fraction = masks.to(weights.dtype).mean(0)[:, None] / masks.any(1).to(weights.dtype).mean()
     uniform = torch.full_like(weights, 1 / len(weights))
     return torch.where(fraction > 0, weights / fraction, uniform)
