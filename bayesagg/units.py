@@ -135,7 +135,8 @@ class Frame:
         tasks: of every head, by unit.
         columns: outputs (classes) of every head, by unit.
         noise: fixed noise variances, ``[G, R]``, 0 where it is learned; ``None``: nowhere fixed.
-        ridge: ``1 / c γ``, per unit of noise, ``[G, P]``.
+        ridge: ``1 / c γ``, per unit of noise, ``[G, P]``; ``[G, 1]`` where it is one number of
+            classifications alone.
         least_scale: of tasks that are not exact.
     """
 

@@ -23,7 +23,7 @@ class Spectrum:
 
     Attributes:
         vectors: ``Q``, ``[G, D, D]``; of a basis that is kept, perhaps in less precision.
-        inverse: ``1 / (ω + λ_k)``, ``[G, P, D]``.
+        inverse: ``1 / (ω + λ_k)``, ``[G, P, D]``, or ``[G, 1, D]`` where outputs share the ridge.
         mean: ``[G, P, D]``.
         values: ``ω``, the diagonal of ``QᵀΛQ``, ``[G, D]``.
     """
@@ -54,14 +54,18 @@ class Spectrum:
         Args:
             gram: ``Λ``, ``[G, D, D]``.
             shift: ``η``, ``[G, P, D]``.
-            ridge: ``λ``, ``[G, P]``; one below 1e-10 of the largest eigenvalue is raised to it.
+            ridge: ``λ``, ``[G, P]``, or ``[G, 1]`` of all; one below 1e-10 of the largest eigenvalue
+                is raised to it.
         """
         values, vectors = torch.linalg.eigh(gram)
         floor = (values[:, -1:] * _LEAST_RIDGE).clamp_min_(torch.finfo(gram.dtype).tiny)
         ridge = torch.maximum(ridge, floor)
         inverse = torch.add(values.clamp_min_(0.0)[:, None], ridge[..., None]).reciprocal_()
-        scaled = torch.bmm(shift, vectors).mul_(inverse)
-        return Spectrum(vectors, inverse, torch.bmm(scaled, vectors.mT), values)
+        if inverse.shape[1] < shift.shape[1]:  # one product with all outputs in place of two
+            mean = torch.bmm(shift, torch.bmm(vectors * inverse, vectors.mT))
+        else:
+            mean = torch.bmm(torch.bmm(shift, vectors).mul_(inverse), vectors.mT)
+        return Spectrum(vectors, inverse, mean, values)
 
     @staticmethod
     def near(

@@ -85,6 +85,7 @@ def frame_of(
     noises = [getattr(head, "noise_variance", None) for head in columns]
     fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
     noise = like.new_tensor(fixed).view(shape)[:, :exact] if any(fixed) else None
+    ridge = like.new_tensor(ridges).view(shape)
     by_unit = [[memory.heads[name] for name in unit.names] for unit in units]
     frame = memory.frames[key] = Frame(
         [unit.names for unit in units],
@@ -92,7 +93,7 @@ def frame_of(
         [[head.num_tasks for head in some] for some in by_unit],
         [[head.out_features for head in some] for some in by_unit],
         noise,
-        like.new_tensor(ridges).view(shape),
+        ridge if exact or len(set(ridges)) > 1 else ridge[:, :1],
         max(BOUNDS[head.kind].least_scale for head in heads),
     )
     return frame

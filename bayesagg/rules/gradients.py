@@ -122,7 +122,9 @@ def gradients(
                     kept[-1][1] = at
                 else:
                     kept.append([start, at])
-        if scales:
+        if scales and sum(head.num_tasks for part in some for head in part.heads) == 1:
+            add(key, plain[key] * scales[0][0].to(gradient.dtype))  # one task, in another unit
+        elif scales:
             if kept != [[0, at]]:
                 gradient = cat([gradient[:, i:j] for i, j in kept], 1)
                 rows = cat([rows[i:j] for i, j in kept])
