@@ -1,8 +1,14 @@
-"""Curvatures of classifications at a point, and the posteriors around a mode."""
+"""Curvatures of classifications at a point, with that of the prior, and posteriors around modes.
+
+Both kinds are of ``G`` independent problems of ``M`` weights: binary outputs, or all contrasts of
+classes. Their ``basis`` is that of the contrasts, ``[E, C]``; ``None`` of binary outputs.
+``precision`` is that of the prior, ``[G]``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,95 +20,91 @@ __all__ = ["Curvature", "Exact", "Kronecker"]
 
 @dataclass(frozen=True)
 class Exact:
-    """Of ``G`` independent problems of ``M`` weights: binary outputs, or all contrasts of classes.
-
-    Attributes:
-        matrix: ``Λ``, ``[G, M, M]``.
-        basis: of the contrasts, ``[E, C]``; ``None`` of binary outputs.
-    """
+    """``Λ + precision`` with the matrix ``Λ``, ``[G, M, M]``."""
 
     matrix: Tensor
+    precision: Tensor
     basis: Tensor | None
-    _known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def factor(self, precision: Tensor) -> Tensor:
-        """Cholesky factor of ``Λ + precision``, kept for the steps that it serves."""
-        known = self._known.get("factor")
-        if known is None or not torch.equal(known[0], precision):
-            total = self.matrix.clone()
-            total.diagonal(dim1=-2, dim2=-1).add_(precision[:, None])
-            known = self._known["factor"] = (precision, torch.linalg.cholesky(total))
-        return known[1]
+    @cached_property
+    def factor(self) -> Tensor:
+        """Lower Cholesky factor, ``[G, M, M]``."""
+        total = self.matrix.clone()
+        total.diagonal(dim1=-2, dim2=-1).add_(self.precision[:, None])
+        factor: Tensor = torch.linalg.cholesky(total)
+        return factor
 
-    def solve(self, gradient: Tensor, precision: Tensor) -> Tensor:
-        """``(Λ + precision)⁻¹ gradient``, ``[G, M]``; ``precision``: of the prior, ``[G]``."""
-        solved: Tensor = torch.cholesky_solve(gradient[..., None], self.factor(precision))
+    @cached_property
+    def whitener(self) -> Tensor:
+        """Inverse of the factor."""
+        identity = torch.eye(self.matrix.shape[-1]).to(self.matrix)
+        whitener: Tensor = torch.linalg.solve_triangular(self.factor, identity, upper=False)
+        return whitener
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """``(Λ + precision)⁻¹ gradient``, ``[G, M]``."""
+        solved: Tensor = torch.cholesky_solve(gradient[..., None], self.factor)
         return solved[..., 0]
 
-    def determined(self, precision: Tensor) -> Tensor:
+    def determined(self) -> Tensor:
         """``tr Λ (Λ + precision)⁻¹``, ``[G]``."""
-        omega = torch.linalg.eigvalsh(self.matrix).clamp_min(0)
-        share: Tensor = omega / (omega + precision[:, None])
-        return share.sum(1)
+        trace = self.whitener.square().sum((1, 2))
+        return (self.matrix.shape[-1] - self.precision * trace).clamp_min(0)
 
-    def inferred(self, mean: Tensor, precision: Tensor) -> Inferred:
+    def inferred(self, mean: Tensor) -> Inferred:
         """The posterior around a mode, ``[G, M]``."""
-        factor = self.factor(precision)
-        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        whitener = torch.linalg.solve_triangular(factor, identity, upper=False)
         if self.basis is None:
             # Any V with S = V Vᵀ will do for eigenvectors, and this one costs a tenth.
-            return Inferred(mean, whitener.mT, torch.ones_like(mean)[:, None])
+            return Inferred(mean, self.whitener.mT, torch.ones_like(mean)[:, None])
         columns = len(self.basis)
-        root = whitener[0].view(mean.shape[1], columns, -1)
+        root = self.whitener[0].view(mean.shape[1], columns, -1)
         return Inferred(self.basis.mT @ mean.view(columns, -1), rotation=self.basis.mT, root=root)
 
 
 @dataclass(frozen=True)
 class Kronecker:
-    """``C̄ ⊗ H̃ᵀH̃`` by the eigenvalues of both; members as of :class:`Exact`.
+    """``C̄ ⊗ H̃ᵀH̃ + precision`` by the eigenvalues of both; methods as of :class:`Exact`.
 
     Attributes:
         left: eigenvalues of ``C̄``, ``[P]``; of binary outputs their mean curvatures.
         turn: its eigenvectors, ``[P, P]``; ``None`` of binary outputs.
         values: eigenvalues of the Gram matrix, ``[D]``.
         vectors: its eigenvectors.
-        basis: as of :class:`Exact`.
     """
 
     left: Tensor
     turn: Tensor | None
     values: Tensor
     vectors: Tensor
+    precision: Tensor
     basis: Tensor | None
 
-    def solve(self, gradient: Tensor, precision: Tensor) -> Tensor:
+    @cached_property
+    def inverse(self) -> Tensor:
+        """Along the eigenvectors, ``[P, D]``."""
+        return 1 / (self.left[:, None] * self.values + self.precision[:, None])
+
+    def solve(self, gradient: Tensor) -> Tensor:
         """As of :class:`Exact`."""
         turned = gradient.view(len(self.left), -1) @ self.vectors
-        if self.turn is not None:
-            turned = self.turn.mT @ turned
-        turned = turned * self._inverse(precision)
-        if self.turn is not None:
-            turned = self.turn @ turned
+        if self.turn is None:
+            turned = turned * self.inverse
+        else:
+            turned = self.turn @ (self.turn.mT @ turned * self.inverse)
         return (turned @ self.vectors.mT).view_as(gradient)
 
-    def determined(self, precision: Tensor) -> Tensor:
+    def determined(self) -> Tensor:
         """As of :class:`Exact`."""
-        left = 1 - precision[:, None] * self._inverse(precision)
-        return left.view(len(precision), -1).sum(1)
+        share = 1 - self.precision[:, None] * self.inverse
+        return share.view(len(self.precision), -1).sum(1)
 
-    def inferred(self, mean: Tensor, precision: Tensor) -> Inferred:
+    def inferred(self, mean: Tensor) -> Inferred:
         """As of :class:`Exact`."""
-        variances, rotation = self._inverse(precision)[None], None
-        if self.basis is not None and self.turn is not None:
-            mean, rotation = (
-                self.basis.mT @ mean.view(len(self.left), -1),
-                self.basis.mT @ self.turn,
-            )
-        return Inferred(mean, self.vectors[None], variances, rotation)
-
-    def _inverse(self, precision: Tensor) -> Tensor:
-        return 1 / (self.left[:, None] * self.values + precision[:, None])
+        parts = self.vectors[None], self.inverse[None]
+        if self.basis is None or self.turn is None:
+            return Inferred(mean, *parts)
+        back = self.basis.mT
+        return Inferred(back @ mean.view(len(self.left), -1), *parts, rotation=back @ self.turn)
 
 
 Curvature = Exact | Kronecker

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesagg.errors import CheckpointError, PredictionError
-from bayesagg.heads import Head, LossTask, check_kinds, named_heads, stacked
+from bayesagg.heads import Head, LossTask, check_kinds, named_heads
 from bayesagg.predicting.calibration import Collected, calibrate_head
 from bayesagg.predicting.classification import MAX_PARAMETERS, laplace
 from bayesagg.predicting.data import Source
@@ -276,17 +276,8 @@ class Predictor(nn.Module):
         noises = {name: _number(getattr(heads[name], "noise_variance", None)) for name in sums}
         found = solve(sums, priors, noises)
         for name in keep:
-            head = heads[name]
-            found[name] = laplace(
-                name,
-                head.kind,
-                stacked(head),
-                head.has_bias,
-                partial(source.of, name),
-                priors[name],
-                passes=passes,
-                max_parameters=max_parameters,
-            )
+            data_of = partial(source.of, name)
+            found[name] = laplace(name, heads[name], data_of, priors[name], passes, max_parameters)
         return self._set(found)
 
     def _set(self, found: Mapping[str, Inferred]) -> Predictor:
