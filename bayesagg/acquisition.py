@@ -153,7 +153,7 @@ def select(prediction: Prediction, count: int) -> Tensor:
 
 def _outputs(prediction: Prediction) -> int:
     """The dimension of the outputs."""
-    return 1 if prediction.posterior.layout.channels_first else -1
+    return 1 if prediction.posterior.head.channels_first else -1
 
 
 def _regression_information(prediction: RegressionPrediction, joint: bool) -> Tensor:

@@ -95,7 +95,7 @@ def interval_coverage(
             f"targets have shape {tuple(targets.shape)}, the prediction "
             f"{tuple(prediction.mean.shape)}"
         )
-    first = prediction.posterior.layout.channels_first
+    first = prediction.posterior.head.channels_first
     seen, shares = ~targets.isnan(), []
     for level in levels:
         low, high = prediction.interval(level)

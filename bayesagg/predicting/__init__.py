@@ -4,10 +4,9 @@
 :class:`Prediction` for each task.
 """
 
-from bayesagg.predicting.labels import BinaryPrediction, MulticlassPrediction
+from bayesagg.predicting.kinds import BinaryPrediction, MulticlassPrediction, RegressionPrediction
 from bayesagg.predicting.prediction import Prediction
 from bayesagg.predicting.predictor import MeanAndStddev, Predictor
-from bayesagg.predicting.values import RegressionPrediction
 
 __all__ = [
     "BinaryPrediction",

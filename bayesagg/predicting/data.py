@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bayesagg.errors import TargetError, UnknownTaskError
+from bayesagg.heads import Head
 from bayesagg.predicting.network import Heads, call, check_finite, moved
-from bayesagg.predicting.state import Layout
+from bayesagg.reading.hooks import flatten
 
 __all__ = ["CHUNK", "Rows", "Source"]
 
@@ -77,7 +78,7 @@ class Source:
         if self._complete and self._kept is not None:
             yield from self._kept
             return
-        seen: dict[str, list[bool]] = {task: [False] for task in self.heads.layouts}
+        seen: dict[str, list[bool]] = {task: [False] for task in self.heads.by_task}
         for batches in self._together():
             for piece in self._read(batches):
                 for task, rows in piece.items():
@@ -118,7 +119,7 @@ class Source:
         device = next(self.model.parameters()).device
         with self.heads.watched(self.model) as seen:
             for batch in self.loader:
-                inputs, targets = _pair(batch, self.heads.layouts)
+                inputs, targets = _pair(batch, self.heads.by_task)
                 call(self.model, moved(inputs, device))
                 raw = {task: (self.heads.received(seen, task), y) for task, y in targets.items()}
                 for calls in seen.values():
@@ -136,18 +137,18 @@ class Source:
     def _read(self, batches: list[Raw]) -> Iterator[dict[str, Rows]]:
         groups: dict[tuple[int, bool], list[str]] = {}
         for task, (features, _) in batches[0].items():
-            key = (id(features), self.heads.layouts[task].channels_first)
+            key = (id(features), self.heads.by_task[task].channels_first)
             groups.setdefault(key, []).append(task)
         for tasks in groups.values():
-            first = self.heads.layouts[tasks[0]]
+            first = self.heads.by_task[tasks[0]]
             features = _cat([raw[tasks[0]][0] for raw in batches])
             check_finite(tasks[0], features)
-            features = first.flat(features)
+            features = flatten(features, first.channels_first)
             parts = features.split(max(1, CHUNK // features.shape[1]))
             pieces: list[dict[str, Rows]] = [{} for _ in parts]
             for task in tasks:
                 target = _cat([raw[task][1] for raw in batches]).to(features.device)
-                y, present = _labelled(task, self.heads.layouts[task], features, target)
+                y, present = _labelled(task, self.heads.by_task[task], features, target)
                 start = 0
                 for piece, part in zip(pieces, parts, strict=True):
                     own = slice(start, start := start + len(part))
@@ -180,7 +181,7 @@ def _labels_of(rows: Rows, before: list[bool]) -> list[bool]:
     return [a or b for a, b in zip(now, before * (len(now) // len(before)), strict=True)]
 
 
-def _pair(batch: Any, heads: Mapping[str, Layout]) -> tuple[Any, dict[str, Tensor]]:
+def _pair(batch: Any, heads: Mapping[str, Head]) -> tuple[Any, dict[str, Tensor]]:
     """Inputs and targets by task.
 
     Raises:
@@ -211,14 +212,14 @@ def _pair(batch: Any, heads: Mapping[str, Layout]) -> tuple[Any, dict[str, Tenso
 
 
 def _labelled(
-    task: str, head: Layout, features: Tensor, target: Tensor
+    task: str, head: Head, features: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Labels of a head as of :class:`Rows`, checked.
 
     Raises:
         TargetError: for labels of another shape, or that are none of the head's.
     """
-    data, outputs = len(features), head.outputs
+    data, outputs = len(features), head.out_features
     each = target.numel() == data * outputs
     if each and head.channels_first and target.dim() > 2 and target.shape[1] == outputs:
         target = target.movedim(1, -1)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from bayesagg.errors import CaptureError, FeatureError, HeadError
 from bayesagg.heads import Head
-from bayesagg.predicting.state import Layout
 
 __all__ = ["Heads", "call", "check_finite", "moved"]
 
@@ -30,8 +29,7 @@ class Heads:
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Head]) -> None:
         names = {id(module): name for name, module in model.named_modules()}
-        self.paths: dict[str, str] = {}
-        self.layouts = {task: Layout.of(head) for task, head in heads.items()}
+        self.by_task, self.paths = dict(heads), dict[str, str]()
         for task, head in heads.items():
             if id(head.watched) not in names:
                 raise HeadError(
@@ -71,18 +69,18 @@ class Heads:
             CaptureError: if it was not called, or several times.
             HeadError: if it received another width than before.
         """
-        calls, layout = seen[task], self.layouts[task]
+        calls, head = seen[task], self.by_task[task]
         if len(calls) != 1:
             how = "was not used" if not calls else f"was used {len(calls)} times"
             raise CaptureError(
                 f"task {task!r}: its head {how} in the forward pass. A prediction needs one call "
                 f"of every head: pass inputs for which the model runs all of them, once each."
             )
-        width = calls[0].shape[1 if layout.channels_first else -1]
-        if width != layout.inputs:
+        width = calls[0].shape[1 if head.channels_first else -1]
+        if width != head.in_features:
             raise HeadError(
                 f"task {task!r}: its head received {width} features, the predictor knows "
-                f"{layout.inputs}. Heads were changed after it was made: make a new one."
+                f"{head.in_features}. Heads were changed after it was made: make a new one."
             )
         return calls.pop()
 

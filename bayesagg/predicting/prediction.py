@@ -10,10 +10,24 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bayesagg.predicting.state import HeadPosterior
+from bayesagg.reading.hooks import flatten
 
-__all__ = ["CHUNK", "Prediction", "Reading"]
+__all__ = ["CHUNK", "Prediction", "Reading", "by_rows"]
 
 CHUNK = 1 << 22  # elements of the largest intermediate; bounds the extra memory of dense heads
+
+
+def by_rows(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], each: int, *rows: Tensor
+) -> tuple[Tensor, ...]:
+    """A function of rows, some data at a time; ``each``: elements that it has of a datum."""
+    size = max(1, CHUNK // max(each, 1))
+    # A traced graph has no loop whose length depends on the batch.
+    whole = torch.compiler.is_compiling() or len(rows[0]) <= size
+    parts = [rows] if whole else zip(*(r.split(size) for r in rows), strict=True)
+    found = [function(*part) for part in parts]
+    pieces = [(one,) if isinstance(one, Tensor) else one for one in found]
+    return tuple(p[0] if whole else torch.cat(p) for p in zip(*pieces, strict=True))
 
 
 class Reading:
@@ -25,11 +39,11 @@ class Reading:
     """
 
     def __init__(self, features: Tensor, posteriors: Sequence[HeadPosterior]) -> None:
-        self.posteriors, first = posteriors, posteriors[0].layout.channels_first
+        self.posteriors, first = posteriors, posteriors[0].head.channels_first
         shape = features.shape
         self.shape = (shape[0], *shape[2:]) if first else shape[:-1]
+        self.h = posteriors[0].augmented(flatten(features, first))
         self._parts: dict[str, tuple[Tensor, ...]] = {}
-        self.h = posteriors[0].augmented(posteriors[0].layout.flat(features))
 
     def of_all(self, name: str, dimension: int = 0) -> Tensor:
         """A buffer of all of them, along their outputs."""
@@ -40,9 +54,8 @@ class Reading:
     def part(self, name: str, place: int) -> Tensor:
         """What one of the heads has of a member."""
         if name not in self._parts:
-            whole: Tensor = getattr(self, name)
-            widths = [posterior.layout.outputs for posterior in self.posteriors]
-            self._parts[name] = (whole,) if len(widths) == 1 else whole.split(widths, 1)
+            widths = [posterior.head.out_features for posterior in self.posteriors]
+            self._parts[name] = getattr(self, name).split(widths, 1)
         return self._parts[name][place]
 
     @cached_property
@@ -55,7 +68,7 @@ class Reading:
         """Variance of all outputs, ``[N, o]``."""
         first = self.posteriors[0]
         if not first.shared:
-            return self.by_rows(first.variance, first.per_row())[0]
+            return by_rows(first.variance, first.per_row(), self.h)[0]
         square = (self.h @ first.vectors[0].to(self.h.dtype)).square()
         return square @ self.of_all("variances", 1)[0].mT
 
@@ -64,19 +77,6 @@ class Reading:
         """Standard deviation of all labels, of regressions."""
         factor = self.of_all("scale").square() / (1 - 2 / self.of_all("dof"))
         return ((self.variance + self.of_all("noise")) * factor).sqrt()
-
-    def by_rows(
-        self, function: Callable[..., Tensor | tuple[Tensor, ...]], each: int, *more: Tensor
-    ) -> tuple[Tensor, ...]:
-        """A function of ``h̃`` and other rows, some data at a time; ``each``: elements a datum."""
-        size = max(1, CHUNK // max(each, 1))
-        rows = (self.h, *more)
-        # A traced graph has no loop whose length depends on the batch.
-        whole = torch.compiler.is_compiling() or self.h.shape[0] <= size
-        parts = [rows] if whole else zip(*(r.split(size) for r in rows), strict=True)
-        found = [function(*part) for part in parts]
-        pieces = [(one,) if isinstance(one, Tensor) else one for one in found]
-        return tuple(p[0] if len(p) == 1 else torch.cat(p) for p in zip(*pieces, strict=True))
 
 
 class Prediction:
@@ -175,7 +175,7 @@ class Prediction:
         Raises:
             TypeError: for classes, whose logits depend on each other.
         """
-        if self.posterior.layout.kind == "multiclass":
+        if self.posterior.head.kind == "multiclass":
             raise TypeError(
                 "covariance() is for values and binary outputs: draw classes, sample()."
             )
@@ -209,19 +209,14 @@ class Prediction:
     def _sample(self, number: int, noise: bool, generator: torch.Generator | None) -> Tensor:
         raise NotImplementedError
 
-    @property
-    def _scale(self) -> Tensor:
-        return self.posterior.scale.to(self.rows.dtype)
+    def _own(self, name: str) -> Tensor:
+        """A buffer of the posterior in the precision of the prediction."""
+        buffer: Tensor = getattr(self.posterior, name)
+        return buffer.to(self.rows.dtype)
 
     def _back(self, rows: Tensor, lead: int = 0) -> Tensor:
         """``[…, N, o]`` in the shape of the output; ``lead``: dimensions in front."""
         if rows.dim() == 2 and len(self._reading.shape) == 1:
             return rows
         shaped = rows.reshape(*rows.shape[:lead], *self._reading.shape, rows.shape[-1])
-        return shaped.movedim(-1, lead + 1) if self.posterior.layout.channels_first else shaped
-
-    def _per_output(self, values: Tensor) -> Tensor:
-        """``[o]`` so that it broadcasts with the output."""
-        if not self.posterior.layout.channels_first:
-            return values
-        return values.view(-1, *(1 for _ in self._reading.shape[1:]))
+        return shaped.movedim(-1, lead + 1) if self.posterior.head.channels_first else shaped

@@ -11,23 +11,17 @@ from torch import Tensor, nn
 
 from bayesagg.errors import CheckpointError, PredictionError
 from bayesagg.heads import Head, LossTask, check_kinds, named_heads
-from bayesagg.predicting.calibration import Collected, calibrate_head
+from bayesagg.predicting.calibration import Calibration
 from bayesagg.predicting.classification import MAX_PARAMETERS, laplace
 from bayesagg.predicting.data import Source
-from bayesagg.predicting.labels import BinaryPrediction, MulticlassPrediction
+from bayesagg.predicting.kinds import KINDS
 from bayesagg.predicting.network import Heads, check_finite
 from bayesagg.predicting.prediction import Prediction, Reading
-from bayesagg.predicting.regression import Prior, Sums, solve, sums_of
+from bayesagg.predicting.regression import Prior, solve, sums_of
 from bayesagg.predicting.state import HeadPosterior, Inferred
-from bayesagg.predicting.values import RegressionPrediction
 
 __all__ = ["MeanAndStddev", "Predictor", "PriorVariance"]
 
-_KINDS: dict[str, type[Prediction]] = {
-    "regression": RegressionPrediction,
-    "binary": BinaryPrediction,
-    "multiclass": MulticlassPrediction,
-}
 PriorVariance = float | Literal["marginal_likelihood"] | None
 
 
@@ -64,7 +58,7 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
-        check_kinds(named, _KINDS, "prediction")
+        check_kinds(named, KINDS, "prediction")
         self._heads = Heads(model, named)
         self.model, self.tasks = model, tuple(named)
         self.posteriors = nn.ModuleList(HeadPosterior(head) for head in named.values())
@@ -103,15 +97,7 @@ class Predictor(nn.Module):
         Raises:
             BayesAggError: a specific subclass for each kind of bad data, which names the task.
         """
-        named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
-        return cls(model, named)._fit(
-            named,
-            data,
-            _own_prior,
-            prior_variance=prior_variance,
-            passes=passes,
-            max_parameters=max_parameters,
-        )
+        return cls(model, heads)._fit(data, _own_prior, prior_variance, passes, max_parameters)
 
     @classmethod
     def of_rule(
@@ -132,7 +118,7 @@ class Predictor(nn.Module):
         predictor = cls(model, heads)
         if data is not None:
             prior_of = getattr(rule, "prior_of", _own_prior)
-            return predictor._fit(heads, data, prior_of, **settings)
+            return predictor._fit(data, prior_of, **settings)
         inferred = getattr(rule, "inferred", None)
         if inferred is None:
             raise PredictionError(
@@ -170,14 +156,14 @@ class Predictor(nn.Module):
         features = self._features(inputs, keywords, differentiable)
         groups: dict[object, dict[str, HeadPosterior]] = {}
         for name, posterior in self._named():
-            kind = posterior.layout.kind, posterior.layout.bias, posterior.layout.channels_first
-            own = id(posterior.vectors) if posterior.shared else name
-            groups.setdefault((id(features[name]), kind, own), {})[name] = posterior
+            head = posterior.head  # with its own eigenvectors, or those of others
+            form = head.kind, head.has_bias, head.channels_first, id(posterior.vectors)
+            groups.setdefault((id(features[name]), form), {})[name] = posterior
         found = {}
         for group in groups.values():
             reading = Reading(features[next(iter(group))], list(group.values()))
             for place, (name, posterior) in enumerate(group.items()):
-                found[name] = _KINDS[posterior.layout.kind](reading, place)
+                found[name] = KINDS[posterior.head.kind](reading, place)
         return {name: found[name] for name in self.tasks}
 
     def calibrate(self, data: Iterable[Any]) -> Predictor:
@@ -197,12 +183,12 @@ class Predictor(nn.Module):
             BayesAggError: as of :meth:`fit`; nothing has changed then.
         """
         self._check_known()
-        collected = {name: Collected(posterior) for name, posterior in self._named()}
+        calibrations = {name: Calibration(posterior) for name, posterior in self._named()}
         for piece in Source(self.model, self._heads, data, cache=0).pieces():
             for name, rows in piece.items():
-                collected[name].add(rows)
-        for part in collected.values():
-            calibrate_head(part)
+                calibrations[name].add(rows)
+        for calibration in calibrations.values():
+            calibration.finish()
         return self
 
     def exportable(self) -> MeanAndStddev:
@@ -218,7 +204,7 @@ class Predictor(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Names and kinds of the tasks, to be compared with those of a state."""
-        return {"tasks": [[name, p.layout.kind] for name, p in self._named()]}
+        return {"tasks": [[name, p.head.kind] for name, p in self._named()]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Compare the tasks with those of a state.
@@ -258,26 +244,20 @@ class Predictor(nn.Module):
     @torch.no_grad()
     def _fit(
         self,
-        heads: Mapping[str, Head],
         data: Iterable[Any],
         prior_of: Callable[[Head], Prior],
-        *,
         prior_variance: PriorVariance = None,
         passes: int = 50,
         max_parameters: int = MAX_PARAMETERS,
     ) -> Predictor:
+        heads = self._heads.by_task
         priors = {name: _prior(prior_of(head), prior_variance) for name, head in heads.items()}
         keep = [name for name, head in heads.items() if head.kind != "regression"]
         source = Source(self.model, self._heads, data, keep)
-        sums: dict[str, Sums] = {}
-        for piece in source.pieces():
-            for name, new in sums_of(piece, self._heads.layouts).items():
-                sums[name] = sums[name] + new if name in sums else new
-        noises = {name: _number(getattr(heads[name], "noise_variance", None)) for name in sums}
-        found = solve(sums, priors, noises)
+        found = solve(sums_of(source.pieces(), heads), heads, priors)
         for name in keep:
-            data_of = partial(source.of, name)
-            found[name] = laplace(name, heads[name], data_of, priors[name], passes, max_parameters)
+            rows = partial(source.of, name)
+            found[name] = laplace(name, heads[name], rows, priors[name], passes, max_parameters)
         return self._set(found)
 
     def _set(self, found: Mapping[str, Inferred]) -> Predictor:
@@ -320,10 +300,6 @@ class MeanAndStddev(nn.Module):
         """``(mean, stddev)`` by task, in the shape of the head's output."""
         found = self.predictor(*inputs, **keywords)
         return {name: (p.mean, p.stddev) for name, p in found.items()}
-
-
-def _number(noise: object) -> float | None:
-    return float(noise) if isinstance(noise, int | float) else None
 
 
 def _own_prior(head: Head) -> Prior:

@@ -9,15 +9,17 @@ freedom. A prior on request: ``γ = |m|² / Σ ω / (ω + λ)``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayesagg.heads import Head
 from bayesagg.posterior import augment, weighted_gram
 from bayesagg.predicting.data import Rows
-from bayesagg.predicting.state import Inferred, Layout
+from bayesagg.predicting.state import Inferred
 
 __all__ = ["Prior", "Sums", "solve", "sums_of"]
 
@@ -41,97 +43,83 @@ class Prior:
     learned: bool = False
 
 
-@dataclass
-class Sums:
+class Sums(NamedTuple):
     """Sufficient statistics of ``o`` regressions, in float64.
 
     Attributes:
         gram: ``Λ``, ``[1, D, D]``, or ``[o, D, D]`` where labels are missing.
         shift: ``H̃ᵀy``, ``[o, D]``.
         square: ``yᵀy``, ``[o]``.
-        count: labels, ``[o]``.
+        labels: how many, ``[o]``.
     """
 
     gram: Tensor
     shift: Tensor
     square: Tensor
-    count: Tensor
-
-    @staticmethod
-    def of(h: Tensor, targets: Tensor, present: Tensor | None, gram: Tensor) -> Sums:
-        """Of some data.
-
-        Args:
-            h: ``h̃``, ``[N, D]``, float64.
-            targets: ``[N, o]``, zero where missing.
-            present: ``[N, o]``; ``None``: all.
-            gram: ``H̃ᵀH̃``, ``[1, D, D]``, for the case that no label is missing.
-        """
-        y = targets.double()
-        if present is None:
-            count = y.new_full((y.shape[1],), float(len(y)))
-        else:
-            gram, count = weighted_gram(h, present.double()), present.sum(0).double()
-        return Sums(gram, y.mT @ h, y.square().sum(0), count)
-
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(
-            self.gram + other.gram,
-            self.shift + other.shift,
-            self.square + other.square,
-            self.count + other.count,
-        )
+    labels: Tensor
 
 
-def sums_of(piece: Mapping[str, Rows], layouts: Mapping[str, Layout]) -> dict[str, Sums]:
-    """Of the regressions in a piece of data, which share the Gram matrix."""
-    known: dict[bool, tuple[Tensor, Tensor]] = {}
-    found = {}
-    for task, rows in piece.items():
-        if layouts[task].kind == "regression":
-            bias = layouts[task].bias
+def sums_of(pieces: Iterable[dict[str, Rows]], heads: Mapping[str, Head]) -> dict[str, Sums]:
+    """Of the regressions in pieces of data; those of a piece share the Gram matrix."""
+    found: dict[str, Sums] = {}
+    for piece in pieces:
+        known: dict[bool, tuple[Tensor, Tensor]] = {}
+        for task, rows in piece.items():
+            bias, y = heads[task].has_bias, rows.targets.double()
+            if heads[task].kind != "regression":
+                continue
             if bias not in known:
                 h = augment(rows.features.double(), bias)
                 known[bias] = h, (h.mT @ h)[None]
             h, gram = known[bias]
-            found[task] = Sums.of(h, rows.targets, rows.present, gram)
+            count = torch.full_like(y[0], len(y))
+            if rows.present is not None:
+                gram, count = weighted_gram(h, rows.present.double()), rows.present.double().sum(0)
+            new = Sums(gram, y.mT @ h, y.square().sum(0), count)
+            found[task] = Sums(*map(torch.add, found[task], new)) if task in found else new
     return found
 
 
 def solve(
-    sums: Mapping[str, Sums], priors: Mapping[str, Prior], noises: Mapping[str, float | None]
+    sums: Mapping[str, Sums], heads: Mapping[str, Head], priors: Mapping[str, Prior]
 ) -> dict[str, Inferred]:
     """Posteriors of heads; those on one Gram matrix are solved together.
 
     Args:
         sums: by task, over all data; every output has a label.
+        heads: by task; one that gives its noise as a number has it.
         priors: of the weights, by task.
-        noises: τ², where it is given.
 
     Returns:
         by task, with degrees of freedom, infinite where the noise is given.
     """
-    groups: dict[object, list[tuple[Tensor, list[str]]]] = {}
-    for name, prior in ((name, priors[name]) for name in sums):
-        gram, key = sums[name].gram, (prior.relative, prior.learned, noises[name] is None)
-        like = groups.setdefault(key, [])
-        names = next((n for g, n in like if len(gram) == 1 and torch.equal(g, gram)), None)
-        if names is None:
-            like.append((gram, [name]))
+    noises = {name: getattr(heads[name], "noise_variance", None) for name in sums}
+    noises = {name: None if noise == "learned" else noise for name, noise in noises.items()}
+
+    def alike(one: str, other: str) -> bool:
+        forms = [(priors[n].relative, priors[n].learned, noises[n] is None) for n in (one, other)]
+        grams = sums[one].gram, sums[other].gram
+        return forms[0] == forms[1] and len(grams[0]) == 1 and torch.equal(*grams)
+
+    groups: list[list[str]] = []
+    for name in sums:
+        group = next((names for names in groups if alike(names[0], name)), None)
+        if group is None:
+            groups.append([name])
         else:
-            names.append(name)
+            group.append(name)
     found = {}
-    for gram, names in (group for like in groups.values() for group in like):
-        parts = [sums[name] for name in names]
-        rows = [torch.cat([getattr(p, k) for p in parts]) for k in ("shift", "square", "count")]
-        ones = [torch.ones_like(part.count) for part in parts]
-        gamma = [one * priors[name].variance for name, one in zip(names, ones, strict=True)]
-        given = [one * (noises[name] or 0.0) for name, one in zip(names, ones, strict=True)]
-        noise = None if noises[names[0]] is None else torch.cat(given)
-        together = _solve(Sums(gram, *rows), priors[names[0]], torch.cat(gamma), noise)
+    for names in groups:
+        prior, parts = priors[names[0]], [sums[name] for name in names]
+        shift, square, labels = (torch.cat(rows) for rows in list(zip(*parts, strict=True))[1:])
+        widths = torch.tensor([len(part.labels) for part in parts], device=labels.device)
+        settings = labels.new_tensor([(priors[n].variance, noises[n] or 0.0) for n in names])
+        gamma, given = settings.repeat_interleave(widths, 0).unbind(1)
+        noise = None if noises[names[0]] is None else given
+        together = _solve(Sums(parts[0].gram, shift, square, labels), prior, gamma, noise)
         start = 0
-        for name, one in zip(names, ones, strict=True):
-            found[name] = together.part(slice(start, start := start + len(one)))
+        for name, width in zip(names, widths.tolist(), strict=True):
+            found[name] = together.part(slice(start, start := start + width))
     return found
 
 
@@ -142,7 +130,7 @@ def _solve(sums: Sums, prior: Prior, gamma: Tensor, noise: Tensor | None) -> Inf
     # [G, P, D] with all outputs on one Gram matrix, or one output on each.
     shift = sums.shift[:, None] if len(vectors) > 1 else sums.shift[None]
     along = shift @ vectors
-    count, square = (part.view(along.shape[:2]) for part in (sums.count, sums.square))
+    count, square = (part.view(along.shape[:2]) for part in (sums.labels, sums.square))
     level = (square / count).clamp_min(torch.finfo(square.dtype).tiny)
     gamma = gamma.view_as(level) * (level if prior.relative else 1.0)
 

@@ -18,49 +18,9 @@ from torch.nn import functional as F
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head
 
-__all__ = ["HeadPosterior", "Inferred", "Layout"]
+__all__ = ["HeadPosterior", "Inferred"]
 
 _BUFFERS = ("mean", "vectors", "variances", "rotation", "root", "noise", "dof", "scale")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shape and kind of a head, which is all that predictions keep of its description.
-
-    Attributes:
-        kind: ``"regression"``, ``"binary"`` or ``"multiclass"``.
-        inputs: features, ``d``.
-        outputs: ``o``.
-        tasks: ``o``, or 1 of classes.
-        bias: whether the last weight is that of a constant.
-        channels_first: whether features are dimension 1, or the last.
-    """
-
-    kind: str
-    inputs: int
-    outputs: int
-    tasks: int
-    bias: bool
-    channels_first: bool
-
-    @staticmethod
-    def of(head: Head) -> Layout:
-        """That of a head."""
-        return Layout(
-            head.kind,
-            head.in_features,
-            head.out_features,
-            head.num_tasks,
-            head.has_bias,
-            head.channels_first,
-        )
-
-    def flat(self, features: Tensor) -> Tensor:
-        """Every position a datum, ``[N, d]``."""
-        if features.dim() == 2:
-            return features
-        moved = features.movedim(1, -1) if self.channels_first else features
-        return moved.reshape(-1, moved.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -99,10 +59,7 @@ class HeadPosterior(nn.Module):
     """Weights of a head, ``N(m, S)``, the noise of its labels and how it was calibrated.
 
     Args:
-        head: whose weights these are; only its shape and kind are kept.
-
-    Attributes:
-        layout: of the head.
+        head: whose weights these are; they themselves are not looked at.
     """
 
     mean: Tensor
@@ -116,7 +73,7 @@ class HeadPosterior(nn.Module):
 
     def __init__(self, head: Head) -> None:
         super().__init__()
-        self.layout, weight = Layout.of(head), head.linear.weight
+        self.head, weight = head, head.linear.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for name in _BUFFERS:
             self.register_buffer(name, torch.empty(0, dtype=dtype, device=weight.device))
@@ -138,7 +95,7 @@ class HeadPosterior(nn.Module):
             own = getattr(self, name)
             value = own.new_empty(0) if value is None else value.detach().to(own)
             setattr(self, name, value.contiguous())  # as it would be once loaded
-        self.scale = torch.ones_like(self.mean[: self.layout.tasks, 0])
+        self.scale = torch.ones_like(self.mean[: self.head.num_tasks, 0])
         return self
 
     def augmented(self, features: Tensor) -> Tensor:
@@ -147,11 +104,7 @@ class HeadPosterior(nn.Module):
         At least float32: the weights' own precision, or that of the features if it is higher.
         """
         h = features.to(torch.promote_types(features.dtype, self.mean.dtype))
-        return F.pad(h, (0, 1), value=1.0) if self.layout.bias else h
-
-    def location(self, h: Tensor) -> Tensor:
-        """Mean of the outputs, ``[N, o]``."""
-        return h @ self.mean.to(h.dtype).mT
+        return F.pad(h, (0, 1), value=1.0) if self.head.has_bias else h
 
     def variance(self, h: Tensor) -> Tensor:
         """Variance of every output, ``h̃ᵀ S h̃``, ``[N, o]``."""
@@ -182,25 +135,19 @@ class HeadPosterior(nn.Module):
         rotated = (h @ self.vectors.to(h.dtype))[:, None]
         return (rotated * self.variances.to(h.dtype).sqrt()[:, :, None]).flatten(0, 1)
 
-    def draw(self, number: int, h: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Outputs under ``number`` draws of the weights, the same for all data, ``[n, N, o]``."""
-        weights = self._deviations(number, h, generator)
-        return self.location(h) + h @ weights.mT
-
-    def _deviations(self, number: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Weights less their mean, ``[n, o, D]``."""
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
+    def deviations(self, number: int, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Outputs less their mean under draws of the weights, one for all data, ``[n, N, o]``."""
         if self.root.numel():
             m, p, d = self.root.shape
-            columns = (normal(number, m) @ self.root.to(like.dtype).view(m, p * d)).view(-1, p, d)
+            noise = h.new_empty(number, m).normal_(generator=generator)
+            weights = (noise @ self.root.to(h.dtype).view(m, p * d)).view(-1, p, d)
         else:
-            spread = self.variances.to(like.dtype).sqrt()
-            noise = normal(number, *spread.shape) * spread
-            columns = (noise @ self.vectors.to(like.dtype).mT).flatten(1, 2)
-        return self.rotation.to(like.dtype) @ columns if self.rotation.numel() else columns
+            noise = h.new_empty(number, *self.variances.shape).normal_(generator=generator)
+            noise = noise * self.variances.to(h.dtype).sqrt()
+            weights = (noise @ self.vectors.to(h.dtype).mT).flatten(1, 2)
+        if self.rotation.numel():
+            weights = self.rotation.to(h.dtype) @ weights
+        return h @ weights.mT
 
     def _column_variance(self, h: Tensor) -> Tensor:
         """``[N, G P]``."""
@@ -209,9 +156,8 @@ class HeadPosterior(nn.Module):
 
     def per_row(self) -> int:
         """Numbers that an intermediate of :meth:`variance` has for each datum."""
-        if self.root.numel():
-            return int(self.root.shape[0] * self.root.shape[1])
-        return int(self.vectors.shape[0] * self.vectors.shape[1])
+        groups, columns = (self.root if self.root.numel() else self.vectors).shape[:2]
+        return groups * columns
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Buffers take the shapes of the state, which depend on how it was fitted."""
@@ -219,7 +165,7 @@ class HeadPosterior(nn.Module):
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor):
                 setattr(self, name, getattr(self, name).new_empty(value.shape))
-        expected = (self.layout.outputs, self.layout.inputs + self.layout.bias)
+        expected = (self.head.out_features, self.head.in_features + self.head.has_bias)
         found = state_dict.get(prefix + "mean")
         if isinstance(found, Tensor) and found.numel() and tuple(found.shape) != expected:
             raise CheckpointError(

@@ -11,8 +11,9 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import StudentT
 
-__all__ = ["NORMAL", "normal_quantile", "student_cdf", "student_density", "student_quantile"]
+__all__ = ["NORMAL", "student_cdf", "student_density", "student_quantile"]
 
 NORMAL = 1e7  # degrees of freedom from which a Student-t distribution is taken for a normal one
 _X, _W = np.polynomial.legendre.leggauss(64)
@@ -26,8 +27,7 @@ def student_density(t: Tensor, dof: Tensor) -> Tensor:
         dof: ν, positive, of a shape that broadcasts with it.
     """
     nu = dof.double().clamp_max(NORMAL)
-    log = torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2) - 0.5 * (nu * math.pi).log()
-    student = (log - (nu + 1) / 2 * torch.log1p(t.square() / nu)).exp().to(t.dtype)
+    student = StudentT(nu, validate_args=False).log_prob(t).exp().to(t.dtype)
     normal = torch.exp(-0.5 * t.square()) / math.sqrt(2 * math.pi)
     return torch.where(dof < NORMAL, student, normal)
 
@@ -46,13 +46,8 @@ def student_cdf(t: Tensor, dof: Tensor) -> Tensor:
     return torch.where(dof < NORMAL, student, torch.special.ndtr(t))
 
 
-def normal_quantile(probability: float) -> float:
-    """Value that a standard normal variable is below with some probability."""
-    return float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
-
-
 def student_quantile(probability: float, dof: Tensor) -> Tensor:
-    """Value that a standard Student-t variable is below with some probability, by Newton steps.
+    """Value that a standard Student-t variable is below with some probability, by bisection.
 
     Args:
         probability: between 0 and 1.
@@ -62,16 +57,12 @@ def student_quantile(probability: float, dof: Tensor) -> Tensor:
         of the shape and dtype of ``dof``.
     """
     nu = dof.double()
-    normal = torch.full_like(nu, normal_quantile(probability))
-    upper = (nu < NORMAL) & (nu > 0)
-    # Bisection on the angle, where the whole line is a bounded interval, then Newton.
+    root = nu.clamp_max(NORMAL).sqrt()
+    # Of the angle, where the whole line is a bounded interval.
     low = torch.full_like(nu, -math.pi / 2)
     high = -low
     for _ in range(60):
         middle = (low + high) / 2
-        below = student_cdf(nu.clamp_max(NORMAL).sqrt() * torch.tan(middle), nu) < probability
+        below = student_cdf(root * torch.tan(middle), nu) < probability
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    t = nu.clamp_max(NORMAL).sqrt() * torch.tan((low + high) / 2)
-    for _ in range(3):
-        t = t - (student_cdf(t, nu) - probability) / student_density(t, nu)
-    return torch.where(upper, t, normal).to(dof.dtype)
+    return (root * torch.tan((low + high) / 2)).to(dof.dtype)
