@@ -54,8 +54,8 @@ class Spectrum:
         Args:
             gram: ``Λ``, ``[G, D, D]``.
             shift: ``η``, ``[G, P, D]``.
-            ridge: ``λ``, ``[G, P]``, or ``[G, 1]`` of all; one below 1e-10 of the largest eigenvalue
-                is raised to it.
+            ridge: ``λ``, ``[G, P]``, or ``[G, 1]`` of all; one below 1e-10 of the largest
+                eigenvalue is raised to it.
         """
         values, vectors = torch.linalg.eigh(gram)
         floor = (values[:, -1:] * _LEAST_RIDGE).clamp_min_(torch.finfo(gram.dtype).tiny)
