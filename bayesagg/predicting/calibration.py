@@ -12,7 +12,7 @@ from bayesagg.predicting.data import Rows
 from bayesagg.predicting.prediction import Reading, by_rows
 from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
 from bayesagg.predicting.state import HeadPosterior
-from bayesagg.predicting.student import NORMAL
+from bayesagg.predicting.student import NORMAL, half_widths
 
 __all__ = ["Calibration"]
 
@@ -54,12 +54,12 @@ class Calibration:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Set scale and degrees of freedom, or temperature, of the posterior."""
+        """Set scale, degrees of freedom and intervals, or temperature, of the posterior."""
         posterior = self.posterior
         rows = [torch.cat(parts) for parts in zip(*self.parts, strict=True)]
         if posterior.head.kind == "regression":
-            scale, dof = _student(posterior, *rows)
-            posterior.dof = dof.to(posterior.dof)
+            scale, dof, halves = _student(posterior, *rows)
+            posterior.dof, posterior.halves = dof.to(posterior.dof), halves.to(posterior.halves)
         else:
             binary = posterior.head.kind == "binary"
             scale = (_binary_temperature if binary else _class_temperature)(*rows)
@@ -68,12 +68,12 @@ class Calibration:
 
 def _student(
     posterior: HeadPosterior, location: Tensor, variance: Tensor, y: Tensor, present: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Scales and degrees of freedom of every output, ``[o]``, of greatest likelihood.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales and degrees of freedom of greatest likelihood, ``[o]``; half-widths of intervals.
 
     A normal distribution, where the noise is given, stays one.
     """
-    found = []
+    found, halves = [], []
     standard = (y - location) / (posterior.noise.double() + variance).sqrt()
     for k, given in enumerate(posterior.dof.tolist()):
         x = standard[present[:, k], k]
@@ -81,8 +81,9 @@ def _student(
             found.append((float(x.square().mean().sqrt()), given))
         else:
             found.append(max(_scale_of(x, nu) for nu in _DOF)[1:])
+        halves.append(half_widths(x / max(found[-1][0], 1e-6), found[-1][1]))
     scales, dofs = x.new_tensor(found).unbind(1)
-    return scales.clamp_min(1e-6), dofs
+    return scales.clamp_min(1e-6), dofs, torch.stack(halves)
 
 
 def _scale_of(x: Tensor, nu: float) -> tuple[float, float, float]:

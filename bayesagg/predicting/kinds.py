@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Normal, St
 
 from bayesagg.predicting.prediction import Prediction, by_rows
 from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
-from bayesagg.predicting.student import NORMAL, student_quantile
+from bayesagg.predicting.student import NORMAL, interpolated, student_quantile
 
 __all__ = ["KINDS", "BinaryPrediction", "MulticlassPrediction", "RegressionPrediction"]
 
@@ -19,8 +19,9 @@ __all__ = ["KINDS", "BinaryPrediction", "MulticlassPrediction", "RegressionPredi
 class RegressionPrediction(Prediction):
     """Student-t (normal where the noise is given) with location ``h̃ᵀm``, squared scale τ² + h̃ᵀSh̃.
 
-    Calibration multiplies the scale. The variances are those of that distribution: the squared
-    scale times ``ν / (ν - 2)``, split in proportion. Units are those of the labels.
+    Calibration multiplies the scale, and intervals reach as far as its residuals say
+    (:func:`bayesagg.predicting.student.half_widths`). The variances are those of the distribution:
+    the squared scale times ``ν / (ν - 2)``, split in proportion. Units are those of the labels.
     """
 
     @property
@@ -88,8 +89,11 @@ class RegressionPrediction(Prediction):
         return square.sqrt() * self._own("scale")
 
     def _interval(self, level: float) -> tuple[Tensor, Tensor]:
-        half = student_quantile((1 + level) / 2, self._dof) * self._spread
-        return self._location - half, self._location + half
+        if self.posterior.halves.numel():
+            half = interpolated(self._own("halves"), level, self._dof)
+        else:
+            half = student_quantile((1 + level) / 2, self._dof)
+        return self._location - half * self._spread, self._location + half * self._spread
 
 
 class _Labels(Prediction):

@@ -20,7 +20,8 @@ from bayesagg.heads import Head
 
 __all__ = ["HeadPosterior", "Inferred"]
 
-_BUFFERS = ("mean", "vectors", "variances", "rotation", "root", "noise", "dof", "scale")
+_INFERRED = ("mean", "vectors", "variances", "rotation", "root", "noise", "dof")
+_BUFFERS = (*_INFERRED, "scale", "halves")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class HeadPosterior(nn.Module):
 
     Args:
         head: whose weights these are; they themselves are not looked at.
+
+    Attributes:
+        scale: of regressions ``[o]``, or temperatures of the tasks.
+        halves: of intervals of regressions, see :func:`bayesagg.predicting.student.half_widths`.
     """
 
     mean: Tensor
@@ -70,6 +75,7 @@ class HeadPosterior(nn.Module):
     noise: Tensor
     dof: Tensor
     scale: Tensor
+    halves: Tensor
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -90,12 +96,13 @@ class HeadPosterior(nn.Module):
 
     def set(self, inferred: Inferred) -> HeadPosterior:
         """Take over a posterior; what calibration found is forgotten."""
-        for name in _BUFFERS[:-1]:
+        for name in _INFERRED:
             value = getattr(inferred, name)
             own = getattr(self, name)
             value = own.new_empty(0) if value is None else value.detach().to(own)
             setattr(self, name, value.contiguous())  # as it would be once loaded
         self.scale = torch.ones_like(self.mean[: self.head.num_tasks, 0])
+        self.halves = self.mean.new_empty(0)
         return self
 
     def augmented(self, features: Tensor) -> Tensor:

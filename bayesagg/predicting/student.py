@@ -12,10 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import StudentT
+from torch.nn import functional as F
 
-__all__ = ["NORMAL", "student_cdf", "student_density", "student_quantile"]
+__all__ = [
+    "NORMAL",
+    "half_widths",
+    "interpolated",
+    "student_cdf",
+    "student_density",
+    "student_quantile",
+]
 
 NORMAL = 1e7  # degrees of freedom from which a Student-t distribution is taken for a normal one
+LEVELS = 200  # of intervals, evenly spaced, between which half-widths are interpolated
 _X, _W = np.polynomial.legendre.leggauss(64)
 
 
@@ -66,3 +75,45 @@ def student_quantile(probability: float, dof: Tensor) -> Tensor:
         below = student_cdf(root * torch.tan(middle), nu) < probability
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (root * torch.tan((low + high) / 2)).to(dof.dtype)
+
+
+def half_widths(residuals: Tensor, dof: float) -> Tensor:
+    """Half-widths of central intervals that hold their share of the residuals, ``[LEVELS - 1]``.
+
+    Of split conformal prediction: an interval of level p reaches to the ``p (n + 1)``-th smallest
+    of n absolute residuals, so that it holds the next one with probability p, whatever their
+    distribution. Levels ``1 / LEVELS, 2 / LEVELS, …``; beyond the largest residual they grow as
+    those of a Student-t variable.
+
+    Args:
+        residuals: in units of the predicted scale, ``[n]``.
+        dof: ν.
+    """
+    n, levels = len(residuals), torch.arange(1, LEVELS, dtype=residuals.dtype) / LEVELS
+    levels = levels.to(residuals.device)
+    ordered = torch.cat([residuals.new_zeros(1), residuals.abs().sort().values])
+    rank = (levels * (n + 1)).clamp(max=n)
+    below = rank.long().clamp(max=max(n - 1, 0))
+    known = torch.lerp(ordered[below], ordered[(below + 1).clamp(max=n)], rank - below)
+    nu = residuals.new_tensor(dof)
+    tails = torch.stack([student_quantile((1 + p) / 2, nu) for p in levels.tolist()])
+    if n == 0:
+        return tails
+    last = student_quantile(0.5 + 0.5 * n / (n + 1), nu)
+    return known * (tails / last).clamp(min=1)
+
+
+def interpolated(halves: Tensor, level: float, dof: Tensor) -> Tensor:
+    """Half-widths of intervals of any level, ``[o]``.
+
+    Args:
+        halves: of :func:`half_widths`, ``[o, LEVELS - 1]``.
+        level: between 0 and 1.
+        dof: ν, ``[o]``.
+    """
+    place = level * LEVELS
+    if place >= LEVELS - 1:
+        last = student_quantile(1 - 0.5 / LEVELS, dof)
+        return halves[:, -1] * student_quantile((1 + level) / 2, dof) / last
+    whole = F.pad(halves, (1, 0))
+    return torch.lerp(whole[:, int(place)], whole[:, int(place) + 1], place - int(place))

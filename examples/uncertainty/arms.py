@@ -15,7 +15,7 @@ from examples.comparison.benchmark import Benchmark, predict
 from examples.comparison.tasks import Outputs, by_task, criterion
 from examples.methods import HEADS, BayesAggregation, LinearScalarization
 from examples.training import TrainSettings, train
-from examples.uncertainty.scores import Belief, Beliefs, scores
+from examples.uncertainty.scores import LEVELS, Belief, Beliefs, scores
 
 Part = str  # "train", "val" or "test"
 
@@ -101,9 +101,11 @@ def predicted(
         for group in model.groups:
             p = predictor(x)[group.name]
             if group.kind == "regression":
+                mean, scale = p.mean.double(), p.scale.double()
+                halves = torch.stack([p.interval(level)[1] - p.mean for level in LEVELS], 2)
                 for k in range(group.tasks):
-                    dof = float(p.dof[k])
-                    found.append(Belief(p.mean[:, k].double(), p.scale[:, k].double(), dof))
+                    own = halves[:, k].double()
+                    found.append(Belief(mean[:, k], scale[:, k], float(p.dof[k]), own))
             elif group.kind == "binary":
                 z = p.distribution.logits.double()
                 found += [

@@ -24,11 +24,14 @@ class Belief:
         mean: of a regression ``[n]``; of a classification log-probabilities ``[n, C]``.
         scale: of a regression, ``[n]``.
         dof: of its Student-t distribution; infinite: normal.
+        halves: half-widths of its intervals of :data:`LEVELS`, ``[n, L]``; ``None``: those of the
+            distribution.
     """
 
     mean: Tensor
     scale: Tensor | None = None
     dof: float = float("inf")
+    halves: Tensor | None = None
 
     def losses(self, y: Tensor) -> Tensor:
         """Negative log-likelihood of every label, in nats."""
@@ -92,8 +95,11 @@ def coverage(beliefs: Beliefs, y: Tensor) -> list[list[float]]:
     for k, belief in enumerate(beliefs):
         if belief.scale is None:
             continue
-        z = ((y[:, k] - belief.mean) / belief.scale).abs()
-        dof = torch.tensor(belief.dof).double()
-        ends = [float(student_quantile((1 + level) / 2, dof)) for level in LEVELS]
-        found.append([(z <= end).double().mean().item() for end in ends])
+        halves = belief.halves
+        if halves is None:
+            dof = torch.tensor(belief.dof).double()
+            ends = torch.stack([student_quantile((1 + level) / 2, dof) for level in LEVELS])
+            halves = belief.scale[:, None] * ends
+        inside = (y[:, k] - belief.mean).abs()[:, None] <= halves
+        found.append(inside.double().mean(0).tolist())
     return found

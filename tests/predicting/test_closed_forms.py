@@ -4,11 +4,19 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from bayesagg import RegressionHead
+from bayesagg.diagnostics import interval_coverage
 from bayesagg.predicting import Predictor
 from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
-from bayesagg.predicting.student import student_cdf, student_density, student_quantile
+from bayesagg.predicting.student import (
+    half_widths,
+    student_cdf,
+    student_density,
+    student_quantile,
+)
 from tests.helpers.data import make_batch
 from tests.helpers.nets import plain_net
 from tests.predicting.cases import all_of, features_of, heads_of, loader
@@ -128,6 +136,46 @@ def test_intervals_hold_what_they_say():
         assert (inside - level).abs().max() < 0.01
     with pytest.raises(ValueError, match="between 0 and 1"):
         p.interval(1.0)
+
+
+@pytest.mark.parametrize("noise", ["learned", 4.0])
+def test_calibrated_intervals_hold_residuals_of_any_distribution(noise):
+    """Skewed labels and uniform ones, which no Student-t distribution has the shape of."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Linear(3, 2)
+    head = {"reg": RegressionHead(net, noise_variance=noise)}
+
+    def draw(size):
+        x = torch.randn(size, 3, generator=generator)
+        error = torch.rand(size, 2, generator=generator) * 4
+        error[:, 1] = torch.randn(size, generator=generator).exp()
+        return x, {"reg": x.sum(1, keepdim=True) + error}
+
+    predictor = Predictor.fit(net, head, [draw(2000)])
+    x, y = draw(40_000)
+    levels = (0.05, 0.5, 0.8, 0.95, 0.997)
+    nominal = torch.tensor(levels)[:, None]
+    before = interval_coverage(predictor(x)["reg"], y["reg"], levels)
+    assert (before - nominal).abs().max() > 0.05
+    predictor.calibrate([draw(20_000)])
+    after = interval_coverage(predictor(x)["reg"], y["reg"], levels)
+    assert (after - nominal).abs().max() < 0.012
+    saved = Predictor(net, head)
+    saved.load_state_dict(predictor.state_dict())
+    for a, b in zip(saved(x)["reg"].interval(0.6), predictor(x)["reg"].interval(0.6), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_half_widths_of_few_residuals():
+    """The p (n + 1)-th smallest, between its neighbours; beyond the largest a Student-t's tail."""
+    halves = half_widths(torch.tensor([3.0, -1.0, 2.0]).double(), 5.0)
+    torch.testing.assert_close(halves[[49, 99, 124]], torch.tensor([1.0, 2.0, 2.5]).double())
+    tail = student_quantile(0.975, torch.tensor(5.0).double())
+    least = student_quantile(0.875, torch.tensor(5.0).double())
+    torch.testing.assert_close(halves[189], 3 * tail / least)
+    none = half_widths(torch.zeros(0).double(), 5.0)
+    torch.testing.assert_close(none[189], tail)
+    assert (halves.diff() >= 0).all() and (none.diff() > 0).all()
 
 
 @pytest.mark.parametrize("nu", [2.5, 4.0, 29.0, 31.0, 1e4, math.inf])
