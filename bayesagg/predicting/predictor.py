@@ -171,7 +171,9 @@ class Predictor(nn.Module):
 
         A regression's predictive scale is multiplied by it, output by output, and the degrees of
         freedom of a Student-t are set to those of its residuals; logits are divided by it, those
-        of binary outputs one by one.
+        of binary outputs one by one. Intervals of regressions reach to order statistics of the
+        residuals (split conformal prediction), so that they hold their share of new labels
+        whatever the residuals' distribution.
 
         Args:
             data: as of :meth:`fit`.
