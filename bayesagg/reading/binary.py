@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayesagg.errors import TargetError
+from bayesagg.reading.likelihood import PerOutput
 from bayesagg.reading.observed import Found, Observed, Read, Said, tolerance
-from bayesagg.reading.targets import Targets, beside_outputs, raise_infinite
 
 __all__ = ["Binary"]
 
 
-class Binary:
+class Binary(PerOutput):
     """Labels of binary heads: probabilities, snapped to 0 and 1 where they are close."""
 
     kind: ClassVar[str] = "binary"
@@ -43,14 +43,6 @@ class Binary:
         """``σ(1-σ) v``."""
         return output.sigmoid() * (-output).sigmoid() * v
 
-    def size(self, a: Tensor) -> Tensor:
-        """Absolute value: every output is a task."""
-        return a.abs()
-
-    def against(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """``a`` along ``b``, and the length of ``b``."""
-        return a * b.sign(), b.abs()
-
     def noise(self, output: Tensor, eps: float) -> Tensor | float:
         """Of a probability."""
         return eps
@@ -63,16 +55,10 @@ class Binary:
         """Of ``z`` and of ``1 + exp(-|z|)``."""
         return eps * (1 + output.abs())
 
-    def targets(self, saids: list[Said], like: Tensor, partial: bool) -> Targets:
-        """One probability per output; NaN is missing."""
-        y = beside_outputs(saids, like)
-        missing = None
-        if partial:
-            missing = y.isnan()
-            y = y.masked_fill(missing, 0)
-        least, largest = y.aminmax()
-        valid = (least >= 0) & (largest <= 1)
-        return Targets(y, None if missing is None else ~missing, valid)
+    def valid(self, target: Tensor) -> Tensor:
+        """All are probabilities."""
+        least, largest = target.aminmax()
+        return (least >= 0) & (largest <= 1)
 
     def raise_invalid(self, said: Said) -> None:
         """A target that is no probability.
@@ -80,7 +66,7 @@ class Binary:
         Raises:
             TargetError: for one.
         """
-        raise_infinite(said)
+        super().raise_invalid(said)
         assert said.target is not None
         y = said.target[~said.target.isnan()]
         if not bool(((y >= 0) & (y <= 1)).all()):
@@ -138,10 +124,6 @@ class Binary:
         blind = observed.per_head((~usable.any(0)).to(z.dtype)) > 0
         agrees = observed.agrees(value, 8 * tol, noise) | blind
         return Found(y, factor, known, agrees & observed.all_of_head(fine))
-
-    def recover_any(self, observed: Observed) -> Found:
-        """As :meth:`recover`."""
-        return self.recover(observed)
 
 
 def _snapped(y: Tensor, eps: float) -> Tensor:

@@ -7,9 +7,9 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from bayesagg.reading.observed import Found, Observed, Read, Said
-from bayesagg.reading.targets import Targets
+from bayesagg.reading.targets import Targets, beside_outputs, raise_infinite
 
-__all__ = ["Likelihood"]
+__all__ = ["Likelihood", "PerOutput"]
 
 
 class Likelihood(Protocol):
@@ -88,3 +88,39 @@ class Likelihood(Protocol):
 
     def recover_any(self, observed: Observed) -> Found:
         """As :meth:`recover`, also of labels that cannot be relied on without targets."""
+
+
+class PerOutput(Likelihood):
+    """What likelihoods have in common of which every output is a task with a number for a label."""
+
+    def size(self, a: Tensor) -> Tensor:
+        """Absolute value."""
+        return a.abs()
+
+    def against(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """``a`` along ``b``, and the length of ``b``."""
+        return a * b.sign(), b.abs()
+
+    def valid(self, target: Tensor) -> Tensor:
+        """Whether all labels can be; NaN and infinity cannot."""
+        raise NotImplementedError
+
+    def targets(self, saids: list[Said], like: Tensor, partial: bool) -> Targets:
+        """One number per output; NaN is missing."""
+        y, present = beside_outputs(saids, like), None
+        if partial:
+            missing = y.isnan()
+            y, present = y.masked_fill(missing, 0), ~missing
+        return Targets(y, present, self.valid(y))
+
+    def raise_invalid(self, said: Said) -> None:
+        """An infinite target.
+
+        Raises:
+            TargetError: for one.
+        """
+        raise_infinite(said)
+
+    def recover_any(self, observed: Observed) -> Found:
+        """As :meth:`recover`."""
+        return self.recover(observed)

@@ -7,13 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bayesagg.reading.observed import Found, Observed, Read, Said, tolerance, value_tolerance
-from bayesagg.reading.targets import Targets, beside_outputs, raise_infinite
+from bayesagg.reading.likelihood import PerOutput
+from bayesagg.reading.observed import Found, Observed, Read, tolerance, value_tolerance
 
 __all__ = ["Regression"]
 
 
-class Regression:
+class Regression(PerOutput):
     """Labels of regression heads."""
 
     kind: ClassVar[str] = "regression"
@@ -43,14 +43,6 @@ class Regression:
         """``2 v``."""
         return 2 * v
 
-    def size(self, a: Tensor) -> Tensor:
-        """Absolute value: every output is a task."""
-        return a.abs()
-
-    def against(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """``a`` along ``b``, and the length of ``b``."""
-        return a * b.sign(), b.abs()
-
     def noise(self, output: Tensor, eps: float) -> Tensor | float:
         """Of a difference between rounded numbers, beside what is relative to the residual."""
         return output.abs() * (4 * eps)
@@ -63,23 +55,10 @@ class Regression:
         """None that is not relative to the value."""
         return 0.0
 
-    def targets(self, saids: list[Said], like: Tensor, partial: bool) -> Targets:
-        """One number per output; NaN is missing."""
-        y = beside_outputs(saids, like)
-        missing = None
-        if partial:
-            missing = y.isnan()
-            y = y.masked_fill(missing, 0)
-        total = y.sum()
-        return Targets(y, None if missing is None else ~missing, (total - total).logical_not())
-
-    def raise_invalid(self, said: Said) -> None:
-        """An infinite target.
-
-        Raises:
-            TargetError: for one.
-        """
-        raise_infinite(said)
+    def valid(self, target: Tensor) -> Tensor:
+        """All are finite."""
+        total = target.sum()
+        return (total - total).logical_not()
 
     def read(self, observed: Observed, factor: Tensor | None) -> Read:
         """``y = z - g / 2f``, if no derivative vanishes and the loss has the value ``Σ g²/4f``."""
@@ -111,7 +90,3 @@ class Regression:
         valid = observed.agrees(value, value_tolerance(observed.eps), tiny)
         valid = valid & observed.all_of_head(holds.all(0) & (factor[0] >= 0))
         return Found(torch.add(z, r, alpha=-0.5), scale, present, valid)
-
-    def recover_any(self, observed: Observed) -> Found:
-        """As :meth:`recover`."""
-        return self.recover(observed)
