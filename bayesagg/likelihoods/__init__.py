@@ -4,12 +4,12 @@ A new likelihood is a subclass of :class:`Likelihood` and a line here, for the p
 :class:`bayesagg.likelihoods.bounds.Bound` for the default one.
 """
 
-from bayesagg.likelihoods.base import Evidence, Likelihood
+from bayesagg.likelihoods.base import Evidence, Given, Likelihood
 from bayesagg.likelihoods.binary import Binary
 from bayesagg.likelihoods.multiclass import Multiclass
 from bayesagg.likelihoods.regression import Regression
 
-__all__ = ["LIKELIHOODS", "Evidence", "Likelihood"]
+__all__ = ["LIKELIHOODS", "Evidence", "Given", "Likelihood"]
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "regression": Regression,

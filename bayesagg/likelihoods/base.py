@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from bayesagg.posterior import Gaussian
 if TYPE_CHECKING:
     from bayesagg.reading import Labels
 
-__all__ = ["Evidence", "Likelihood"]
+__all__ = ["Evidence", "Given", "Likelihood"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,22 @@ class Evidence:
 def _triangle(precision: Tensor) -> Tensor:
     m = precision.shape[-1]
     return torch.tril_indices(m, m, device=precision.device)
+
+
+class Given(NamedTuple):
+    """What moments of the gradients are taken of.
+
+    Attributes:
+        features: ``h̃``, ``[N, D]``.
+        targets: of ``K`` tasks, ``[N, K]`` or ``[N, K, C]``.
+        posterior: of their weights.
+        generator: of Monte-Carlo samples.
+    """
+
+    features: Tensor
+    targets: Tensor
+    posterior: Gaussian
+    generator: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -160,20 +176,11 @@ class Likelihood(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no scale to learn.")
 
     @abstractmethod
-    def moments(
-        self,
-        features: Tensor,
-        targets: Tensor,
-        posterior: Gaussian,
-        generator: torch.Generator,
-        dtype: torch.dtype,
-    ) -> LogMoments:
+    def moments(self, given: Given, dtype: torch.dtype) -> LogMoments:
         """``E[g]`` and the logarithm of ``Var[g]`` for factor one, in ``dtype``."""
 
     @abstractmethod
-    def covariances(
-        self, features: Tensor, targets: Tensor, posterior: Gaussian, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def covariances(self, given: Given) -> tuple[Tensor, Tensor]:
         """``E[g]``, ``[N, K, d]``, and ``Cov[g]``, ``[N, K, d, d]``, for factor one."""
 
     def module_weights(self, mean: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from bayesagg.likelihoods.base import Evidence, Likelihood
+from bayesagg.likelihoods.base import Evidence, Given, Likelihood
 from bayesagg.moments import (
     LogMoments,
     binary_log_moments,
@@ -16,7 +16,7 @@ from bayesagg.moments import (
     monte_carlo_moments,
     sampled_log_moments,
 )
-from bayesagg.posterior import Gaussian, binary_statistics
+from bayesagg.posterior import binary_statistics
 
 if TYPE_CHECKING:
     from bayesagg.reading import Labels
@@ -40,26 +40,18 @@ class Binary(Likelihood):
         precision, shift = binary_statistics(features, labels.targets, labels.outputs, weights)
         return Evidence(precision, shift, labels.count())
 
-    def moments(
-        self,
-        features: Tensor,
-        targets: Tensor,
-        posterior: Gaussian,
-        generator: torch.Generator,
-        dtype: torch.dtype,
-    ) -> LogMoments:
+    def moments(self, given: Given, dtype: torch.dtype) -> LogMoments:
         """Of all outputs at once."""
         if self.samples is None:
-            return binary_log_moments(features, targets, posterior, self.d, dtype)
-        sampled = monte_carlo_moments(features, targets, posterior, self.d, self.samples, generator)
-        return sampled_log_moments(*sampled, dtype)
+            return binary_log_moments(*given[:3], self.d, dtype)
+        return sampled_log_moments(*self._sampled(given), dtype)
 
-    def covariances(
-        self, features: Tensor, targets: Tensor, posterior: Gaussian, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def covariances(self, given: Given) -> tuple[Tensor, Tensor]:
         """Of all outputs at once."""
         if self.samples is None:
-            return binary_moments(features, targets, posterior, self.d, full=True)
-        return monte_carlo_moments(
-            features, targets, posterior, self.d, self.samples, generator, full=True
-        )
+            return binary_moments(*given[:3], self.d, full=True)
+        return self._sampled(given, full=True)
+
+    def _sampled(self, given: Given, full: bool = False) -> tuple[Tensor, Tensor]:
+        assert self.samples is not None
+        return monte_carlo_moments(*given[:3], self.d, self.samples, given.generator, full=full)

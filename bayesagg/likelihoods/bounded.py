@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bayesagg.likelihoods.base import Evidence, Likelihood
+from bayesagg.likelihoods.base import Evidence, Given, Likelihood
 from bayesagg.likelihoods.binary import Binary
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.moments import LogMoments
 from bayesagg.moments.whitened import whitened
-from bayesagg.posterior import Gaussian, regression_statistics
+from bayesagg.posterior import regression_statistics
 
 if TYPE_CHECKING:
     from bayesagg.reading import Labels
@@ -65,30 +65,20 @@ class BoundedMulticlass(Likelihood):
             shift = (working * one).mT @ features
         return Evidence(precision * bound.curvature, shift * bound.curvature, labels.count())
 
-    def moments(
-        self,
-        features: Tensor,
-        targets: Tensor,
-        posterior: Gaussian,
-        generator: torch.Generator,
-        dtype: torch.dtype,
-    ) -> LogMoments:
-        """Sobol points for ε, or normal ones of ``generator`` for Eq. 11."""
+    def moments(self, given: Given, dtype: torch.dtype) -> LogMoments:
+        """Sobol points for ε, or normal ones for Eq. 11."""
         parts = []
-        for along, level, rest, _ in self._given(features, targets, posterior, generator, dtype):
+        for along, level, rest, _ in self._parts(given, dtype):
             mean = along.mean(1)
             relative = (along - mean[:, None]).square_().mean(1).div_(level).add_(rest)
             relative = relative.clamp_(min=torch.finfo(dtype).tiny)
             parts.append((mean[:, None], relative[:, None], level.log()[:, None]))
         return LogMoments(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
-    def covariances(
-        self, features: Tensor, targets: Tensor, posterior: Gaussian, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def covariances(self, given: Given) -> tuple[Tensor, Tensor]:
         """As :meth:`moments`."""
-        parts, s = [], posterior.covariance[0, : self.d, : self.d]
-        given = self._given(features, targets, posterior, generator, features.dtype)
-        for along, level, _, rho in given:
+        parts, s = [], given.posterior.covariance[0, : self.d, : self.d]
+        for along, level, _, rho in self._parts(given, given.features.dtype):
             mean = along.mean(1)
             centred = along - mean[:, None]
             covariance = centred.mT @ centred / along.shape[1]
@@ -96,15 +86,11 @@ class BoundedMulticlass(Likelihood):
             parts.append((mean[:, None], covariance[:, None]))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    def _given(
-        self,
-        features: Tensor,
-        targets: Tensor,
-        posterior: Gaussian,
-        generator: torch.Generator,
-        dtype: torch.dtype,
+    def _parts(
+        self, given: Given, dtype: torch.dtype
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Of some data at a time: a, ``[n, J, d]``, ``E[ρᵀρ]``, ``S_dd - ρ̃²`` and ρ̃, ``[n, d]``."""
+        features, targets, posterior, generator = given
         if self.samples is None:
             nodes = _nodes(self.classes, dtype, features.device)
         else:

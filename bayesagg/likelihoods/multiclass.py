@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bayesagg.errors import NumericalWarning
 from bayesagg.heads import Head
-from bayesagg.likelihoods.base import Evidence, Likelihood
+from bayesagg.likelihoods.base import Evidence, Given, Likelihood
 from bayesagg.likelihoods.binary import Binary
 from bayesagg.likelihoods.bounded import BoundedMulticlass
 from bayesagg.moments import (
@@ -82,46 +83,40 @@ class Multiclass(Likelihood):
         precision = torch.stack([p[0] for p in parts]) if len(parts) > 1 else parts[0][0][None]
         return Evidence(precision, torch.stack([p[1] for p in parts]), labels.count())
 
-    def moments(
-        self,
-        features: Tensor,
-        targets: Tensor,
-        posterior: Gaussian,
-        generator: torch.Generator,
-        dtype: torch.dtype,
-    ) -> LogMoments:
+    def moments(self, given: Given, dtype: torch.dtype) -> LogMoments:
         """Cubature over the logit contrasts, or Eq. 11."""
         parts = []
-        for k, single in enumerate(posterior.tasks):
-            y = targets[:, k]
+        for h, y, posterior in self._tasks(given):
             if self.samples is None:
                 part = multiclass_log_moments(
-                    features, y, single, self.d, max_nodes=_NODES, dtype=dtype
+                    h, y[:, 0], posterior, self.d, max_nodes=_NODES, dtype=dtype
                 )
             else:
                 mean, variance = monte_carlo_moments(
-                    features, y[:, None], single, self.d, self.samples, generator
+                    h, y, posterior, self.d, self.samples, given.generator
                 )
                 part = sampled_log_moments(mean[:, 0], variance[:, 0], dtype)
             parts.append(part)
         return LogMoments(*(torch.stack(part, 1) for part in zip(*parts, strict=True)))
 
-    def covariances(
-        self, features: Tensor, targets: Tensor, posterior: Gaussian, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def covariances(self, given: Given) -> tuple[Tensor, Tensor]:
         """Cubature over the logit contrasts, or Eq. 11."""
         parts = []
-        for k, single in enumerate(posterior.tasks):
-            y = targets[:, k]
+        for h, y, posterior in self._tasks(given):
             if self.samples is None:
-                part = multiclass_moments(features, y, single, self.d, True, max_nodes=_NODES)
+                part = multiclass_moments(h, y[:, 0], posterior, self.d, True, max_nodes=_NODES)
                 part = (part[0][:, None], part[1][:, None])
             else:
                 part = monte_carlo_moments(
-                    features, y[:, None], single, self.d, self.samples, generator, full=True
+                    h, y, posterior, self.d, self.samples, given.generator, full=True
                 )
             parts.append(part)
         return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
+
+    def _tasks(self, given: Given) -> Iterator[tuple[Tensor, Tensor, Gaussian]]:
+        """One after the other: features, targets ``[N, 1, C]``, posterior."""
+        for k, posterior in enumerate(given.posterior.tasks):
+            yield given.features, given.targets[:, k : k + 1], posterior
 
     def module_weights(self, mean: Tensor) -> Tensor:
         """Contrasts back to classes; the common mode, which no output depends on, is zero."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from bayesagg.likelihoods.base import Evidence, Likelihood
+from bayesagg.likelihoods.base import Evidence, Given, Likelihood
 from bayesagg.moments import LogMoments, regression_log_moments, regression_moments
 from bayesagg.posterior import Gaussian, regression_statistics
 
@@ -47,19 +47,10 @@ class Regression(Likelihood):
         both = torch.stack([square, labels.targets.square()])
         return (both if weights is None else both * weights).sum(1)
 
-    def moments(
-        self,
-        features: Tensor,
-        targets: Tensor,
-        posterior: Gaussian,
-        generator: torch.Generator,
-        dtype: torch.dtype,
-    ) -> LogMoments:
+    def moments(self, given: Given, dtype: torch.dtype) -> LogMoments:
         """Closed form."""
-        return regression_log_moments(features, targets, posterior, self.d, dtype)
+        return regression_log_moments(*given[:3], self.d, dtype)
 
-    def covariances(
-        self, features: Tensor, targets: Tensor, posterior: Gaussian, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def covariances(self, given: Given) -> tuple[Tensor, Tensor]:
         """Closed form."""
-        return regression_moments(features, targets, posterior, self.d, full=True)
+        return regression_moments(*given[:3], self.d, full=True)

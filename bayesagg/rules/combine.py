@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.aggregation import GradientScale, aggregate_full, aggregate_relative
+from bayesagg.likelihoods import Given
 from bayesagg.moments import LogMoments
 from bayesagg.posterior import Gaussian
 from bayesagg.reading import Labels
@@ -61,12 +62,12 @@ def combine(
         for group, known, posterior in zip(groups, labels, posteriors, strict=True):
             part, likelihood = known.rows(start, stop), group.likelihood
             h = features[likelihood.bias][start:stop]
-            given = (h, part.targets, posterior, generator)
+            given = Given(h, part.targets, posterior, generator)
             second: LogMoments | Tensor
             if full:
-                mean, second = likelihood.covariances(*given)
+                mean, second = likelihood.covariances(given)
             else:
-                second = likelihood.moments(*given, work)
+                second = likelihood.moments(given, work)
                 mean = second.mean
             means.append(mean.mul_(part.factor[..., None].to(work)))
             seconds.append(_scaled(second, part.factor[..., None] / unit))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesagg.aggregation import aggregate_relative
-from bayesagg.likelihoods import LIKELIHOODS, Evidence, Likelihood
+from bayesagg.likelihoods import LIKELIHOODS, Evidence, Given, Likelihood
 from bayesagg.moments import LogMoments
 from bayesagg.posterior import augment, contrast_basis, from_natural
 from bayesagg.reading import Labels
@@ -125,9 +125,8 @@ def run_library(problem: Problem) -> Tensor:
             new.precision + prior.precision.to(problem.dtype),
             new.shift + prior.shift.to(problem.dtype),
         )
-        moments.append(
-            group.likelihood.moments(h, labels.targets, posterior, generator, problem.h.dtype)
-        )
+        given = Given(h, labels.targets, posterior, generator)
+        moments.append(group.likelihood.moments(given, problem.h.dtype))
     mean, relative, log_scale = (torch.cat(parts, 1) for parts in zip(*moments, strict=True))
     s = [g.s for g, m in zip(problem.groups, moments, strict=True) for _ in range(m.mean.shape[1])]
     return aggregate_relative(mean, relative, log_scale, mean.new_tensor(s), None, "mean")[0]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from bayesagg import BayesAgg, MulticlassHead, RegressionHead
 from bayesagg.errors import NumericalWarning
+from bayesagg.likelihoods import Given
 from bayesagg.likelihoods.bounded import BoundedMulticlass
 from bayesagg.posterior import augment
 from bayesagg.reading import Labels
@@ -68,13 +69,14 @@ def test_bounded_moments_are_those_of_samples():
     labels, features = labels_of(head, h), augment(h, True)
     posterior = group.posterior(likelihood.evidence(features, labels, None), None)
     generator = torch.Generator().manual_seed(0)
-    mean, covariance = likelihood.covariances(features, labels.targets, posterior, generator)
-    logs = likelihood.moments(features, labels.targets, posterior, generator, torch.float64)
+    given = Given(features, labels.targets, posterior, generator)
+    mean, covariance = likelihood.covariances(given)
+    logs = likelihood.moments(given, torch.float64)
     torch.testing.assert_close(logs.mean, mean)
     variance = logs.relative * logs.log_scale.exp()
     torch.testing.assert_close(variance, covariance.diagonal(dim1=-2, dim2=-1))
     many = replace(likelihood, samples=4096)
-    exact = many.covariances(features, labels.targets, posterior, generator)
+    exact = many.covariances(given)
     w = posterior.sample(200_000, generator)  # [J, C, D]
     error = torch.softmax(torch.einsum("jcd,nd->njc", w, features), 2) - labels.targets
     g = torch.einsum("njc,jcd->njd", error, w[..., :D])

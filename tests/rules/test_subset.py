@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import bayesagg.rules.paper
 from bayesagg import RegressionHead
+from bayesagg.likelihoods import Given
 from bayesagg.reading import Labels
 from bayesagg.rules.subset import draw
 from tests.helpers.data import LOSSES, ignore, losses_over, make_batch, without
@@ -177,8 +178,8 @@ def conditional_weights(spy, present):
     log_variance, factors = {}, {}
     generator = torch.Generator(spy.features.device)
     for group, known, posterior in zip(spy.groups, spy.labels, spy.posteriors, strict=True):
-        given = (spy.features, known.targets, posterior, generator, spy.features.dtype)
-        _, relative, log_scale = group.likelihood.moments(*given)
+        given = Given(spy.features, known.targets, posterior, generator)
+        _, relative, log_scale = group.likelihood.moments(given, spy.features.dtype)
         second = relative.log() + log_scale
         for k, n in enumerate(group.heads):
             log_variance[n] = second[:, k]
