@@ -55,11 +55,11 @@ def student_cdf(t: Tensor, dof: Tensor) -> Tensor:
     return torch.where(dof < NORMAL, student, torch.special.ndtr(t))
 
 
-def student_quantile(probability: float, dof: Tensor) -> Tensor:
+def student_quantile(probability: float | Tensor, dof: Tensor) -> Tensor:
     """Value that a standard Student-t variable is below with some probability, by bisection.
 
     Args:
-        probability: between 0 and 1.
+        probability: between 0 and 1; a number, or of the shape of ``dof``.
         dof: ν, of any shape.
 
     Returns:
@@ -96,11 +96,10 @@ def half_widths(residuals: Tensor, dof: float) -> Tensor:
     below = rank.long().clamp(max=max(n - 1, 0))
     known = torch.lerp(ordered[below], ordered[(below + 1).clamp(max=n)], rank - below)
     nu = residuals.new_tensor(dof)
-    tails = torch.stack([student_quantile((1 + p) / 2, nu) for p in levels.tolist()])
+    tails = student_quantile((1 + levels) / 2, nu.expand(levels.shape))
     if n == 0:
         return tails
-    last = student_quantile(0.5 + 0.5 * n / (n + 1), nu)
-    return known * (tails / last).clamp(min=1)
+    return known * (tails / student_quantile(0.5 + 0.5 * n / (n + 1), nu)).clamp(min=1)
 
 
 def interpolated(halves: Tensor, level: float, dof: Tensor) -> Tensor:
