@@ -33,6 +33,11 @@ class Rows:
     targets: Tensor
     present: Tensor | None
 
+    @property
+    def labelled(self) -> Tensor:
+        """Whether any datum has a label, by output."""
+        return torch.tensor(True) if self.present is None else self.present.any(0).cpu()
+
 
 Raw = dict[str, tuple[Tensor, Tensor]]  # of a batch: what the head received, and its targets
 
@@ -78,16 +83,15 @@ class Source:
         if self._complete and self._kept is not None:
             yield from self._kept
             return
-        seen: dict[str, list[bool]] = {task: [False] for task in self.heads.by_task}
+        labelled: dict[str, Tensor] = {}  # whether every output has been, [o]; of classes any, []
         for batches in self._together():
             for piece in self._read(batches):
                 for task, rows in piece.items():
-                    # Looked for until every output has one, and no longer.
-                    if not all(seen[task]):
-                        seen[task] = _labels_of(rows, seen[task])
+                    labelled[task] = labelled.get(task, torch.tensor(False)) | rows.labelled
                 self._keep(piece)
                 yield piece
-        for task, outputs in seen.items():
+        for task in self.heads.by_task:
+            outputs = labelled.get(task, torch.tensor(False)).view(-1).tolist()
             if not all(outputs):
                 which = f"output {outputs.index(False)}" if any(outputs) else "it"
                 raise TargetError(
@@ -106,7 +110,7 @@ class Source:
             return
         kept = {task: rows for task, rows in piece.items() if task in self.keep}
         tensors = {id(t): t for r in kept.values() for t in (r.features, r.targets)}
-        self._left -= sum(t.numel() * t.element_size() for t in tensors.values())
+        self._left -= sum(t.nbytes for t in tensors.values())
         if self._left < 0:
             self._kept = None
         elif kept:
@@ -172,15 +176,6 @@ def _form(raw: Raw) -> object:
     return found
 
 
-def _labels_of(rows: Rows, before: list[bool]) -> list[bool]:
-    """Whether every output has a label, in a piece or before."""
-    if rows.present is None:
-        return [True]
-    present = rows.present if rows.present.dim() > 1 else rows.present[:, None]
-    now = present.any(0).tolist()
-    return [a or b for a, b in zip(now, before * (len(now) // len(before)), strict=True)]
-
-
 def _pair(batch: Any, heads: Mapping[str, Head]) -> tuple[Any, dict[str, Tensor]]:
     """Inputs and targets by task.
 
@@ -219,47 +214,48 @@ def _labelled(
     Raises:
         TargetError: for labels of another shape, or that are none of the head's.
     """
-    data, outputs = len(features), head.out_features
-    each = target.numel() == data * outputs
-    if each and head.channels_first and target.dim() > 2 and target.shape[1] == outputs:
+    shape = len(features), head.out_features
+    each = target.numel() == shape[0] * shape[1]
+    if each and head.channels_first and target.dim() > 2 and target.shape[1] == shape[1]:
         target = target.movedim(1, -1)
     if head.kind == "multiclass":
-        return _classes(task, data, outputs, target)
-    if not each:
+        y, present = _classes(task, shape, target)
+    elif each:
+        y = target.reshape(shape).to(torch.promote_types(features.dtype, torch.float32))
+        present = ~y.isnan()
+        bad = y.isinf() if head.kind == "regression" else (y < 0) | (y > 1)
+        if bool(bad.any()):
+            what = "finite" if head.kind == "regression" else "between 0 and 1"
+            raise TargetError(f"task {task!r}: targets must be {what}, or NaN where missing.")
+    else:
         raise TargetError(
-            f"task {task!r}: {list(target.shape)} targets for {data} data of {outputs} outputs. "
-            f"Pass one for each output, NaN where there is none."
+            f"task {task!r}: {list(target.shape)} targets for {shape[0]} data of {shape[1]} "
+            f"outputs. Pass one for each output, NaN where there is none."
         )
-    y = target.reshape(data, outputs).to(torch.promote_types(features.dtype, torch.float32))
-    bad = y.isinf() if head.kind == "regression" else (y < 0) | (y > 1)
-    if bool(bad.any()):
-        what = "finite" if head.kind == "regression" else "between 0 and 1"
-        raise TargetError(f"task {task!r}: targets must be {what}, or NaN where missing.")
-    present = ~y.isnan()
     return (y, None) if bool(present.all()) else (y.nan_to_num(0.0), present)
 
 
-def _classes(task: str, data: int, classes: int, target: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Probabilities of the classes, and which data have a label."""
+def _classes(task: str, shape: tuple[int, int], target: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of the classes, ``[N, C]``, and which data have a label."""
+    data, classes = shape
     if target.is_floating_point() and target.numel() == data * classes:
-        y = target.reshape(data, classes)
+        y = target.reshape(shape)
         present = ~y.isnan().any(1)
-        valid = ((y >= 0) & (y <= 1)).all(1) | ~present
-        y = y.nan_to_num(0.0)
+        valid = ((y >= 0) & (y <= 1)).all(1)
     elif target.numel() == data:
-        index = target.reshape(data).nan_to_num(-100).long()
-        present = index != -100
-        valid = ((index >= 0) & (index < classes)) | ~present
-        index = index.clamp(0, classes - 1)
-        y = torch.zeros(data, classes, device=target.device).scatter_(1, index[:, None], 1.0)
+        index = target.reshape(data, 1).nan_to_num(-100).long()
+        present = index[:, 0] != -100
+        label = index.clamp(0, classes - 1)
+        valid = (label == index)[:, 0]
+        y = torch.zeros(shape, device=target.device).scatter_(1, label, 1.0)
     else:
         raise TargetError(
             f"task {task!r}: {list(target.shape)} targets for {data} data of {classes} classes. "
             f"Pass class indices, -100 where there is none, or probabilities of all classes."
         )
-    if not bool(valid.all()):
+    if not bool((valid | ~present).all()):
         raise TargetError(
             f"task {task!r}: class indices must lie in 0 to {classes - 1}, probabilities between "
             f"0 and 1; -100 or NaN where there is none."
         )
-    return y, None if bool(present.all()) else present
+    return y, present

@@ -50,8 +50,14 @@ class Heads:
         handles = []
         try:
             for task, path in self.paths.items():
+                try:
+                    module = model.get_submodule(path)
+                except AttributeError:
+                    raise HeadError(
+                        f"task {task!r}: the model has no module {path!r} any more. Its heads were "
+                        f"changed after the predictor was made: make a new one."
+                    ) from None
                 hook = _noting(seen[task])
-                module = _submodule(model, task, path)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for module in training:
                 module.training = False
@@ -94,16 +100,6 @@ def _in_training(model: nn.Module) -> list[nn.Module]:
             found.append(module)
         left.extend(child for child in module._modules.values() if child is not None)
     return found
-
-
-def _submodule(model: nn.Module, task: str, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise HeadError(
-            f"task {task!r}: the model has no module {path!r} any more. Its heads were "
-            f"changed after the predictor was made: make a new one."
-        ) from None
 
 
 def _noting(calls: list[Tensor]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,10 @@ from bayesagg.predicting.data import Source
 from bayesagg.predicting.kinds import KINDS
 from bayesagg.predicting.network import Heads, check_finite
 from bayesagg.predicting.prediction import Prediction, Reading
-from bayesagg.predicting.regression import Prior, solve, sums_of
+from bayesagg.predicting.regression import Prior, PriorVariance, solve, sums_of
 from bayesagg.predicting.state import HeadPosterior, Inferred
 
 __all__ = ["MeanAndStddev", "Predictor", "PriorVariance"]
-
-PriorVariance = float | Literal["marginal_likelihood"] | None
 
 
 class Predictor(nn.Module):
@@ -97,7 +95,7 @@ class Predictor(nn.Module):
         Raises:
             BayesAggError: a specific subclass for each kind of bad data, which names the task.
         """
-        return cls(model, heads)._fit(data, _own_prior, prior_variance, passes, max_parameters)
+        return cls(model, heads)._fit(data, Prior.of, prior_variance, passes, max_parameters)
 
     @classmethod
     def of_rule(
@@ -117,7 +115,7 @@ class Predictor(nn.Module):
         """
         predictor = cls(model, heads)
         if data is not None:
-            prior_of = getattr(rule, "prior_of", _own_prior)
+            prior_of = getattr(rule, "prior_of", Prior.of)
             return predictor._fit(data, prior_of, **settings)
         inferred = getattr(rule, "inferred", None)
         if inferred is None:
@@ -253,7 +251,7 @@ class Predictor(nn.Module):
         max_parameters: int = MAX_PARAMETERS,
     ) -> Predictor:
         heads = self._heads.by_task
-        priors = {name: _prior(prior_of(head), prior_variance) for name, head in heads.items()}
+        priors = {name: prior_of(head).given(prior_variance) for name, head in heads.items()}
         keep = [name for name, head in heads.items() if head.kind != "regression"]
         source = Source(self.model, self._heads, data, keep)
         found = solve(sums_of(source.pieces(), heads), heads, priors)
@@ -302,25 +300,3 @@ class MeanAndStddev(nn.Module):
         """``(mean, stddev)`` by task, in the shape of the head's output."""
         found = self.predictor(*inputs, **keywords)
         return {name: (p.mean, p.stddev) for name, p in found.items()}
-
-
-def _own_prior(head: Head) -> Prior:
-    return Prior(head.prior_variance or 1.0)
-
-
-def _prior(own: Prior, given: PriorVariance) -> Prior:
-    """That of the head, unless another is given.
-
-    Raises:
-        ValueError: for a variance that is not positive.
-    """
-    if given is None:
-        return own
-    if given == "marginal_likelihood":
-        return Prior(own.variance, own.relative, learned=True)
-    if not isinstance(given, int | float) or not 0 < given < float("inf"):
-        raise ValueError(
-            f"prior_variance must be a positive number, 'marginal_likelihood' or None, got "
-            f"{given!r}."
-        )
-    return Prior(float(given))

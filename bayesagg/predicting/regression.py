@@ -10,8 +10,8 @@ freedom. A prior on request: ``γ = |m|² / Σ ω / (ω + λ)``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from bayesagg.posterior import augment, weighted_gram
 from bayesagg.predicting.data import Rows
 from bayesagg.predicting.state import Inferred
 
-__all__ = ["Prior", "Sums", "solve", "sums_of"]
+__all__ = ["Prior", "PriorVariance", "Sums", "solve", "sums_of"]
+
+PriorVariance = float | Literal["marginal_likelihood"] | None
 
 _ITERATIONS, _TOLERANCE = 300, 1e-8
 _LEAST = 1e-10  # of the labels' mean square: what a mean of squared residuals is known to
@@ -41,6 +43,28 @@ class Prior:
     variance: float = 1.0
     relative: bool = False
     learned: bool = False
+
+    @staticmethod
+    def of(head: Head) -> Prior:
+        """That of a head under no rule."""
+        return Prior(head.prior_variance or 1.0)
+
+    def given(self, variance: PriorVariance) -> Prior:
+        """This one, unless a variance is given.
+
+        Raises:
+            ValueError: for one that is not positive.
+        """
+        if variance is None:
+            return self
+        if variance == "marginal_likelihood":
+            return replace(self, learned=True)
+        if not isinstance(variance, int | float) or not 0 < variance < float("inf"):
+            raise ValueError(
+                f"prior_variance must be a positive number, 'marginal_likelihood' or None, got "
+                f"{variance!r}."
+            )
+        return Prior(float(variance))
 
 
 class Sums(NamedTuple):
