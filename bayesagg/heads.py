@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from bayesagg.errors import HeadError
+from bayesagg.layers import checked_linear, last_layer, sharded_like, unwrapped, whole
 
 __all__ = [
     "BinaryHead",
@@ -28,8 +28,6 @@ __all__ = [
 
 Moments = Literal["quadrature", "monte_carlo"]
 Readout = Literal["posterior", "gradient"]
-
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,8 @@ class Head:
         prior_variance: γ of the isotropic prior ``N(0, γ I)`` over the weights and the bias.
         readout: who sets the head's weights: ``"posterior"`` writes the posterior mean into the
             module and the optimizer leaves it alone, ``"gradient"`` trains it by its own
-            gradients.
+            gradients. Left out, regressions have the first under both rules, classifications under
+            the default rule.
 
     Raises:
         HeadError: if the module is not linear or a setting is out of range.
@@ -73,34 +72,10 @@ class Head:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        module = _unwrapped(_last(self.module))
-        if not isinstance(module, _LINEAR):
-            raise HeadError(
-                f"{name} needs a linear module (nn.Linear, or a 1x1 nn.Conv), or an "
-                f"nn.Sequential that ends in one, got {type(module).__name__}. Pass the last "
-                f"linear layer of the head: what it receives are the head's features."
-            )
-        if not isinstance(module, nn.Linear) and (
-            set(module.kernel_size) != {1}
-            or set(module.stride) != {1}
-            or module.groups != 1
-            or (set(module.padding) != {0} and module.padding != "valid")
-        ):
-            raise HeadError(
-                f"{name} needs a convolution of kernel size 1, stride 1, one group and no "
-                f"padding, got {module}. Put such a linear layer behind it, and pass that."
-            )
-        if isinstance(module.weight, UninitializedParameter):
-            raise HeadError(
-                f"{name}: the lazy module is not initialised yet. Run one forward pass of the "
-                f"model before wrapping the optimizer."
-            )
-        if self.s is not None:
-            self._check_number("s", self.s, minimum=0.0, inclusive=True)
-        if self.prior_variance is not None:
-            self._check_number("prior_variance", self.prior_variance)
-        if self.readout is not None:
-            self._check_choice("readout", self.readout, ("posterior", "gradient"))
+        module = checked_linear(self.module, name)
+        self._check("s", lambda s: _is_finite(s) and s >= 0, "a finite number >= 0")
+        self._check("prior_variance", _is_positive, "a finite number > 0")
+        self._check_choice("readout", get_args(Readout))
         if self.readout == "posterior" and is_parametrized(module):
             raise HeadError(
                 f"{name}: readout='posterior' has to write the weights, which a parametrization "
@@ -108,35 +83,23 @@ class Head:
             )
         self._sharded.extend(p for p in module.parameters() if hasattr(p, "full_tensor"))
 
-    def _check_number(
-        self, name: str, value: object, minimum: float = 0.0, inclusive: bool = False
-    ) -> None:
-        valid = isinstance(value, int | float) and not isinstance(value, bool)
-        if not valid or not math.isfinite(value) or value < minimum:  # type: ignore[arg-type,operator]
-            valid = False
-        if not valid or (value == minimum and not inclusive):
-            bound = ">=" if inclusive else ">"
-            raise HeadError(
-                f"{type(self).__name__}: {name} must be a finite number {bound} {minimum:g}, "
-                f"got {value!r}."
-            )
+    def _check(self, setting: str, holds: Callable[[Any], bool], what: str) -> None:
+        value = getattr(self, setting)
+        if value is not None and not holds(value):
+            raise HeadError(f"{type(self).__name__}: {setting} must be {what}, got {value!r}.")
 
-    def _check_choice(self, name: str, value: object, choices: tuple[str, ...]) -> None:
-        if value not in choices:
-            raise HeadError(
-                f"{type(self).__name__}: {name} must be one of {', '.join(map(repr, choices))}, "
-                f"got {value!r}."
-            )
+    def _check_choice(self, setting: str, choices: tuple[str, ...]) -> None:
+        self._check(setting, choices.__contains__, f"one of {', '.join(map(repr, choices))}")
 
     @cached_property
     def linear(self) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d:
         """The last linear layer itself, also where it or the tower is compiled."""
-        return cast("nn.Linear", _unwrapped(_last(self.module)))
+        return cast("nn.Linear", unwrapped(last_layer(self.module)))
 
     @cached_property
     def watched(self) -> nn.Module:
         """The module whose calls are those of the last linear layer: it, or its compiled form."""
-        return _last(self.module)
+        return last_layer(self.module)
 
     @property
     def writable(self) -> bool:
@@ -186,7 +149,7 @@ class Head:
             bias = parameter.dim() == 1
             part = weights.select(1, -1) if bias else weights.narrow(1, 0, self.in_features)
             if parameter.dim() > 2 or type(parameter) is not nn.Parameter:
-                part = _like(part.view(parameter.shape), parameter)
+                part = sharded_like(part.view(parameter.shape), parameter)
             parameter.copy_(part)
 
     def weights(self) -> Tensor:
@@ -194,8 +157,17 @@ class Head:
 
         Weights that are sharded over ranks are gathered: all ranks must call.
         """
-        weight = _whole(self.linear.weight)
+        weight = whole(self.linear.weight)
         return weight if weight.dim() == 2 else weight.flatten(1)
+
+
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0
 
 
 def stacked(head: Head) -> Tensor:
@@ -204,49 +176,16 @@ def stacked(head: Head) -> Tensor:
         return head.weights()
     bias = head.linear.bias
     assert bias is not None
-    return torch.cat([head.weights(), _whole(bias)[:, None]], 1)
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """What ``torch.compile`` wrapped."""
-    return cast("nn.Module", getattr(module, "_orig_mod", module))
-
-
-def _last(module: nn.Module) -> nn.Module:
-    """The last layer of a tower, as it is called."""
-    inner = _unwrapped(module)
-    if isinstance(inner, nn.Sequential) and len(inner) > 0:
-        return _last(inner[-1])
-    return module
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """A tensor that may be sharded (a ``DTensor``), gathered."""
-    if type(parameter) is not nn.Parameter and hasattr(parameter, "full_tensor"):
-        parameter = parameter.full_tensor()
-    return parameter.detach()
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A value that every rank has, sharded as the parameter is."""
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-    value = value.to(parameter.device, parameter.dtype)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return torch.cat([head.weights(), whole(bias)[:, None]], 1)
 
 
 @dataclass(frozen=True, eq=False)
 class RegressionHead(Head):
     """A head with squared error; ``o`` outputs are ``o`` tasks with independent noise.
 
+    Settings of :class:`Head`, and:
+
     Args:
-        module: as in :class:`Head`.
-        s: as in :class:`Head`.
-        prior_variance: as in :class:`Head`.
-        readout: as in :class:`Head`; of both rules ``"posterior"``.
         noise_variance: τ² of the Gaussian likelihood, in squared units of the labels, or
             ``"learned"``: a running mean of squared residuals, per output.
     """
@@ -257,8 +196,8 @@ class RegressionHead(Head):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.noise_variance not in (None, "learned"):
-            self._check_number("noise_variance", self.noise_variance)
+        if self.noise_variance != "learned":
+            self._check("noise_variance", _is_positive, "a finite number > 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,26 +207,19 @@ class _ClassificationHead(Head):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.moments is not None:
-            self._check_choice("moments", self.moments, ("quadrature", "monte_carlo"))
-        if self.num_samples is None:
-            return
-        if not isinstance(self.num_samples, int) or self.num_samples < 2:
-            raise HeadError(
-                f"{type(self).__name__}: num_samples must be an integer of at least 2, got "
-                f"{self.num_samples!r}."
-            )
+        self._check_choice("moments", get_args(Moments))
+        self._check(
+            "num_samples", lambda n: isinstance(n, int) and n >= 2, "an integer of at least 2"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class BinaryHead(_ClassificationHead):
     """A head with binary cross-entropy on logits; ``o`` outputs are ``o`` tasks.
 
+    Settings of :class:`Head`, and:
+
     Args:
-        module: as in :class:`Head`.
-        s: as in :class:`Head`.
-        prior_variance: as in :class:`Head`.
-        readout: as in :class:`Head`; of the paper's rule ``"gradient"``.
         moments: ``"quadrature"``, or ``"monte_carlo"`` (Eq. 11).
         num_samples: J of Eq. 11, at least 2.
     """
@@ -297,13 +229,11 @@ class BinaryHead(_ClassificationHead):
 
 @dataclass(frozen=True, eq=False)
 class MulticlassHead(_ClassificationHead):
-    """A head with cross-entropy over ``C ≥ 2`` classes; one task.
+    """A head with cross-entropy over ``C ≥ 2`` classes; one task, of a module with ``C`` outputs.
+
+    Settings of :class:`Head`, and:
 
     Args:
-        module: as in :class:`Head`, with ``C`` outputs.
-        s: as in :class:`Head`.
-        prior_variance: as in :class:`Head`.
-        readout: as in :class:`Head`; of the paper's rule ``"gradient"``.
         moments: ``"quadrature"`` (cubature over the logits), or ``"monte_carlo"`` (Eq. 11).
         num_samples: J of Eq. 11, at least 2.
 
@@ -347,10 +277,7 @@ def named_heads(
         HeadError: if there is no head, an entry is neither head nor :class:`LossTask`, or one
             module is given twice.
     """
-    items = (
-        heads.items() if isinstance(heads, Mapping) else ((str(i), h) for i, h in enumerate(heads))
-    )
-    named = dict(items)
+    named = dict(heads) if isinstance(heads, Mapping) else {str(i): h for i, h in enumerate(heads)}
     owners: dict[int, str] = {}
     for name, head in named.items():
         if isinstance(head, LossTask):

@@ -65,25 +65,26 @@ def _rule(pretrain_epochs: int) -> PaperRule:
 
 
 def _regression(s: float, prior_variance: float) -> dict[str, Any]:
-    return {
-        "s": s,
-        "prior_variance": prior_variance,
-        "noise_variance": 1.0,
-        "readout": "posterior",
-    }
+    own = {"noise_variance": 1.0, "readout": "posterior"}
+    return {"s": s, "prior_variance": prior_variance, **own}
 
 
 def _classification(s: float, prior_variance: float) -> dict[str, Any]:
-    return {
-        "s": s,
-        "prior_variance": prior_variance,
-        "moments": "monte_carlo",
-        "num_samples": 1024,
-        "readout": "gradient",
-    }
+    own = {"moments": "monte_carlo", "num_samples": 1024, "readout": "gradient"}
+    return {"s": s, "prior_variance": prior_variance, **own}
 
 
-_STEPS = "x0.1 at 60 % and 80 % of the epochs"
+def _training(
+    epochs: int,
+    batch_size: int,
+    weight_decay: float,
+    schedule: str = "x0.1 at 60 % and 80 % of the epochs",
+    **clips: float,
+) -> dict[str, Any]:
+    sizes = {"epochs": epochs, "batch_size": batch_size}
+    adam = {"optimizer": "Adam", "lr": 1e-3, "weight_decay": weight_decay}
+    return {**sizes, **adam, "schedule": schedule, **clips}
+
 
 PAPER: dict[str, Preset] = {
     "qm9": Preset(
@@ -91,42 +92,19 @@ PAPER: dict[str, Preset] = {
         # The paper gives no prior variance for QM9, and the code has no script: this is the
         # library's default.
         regression=_regression(s=0.85, prior_variance=1.0),
-        training={
-            "epochs": 300,
-            "batch_size": 120,
-            "optimizer": "Adam",
-            "lr": 1e-3,
-            "weight_decay": 0.0,
-            "schedule": "ReduceLROnPlateau on the validation Δm",
-        },
+        training=_training(300, 120, 0.0, schedule="ReduceLROnPlateau on the validation Δm"),
         s_grid={"regression": (0.75, 0.85, 0.95)},
     ),
     "cifar_mtl": Preset(
         rule=_rule(3),
         binary=_classification(s=5e-4, prior_variance=5e-4),
-        training={
-            "epochs": 50,
-            "batch_size": 128,
-            "optimizer": "Adam",
-            "lr": 1e-3,
-            "weight_decay": 1e-4,
-            "schedule": _STEPS,
-            "clip_heads": 50.0,
-        },
+        training=_training(50, 128, 1e-4, clip_heads=50.0),
         s_grid={"binary": (5e-2, 5e-3, 5e-4)},
     ),
     "chestxray14": Preset(
         rule=_rule(1),
         binary=_classification(s=5e-4, prior_variance=5e-3),
-        training={
-            "epochs": 100,
-            "batch_size": 256,
-            "optimizer": "Adam",
-            "lr": 1e-3,
-            "weight_decay": 0.0,
-            "schedule": _STEPS,
-            "clip_heads": 50.0,
-        },
+        training=_training(100, 256, 0.0, clip_heads=50.0),
         s_grid={"binary": (5e-2, 5e-3, 5e-4)},
     ),
     "utkface": Preset(
@@ -134,16 +112,7 @@ PAPER: dict[str, Preset] = {
         regression=_regression(s=0.3, prior_variance=5e-3),
         binary=_classification(s=0.1, prior_variance=5e-3),
         multiclass=_classification(s=0.1, prior_variance=5e-3),
-        training={
-            "epochs": 100,
-            "batch_size": 128,
-            "optimizer": "Adam",
-            "lr": 1e-3,
-            "weight_decay": 1e-4,
-            "schedule": _STEPS,
-            "clip_heads": 10.0,
-            "clip_shared": 5.0,
-        },
+        training=_training(100, 128, 1e-4, clip_heads=10.0, clip_shared=5.0),
         s_grid={
             "regression": (0.3, 0.5, 0.8),
             "binary": (0.005, 0.05, 0.1),
@@ -151,7 +120,6 @@ PAPER: dict[str, Preset] = {
         },
     ),
 }
-
 """The paper's, by benchmark: ``"qm9"``, ``"cifar_mtl"``, ``"chestxray14"`` and ``"utkface"``."""
 
 

@@ -1,4 +1,4 @@
-"""One line per task over training: weights, conflict, certainty."""
+"""Tasks over training: weights, per datum too, conflict and certainty."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bayesagg.plots.style import Floats, Values, array, line_style, new_axes, po
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_certainty", "plot_conflict", "plot_task_weights"]
+__all__ = ["plot_certainty", "plot_conflict", "plot_task_weights", "plot_weights"]
 
 
 def plot_task_weights(
@@ -36,7 +36,6 @@ def plot_task_weights(
         the Axes with one line per output of every task, and a dotted one where all are equal.
 
     Raises:
-        ImportError: if matplotlib is not installed.
         ValueError: if there is nothing to draw, or entries differ in their tasks.
     """
     if not history:
@@ -79,7 +78,6 @@ def plot_conflict(
         the Axes with one line per task, in percent.
 
     Raises:
-        ImportError: if matplotlib is not installed.
         ValueError: for another shape.
     """
     own = ax is None
@@ -112,7 +110,6 @@ def plot_certainty(
         the Axes with one line per task, and a dotted one where gradient and noise are equal.
 
     Raises:
-        ImportError: if matplotlib is not installed.
         ValueError: for another shape.
     """
     own = ax is None
@@ -121,6 +118,62 @@ def plot_certainty(
     _plain_decades(ax)
     ax.set_ylabel("certainty, ‖E[g]‖ / sd [ratio]")
     return _legend(ax, own)
+
+
+def plot_weights(
+    stages: Mapping[str, Values],
+    *,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean weight over dimensions of every datum and task, stage beside stage (Figure 3).
+
+    Args:
+        stages: weights by the name of the stage (``"epoch 1"``), ``[N, K, d]`` as
+            :func:`bayesagg.aggregation.aggregate_diagonal` returns them, or their mean over
+            dimensions, ``[N, K]``. Some twenty data a stage can be told apart.
+        names: of the tasks.
+        ax: to draw into.
+
+    Returns:
+        the Axes with one image; stages are separated by an empty column.
+
+    Raises:
+        ValueError: if there is no stage, or they differ in the number of tasks.
+    """
+    own = ax is None
+    if not stages:
+        raise ValueError("no stage to draw: pass weights by name, {'epoch 1': weights}")
+    blocks = [
+        array(w, "data, tasks, dimensions").mean(2) if np.ndim(w) == 3 else array(w, "data, tasks")
+        for w in stages.values()
+    ]
+    tasks = blocks[0].shape[1]
+    if any(block.shape[1] != tasks for block in blocks):
+        raise ValueError(f"stages differ in their tasks: {[block.shape[1] for block in blocks]}")
+    gap = np.full((1, tasks), np.nan)
+    rows = [part for block in blocks for part in (gap, block)][1:]
+    image = np.concatenate(rows).T  # [K, columns]
+    ax = new_axes(ax, (max(6.4, 2.6 * len(blocks) + 1.5), max(3.6, 1.8 + 0.32 * tasks)))
+    drawn = ax.imshow(image, aspect="auto", cmap="cividis", vmin=0, interpolation="none")
+    centres, start = [], 0
+    for block in blocks:
+        centres.append(start + (len(block) - 1) / 2)
+        start += len(block) + 1
+    labels = [f"{name}\n{len(block)} data" for name, block in zip(stages, blocks, strict=True)]
+    ax.set_xticks(centres, labels)
+    ax.set_yticks(
+        range(tasks), list(names) if names is not None else [str(k) for k in range(tasks)]
+    )
+    ax.tick_params(length=0)
+    ax.set_xlabel("stage of training, one column per datum")
+    ax.set_ylabel("task")
+    bar = ax.figure.colorbar(drawn, ax=ax)
+    bar.set_label("mean weight [share]\nwhite line: uniform", size=12 if own else None)
+    bar.ax.axhline(1 / tasks, color="white", lw=2)
+    polish(ax, own)
+    ax.spines[["left", "bottom"]].set_visible(False)
+    return ax
 
 
 def _lines(

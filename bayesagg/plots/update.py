@@ -40,7 +40,6 @@ def plot_update(
         the Axes; its arrows carry the labels ``"average"``, ``"aggregate"`` and the tasks' names.
 
     Raises:
-        ImportError: if matplotlib is not installed.
         ValueError: for other shapes, or a variance that is not positive.
     """
     own = ax is None

@@ -1,0 +1,76 @@
+"""Last linear layers of modules, and parameters that may be sharded over ranks."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from bayesagg.errors import HeadError
+
+__all__ = ["checked_linear", "last_layer", "sharded_like", "unwrapped", "whole"]
+
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def checked_linear(module: nn.Module, name: str) -> nn.Module:
+    """The last linear layer of a module itself.
+
+    Raises:
+        HeadError: in the name of a class, if it is no linear layer or has no weights yet.
+    """
+    module = unwrapped(last_layer(module))
+    if not isinstance(module, _LINEAR):
+        raise HeadError(
+            f"{name} needs a linear module (nn.Linear, or a 1x1 nn.Conv), or an "
+            f"nn.Sequential that ends in one, got {type(module).__name__}. Pass the last "
+            f"linear layer of the head: what it receives are the head's features."
+        )
+    if not isinstance(module, nn.Linear) and (
+        set(module.kernel_size) != {1}
+        or set(module.stride) != {1}
+        or module.groups != 1
+        or (set(module.padding) != {0} and module.padding != "valid")
+    ):
+        raise HeadError(
+            f"{name} needs a convolution of kernel size 1, stride 1, one group and no "
+            f"padding, got {module}. Put such a linear layer behind it, and pass that."
+        )
+    if isinstance(module.weight, UninitializedParameter):
+        raise HeadError(
+            f"{name}: the lazy module is not initialised yet. Run one forward pass of the "
+            f"model before wrapping the optimizer."
+        )
+    return module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` wrapped."""
+    return cast("nn.Module", getattr(module, "_orig_mod", module))
+
+
+def last_layer(module: nn.Module) -> nn.Module:
+    """The last layer of a tower, as it is called."""
+    inner = unwrapped(module)
+    if isinstance(inner, nn.Sequential) and len(inner) > 0:
+        return last_layer(inner[-1])
+    return module
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A tensor that may be sharded (a ``DTensor``), gathered."""
+    if type(parameter) is not nn.Parameter and hasattr(parameter, "full_tensor"):
+        parameter = parameter.full_tensor()
+    return parameter.detach()
+
+
+def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A value that every rank has, sharded as the parameter is."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    value = value.to(parameter.device, parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
