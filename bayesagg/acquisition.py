@@ -55,23 +55,16 @@ def bald(
     """
     if isinstance(prediction, RegressionPrediction):
         return _regression_information(prediction, joint)
-    p = prediction.sample(samples, generator=generator)  # [n, …, o]
-    dimension = _outputs(prediction)
-    if not isinstance(prediction, MulticlassPrediction):
-        p = torch.stack([1 - p, p], -1)
-    elif dimension == 1:
-        p = p.movedim(2, -1)
-    entropy = _entropy(p).mean(0)  # expected, of every datum
+    p = prediction.sample(samples, generator=generator)
+    p = p.movedim(2, -1) if _outputs(prediction) == 1 else p
+    # Drawn probabilities of the classes of every output, [n, …, outputs, classes].
+    many = isinstance(prediction, MulticlassPrediction)
+    p = p[..., None, :] if many else torch.stack([1 - p, p], -1)
+    expected = _entropy(p).mean(0)
     if joint:
-        outputs = (
-            [p.flatten(1, -2)]
-            if isinstance(prediction, MulticlassPrediction)
-            else (p.movedim(2 if dimension == 1 else -2, 0).flatten(2, -2).unbind())
-        )
-        total = sum(_joint_entropy(part, generator) for part in outputs)
-        return torch.as_tensor(total - entropy.sum()).clamp_min(0)
-    gain = (_entropy(p.mean(0)) - entropy).clamp_min(0)
-    return gain if isinstance(prediction, MulticlassPrediction) else gain.sum(dimension)
+        total = sum(_joint_entropy(one, generator) for one in p.flatten(1, -3).unbind(2))
+        return torch.as_tensor(total - expected.sum()).clamp_min(0)
+    return (_entropy(p.mean(0)) - expected).clamp_min(0).sum(-1)
 
 
 def expected_improvement(

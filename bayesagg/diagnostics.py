@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.advice import Advice, advise
+from bayesagg.reading.hooks import flatten
 
 if TYPE_CHECKING:
     from bayesagg.predicting import RegressionPrediction
@@ -100,8 +101,7 @@ def interval_coverage(
     for level in levels:
         low, high = prediction.interval(level)
         inside = (targets >= low) & (targets <= high)
-        rows = [(x.movedim(1, -1) if first else x).flatten(0, -2) for x in (inside, seen)]
-        shares.append((rows[0] & rows[1]).sum(0) / rows[1].sum(0))
+        shares.append(flatten(inside & seen, first).sum(0) / flatten(seen, first).sum(0))
     return torch.stack(shares)
 
 
@@ -138,12 +138,10 @@ def reliability(probabilities: Tensor, targets: Tensor, bins: int = 15) -> Relia
     confidence, predicted = p.max(1)
     right = (predicted == y).to(p.dtype)
     place = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (0, 1/bins], …
-    count = torch.zeros(bins, dtype=p.dtype, device=p.device).index_add_(
-        0, place, torch.ones_like(right)
+    count, sure, hits = (
+        torch.bincount(place, value, bins) for value in (torch.ones_like(right), confidence, right)
     )
-    totals = torch.zeros(2, bins, dtype=p.dtype, device=p.device)
-    totals.index_add_(1, place, torch.stack([confidence, right]))
-    return Reliability(totals[0] / count, totals[1] / count, count)
+    return Reliability(sure / count, hits / count, count)
 
 
 def expected_calibration_error(probabilities: Tensor, targets: Tensor, bins: int = 15) -> float:

@@ -39,9 +39,6 @@ class Rows:
         return torch.tensor(True) if self.present is None else self.present.any(0).cpu()
 
 
-Raw = dict[str, tuple[Tensor, Tensor]]  # of a batch: what the head received, and its targets
-
-
 class Source:
     """Passes over a loader in evaluation mode.
 
@@ -84,8 +81,8 @@ class Source:
             yield from self._kept
             return
         labelled: dict[str, Tensor] = {}  # whether every output has been, [o]; of classes any, []
-        for batches in self._together():
-            for piece in self._read(batches):
+        for (tasks, *_), batches in self._together():
+            for piece in self._read(tasks, batches):
                 for task, rows in piece.items():
                     labelled[task] = labelled.get(task, torch.tensor(False)) | rows.labelled
                 self._keep(piece)
@@ -116,64 +113,51 @@ class Source:
         elif kept:
             self._kept.append(kept)
 
-    def _together(self) -> Iterator[list[Raw]]:
-        """The batches, as many at once as are alike and not too large."""
-        held: list[Raw] = []
-        size, alike = 0, None
+    def _together(self) -> Iterator[tuple[tuple[Any, ...], list[list[Tensor]]]]:
+        """Of tasks that read one tensor: them, and it and their targets of batches that are alike.
+
+        Batches are held back until their features are many.
+        """
+        held: dict[tuple[Any, ...], list[list[Tensor]]] = {}
+        size, heads = 0, self.heads.by_task
         device = next(self.model.parameters()).device
         with self.heads.watched(self.model) as seen:
             for batch in self.loader:
-                inputs, targets = _pair(batch, self.heads.by_task)
+                inputs, targets = _pair(batch, heads)
                 call(self.model, moved(inputs, device))
-                raw = {task: (self.heads.received(seen, task), y) for task, y in targets.items()}
+                groups: dict[object, list[str]] = {}
+                read = {task: self.heads.received(seen, task) for task in targets}
+                for task, features in read.items():
+                    groups.setdefault((id(features), heads[task].channels_first), []).append(task)
+                for tasks in groups.values():
+                    parts = [read[tasks[0]], *(targets[task] for task in tasks)]
+                    forms: list[object] = [(part.shape[1:], part.dtype) for part in parts]
+                    if parts[0].dim() < 2 or len({part.shape[:1] for part in parts}) > 1:
+                        forms.append(object())  # like no other
+                    held.setdefault((tuple(tasks), *forms), []).append(parts)
+                    size += parts[0].numel()
                 for calls in seen.values():
                     calls.clear()
-                form = _form(raw)
-                if held and (form != alike or size > CHUNK):
-                    yield held
-                    held, size = [], 0
-                held.append(raw)
-                alike = form
-                size += sum(t.numel() for t in {id(h): h for h, _ in raw.values()}.values())
-        if held:
-            yield held
+                if size > CHUNK:
+                    yield from held.items()
+                    held, size = {}, 0
+        yield from held.items()
 
-    def _read(self, batches: list[Raw]) -> Iterator[dict[str, Rows]]:
-        groups: dict[tuple[int, bool], list[str]] = {}
-        for task, (features, _) in batches[0].items():
-            key = (id(features), self.heads.by_task[task].channels_first)
-            groups.setdefault(key, []).append(task)
-        for tasks in groups.values():
-            first = self.heads.by_task[tasks[0]]
-            features = _cat([raw[tasks[0]][0] for raw in batches])
-            check_finite(tasks[0], features)
-            features = flatten(features, first.channels_first)
-            parts = features.split(max(1, CHUNK // features.shape[1]))
-            pieces: list[dict[str, Rows]] = [{} for _ in parts]
-            for task in tasks:
-                target = _cat([raw[task][1] for raw in batches]).to(features.device)
-                y, present = _labelled(task, self.heads.by_task[task], features, target)
-                start = 0
-                for piece, part in zip(pieces, parts, strict=True):
-                    own = slice(start, start := start + len(part))
-                    piece[task] = Rows(part, y[own], None if present is None else present[own])
-            yield from pieces
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _form(raw: Raw) -> object:
-    """Equal for batches that can be put together."""
-    places: dict[int, int] = {}
-    found = []
-    for task, (h, y) in raw.items():
-        if h.dim() < 2 or y.dim() < 1 or len(h) != len(y):
-            return object()
-        place = places.setdefault(id(h), len(places))
-        found.append((task, place, h.shape[1:], h.dtype, y.shape[1:], y.dtype))
-    return found
+    def _read(self, tasks: list[str], batches: list[list[Tensor]]) -> Iterator[dict[str, Rows]]:
+        parts = zip(*batches, strict=True)
+        features, *targets = (torch.cat(part) if len(part) > 1 else part[0] for part in parts)
+        check_finite(tasks[0], features)
+        features = flatten(features, self.heads.by_task[tasks[0]].channels_first)
+        size = max(1, CHUNK // features.shape[1])
+        pieces: list[dict[str, Rows]] = [{} for _ in features.split(size)]
+        for task, target in zip(tasks, targets, strict=True):
+            head = self.heads.by_task[task]
+            y, present = _labelled(task, head, features, target.to(features.device))
+            seen = [None] * len(pieces) if present is None else present.split(size)
+            rows = map(Rows, features.split(size), y.split(size), seen)
+            for piece, own in zip(pieces, rows, strict=True):
+                piece[task] = own
+        yield from pieces
 
 
 def _pair(batch: Any, heads: Mapping[str, Head]) -> tuple[Any, dict[str, Tensor]]:
