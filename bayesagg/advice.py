@@ -101,8 +101,7 @@ def advise(
         rows.append(row.detach().flatten().double())
     gradients = torch.stack(rows)  # [K, N d]
     scales = torch.stack([value.detach() for value in values.values()]).double()
-    tiny = torch.finfo(torch.float64).tiny
-    unit = gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True).clamp_min(tiny)
+    unit = F.normalize(gradients, eps=torch.finfo(torch.float64).tiny)
     pairs = len(unit) * (len(unit) - 1)
     plain, weighed = gradients.sum(0), (gradients / scales[:, None].to(gradients)).sum(0)
     overfit = None

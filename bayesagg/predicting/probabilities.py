@@ -10,7 +10,7 @@ from torch import Tensor
 from bayesagg.moments.binary import gaussian_nodes, panel_nodes
 from bayesagg.moments.multiclass import standard_normal_nodes
 
-__all__ = ["class_probabilities", "sigmoid_moments", "softmax_nodes"]
+__all__ = ["class_probabilities", "sigmoid_moments"]
 
 _HERMITE = {1: 48, 2: 20}  # nodes a dimension, by the number of dimensions
 _SOBOL, _WHITENED = 512, 128
@@ -38,22 +38,6 @@ def sigmoid_moments(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, other, ((p - first[..., None]).square() * w).sum(-1)
 
 
-def softmax_nodes(dimensions: int, like: Tensor, even: bool = False) -> tuple[Tensor, Tensor]:
-    """Cubature for a standard normal, ``[P, J]`` and ``[J]``.
-
-    Hermite nodes of one or two dimensions, otherwise 512 symmetric Sobol points, which are of
-    equal weight; ``even``: always them.
-    """
-    if dimensions in _HERMITE and not even:
-        count, sobol = _HERMITE[dimensions], False
-    elif dimensions <= _WHITENED:
-        count, sobol = _SOBOL, True
-    else:
-        return _plain_nodes(dimensions, like.dtype, like.device)
-    nodes, weights = standard_normal_nodes(dimensions, count, sobol, like.dtype, like.device)
-    return nodes, weights[0]
-
-
 @lru_cache
 def _plain_nodes(
     dimensions: int, dtype: torch.dtype, device: torch.device
@@ -65,15 +49,23 @@ def _plain_nodes(
 
 
 def class_probabilities(mean: Tensor, factor: Tensor, even: bool = False) -> tuple[Tensor, Tensor]:
-    """Logarithms of the probabilities of all classes at the nodes of :func:`softmax_nodes`.
+    """Logarithms of the probabilities of all classes at the nodes of a cubature.
+
+    Hermite nodes of one or two dimensions, otherwise 512 symmetric Sobol points.
 
     Args:
         mean: of the logits, ``[N, C]``.
         factor: ``F``, with ``F Fᵀ`` their covariance, ``[N, C, P]``.
-        even: nodes of equal weight, for quantiles.
+        even: Sobol points, which are of equal weight, in any case; for quantiles.
 
     Returns:
         ``[N, C, J]``, and the weights of the nodes, ``[J]``.
     """
-    nodes, weights = softmax_nodes(factor.shape[2], mean, even)
-    return (mean[..., None] + factor @ nodes).log_softmax(1), weights
+    dimensions, kind = factor.shape[2], (mean.dtype, mean.device)
+    if dimensions in _HERMITE and not even:
+        nodes, weights = standard_normal_nodes(dimensions, _HERMITE[dimensions], False, *kind)
+    elif dimensions <= _WHITENED:
+        nodes, weights = standard_normal_nodes(dimensions, _SOBOL, True, *kind)
+    else:
+        nodes, weights = _plain_nodes(dimensions, *kind)
+    return (mean[..., None] + factor @ nodes).log_softmax(1), weights.view(-1)
