@@ -9,11 +9,43 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal, StudentT
 
-from bayesagg.predicting.prediction import Prediction, by_rows
+from bayesagg.predicting.prediction import Prediction, Reading, by_rows
 from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
 from bayesagg.predicting.student import NORMAL, interpolated, student_quantile
 
 __all__ = ["KINDS", "BinaryPrediction", "MulticlassPrediction", "RegressionPrediction"]
+
+
+class _Values(Reading):
+    @cached_property
+    def factor(self) -> Tensor:
+        return self.of_all("scale").square() / (1 - 2 / self.of_all("dof"))
+
+    @property
+    def output(self) -> Tensor:
+        return self.location
+
+    mean = output
+
+    @cached_property
+    def output_variance(self) -> Tensor:
+        return self.variance * self.of_all("scale").square()
+
+    @cached_property
+    def epistemic(self) -> Tensor:
+        return self.variance * self.factor
+
+    @cached_property
+    def aleatoric(self) -> Tensor:
+        return (self.of_all("noise") * self.factor).expand_as(self.variance)
+
+    @cached_property
+    def stddev(self) -> Tensor:
+        return ((self.variance + self.of_all("noise")) * self.factor).sqrt()
+
+    @cached_property
+    def spread(self) -> Tensor:
+        return (self.variance + self.of_all("noise")).sqrt() * self.of_all("scale")
 
 
 class RegressionPrediction(Prediction):
@@ -24,198 +56,180 @@ class RegressionPrediction(Prediction):
     the squared scale times ``ν / (ν - 2)``, split in proportion. Units are those of the labels.
     """
 
+    reading = _Values
+
     @property
     def dof(self) -> Tensor:
         """Degrees of freedom ν of every output, so that they broadcast; infinite: normal."""
         first = self.posterior.head.channels_first
-        return self._dof.view(-1, *(1 for _ in self._reading.shape[1:] if first))
+        return self._own("dof").view(-1, *(1 for _ in self._reading.shape[1:] if first))
 
     @property
     def scale(self) -> Tensor:
         """Scale of the predictive distribution, ``√(τ² + h̃ᵀSh̃)`` times the calibration."""
-        return self._back(self._spread)
+        return self._back(self._rows("spread"))
 
     @property
     def distribution(self) -> Distribution:
         """As of :class:`Prediction`."""
-        if bool((self._dof >= NORMAL).all()):
+        if bool((self.dof >= NORMAL).all()):
             return Normal(self.mean, self.scale, validate_args=False)
         return StudentT(self.dof.expand_as(self.mean), self.mean, self.scale, validate_args=False)
 
+    def _interval(self, level: float) -> tuple[Tensor, Tensor]:
+        dof, halves = self._own("dof"), self._own("halves")
+        if halves.numel():
+            half = interpolated(halves, level, dof) * self._rows("spread")
+        else:
+            half = student_quantile((1 + level) / 2, dof) * self._rows("spread")
+        return self._rows("mean") - half, self._rows("mean") + half
+
     def _sample(self, number: int, noise: bool, generator: torch.Generator | None) -> Tensor:
         # √(ν / χ²_ν) makes a Student-t of a normal.
-        dof = self._dof.clamp_max(NORMAL).expand(number, -1)
+        dof = self._own("dof").clamp_max(NORMAL).expand(number, -1)
         gamma = torch._standard_gamma(dof / 2, generator=generator)
-        mixture = torch.where(self._dof < NORMAL, (dof / 2 / gamma).sqrt(), 1.0)
+        mixture = torch.where(dof < NORMAL, (dof / 2 / gamma).sqrt(), 1.0)
         drawn = self.posterior.deviations(number, self.rows, generator)
         if noise:
             error = torch.empty_like(drawn).normal_(generator=generator)
             drawn = drawn + error * self._own("noise").sqrt()
-        return self._back(self._location + drawn * (self._own("scale") * mixture)[:, None], 1)
-
-    @property
-    def _location(self) -> Tensor:  # type: ignore[override]
-        return self._reading.part("location", self._place)
-
-    _mean = _location
-
-    @property
-    def _variance(self) -> Tensor:  # type: ignore[override]
-        return self._reading.part("variance", self._place) * self._own("scale").square()
-
-    @property
-    def _epistemic(self) -> Tensor:  # type: ignore[override]
-        return self._reading.part("variance", self._place) * self._factor
-
-    @property
-    def _aleatoric(self) -> Tensor:  # type: ignore[override]
-        return (self._own("noise") * self._factor).expand_as(self._location)
-
-    @property
-    def _stddev(self) -> Tensor:  # type: ignore[override]
-        return self._reading.part("stddev", self._place)
-
-    @property
-    def _dof(self) -> Tensor:
-        return self._own("dof")
-
-    @property
-    def _factor(self) -> Tensor:  # type: ignore[override]
-        return self._own("scale").square() / (1 - 2 / self._dof)
-
-    @property
-    def _spread(self) -> Tensor:
-        square = self._reading.part("variance", self._place) + self._own("noise")
-        return square.sqrt() * self._own("scale")
-
-    def _interval(self, level: float) -> tuple[Tensor, Tensor]:
-        if self.posterior.halves.numel():
-            half = interpolated(self._own("halves"), level, self._dof)
-        else:
-            half = student_quantile((1 + level) / 2, self._dof)
-        return self._location - half * self._spread, self._location + half * self._spread
+        return self._back(self._rows("mean") + drawn * (self._own("scale") * mixture)[:, None], 1)
 
 
-class _Labels(Prediction):
-    """Logits over the temperature, and a variance ``p (1 - p)`` of labels that is split in two."""
+class _Logits(Reading):
+    """Over the temperature; the variance ``p (1 - p)`` of labels is split in two."""
 
     @cached_property
-    def _location(self) -> Tensor:  # type: ignore[override]
-        return self._reading.part("location", self._place) / self._own("scale")
+    def factor(self) -> Tensor:
+        return 1 / self.of_all("scale").square()
 
     @cached_property
-    def _variance(self) -> Tensor:  # type: ignore[override]
-        return self._reading.part("variance", self._place) * self._factor
-
-    @property
-    def _factor(self) -> Tensor:  # type: ignore[override]
-        return 1 / self._own("scale").square()
+    def output(self) -> Tensor:
+        return self.location / self.of_all("scale")
 
     @cached_property
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``E[p]``, the variance of labels, and that of ``p``."""
-        raise NotImplementedError
+    def output_variance(self) -> Tensor:
+        return self.variance * self.factor
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``E[p]``, ``p (1 - p)`` with it, and ``Var[p]``."""
+        each = 64 * self.output.shape[1]
+        p, q, variance = by_rows(sigmoid_moments, each, self.output, self.output_variance.sqrt())
+        return p, p * q, variance
 
     @property
-    def _mean(self) -> Tensor:  # type: ignore[override]
-        return self._moments[0]
+    def mean(self) -> Tensor:
+        return self.moments[0]
 
     @property
-    def _epistemic(self) -> Tensor:  # type: ignore[override]
-        return self._moments[2]
+    def epistemic(self) -> Tensor:
+        return self.moments[2]
 
-    @property
-    def _aleatoric(self) -> Tensor:  # type: ignore[override]
-        return (self._moments[1] - self._moments[2]).clamp_min(0)
+    @cached_property
+    def aleatoric(self) -> Tensor:
+        return (self.moments[1] - self.moments[2]).clamp_min(0)
 
-    @property
-    def _stddev(self) -> Tensor:  # type: ignore[override]
-        return self._moments[1].clamp_min(0).sqrt()
+    @cached_property
+    def stddev(self) -> Tensor:
+        return self.moments[1].clamp_min(0).sqrt()
 
-    def _drawn(self, number: int, generator: torch.Generator | None) -> Tensor:
-        deviations = self.posterior.deviations(number, self.rows, generator)
-        return self._location + deviations / self._own("scale")
+    @cached_property
+    def logits(self) -> Tensor:
+        return 2 * self.moments[0].log() - self.moments[1].log()  # p (1 - p) has the digits
 
 
-class BinaryPrediction(_Labels):
+class BinaryPrediction(Prediction):
     """Probability ``E[σ(z)]`` of every output, ``z ~ N(h̃ᵀm, h̃ᵀSh̃)`` over the temperature.
 
     By quadrature. The variance ``p (1 - p)`` of a label is split into ``Var[σ(z)]``, epistemic, and
     ``E[σ(z) (1 - σ(z))]``.
     """
 
-    @cached_property
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        each = 64 * self.posterior.head.out_features
-        p, q, variance = by_rows(sigmoid_moments, each, self._location, self._variance.sqrt())
-        return p, p * q, variance
+    reading = _Logits
 
     @property
     def distribution(self) -> Distribution:
         """As of :class:`Prediction`."""
-        logits = 2 * self._moments[0].log() - self._moments[1].log()  # p (1 - p) has the digits
-        return Bernoulli(logits=self._back(logits), validate_args=False)
-
-    def _sample(self, number: int, noise: bool, generator: torch.Generator | None) -> Tensor:
-        p = self._drawn(number, generator).sigmoid()
-        return self._back(torch.bernoulli(p, generator=generator) if noise else p, 1)
+        return Bernoulli(logits=self._back(self._rows("logits")), validate_args=False)
 
     def _interval(self, level: float) -> tuple[Tensor, Tensor]:
         upper = torch.tensor((1 + level) / 2, dtype=torch.float64)
-        half = torch.special.ndtri(upper) * self._variance.sqrt()
-        return (self._location - half).sigmoid(), (self._location + half).sigmoid()
+        half = torch.special.ndtri(upper) * self._rows("output_variance").sqrt()
+        return (self._rows("output") - half).sigmoid(), (self._rows("output") + half).sigmoid()
+
+    def _sample(self, number: int, noise: bool, generator: torch.Generator | None) -> Tensor:
+        p = _drawn(self, number, generator).sigmoid()
+        return self._back(torch.bernoulli(p, generator=generator) if noise else p, 1)
 
 
-class MulticlassPrediction(_Labels):
-    """Probabilities ``E[softmax(z)]``, ``z`` jointly normal over the temperature; by cubature."""
+class _Classes(_Logits):
+    """Of one head, whose logits depend on each other."""
 
     @cached_property
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        mean = self._integrals[0].exp()
-        return mean, mean * (1 - mean), self._integrals[1]
-
-    @cached_property
-    def _integrals(self) -> tuple[Tensor, ...]:
-        """``log E[p]`` and ``Var[p]``, ``[N, C]``."""
+    def integrals(self) -> tuple[Tensor, ...]:
+        """``log E[p]`` and ``Var[p]``."""
 
         def integrals(logs: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
             mean = (logs + weights.log()).logsumexp(2)
             return mean, ((logs.exp() - mean.exp()[..., None]).square() * weights).sum(2)
 
-        return self._integrated(integrals)
+        return self.integrated(integrals)
 
-    def _integrated(
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        mean = self.logits.exp()
+        return mean, mean * (1 - mean), self.integrals[1]
+
+    @property
+    def logits(self) -> Tensor:
+        return self.integrals[0]
+
+    def integrated(
         self, function: Callable[..., tuple[Tensor, ...]], even: bool = False
     ) -> tuple[Tensor, ...]:
         """A function of what :func:`class_probabilities` gives."""
-        scale, posterior = self._own("scale"), self.posterior
+        [posterior], scale = self.posteriors, self.of_all("scale")
         each = max(512 * posterior.head.out_features, posterior.per_row())
 
-        def of_rows(h: Tensor, location: Tensor) -> tuple[Tensor, ...]:
-            return function(*class_probabilities(location, posterior.factor(h) / scale, even))
+        def of_rows(h: Tensor, output: Tensor) -> tuple[Tensor, ...]:
+            return function(*class_probabilities(output, posterior.factor(h) / scale, even))
 
-        return by_rows(of_rows, each, self.rows, self._location)
+        return by_rows(of_rows, each, self.h, self.output)
+
+
+class MulticlassPrediction(Prediction):
+    """Probabilities ``E[softmax(z)]``, ``z`` jointly normal over the temperature; by cubature."""
+
+    reading = _Classes
+    _reading: _Classes
 
     @property
     def distribution(self) -> Distribution:
         """As of :class:`Prediction`."""
-        logits = self._integrals[0].view(*self._reading.shape, -1)
+        logits = self._reading.logits.view(*self._reading.shape, -1)
         return Categorical(logits=logits, validate_args=False)
-
-    def _sample(self, number: int, noise: bool, generator: torch.Generator | None) -> Tensor:
-        p = self._drawn(number, generator).softmax(-1)
-        if not noise:
-            return self._back(p, 1)
-        drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator)
-        return drawn.view(number, *self._reading.shape)
 
     def _interval(self, level: float) -> tuple[Tensor, Tensor]:
         def quantiles(logs: Tensor, _: Tensor) -> tuple[Tensor, ...]:
             ends = logs.new_tensor([(1 - level) / 2, (1 + level) / 2])
             return torch.quantile(logs.exp(), ends, -1).unbind()
 
-        low, high = self._integrated(quantiles, even=True)
+        low, high = self._reading.integrated(quantiles, even=True)
         return low, high
+
+    def _sample(self, number: int, noise: bool, generator: torch.Generator | None) -> Tensor:
+        p = _drawn(self, number, generator).softmax(-1)
+        if not noise:
+            return self._back(p, 1)
+        drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator)
+        return drawn.view(number, *self._reading.shape)
+
+
+def _drawn(prediction: Prediction, number: int, generator: torch.Generator | None) -> Tensor:
+    """Logits."""
+    deviations = prediction.posterior.deviations(number, prediction.rows, generator)
+    return prediction._rows("output") + deviations / prediction._own("scale")
 
 
 KINDS: dict[str, type[Prediction]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,11 +32,15 @@ def by_rows(
 
 
 class Reading:
-    """What heads of one kind on one tensor have in common, computed when one of them asks.
+    """What heads of one kind on one tensor predict, for all together, when one of them asks.
+
+    Each kind has the members ``mean``, ``epistemic``, ``aleatoric``, ``stddev``, ``output`` and
+    ``output_variance`` of :class:`Prediction`, all ``[N, o]``, and ``factor``, ``[o]``: from
+    ``h̃ᵀSh̃`` to the epistemic variance, or that of the logits.
 
     Args:
         features: what they received.
-        posteriors: of one head, or of several on one set of eigenvectors.
+        posteriors: of one head, or of several; those on one set of eigenvectors take less time.
     """
 
     def __init__(self, features: Tensor, posteriors: Sequence[HeadPosterior]) -> None:
@@ -54,8 +59,9 @@ class Reading:
     def part(self, name: str, place: int) -> Tensor:
         """What one of the heads has of a member."""
         if name not in self._parts:
+            whole: Tensor = getattr(self, name)
             widths = [posterior.head.out_features for posterior in self.posteriors]
-            self._parts[name] = getattr(self, name).split(widths, 1)
+            self._parts[name] = (whole,) if len(widths) == 1 else whole.split(widths, -1)
         return self._parts[name][place]
 
     @cached_property
@@ -67,16 +73,11 @@ class Reading:
     def variance(self) -> Tensor:
         """Variance of all outputs, ``[N, o]``."""
         first = self.posteriors[0]
-        if not first.shared:
-            return by_rows(first.variance, first.per_row(), self.h)[0]
+        if not first.shared or any(p.vectors is not first.vectors for p in self.posteriors):
+            parts = [by_rows(p.variance, p.per_row(), self.h)[0] for p in self.posteriors]
+            return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         square = (self.h @ first.vectors[0].to(self.h.dtype)).square()
         return square @ self.of_all("variances", 1)[0].mT
-
-    @cached_property
-    def stddev(self) -> Tensor:
-        """Standard deviation of all labels, of regressions."""
-        factor = self.of_all("scale").square() / (1 - 2 / self.of_all("dof"))
-        return ((self.variance + self.of_all("noise")) * factor).sqrt()
 
 
 class Prediction:
@@ -89,6 +90,8 @@ class Prediction:
         reading: of what the head's last linear layer received.
         place: of the posterior among those of the reading.
     """
+
+    reading: ClassVar[type[Reading]]
 
     def __init__(self, reading: Reading, place: int) -> None:
         self.posterior, self._reading, self._place = reading.posteriors[place], reading, place
@@ -105,22 +108,22 @@ class Prediction:
     @property
     def mean(self) -> Tensor:
         """Expected label: a value, or probabilities."""
-        return self._back(self._mean)
+        return self._back(self._rows("mean"))
 
     @property
     def epistemic(self) -> Tensor:
         """Variance that more data would remove: that of the value, or of the probabilities."""
-        return self._back(self._epistemic)
+        return self._back(self._rows("epistemic"))
 
     @property
     def aleatoric(self) -> Tensor:
         """Variance of the label that is left if the weights were known, on average."""
-        return self._back(self._aleatoric)
+        return self._back(self._rows("aleatoric"))
 
     @property
     def stddev(self) -> Tensor:
         """Standard deviation of the label: ``√(epistemic + aleatoric)``."""
-        return self._back(self._stddev)
+        return self._back(self._rows("stddev"))
 
     @property
     def distribution(self) -> Distribution:
@@ -179,12 +182,12 @@ class Prediction:
             raise TypeError(
                 "covariance() is for values and binary outputs: draw classes, sample()."
             )
-        return self.posterior.covariance(self.rows) * self._factor[:, None, None]
+        return self.posterior.covariance(self.rows) * self._rows("factor")[:, None, None]
 
     @property
     def output(self) -> Tensor:
         """Mean of the head's outputs: values, or logits over the temperature."""
-        return self._back(self._location)
+        return self._back(self._rows("output"))
 
     @property
     def output_variance(self) -> Tensor:
@@ -193,21 +196,17 @@ class Prediction:
         Of a regression without the factor of a Student-t; of classes without their common mode,
         which no probability depends on.
         """
-        return self._back(self._variance)
-
-    _mean: Tensor  # [N, o], as all of these
-    _epistemic: Tensor
-    _aleatoric: Tensor
-    _stddev: Tensor
-    _location: Tensor
-    _variance: Tensor
-    _factor: Tensor  # from h̃ᵀSh̃ to the epistemic variance, or that of the logits, [o]
+        return self._back(self._rows("output_variance"))
 
     def _interval(self, level: float) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def _sample(self, number: int, noise: bool, generator: torch.Generator | None) -> Tensor:
         raise NotImplementedError
+
+    def _rows(self, name: str) -> Tensor:
+        """What the reading has of a member."""
+        return self._reading.part(name, self._place)
 
     def _own(self, name: str) -> Tensor:
         """A buffer of the posterior in the precision of the prediction."""

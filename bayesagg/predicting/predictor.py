@@ -16,7 +16,7 @@ from bayesagg.predicting.classification import MAX_PARAMETERS, laplace
 from bayesagg.predicting.data import Source
 from bayesagg.predicting.kinds import KINDS
 from bayesagg.predicting.network import Heads, check_finite
-from bayesagg.predicting.prediction import Prediction, Reading
+from bayesagg.predicting.prediction import Prediction
 from bayesagg.predicting.regression import Prior, PriorVariance, solve, sums_of
 from bayesagg.predicting.state import HeadPosterior, Inferred
 
@@ -154,14 +154,17 @@ class Predictor(nn.Module):
         features = self._features(inputs, keywords, differentiable)
         groups: dict[object, dict[str, HeadPosterior]] = {}
         for name, posterior in self._named():
-            head = posterior.head  # with its own eigenvectors, or those of others
-            form = head.kind, head.has_bias, head.channels_first, id(posterior.vectors)
+            head = posterior.head
+            # Binary outputs share the quadrature, regressions the product with eigenvectors.
+            own = None if head.kind == "binary" else id(posterior.vectors)
+            form = head.kind, head.has_bias, head.channels_first, own
             groups.setdefault((id(features[name]), form), {})[name] = posterior
-        found = {}
+        found: dict[str, Prediction] = {}
         for group in groups.values():
-            reading = Reading(features[next(iter(group))], list(group.values()))
-            for place, (name, posterior) in enumerate(group.items()):
-                found[name] = KINDS[posterior.head.kind](reading, place)
+            first = next(iter(group))
+            kind = KINDS[group[first].head.kind]
+            reading = kind.reading(features[first], list(group.values()))
+            found |= {name: kind(reading, place) for place, name in enumerate(group)}
         return {name: found[name] for name in self.tasks}
 
     def calibrate(self, data: Iterable[Any]) -> Predictor:

@@ -236,6 +236,26 @@ def test_heads_on_one_tensor_share_what_they_have_in_common(tmp_path):
             torch.testing.assert_close(together[name].epistemic, alone.epistemic)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_binary_heads_on_one_tensor_are_as_each_alone(exact):
+    """With eigenvectors of their own, or with those of one Gram matrix."""
+    net = plain_net(outputs={"one": 1, "two": 2})
+    heads = {n: BinaryHead(m) for n, m in net.heads.items()}
+    labels = [(x, (x > 0).double()) for x, _ in loader()]
+    data = [(x, {"one": y[:, :1], "two": y[:, 1:3]}) for x, y in labels]
+    settings = {} if exact else {"max_parameters": 1, "passes": 200}
+    x = make_batch(seed=9)[0]
+    together = Predictor.fit(net, heads, data, **settings)(x)
+    for name, head in heads.items():
+        some = [(x, {name: y[name]}) for x, y in data]
+        alone = Predictor.fit(net, {name: head}, some, **settings)(x)[name]
+        for part in ("mean", "stddev", "epistemic", "aleatoric", "output", "output_variance"):
+            torch.testing.assert_close(getattr(together[name], part), getattr(alone, part))
+        torch.testing.assert_close(together[name].distribution.logits, alone.distribution.logits)
+        for end, own in zip(together[name].interval(), alone.interval(), strict=True):
+            torch.testing.assert_close(end, own)
+
+
 def test_the_network_runs_once_over_batches_of_any_size():
     net = plain_net()
     whole, runs = loader(batches=1, size=200), []
