@@ -147,16 +147,10 @@ def reliability(probabilities: Tensor, targets: Tensor, bins: int = 15) -> Relia
 def expected_calibration_error(probabilities: Tensor, targets: Tensor, bins: int = 15) -> float:
     """ECE: mean distance of accuracy and confidence over the bins, weighted by their counts.
 
-    Args:
-        probabilities: as of :func:`reliability`.
-        targets: as of :func:`reliability`.
-        bins: as of :func:`reliability`; the paper takes 15.
+    Arguments and errors are those of :func:`reliability`; the paper takes 15 bins.
 
     Returns:
         a number between 0 (best) and 1.
-
-    Raises:
-        ValueError: as of :func:`reliability`.
     """
     table = reliability(probabilities, targets, bins)
     gap = (table.accuracy - table.confidence).abs().nan_to_num()
@@ -166,17 +160,11 @@ def expected_calibration_error(probabilities: Tensor, targets: Tensor, bins: int
 def brier_score(probabilities: Tensor, targets: Tensor) -> float:
     """Squared distance of the probabilities from the one-hot label, averaged over the data.
 
-    Summed over classes, as Brier (1950) has it; divide by their number for a mean.
-
-    Args:
-        probabilities: as of :func:`reliability`.
-        targets: as of :func:`reliability`.
+    Summed over classes, as Brier (1950) has it; divide by their number for a mean. Arguments and
+    errors are those of :func:`reliability`.
 
     Returns:
         a number between 0 (best) and 2.
-
-    Raises:
-        ValueError: as of :func:`reliability`.
     """
     p, y = _predictions(probabilities, targets)
     one_hot = torch.zeros_like(p).scatter_(1, y[:, None], 1)

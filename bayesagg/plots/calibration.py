@@ -31,18 +31,12 @@ def plot_reliability(
 ) -> Axes:
     """Reliability diagram: accuracy against confidence, with the share of the data in each bin.
 
-    Args:
-        probabilities: as of :func:`bayesagg.diagnostics.reliability`.
-        targets: as of :func:`bayesagg.diagnostics.reliability`.
-        bins: as of :func:`bayesagg.diagnostics.reliability`.
-        ax: to draw into.
+    Arguments and errors are those of :func:`bayesagg.diagnostics.reliability`, but for ``ax``, to
+    draw into.
 
     Returns:
         the Axes: light bars are the share of the data, the line the accuracy; the title has the
         expected calibration error.
-
-    Raises:
-        ValueError: as of :func:`bayesagg.diagnostics.reliability`.
     """
     own = ax is None
     p, y = torch.as_tensor(probabilities), torch.as_tensor(targets)
