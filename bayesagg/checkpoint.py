@@ -83,7 +83,8 @@ def read_state(
         task = tasks[name]
         shape = (task.num_tasks,) if isinstance(task, Head) else (1,)
         what = f"task {name!r}: its weight"
-        check(isinstance(value, torch.Tensor) and value.is_floating_point(), f"{what} is no tensor")
+        check(isinstance(value, torch.Tensor), f"{what} is no tensor")
+        check(value.is_floating_point(), f"{what} is of type {value.dtype}")
         shares[name] = tensor_leaf(value, shape, value.to(device), what, minimum=0.0)
     return {
         "memory": memory.loaded(state["memory"], device),
@@ -163,15 +164,22 @@ def _template(optimizer: Optimizer) -> dict[str, Any] | None:
 
 def _check_like(value: Any, mine: Any, what: str) -> None:
     """A setting of the same kind as the optimizer's own."""
-    if isinstance(mine, tuple | list):
+    if mine is None:
+        check(value is None or isinstance(value, bool), f"{what} is {value!r}")
+    elif isinstance(mine, bool):
+        check(isinstance(value, bool), f"{what} is {value!r}")
+    elif isinstance(mine, int | float | torch.Tensor):
+        check(isinstance(value, int | float | torch.Tensor), f"{what} is {value!r}")
+        check(not isinstance(value, bool), f"{what} is {value!r}")
+        single = not isinstance(value, torch.Tensor) or (
+            value.dim() == 0 and not value.is_complex()
+        )
+        check(single and math.isfinite(float(value)) and float(value) >= 0, f"{what} is {value!r}")
+    elif isinstance(mine, tuple | list):
         same = isinstance(value, tuple | list) and len(value) == len(mine)
         check(same, f"{what} is {value!r}")
         for one, other in zip(value, mine, strict=True):
             _check_like(one, other, what)
-    elif isinstance(mine, bool | None):
-        check(isinstance(value, bool) or value is mine, f"{what} is {value!r}")
-    elif isinstance(mine, int | float | torch.Tensor):
-        check(_is_sound(value), f"{what} is {value!r}")
 
 
 def _check_leaf(value: Any, like: Any, parameter: torch.Tensor, what: str) -> None:
@@ -186,16 +194,10 @@ def _check_leaf(value: Any, like: Any, parameter: torch.Tensor, what: str) -> No
         positive = like.dim() == 0 or any(part in what for part in ("_sq", "square", "sum"))
         check(not positive or bool((value >= 0).all()), f"{what} is negative")
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        check(isinstance(like, int | float | None) and _is_sound(value), f"{what} is {value!r}")
+        check(math.isfinite(value), f"{what} is {value!r}")
+        check(isinstance(like, int | float | None) and value >= 0, f"{what} is {value!r}")
     elif like is not None:
         check(isinstance(value, type(like)), f"{what} is a {type(value).__name__}")
-
-
-def _is_sound(value: Any) -> bool:
-    """A number, or a tensor of one, that is finite and not negative."""
-    if isinstance(value, torch.Tensor):
-        return value.dim() == 0 and not value.is_complex() and 0 <= float(value) < math.inf
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 class PosteriorState:

@@ -18,7 +18,7 @@ from bayesagg.predicting.kinds import KINDS
 from bayesagg.predicting.network import Heads, check_finite
 from bayesagg.predicting.prediction import Prediction
 from bayesagg.predicting.regression import Prior, PriorVariance, solve, sums_of
-from bayesagg.predicting.state import HeadPosterior, Inferred
+from bayesagg.predicting.state import HeadPosterior, Inferred, Posteriors
 
 __all__ = ["MeanAndStddev", "Predictor", "PriorVariance"]
 
@@ -59,9 +59,7 @@ class Predictor(nn.Module):
         check_kinds(named, KINDS, "prediction")
         self._heads = Heads(model, named)
         self.model, self.tasks = model, tuple(named)
-        self.posteriors = nn.ModuleList(HeadPosterior(head) for head in named.values())
-        after = self.register_load_state_dict_post_hook
-        after(lambda module, _: module._share())  # type: ignore[no-untyped-call]
+        self.posteriors = Posteriors(HeadPosterior(head) for head in named.values())
 
     @classmethod
     def fit(
@@ -223,7 +221,7 @@ class Predictor(nn.Module):
             )
 
     def _named(self) -> list[tuple[str, HeadPosterior]]:
-        return list(zip(self.tasks, self.posteriors, strict=True))  # type: ignore[arg-type]
+        return list(zip(self.tasks, self.posteriors, strict=True))
 
     def _features(
         self, inputs: tuple[Any, ...], keywords: dict[str, Any], differentiable: bool
@@ -266,24 +264,7 @@ class Predictor(nn.Module):
     def _set(self, found: Mapping[str, Inferred]) -> Predictor:
         for name, posterior in self._named():
             posterior.set(found[name])
-        self._share()
-        return self
-
-    def _share(self) -> None:
-        """Heads whose eigenvectors are equal, as of one Gram matrix, have them once."""
-        kept: list[Tensor] = []
-        for _, posterior in self._named():
-            if posterior.shared:
-                own = posterior.vectors
-                posterior.vectors = next((v for v in kept if torch.equal(v, own)), own)
-                kept += [own] if posterior.vectors is own else []
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Predictor:
-        before = [id(posterior.vectors) for _, posterior in self._named()]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        first: dict[int, Tensor] = {}
-        for key, (_, posterior) in zip(before, self._named(), strict=True):
-            posterior.vectors = first.setdefault(key, posterior.vectors)
+        self.posteriors.share()
         return self
 
 

@@ -8,6 +8,7 @@ turns into them (contrasts of classes, eigenvectors of a Kronecker factor).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head
 
-__all__ = ["HeadPosterior", "Inferred"]
+__all__ = ["HeadPosterior", "Inferred", "Posteriors"]
 
 _INFERRED = ("mean", "vectors", "variances", "rotation", "root", "noise", "dof")
 _BUFFERS = (*_INFERRED, "scale", "halves")
@@ -180,6 +181,35 @@ class HeadPosterior(nn.Module):
                 f"has {expected}: build the model and its heads as they were."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Posteriors(nn.ModuleList):
+    """Those of several heads: equal eigenvectors, as of one Gram matrix, are one tensor."""
+
+    def __init__(self, posteriors: Iterable[HeadPosterior]) -> None:
+        super().__init__(posteriors)
+        after = self.register_load_state_dict_post_hook
+        after(lambda module, _: module.share())  # type: ignore[no-untyped-call]
+
+    def __iter__(self) -> Iterator[HeadPosterior]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def share(self) -> None:
+        """Look for equal ones."""
+        kept: list[Tensor] = []
+        for posterior in self:
+            if posterior.shared:
+                own = posterior.vectors
+                posterior.vectors = next((v for v in kept if torch.equal(v, own)), own)
+                kept += [own] if posterior.vectors is own else []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Posteriors:
+        before = [id(posterior.vectors) for posterior in self]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        first: dict[int, Tensor] = {}
+        for key, posterior in zip(before, self, strict=True):
+            posterior.vectors = first.setdefault(key, posterior.vectors)
+        return self
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
