@@ -80,7 +80,8 @@ class LinearScalarization:
     def step(self, losses: Losses) -> None:
         """Compute gradients, clip them and step."""
         self.optimizer.zero_grad()
-        if self.warmup_steps > 0:
+        self.warming_up = self.warmup_steps > 0
+        if self.warming_up:
             self.warmup_steps -= 1
             values = torch.stack(list(losses.values()))
             self.weights = torch.ones_like(values)

@@ -122,8 +122,8 @@ def test_the_trunk_gets_the_methods_own_gradient_and_heads_the_librarys(name):
     for _ in range(3):
         plain.model.load_state_dict(update.model.state_dict())
         if name == "uw-readout":
-            plain.log_variances.data.copy_(update._base.log_variances.data)
-            plain.log_variances.grad = None
+            plain.scalarizer.log_var.data.copy_(update._base.scalarizer.log_var.data)
+            plain.scalarizer.log_var.grad = None
         plain.model.zero_grad()
         now = losses()
         values = torch.stack(list(now.values()))
@@ -139,7 +139,7 @@ def test_the_trunk_gets_the_methods_own_gradient_and_heads_the_librarys(name):
             update.task_weights(), detached.grad / detached.grad.sum(), rtol=1e-4, atol=1e-6
         )
     if name == "uw-readout":
-        assert (update._base.log_variances != 0).all()
+        assert (update._base.scalarizer.log_var != 0).all()
 
 
 @pytest.mark.parametrize("name", READOUTS)
