@@ -7,64 +7,35 @@ saves the posterior. ``accelerator.backward`` takes the one scalar.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
-from examples.data import DataUnavailableError
+from bayesagg import BayesAggWrapper
 from examples.loops import data
+from examples.loops.data import SURVEY_LOSSES, SurveyNet
 
 SETS = (("age",), ("sex", "race", "education"))
-LOSSES = {
-    "age": F.mse_loss,
-    "sex": F.binary_cross_entropy_with_logits,
-    "race": F.binary_cross_entropy_with_logits,
-    "education": F.cross_entropy,
-}
 
 
-class Model(nn.Module):
-    """A shared network with a head per task; returns the outputs that are asked for."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 32), nn.ELU())
-        self.heads = nn.ModuleDict({t: nn.Linear(32, 5 if t == "education" else 1) for t in LOSSES})
-
-    def forward(self, x: Tensor, tasks: tuple[str, ...]) -> dict[str, Tensor]:
-        h = self.backbone(x)
-        return {task: self.heads[task](h) for task in tasks}
-
-
-def losses_of(model: nn.Module, tasks: tuple[str, ...], batch: list[Tensor]) -> dict[str, Tensor]:
+def losses_of(model: SurveyNet, tasks: tuple[str, ...], batch: list[Tensor]) -> dict[str, Tensor]:
     """Those of the tasks of a data set: the engine lets the others rest."""
     x, *targets = batch
     out = model(x, tasks)
-    return {task: LOSSES[task](out[task], y) for task, y in zip(tasks, targets, strict=True)}
+    return {task: SURVEY_LOSSES[task](out[task], y) for task, y in zip(tasks, targets, strict=True)}
 
 
+@data.in_one_line
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(prog="python -m examples.loops.accelerate_loop")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser = data.parser("accelerate_loop", epochs=10, lr=2e-3, output=Path("output/accelerate"))
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
-    parser.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("output/accelerate"))
     args = parser.parse_args(arguments)
-    try:
-        x, targets = data.survey()
-    except DataUnavailableError as error:
-        sys.exit(f"error: {error}")
+    x, targets = data.survey()
     set_seed(args.seed)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.accumulate, mixed_precision=args.precision
@@ -78,12 +49,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         )
         for rows, tasks in zip(train.chunk(2), SETS, strict=True)
     ]
-    net = Model(x.shape[1])
-    kinds = {"age": RegressionHead, "sex": BinaryHead, "race": BinaryHead}
+    net = SurveyNet(x.shape[1])
     wrapper = BayesAggWrapper(
         torch.optim.Adam(net.parameters(), lr=args.lr),
         shared_rep_hook=net.backbone,
-        heads={t: kinds.get(t, MulticlassHead)(head) for t, head in net.heads.items()},
+        heads=net.described(),
         rule=args.rule,
     )
     model, optimizer, *loaders = accelerator.prepare(net, wrapper, *loaders)
@@ -98,9 +68,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     accelerator.save_state(args.output)
     model.eval()
     with torch.no_grad():
-        batch = [x[test], *(targets[task][test] for task in LOSSES)]
+        batch = [x[test], *(targets[task][test] for task in SURVEY_LOSSES)]
         batch = [part.to(accelerator.device) for part in batch]
-        losses = {t: float(loss) for t, loss in losses_of(model, tuple(LOSSES), batch).items()}
+        found = losses_of(model, tuple(SURVEY_LOSSES), batch)
+        losses = {task: float(loss) for task, loss in found.items()}
     accelerator.print("losses of the test part:", losses)
     accelerator.print("task weights of the last batch:", wrapper.task_weights)
     return losses

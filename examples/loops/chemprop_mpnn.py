@@ -9,7 +9,6 @@ an output per property.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from bayesagg import BayesAgg, RegressionHead
 from bayesagg.lightning import TaskWeightsCallback
-from examples.data import DataUnavailableError
 from examples.loops import data
 
 TASKS = ("mu", "alpha", "homo", "lumo", "cv")
@@ -60,20 +58,14 @@ def loaders(args: argparse.Namespace) -> list[Any]:
     return found
 
 
+@data.in_one_line
 def main(arguments: list[str] | None = None) -> pl.Trainer:
-    parser = argparse.ArgumentParser(prog="python -m examples.loops.chemprop_mpnn")
-    parser.add_argument("--molecules", type=int, default=1500)
+    parser = data.parser(
+        "chemprop_mpnn", molecules=1500, epochs=5, width=100, output=Path("output/chemprop")
+    )
     parser.add_argument("--missing", type=float, default=0.3, help="share of missing labels")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--width", type=int, default=100)
-    parser.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("output/chemprop"))
     args = parser.parse_args(arguments)
-    try:
-        train, test = loaders(args)
-    except DataUnavailableError as error:
-        sys.exit(f"error: {error}")
+    train, test = loaders(args)
     pl.seed_everything(args.seed)
     trainer = pl.Trainer(
         max_epochs=args.epochs,

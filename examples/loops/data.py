@@ -1,24 +1,85 @@
 """Small real data for the scripts beside it: a survey, molecules as text, two digits in an image.
 
-Each comes with a package and needs no download; replace it by your own.
+Each comes with a package and needs no download; replace it by your own. Also what the scripts on
+the survey share, a network and its losses, and the arguments of all.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.data import split_indices
+from bayesagg import BinaryHead, MulticlassHead, RegressionHead
+from examples.data import DataUnavailableError, split_indices
 from examples.data.packages import package_file
 from examples.data.qm9 import TARGETS, read_frame
 
 Targets = dict[str, Tensor]
+SURVEY_LOSSES = {
+    "age": F.mse_loss,
+    "sex": F.binary_cross_entropy_with_logits,
+    "race": F.binary_cross_entropy_with_logits,
+    "education": F.cross_entropy,
+}
 # Of the survey: identifiers, the targets, and columns that hold a target.
 _LEFT_OUT = ["seqn", "id", "age", "sex", "race", "education", "school", "smokeyrs", "older"]
 _LEFT_OUT += ["birthcontrol", "pregnancies"]
+
+
+class SurveyNet(nn.Module):
+    """A shared network with a head per task of the survey."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 32), nn.ELU())
+        widths = {"age": 1, "sex": 1, "race": 1, "education": 5}
+        self.heads = nn.ModuleDict({task: nn.Linear(32, width) for task, width in widths.items()})
+
+    def described(self) -> dict[str, Any]:
+        """The heads, for the wrapper or the engine."""
+        return {
+            "age": RegressionHead(self.heads["age"]),
+            "sex": BinaryHead(self.heads["sex"]),
+            "race": BinaryHead(self.heads["race"]),
+            "education": MulticlassHead(self.heads["education"]),
+        }
+
+    def forward(self, x: Tensor, tasks: tuple[str, ...] = tuple(SURVEY_LOSSES)) -> Targets:
+        """Outputs of the tasks that are asked for."""
+        h = self.backbone(x)
+        return {task: self.heads[task](h) for task in tasks}
+
+
+def parser(script: str, *, rule: bool = True, **defaults: Any) -> argparse.ArgumentParser:
+    """Arguments by their defaults, a seed, and the rule where a script offers it."""
+    made = argparse.ArgumentParser(prog=f"python -m examples.loops.{script}")
+    for name, default in {"seed": 0, **defaults}.items():
+        made.add_argument(f"--{name}", type=type(default), default=default)
+    if rule:
+        made.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
+    return made
+
+
+def in_one_line(main: Callable[..., Any]) -> Callable[..., Any]:
+    """``main``, which then ends in one line where its data are not there."""
+
+    @wraps(main)
+    def run(arguments: list[str] | None = None) -> Any:
+        try:
+            return main(arguments)
+        except DataUnavailableError as error:
+            sys.exit(f"error: {error}")
+
+    return run
 
 
 def survey(missing: float = 0.0, seed: int = 0) -> tuple[Tensor, Targets]:

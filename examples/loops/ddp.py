@@ -9,62 +9,35 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
-from examples.data import DataUnavailableError
+from bayesagg import BayesAggWrapper
 from examples.loops import data
-
-LOSSES = {
-    "age": F.mse_loss,
-    "sex": F.binary_cross_entropy_with_logits,
-    "race": F.binary_cross_entropy_with_logits,
-    "education": F.cross_entropy,
-}
-
-
-class Model(nn.Module):
-    """A shared network with a head per task."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 32), nn.ELU())
-        self.heads = nn.ModuleDict({t: nn.Linear(32, 5 if t == "education" else 1) for t in LOSSES})
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = self.backbone(x)
-        return {task: head(h) for task, head in self.heads.items()}
+from examples.loops.data import SURVEY_LOSSES, SurveyNet
 
 
 def losses_of(model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:
     x, *targets = batch
-    return {t: LOSSES[t](z, y) for (t, z), y in zip(model(x).items(), targets, strict=True)}
+    return {t: SURVEY_LOSSES[t](z, y) for (t, z), y in zip(model(x).items(), targets, strict=True)}
 
 
-def train(net: Model, part: TensorDataset, args: argparse.Namespace, device: torch.device) -> None:
+def train(
+    net: SurveyNet, part: TensorDataset, args: argparse.Namespace, device: torch.device
+) -> None:
     """All processes go through the same epochs; each takes its share of every batch."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     sampler = DistributedSampler(part, ranks, rank, seed=args.seed, drop_last=True)
     loader = DataLoader(part, args.batch // ranks, sampler=sampler, drop_last=True)
     model = DistributedDataParallel(net) if dist.is_initialized() else net
     # Of the model itself, whose heads the engine watches; the ranks are those of the forward pass.
-    heads = {
-        "age": RegressionHead(net.heads["age"]),
-        "sex": BinaryHead(net.heads["sex"]),
-        "race": BinaryHead(net.heads["race"]),
-        "education": MulticlassHead(net.heads["education"]),
-    }
-    optimizer = BayesAggWrapper(
-        torch.optim.Adam(net.parameters(), lr=args.lr), net.backbone, heads, rule=args.rule
-    )
+    adam = torch.optim.Adam(net.parameters(), lr=args.lr)
+    optimizer = BayesAggWrapper(adam, net.backbone, net.described(), rule=args.rule)
     for epoch in range(args.epochs):
         sampler.set_epoch(epoch)
         for batch in loader:
@@ -77,19 +50,12 @@ def train(net: Model, part: TensorDataset, args: argparse.Namespace, device: tor
         torch.save(state, args.output / "checkpoint.pt")
 
 
+@data.in_one_line
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(prog="python -m examples.loops.ddp")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser = data.parser("ddp", epochs=10, lr=2e-3, output=Path("output/ddp"))
     parser.add_argument("--batch", type=int, default=64, help="of all processes together")
-    parser.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("output/ddp"))
     args = parser.parse_args(arguments)
-    try:
-        x, targets = data.survey()
-    except DataUnavailableError as error:
-        sys.exit(f"error: {error}")
+    x, targets = data.survey()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -98,7 +64,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if launched:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
-    net = Model(x.shape[1]).to(device)
+    net = SurveyNet(x.shape[1]).to(device)
     rows, test = data.split(len(x))
     train(net, TensorDataset(x[rows], *(y[rows] for y in targets.values())), args, device)
     with torch.no_grad():

@@ -8,7 +8,6 @@ from it. ``compute_loss`` returns the one scalar, to be divided and differentiat
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
 from bayesagg import BayesAggWrapper, RegressionHead
-from examples.data import DataUnavailableError
 from examples.loops import data
 
 TASKS = ("mu", "alpha", "homo", "lumo")
@@ -116,23 +114,17 @@ def make_trainer(args: argparse.Namespace) -> MultiTaskTrainer:
     )
 
 
+@data.in_one_line
 def main(arguments: list[str] | None = None) -> MultiTaskTrainer:
-    parser = argparse.ArgumentParser(prog="python -m examples.loops.hf_trainer")
-    parser.add_argument("--molecules", type=int, default=2000)
+    parser = data.parser(
+        "hf_trainer", molecules=2000, epochs=3, lr=1e-3, output=Path("output/hf_trainer")
+    )
     parser.add_argument("--missing", type=float, default=0.3, help="share of missing labels")
-    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", help="folder of a checkpoint")
-    parser.add_argument("--output", type=Path, default=Path("output/hf_trainer"))
     args = parser.parse_args(arguments)
-    try:
-        trainer = make_trainer(args)
-    except DataUnavailableError as error:
-        sys.exit(f"error: {error}")
+    trainer = make_trainer(args)
     trainer.train(resume_from_checkpoint=args.resume)
     print("loss of the test part:", trainer.evaluate()["eval_loss"])
     print("task weights:", {t: float(w) for t, w in trainer.wrapper.task_weights.items()})

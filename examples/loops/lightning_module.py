@@ -7,59 +7,38 @@ checkpoints hold the posterior and restore it.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from bayesagg import BayesAgg, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BayesAgg
 from bayesagg.lightning import TaskWeightsCallback
-from examples.data import DataUnavailableError
 from examples.loops import data
-
-TASKS = ("age", "sex", "race", "education")
+from examples.loops.data import SURVEY_LOSSES, SurveyNet
 
 
 class Survey(pl.LightningModule):
-    """A shared network with a head per task."""
+    """A shared network with a head per task, and the engine."""
 
     def __init__(self, inputs: int, lr: float, rule: str = "likelihood") -> None:
         super().__init__()
-        self.lr = lr
-        self.backbone = nn.Sequential(nn.Linear(inputs, 64), nn.ELU(), nn.Linear(64, 32), nn.ELU())
-        self.heads = nn.ModuleDict({t: nn.Linear(32, 5 if t == "education" else 1) for t in TASKS})
-        self.engine = BayesAgg(
-            self.backbone,
-            {
-                "age": RegressionHead(self.heads["age"]),
-                "sex": BinaryHead(self.heads["sex"]),
-                "race": BinaryHead(self.heads["race"]),
-                "education": MulticlassHead(self.heads["education"]),
-            },
-            rule=rule,
-        )
+        self.lr, self.net = lr, SurveyNet(inputs)
+        self.engine = BayesAgg(self.net.backbone, self.net.described(), rule=rule)
 
     def losses(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Over the labels that there are; a task without any in this batch is left out."""
         x, *targets = batch
-        h = self.backbone(x)
         losses = {}
-        for task, y in zip(TASKS, targets, strict=True):
-            z = self.heads[task](h)
+        for (task, z), y in zip(self.net(x).items(), targets, strict=True):
             known = y != -100 if task == "education" else ~y.isnan()
-            if not known.any():
-                continue
-            if task == "age":
-                losses[task] = F.mse_loss(z[known], y[known])
-            elif task == "education":
+            if task == "education" and known.any():
                 losses[task] = F.cross_entropy(z, y, ignore_index=-100)
-            else:
-                losses[task] = F.binary_cross_entropy_with_logits(z[known], y[known])
+            elif known.any():
+                losses[task] = SURVEY_LOSSES[task](z[known], y[known])
         return losses
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
@@ -78,20 +57,13 @@ class Survey(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
+@data.in_one_line
 def main(arguments: list[str] | None = None) -> pl.Trainer:
-    parser = argparse.ArgumentParser(prog="python -m examples.loops.lightning_module")
+    parser = data.parser("lightning_module", epochs=10, lr=2e-3, output=Path("output/lightning"))
     parser.add_argument("--missing", type=float, default=0.3, help="share of missing labels")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="a checkpoint of the Trainer")
-    parser.add_argument("--output", type=Path, default=Path("output/lightning"))
+    parser.add_argument("--resume", help="a checkpoint of the Trainer")
     args = parser.parse_args(arguments)
-    try:
-        x, targets = data.survey(args.missing)
-    except DataUnavailableError as error:
-        sys.exit(f"error: {error}")
+    x, targets = data.survey(args.missing)
     train, test = (
         TensorDataset(x[r], *(y[r] for y in targets.values())) for r in data.split(len(x))
     )

@@ -9,7 +9,6 @@ leave the gradients to an object of one's own, but in 0.9.0 it ends in an ``Unbo
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from torch_rechub.models.multi_task import MMOE
 from torch_rechub.trainers import MTLTrainer
 
 from bayesagg import BayesAggWrapper, BinaryHead, RegressionHead
-from examples.data import DataUnavailableError
 from examples.data.movielens import ITEMS, LIKED, USERS, load_movielens
+from examples.loops import data
 
 TASKS = {"rating": "regression", "liked": "classification"}
 
@@ -105,19 +104,13 @@ def make_trainer(args: argparse.Namespace) -> BayesAggTrainer:
     )
 
 
+@data.in_one_line
 def main(arguments: list[str] | None = None) -> tuple[list[list[float]], list[float]]:
-    parser = argparse.ArgumentParser(prog="python -m examples.loops.rechub_mmoe")
+    parser = data.parser("rechub_mmoe", rule=False, epochs=3, lr=1e-3, output=Path("output/rechub"))
     parser.add_argument("--ratings", type=int, default=80_000, help="the last ones before the cut")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("output/rechub"))
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)  # its trainer saves the model there
-    try:
-        train, test = loaders(args)
-    except DataUnavailableError as error:
-        sys.exit(f"error: {error}")
+    train, test = loaders(args)
     trainer = make_trainer(args)
     log = trainer.fit(train, test)
     scores = trainer.evaluate(trainer.model, test)

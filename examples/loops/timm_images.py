@@ -7,9 +7,6 @@ augmentation is of its ``create_transform``.
 
 from __future__ import annotations
 
-import argparse
-import sys
-
 import numpy as np
 import timm
 import torch
@@ -21,7 +18,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from bayesagg import BayesAggWrapper, MulticlassHead
-from examples.data import DataUnavailableError
 from examples.loops import data
 
 SIZE = 36  # pixels
@@ -80,20 +76,13 @@ def accuracy(model: Model, loader: DataLoader) -> dict[str, float]:
     return {task: n / len(loader.dataset) for task, n in right.items()}
 
 
+@data.in_one_line
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(prog="python -m examples.loops.timm_images")
+    parser = data.parser("timm_images", images=3000, epochs=6, lr=3e-3)
     parser.add_argument("--model", default="test_resnet", help="of timm.list_models()")
     parser.add_argument("--pretrained", action="store_true")
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    try:
-        images, targets = data.two_digits(args.images)
-    except DataUnavailableError as error:
-        sys.exit(f"error: {error}")
+    images, targets = data.two_digits(args.images)
     torch.manual_seed(args.seed)
     rows, test = (part.numpy() for part in data.split(len(images)))
     train = Digits(images[rows], {t: y[rows] for t, y in targets.items()}, AUGMENTED)
