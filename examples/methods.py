@@ -101,7 +101,7 @@ class LinearScalarization:
         return values.sum()
 
     def after_step(self, losses_now: Callable[[], Losses]) -> None:
-        """Do nothing."""
+        """Look at what the step did; ``losses_now`` computes the losses of its batch again."""
 
     def task_weights(self) -> Tensor | None:
         """Weights of the tasks in the last step, shape ``(K,)``; ``None``: all are always equal."""

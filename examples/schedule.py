@@ -33,34 +33,30 @@ class Schedule:
     def __init__(
         self, settings: TrainSettings, optimizer: torch.optim.Optimizer, steps: int
     ) -> None:
-        self._by_step: lr_scheduler.LRScheduler | None = None
-        self._by_epoch: lr_scheduler.LRScheduler | None = None
-        self._by_score: lr_scheduler.ReduceLROnPlateau | None = None
+        self._name = settings.schedule
         if settings.schedule == "cosine":
-            self._by_step = lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs * steps)
-        elif settings.schedule in _DROPS:
-            shares, factor = _DROPS[settings.schedule]
-            self._by_epoch = lr_scheduler.MultiStepLR(
-                optimizer, [round(share * settings.epochs) for share in shares], gamma=factor
-            )
-        else:
+            self._scheduler = lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
+        elif settings.schedule == "plateau":
             # Scores are logarithms: a difference of 1e-4 is the relative one that is the default.
-            self._by_score = lr_scheduler.ReduceLROnPlateau(
+            self._scheduler = lr_scheduler.ReduceLROnPlateau(
                 optimizer, threshold=1e-4, threshold_mode="abs", **_PLATEAU
             )
+        else:
+            shares, factor = _DROPS[settings.schedule]
+            drops = [round(share * settings.epochs) for share in shares]
+            self._scheduler = lr_scheduler.MultiStepLR(optimizer, drops, factor)
 
     def after_step(self) -> None:
         """Follow the cosine."""
-        if self._by_step:
-            self._by_step.step()
+        if self._name == "cosine":
+            self._scheduler.step()
 
     def after_epoch(self, scores: Sequence[float] | None) -> None:
         """Drop at the set epochs, or where the mean score no longer falls."""
-        if self._by_epoch:
-            self._by_epoch.step()
-        if self._by_score:
-            assert scores is not None
-            self._by_score.step(sum(scores) / len(scores))
+        if self._name == "plateau":
+            self._scheduler.step(sum(scores) / len(scores))
+        elif self._name != "cosine":
+            self._scheduler.step()
 
 
 class Selection:

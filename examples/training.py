@@ -68,7 +68,7 @@ class TrainSettings:
         """Whether the validation part is looked at after each epoch."""
         return self.schedule == "plateau" or self.selection == "best" or self.patience is not None
 
-    def steps_per_epoch(self, data: TrainingData) -> int:
+    def steps_per_epoch(self, data: Any) -> int:
         """Optimizer steps in an epoch; the last batch may be smaller."""
         return math.ceil(len(data.train) / self.batch_size)
 
@@ -83,33 +83,8 @@ class Part(Protocol):
         """Inputs, as the model takes them, and targets, ``(B, K)``, of the given rows."""
 
 
-class TrainingData(Protocol):
-    """What the loop reads of a data set."""
-
-    @property
-    def train(self) -> Part:
-        """The training part."""
-
-
 class DivergedError(ArithmeticError):
     """A loss is no longer finite."""
-
-
-class Update(Protocol):
-    """A method's step from the losses of a batch to new parameters."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """What the learning-rate schedule acts on."""
-
-    def step(self, losses: Losses) -> None:
-        """Compute gradients from ``losses`` (name → scalar with a graph) and step."""
-
-    def after_step(self, losses_now: Callable[[], Losses]) -> None:
-        """Look at what the step did; ``losses_now`` computes the losses of its batch again."""
-
-    def task_weights(self) -> Tensor | None:
-        """Weights of the tasks in the last step, shape ``(K,)``; ``None``: the method has none."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +105,8 @@ class History:
 
 def train(
     model: nn.Module,
-    update: Update,
-    data: TrainingData,
+    update: Any,
+    data: Any,
     criterion: Criterion,
     settings: TrainSettings,
     on_epoch: Callable[[], None] = lambda: None,
@@ -141,8 +116,8 @@ def train(
 
     Args:
         model: Maps inputs to outputs.
-        update: The method.
-        data: Only the training part is read.
+        update: The method, such as :class:`examples.methods.LinearScalarization`.
+        data: Has a :class:`Part` ``train``; nothing else is read.
         criterion: Maps what the model returns and targets ``(B, K)`` to a loss per task.
         settings: What all methods share.
         on_epoch: Called after each epoch, for a progress bar.
@@ -167,9 +142,20 @@ def train(
     for _ in range(settings.epochs):
         start = time.perf_counter()
         model.train()
-        order = torch.randperm(len(data.train), generator=generator)
-        batches = order.split(settings.batch_size)
-        weights.append(_epoch(model, update, data, criterion, batches, schedule))
+        shares: list[Tensor] = []
+        for rows in torch.randperm(len(data.train), generator=generator).split(settings.batch_size):
+            x, y = data.train.batch(rows)
+            losses = criterion(model(x), y)
+            update.step(losses)
+            update.after_step(lambda x=x, y=y: criterion(model(x), y))
+            schedule.after_step()
+            step_weights = update.task_weights()
+            if step_weights is not None:
+                shares.append(step_weights / step_weights.sum())
+        for task, loss in losses.items():
+            if not loss.isfinite():
+                raise DivergedError(f"the loss of {task} is {loss.item()}")
+        weights.append(torch.stack(shares).mean(0).tolist() if shares else [])
         seconds.append(time.perf_counter() - start)
         found = scores() if scores and settings.needs_scores else None
         schedule.after_epoch(found)
@@ -181,28 +167,3 @@ def train(
         raise DivergedError("the validation score of no epoch is a number")
     measured = seconds[1:] or seconds
     return History(sum(seconds), median(measured) / steps, weights, evaluated)
-
-
-def _epoch(
-    model: nn.Module,
-    update: Update,
-    data: TrainingData,
-    criterion: Criterion,
-    batches: Sequence[Tensor],
-    schedule: Schedule,
-) -> list[float]:
-    """Step on each batch of rows; returns the mean task weights, empty without weights."""
-    shares: list[Tensor] = []
-    for rows in batches:
-        x, y = data.train.batch(rows)
-        losses = criterion(model(x), y)
-        update.step(losses)
-        update.after_step(lambda x=x, y=y: criterion(model(x), y))
-        schedule.after_step()
-        step_weights = update.task_weights()
-        if step_weights is not None:
-            shares.append(step_weights / step_weights.sum())
-    for task, loss in losses.items():
-        if not loss.isfinite():
-            raise DivergedError(f"the loss of {task} is {loss.item()}")
-    return torch.stack(shares).mean(0).tolist() if shares else []
