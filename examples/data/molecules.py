@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from examples.data import DATA_VARIABLE, DataUnavailableError
 from examples.data.descriptors import ATOMIC_NUMBERS, MAX_ATOMS, Floats, Integers
 from examples.data.qm9 import TARGETS, TOTAL_MOLECULES, parse_geometry, read_frame
-from examples.data.smiles import parse_smiles
 
 NODE_FEATURES = 11
 BOND_TYPES = 4  # single, double, triple, aromatic: the last is in neither source
@@ -153,6 +152,25 @@ def find_bonds(smiles: list[str], numbers: Integers, positions: Floats) -> Bytes
         for i, text in enumerate(smiles[part]):
             _bond_heavy_atoms(bonds[first + i], text, numbers[first + i], distance[i])
     return bonds
+
+
+def parse_smiles(text: str) -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Element of each heavy atom, in order, and bonds: two of their places, and the order 1 to 3.
+
+    Raises:
+        ValueError: If rdkit cannot read the string, or it is not in Kekulé form, as QM9's are.
+    """
+    from rdkit import Chem
+
+    molecule = Chem.MolFromSmiles(text, sanitize=False)  # bonds stay as they are written
+    atoms = list(molecule.GetAtoms()) if molecule else []
+    if not atoms or any(atom.GetIsAromatic() for atom in atoms):
+        raise ValueError(f"cannot read the SMILES {text!r}")
+    bonds = [
+        (b.GetBeginAtomIdx(), b.GetEndAtomIdx(), int(b.GetBondTypeAsDouble()))
+        for b in molecule.GetBonds()
+    ]
+    return [atom.GetSymbol() for atom in atoms], bonds
 
 
 def _bond_heavy_atoms(bonds: Bytes, smiles: str, numbers: Integers, distance: Floats) -> None:

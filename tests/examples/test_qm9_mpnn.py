@@ -16,8 +16,7 @@ from examples.comparison.catalogue import methods
 from examples.comparison.tasks import criterion
 from examples.data import DATA_VARIABLE, DataUnavailableError, molecules, qm9
 from examples.data.graphs import GraphBatch, GraphPart
-from examples.data.molecules import find_bonds, load_molecules, paper_units
-from examples.data.smiles import parse_smiles
+from examples.data.molecules import find_bonds, load_molecules, paper_units, parse_smiles
 from examples.message_passing import FactoredMessagePassing, MessagePassing
 from examples.training import TrainSettings
 
@@ -89,11 +88,13 @@ def edge_list(batch):
     ],
 )
 def test_smiles(text, elements, bonds):
-    assert parse_smiles(text) == (list(elements), bonds)
+    atoms, found = parse_smiles(text)
+    assert atoms == list(elements)
+    assert sorted((*sorted(pair), order) for *pair, order in found) == sorted(bonds)
 
 
-@pytest.mark.parametrize("text", ["", "c1ccccc1", "C(C", "C1C", "C)C", "CClC", "C.C"])
-def test_a_smiles_that_it_does_not_know_is_refused(text):
+@pytest.mark.parametrize("text", ["", "c1ccccc1", "C(C", "C1C", "C)C"])
+def test_a_smiles_that_cannot_be_read_is_refused(text):
     with pytest.raises(ValueError, match="cannot read the SMILES"):
         parse_smiles(text)
 

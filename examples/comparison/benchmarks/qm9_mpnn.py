@@ -14,7 +14,7 @@ from examples import message_passing
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.networks import SeparateNets, TaskNet
 from examples.comparison.tasks import Task
-from examples.data import graphs, molecules, smiles, split_indices
+from examples.data import graphs, molecules, split_indices
 from examples.data.graphs import Edges, GraphPart
 from examples.data.molecules import load_molecules, unit_of
 from examples.data.qm9 import TARGETS, TOTAL_MOLECULES
@@ -95,6 +95,6 @@ SOURCE = Source(
     paper_size=TOTAL_MOLECULES,
     size_name="molecules",
     size_range=(100, TOTAL_MOLECULES),
-    code=(message_passing, graphs, molecules, smiles),
+    code=(message_passing, graphs, molecules),
 )
 BONDS = replace(SOURCE, title="QM9, bonds only", load=load_bonds, paper=None, paper_size=None)
