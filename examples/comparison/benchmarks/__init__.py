@@ -1,4 +1,4 @@
-"""The benchmarks by name; each is a file of this folder."""
+"""The benchmarks by name."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ from examples.comparison.benchmarks import (
     celeba,
     chestxray14,
     cifar_mtl,
-    mnist,
     movielens,
     multi_mnist,
-    nhefs,
-    nih,
     nyuv2,
-    qm9,
     qm9_mpnn,
-    qm9_private,
+    tables,
     utkface,
-    yeast,
 )
 
 SOURCES: dict[str, Source] = {
-    "qm9": qm9.SOURCE,
-    "qm9-towers": qm9_private.TOWERS,
-    "qm9-experts": qm9_private.EXPERTS,
+    "qm9": tables.QM9,
+    "qm9-towers": tables.TOWERS,
+    "qm9-experts": tables.EXPERTS,
     "qm9-mpnn": qm9_mpnn.SOURCE,
     "qm9-mpnn-bonds": qm9_mpnn.BONDS,
-    "mnist": mnist.SOURCE,
+    "mnist": tables.MNIST,
     "multi-mnist": multi_mnist.SOURCE,
-    "yeast": yeast.SOURCE,
-    "nhefs": nhefs.SOURCE,
-    "nih": nih.SOURCE,
+    "yeast": tables.YEAST,
+    "nhefs": tables.NHEFS,
+    "nih": tables.NIH,
     "movielens-mmoe": movielens.MMOE,
     "movielens-ple": movielens.PLE,
     "cifar-mtl": cifar_mtl.SOURCE,

