@@ -23,24 +23,15 @@ from torch import Tensor
 
 from bayesagg import acquisition
 from bayesagg.metrics import delta_m
-from examples.comparison.benchmark import Benchmark, predict
+from examples.comparison.benchmark import Benchmark, predict, trained
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.statistics import paired_interval, paired_p_value
-from examples.comparison.tasks import criterion, measure, primary
+from examples.comparison.tasks import measure, primary
 from examples.data import Split
 from examples.methods import BayesAggregation
-from examples.training import TrainSettings, train
+from examples.training import TrainSettings
 
 STYLES = {"random": "C7:o", "entropy of the network": "C1--s", "joint information": "C0-D"}
-
-
-def trained(data: Benchmark, settings: TrainSettings) -> tuple[Any, Any]:
-    """A network on the training part, and what trained it."""
-    torch.manual_seed(settings.seed)
-    model = data.model()
-    method = BayesAggregation(model, settings, settings.steps_per_epoch(data))
-    train(model, method, data, criterion(data.tasks), settings)
-    return model, method
 
 
 def accuracies(data: Benchmark, model: Any) -> list[float]:
@@ -55,7 +46,7 @@ def choice(name: str, model: Any, method: Any, pool: Tensor, count: int) -> Tens
     if name == "joint information":
         return acquisition.select(method.optimizer.predictor(model)(pool)["binary"], count)
     with torch.no_grad():
-        p = model.eval()(pool)["binary"].double().sigmoid()
+        p = model(pool)["binary"].double().sigmoid()
     return (torch.special.entr(p) + torch.special.entr(1 - p)).sum(1).topk(count).indices
 
 
@@ -72,7 +63,7 @@ def run(
         # Few data are seen more often: as many steps in every round.
         epochs = max(1, round(args.steps * settings.batch_size / len(known)))
         now = replace(data, train=labelled)
-        model, method = trained(now, replace(settings, epochs=epochs))
+        model, method = trained(now, replace(settings, epochs=epochs), BayesAggregation)
         found.append(accuracies(data, model))
         best = choice(name, model, method, data.train.x[pool], args.add)
         keep = torch.ones(len(pool), dtype=torch.bool)
@@ -114,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, settings = SOURCES["mnist"].load(None, None), SOURCES["mnist"].settings
     settings = replace(settings, batch_size=50, learning_rate=2e-3)
     epochs = round(args.steps * 4 * settings.batch_size / len(data.train))
-    reference = accuracies(data, trained(data, replace(settings, epochs=epochs))[0])
+    best, _ = trained(data, replace(settings, epochs=epochs), BayesAggregation)
+    reference = accuracies(data, best)
     labels = [args.start + args.add * i for i in range(args.rounds)]
     curves: dict[str, list[list[float]]] = {name: [] for name in STYLES}
     for seed in range(args.seeds):

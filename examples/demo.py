@@ -12,44 +12,32 @@ import argparse
 import math
 import sys
 import time
-from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from bayesagg import BayesAggWrapper, LikelihoodRule, RegressionHead
 from bayesagg.metrics import delta_m
-from examples.data import DataUnavailableError, split_indices
-from examples.data.qm9 import TARGETS, load_arrays
-from examples.readout import ReadoutRule
+from examples.comparison.benchmarks.tables import load_qm9
+from examples.comparison.networks import mlp, single_task
+from examples.comparison.readout import Readout
+from examples.comparison.tasks import Task, criterion
+from examples.data import DataUnavailableError
+from examples.data.qm9 import TARGETS
+from examples.methods import BayesAggregation, LinearScalarization, ScaleInvariant
+from examples.training import TrainSettings
 
 BATCH = 120
 STYLES = {"LS": "C7:", "SI": "C1--", "SI, same heads": "C2-.", "BayesAgg": "C0-"}
-
-
-def make_net(inputs: int, tasks: int) -> nn.Sequential:
-    """An MLP, ``backbone``, with one linear ``head`` for all tasks."""
-    layers: list[nn.Module] = []
-    for width in (256, 256, 64):
-        layers += [nn.Linear(inputs, width), nn.ELU()]
-        inputs = width
-    parts = {"backbone": nn.Sequential(*layers), "head": nn.Linear(inputs, tasks)}
-    return nn.Sequential(OrderedDict(parts))
-
-
-class SeparateNets(nn.Module):
-    """A network per task; the sum of their losses trains each on its own."""
-
-    def __init__(self, inputs: int, tasks: int) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(make_net(inputs, 1) for _ in range(tasks))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([network(x) for network in self.networks], 1)
+METHODS = {
+    "SI": ScaleInvariant,
+    "SI, same heads": partial(Readout, base=ScaleInvariant),
+    "BayesAgg": BayesAggregation,
+}
 
 
 class Arm:
@@ -58,47 +46,27 @@ class Arm:
     def __init__(self, name: str, shape: tuple[int, int], args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.name, self.seconds, self.curve = name, 0.0, []
-        self.net = (make_net if name in STYLES else SeparateNets)(*shape)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
-        if name in ("SI, same heads", "BayesAgg"):
-            own = {"rule": ReadoutRule(weights=lambda: {"tasks": 1 / self.losses.detach()})}
-            self.optimizer = BayesAggWrapper(
-                self.optimizer,
-                shared_rep_hook=self.net.backbone,
-                heads={"tasks": RegressionHead(self.net.head)},
-                **({} if name == "BayesAgg" else own),
-            )
-        steps = args.epochs * math.ceil(0.8 * args.molecules / BATCH)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        tasks = [Task(str(k), "regression", "mae") for k in range(shape[1])]
+        self.net = (mlp if name in STYLES else single_task)(shape[0], (256, 256, 64), tasks)
+        self.losses = criterion(tasks)
+        steps = math.ceil(0.8 * args.molecules / BATCH)
+        method = METHODS.get(name, LinearScalarization)
+        self.update = method(self.net, TrainSettings(learning_rate=args.lr), steps)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.update.optimizer, args.epochs * steps
+        )
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """A step on a batch."""
         start = time.perf_counter()
-        self.losses = (self.net(x) - y).square().mean(0)
-        self.optimizer.zero_grad()
-        if isinstance(self.optimizer, BayesAggWrapper):
-            self.optimizer.step({"tasks": self.losses.sum()})
-        else:
-            logs = self.name == "SI" and self.schedule.last_epoch >= LikelihoodRule.warmup
-            (self.losses.log() if logs else self.losses).sum().backward()
-            self.optimizer.step()
+        self.update.step(self.losses(self.net(x), y))
         self.schedule.step()
         self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def errors(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean absolute error of every task, in standard deviations."""
-        return (self.net(x) - y).abs().mean(0)
-
-
-def read(molecules: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Standardised inputs and targets of the three parts, and the units of the targets."""
-    x, y = (torch.from_numpy(array).double() for array in load_arrays(molecules))
-    parts = split_indices(molecules, val_fraction=0.1, test_fraction=0.1, seed=0)
-    spread, unit = x[parts[0]].std(0), y[parts[0]].std(0)
-    x = ((x - x[parts[0]].mean(0)) / torch.where(spread > 0, spread, 1.0)).clamp(-6, 6).float()
-    y = ((y - y[parts[0]].mean(0)) / unit).float()
-    return [(x[rows], y[rows]) for rows in parts], unit
+        return (self.net(x)["regression"] - y).abs().mean(0)
 
 
 def draw(path: Path, arms: list[Arm], errors: dict[str, Tensor]) -> None:
@@ -138,27 +106,28 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
     try:
-        (train, val, test), unit = read(args.molecules)
+        data = load_qm9(args.molecules)
     except (DataUnavailableError, ValueError) as error:
         sys.exit(f"error: {error}")
-    shape = (train[0].shape[1], len(unit))
+    train, val, test = data.train, data.val, data.test
+    shape = (train.x.shape[1], len(data.tasks))
     arms = [Arm(name, shape, args) for name in ("single-task", *STYLES)]
     batches = torch.Generator().manual_seed(args.seed)
     figure, drawn = args.output / "demo.png", 0.0
-    with tqdm(total=args.epochs * math.ceil(len(train[0]) / BATCH), unit="step") as bar:
+    with tqdm(total=args.epochs * math.ceil(len(train) / BATCH), unit="step") as bar:
         for epoch in range(args.epochs):
-            for rows in torch.randperm(len(train[0]), generator=batches).split(BATCH):
+            for rows in torch.randperm(len(train), generator=batches).split(BATCH):
                 for arm in arms:
-                    arm.step(train[0][rows], train[1][rows])
+                    arm.step(*train.batch(rows))
                 bar.update()
-            errors = {arm.name: arm.errors(*val) for arm in arms}
+            errors = {arm.name: arm.errors(val.x, val.y) for arm in arms}
             for arm in arms[1:]:
                 arm.curve.append(delta_m(errors[arm.name], errors["single-task"]))
             bar.set_postfix({arm.name: f"{arm.curve[-1]:.1f}" for arm in arms[1:]})
             if time.perf_counter() - drawn > 5 or epoch + 1 == args.epochs:
                 draw(figure, arms, errors)
                 drawn = time.perf_counter()
-    errors = {arm.name: arm.errors(*test) * unit for arm in arms}
+    errors = {arm.name: arm.errors(test.x, test.y) * data.scale for arm in arms}
     rows = [("test error", [arm.name for arm in arms])]
     for k, target in enumerate(TARGETS):
         values = [f"{errors[arm.name][k]:.4g}" for arm in arms]

@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 
 from bayesagg.diagnostics import interval_coverage
 from bayesagg.plots import plot_coverage, plot_predictions
+from examples.comparison.benchmark import trained
 from examples.comparison.benchmarks import SOURCES
-from examples.uncertainty.arms import BayesAggregation, batches, trained
+from examples.methods import BayesAggregation
+from examples.uncertainty.arms import batches
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 SHOWN = 120  # molecules in the picture

@@ -14,9 +14,9 @@ import torch
 from examples.arguments import Parser, whole
 from examples.benchmark import parts, report
 from examples.benchmark.cases import CASES, Case
-from examples.benchmark.networks import MissingDependencyError
 from examples.benchmark.report import Row
 from examples.benchmark.timing import CLOCKS
+from examples.data import DataUnavailableError
 
 PARTS = ("counts", "time", "memory", "aggregation")  # what runs by default
 SMALL = [name for name, case in CASES.items() if case.max_operators]
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
                 for row in _rows(part, case, args):
                     rows.append(row)
                     print(report.line(row), file=sys.stderr, flush=True)
-    except (MissingDependencyError, ValueError) as error:
+    except (DataUnavailableError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -17,8 +17,8 @@ from examples.benchmark.timing import Clock
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.catalogue import Method, methods, more_methods
 from examples.comparison.costs import measure_costs
-from examples.comparison.tasks import Outputs, Task
-from examples.models import HeadGroup
+from examples.comparison.networks import TaskNet
+from examples.comparison.tasks import Task
 from examples.training import TrainSettings
 
 
@@ -76,13 +76,18 @@ def benchmark(case: Case) -> Benchmark:
         for head in case.tasks
         for i in range(1 if head.kind == "multiclass" else head.outputs)
     ]
+
+    def model() -> TaskNet:
+        """The backbone of the case, with heads as those of the comparisons."""
+        return TaskNet(make_workload(case).model.backbone, case.dim, tasks)
+
     return Benchmark(
         tasks=tuple(tasks),
         train=batch,
         val=batch,
         test=batch,
         scale=torch.ones(len(tasks)),
-        model=lambda: _Network(case),
+        model=model,
         single_task=nn.Module,
         network=case.network,
         version={"shape": case.name},
@@ -102,27 +107,3 @@ class _Batch:
 
     def batch(self, rows: Tensor) -> tuple[Any, Tensor]:
         return self.x, self.y
-
-
-class _Network(nn.Module):
-    """The network of a case, with outputs by kind as those of the comparisons."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        network = make_workload(case).model
-        self.backbone, self.heads, self._tasks = network.backbone, network.heads, case.tasks
-        self.groups = tuple(
-            HeadGroup(
-                t.name, t.kind, self.heads[t.name], 1 if t.kind == "multiclass" else t.outputs
-            )
-            for t in case.tasks
-        )
-
-    def forward(self, x: Any) -> Outputs:
-        """Outputs by kind; those of a multi-class task by its name."""
-        h = self.backbone(x)
-        found: dict[str, list[Tensor]] = {}
-        for task in self._tasks:
-            name = task.name if task.kind == "multiclass" else task.kind
-            found.setdefault(name, []).append(self.heads[task.name](h))
-        return {name: torch.cat(parts, 1) for name, parts in found.items()}

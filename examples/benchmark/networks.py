@@ -8,7 +8,6 @@ every task (MMoE; Ma et al., 2018).
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from examples import image_models
 from examples.benchmark.cases import Case, Task
+from examples.data import DataUnavailableError
 from examples.message_passing import EDGE_FEATURES, NODE_FEATURES, MessagePassing
 
 Network = tuple[nn.Module | None, Callable[[], Any]]
@@ -30,10 +30,6 @@ Network = tuple[nn.Module | None, Callable[[], Any]]
 
 INPUTS, EXPERTS, TOWER = 128, 4, 16
 MIN_ATOMS, MAX_ATOMS = 12, 24
-
-
-class MissingDependencyError(RuntimeError):
-    """A network needs a package that is not installed; the message says which."""
 
 
 class MultiHead(nn.Module):
@@ -101,8 +97,7 @@ def make_workload(case: Case, *, seed: int = 0) -> Workload:
     """Model and batches of a case (``step_batch`` examples each), the same for the same seed.
 
     Raises:
-        MissingDependencyError: The network needs timm or torch_geometric, which is not
-            installed.
+        DataUnavailableError: The network needs timm or torch_geometric, which is not installed.
     """
     with torch.random.fork_rng(), torch.device(case.device):
         torch.manual_seed(seed)
@@ -148,15 +143,20 @@ def _cnn(case: Case) -> Network:
 
 
 def _resnet(case: Case) -> Network:
-    _import("timm.models", "timm", case.name)
     pixels = 128 if case.network == "resnet18" else 224
     images = partial(torch.randn, case.step_batch, 3, pixels, pixels)
     return image_models.resnet(case.network, case.dim), images
 
 
 def _mpnn(case: Case) -> Network:
-    geometric = _import("torch_geometric.nn", "torch_geometric", case.name)
-    data = _import("torch_geometric.data", "torch_geometric", case.name)
+    try:
+        from torch_geometric import data
+        from torch_geometric import nn as geometric
+    except ImportError as error:
+        raise DataUnavailableError(
+            f"the network of shape {case.name!r} needs torch_geometric: run `pip install "
+            "torch_geometric`, or leave the shape out with --shapes"
+        ) from error
 
     def graphs() -> Any:
         return data.Batch.from_data_list([_molecule(data) for _ in range(case.step_batch)])
@@ -170,16 +170,6 @@ def _molecule(data: ModuleType) -> Any:
     edges = (~torch.eye(atoms, dtype=torch.bool)).nonzero().T.contiguous()
     x, a = torch.randn(atoms, NODE_FEATURES), torch.randn(edges.shape[1], EDGE_FEATURES)
     return data.Data(x=x, edge_index=edges, edge_attr=a)
-
-
-def _import(module: str, package: str, case: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"the network of shape {case!r} needs {package}: run `pip install {package}`, or "
-            "leave the shape out with --shapes, or measure --parts aggregation alone"
-        ) from error
 
 
 NETWORKS: dict[str, Callable[[Case], Network]] = {

@@ -17,7 +17,7 @@ from bayesagg.presets import PAPER
 from examples.comparison.networks import mlp, single_task
 from examples.comparison.tasks import Outputs, Task, criterion, measure, primary
 from examples.data import Moved, Split
-from examples.training import Criterion, Part, TrainSettings
+from examples.training import Criterion, Part, TrainSettings, train
 
 _CLIP = 6.0  # standard deviations: rare columns would give inputs of 100
 _CHUNK = 4096  # data at once in evaluation, where the part has no number of its own
@@ -111,6 +111,15 @@ def paper_settings(preset: str, schedule: str) -> TrainSettings:
         schedule=schedule,
         selection="best",
     )
+
+
+def trained(data: Benchmark, settings: TrainSettings, update: Callable[..., Any]) -> Any:
+    """A network in evaluation mode, and what trained it: an update from model and settings."""
+    torch.manual_seed(settings.seed)
+    model = data.model()
+    method = update(model, settings, settings.steps_per_epoch(data))
+    train(model, method, data, data.criterion, settings)
+    return model.eval(), method
 
 
 @torch.no_grad()

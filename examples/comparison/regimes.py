@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bayesagg.diagnostics import Advice, advise
 from examples.arguments import Parser, make_folder, whole
+from examples.comparison.benchmark import trained
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.pipeline import run_all
@@ -28,10 +29,9 @@ from examples.comparison.regime_report import REFERENCE, Point, write
 from examples.comparison.runs import Data, Job, Run, load
 from examples.comparison.search import FURTHEST, beyond
 from examples.comparison.store import Store
-from examples.comparison.tasks import criterion
 from examples.data import DataUnavailableError
 from examples.methods import LinearScalarization
-from examples.training import Part, TrainSettings, train
+from examples.training import Part, TrainSettings
 
 _KNOWN = methods("qm9") | more_methods("qm9")
 METHODS = {name: _KNOWN[name] for name in ("ls", "uw", "si", "si-readout", "bayesagg")}
@@ -158,17 +158,15 @@ def measure(store: Store, seeds: int, workers: int) -> list[Point]:
 
 def advice(place: Place) -> Advice:
     """What the library says after 100 steps of linear scalarization, on the validation part."""
-    data, losses = load(place.data), criterion(load(place.data).tasks)
-    steps = place.training.steps_per_epoch(data)
-    short = replace(place.training, epochs=max(1, round(100 / steps)), learning_rate=RATES[2])
-    torch.manual_seed(short.seed)
-    model = data.model()
-    train(model, LinearScalarization(model, short, steps), data, losses, short)
+    data = load(place.data)
+    epochs = max(1, round(100 / place.training.steps_per_epoch(data)))
+    short = replace(place.training, epochs=epochs, learning_rate=RATES[2])
+    model, _ = trained(data, short, LinearScalarization)
 
     def look(part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         x, y = part.batch(torch.arange(min(1_000, len(part))))
         h = model.backbone(x)
-        return h, losses({group.name: group.module(h) for group in model.groups}, y)
+        return h, data.criterion({group.name: group.module(h) for group in model.groups}, y)
 
     return advise(*look(data.val), look(data.train)[1])
 

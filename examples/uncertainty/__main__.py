@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.comparison.benchmark import Benchmark
+from examples.comparison.benchmark import Benchmark, trained
 from examples.comparison.benchmarks import SOURCES, tables
+from examples.methods import BayesAggregation, LinearScalarization
 from examples.training import TrainSettings
 from examples.uncertainty import arms, peers
 from examples.uncertainty.scores import LEVELS, Beliefs, coverage, mixture, scores
@@ -49,8 +50,8 @@ def alone(data: Benchmark, settings: TrainSettings, family: str) -> Believed:
     """What a network of a family believes, before any posterior is put on it."""
     if family == "vbll":
         return peers.vbll(data, settings)
-    update = arms.BayesAggregation if family == "ours" else arms.LinearScalarization
-    return arms.plain(data, arms.trained(data, settings, update)[0])
+    update = BayesAggregation if family == "ours" else LinearScalarization
+    return arms.plain(data, trained(data, settings, update)[0])
 
 
 def best_rate(data: Benchmark, settings: TrainSettings, family: str) -> float:
@@ -68,10 +69,10 @@ def best_rate(data: Benchmark, settings: TrainSettings, family: str) -> float:
 def arms_of(data: Benchmark, settings: TrainSettings, family: str) -> dict[str, Believed]:
     """What the methods of a family believe, on networks of one seed."""
     if family == "ours":
-        return arms.ours(data, *arms.trained(data, settings, arms.BayesAggregation))
+        return arms.ours(data, *trained(data, settings, BayesAggregation))
     if family == "vbll":
         return {"VBLL": alone(data, settings, family)}
-    network, _ = arms.trained(data, settings, arms.LinearScalarization)
+    network, _ = trained(data, settings, LinearScalarization)
     if family == "laplace":
         return {"LS, laplace-torch": peers.laplace(data, network)}
     return {"LS": arms.plain(data, network), **arms.on_plain(data, network)}

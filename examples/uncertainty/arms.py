@@ -7,28 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bayesagg.predicting import Predictor
 from bayesagg.predicting.predictor import PriorVariance
 from examples.comparison.benchmark import Benchmark, predict
-from examples.comparison.tasks import Outputs, by_task, criterion
-from examples.methods import HEADS, BayesAggregation, LinearScalarization
-from examples.training import TrainSettings, train
-from examples.uncertainty.scores import LEVELS, Belief, Beliefs, scores
+from examples.comparison.tasks import by_task
+from examples.methods import HEADS
+from examples.uncertainty.scores import LEVELS, Belief, Beliefs, classified, scores
 
 Part = str  # "train", "val" or "test"
-
-
-def trained(
-    data: Benchmark, settings: TrainSettings, update: type[LinearScalarization]
-) -> tuple[Any, Any]:
-    """A network and what trained it."""
-    torch.manual_seed(settings.seed)
-    model = data.model()
-    method = update(model, settings, settings.steps_per_epoch(data))
-    train(model, method, data, criterion(data.tasks), settings)
-    return model.eval(), method
 
 
 def batches(data: Benchmark, model: Any, part: Part, size: int = 1000) -> list[Any]:
@@ -52,40 +39,23 @@ def targets(data: Benchmark, part: Part) -> Tensor:
     return own.batch(torch.arange(len(own)))[1].double()
 
 
-def from_outputs(data: Benchmark, outputs: Outputs, scale: Tensor | None) -> Beliefs:
-    """A plain network's: probabilities as they are, regressions with one scale a task."""
-    found = []
-    for k, (task, z) in enumerate(zip(data.tasks, by_task(data.tasks, outputs), strict=True)):
-        z = z.double()
-        if task.kind == "regression":
-            assert scale is not None
-            found.append(Belief(z, scale[k].expand_as(z)))
-        elif task.kind == "binary":
-            found.append(Belief(torch.stack([F.logsigmoid(-z), F.logsigmoid(z)], 1)))
-        else:
-            found.append(Belief(z.log_softmax(1)))
-    return found
-
-
 def plain(data: Benchmark, model: nn.Module) -> Callable[[Part], Beliefs]:
     """The network itself; a regression's scale is that of its residuals on the training part."""
     outputs, y = predict(model, data.train)
-    columns = by_task(data.tasks, outputs)
-    error = [
-        (z - y[:, k]).square().mean().sqrt() if z.dim() == 1 else torch.tensor(1.0)
-        for k, z in enumerate(columns)
+    columns = zip(data.tasks, by_task(data.tasks, outputs), y.unbind(1), strict=True)
+    scales = [
+        (z - own).square().mean().sqrt().double() if task.kind == "regression" else None
+        for task, z, own in columns
     ]
-    scale = torch.stack(error).double()
 
     def believed(part: Part) -> Beliefs:
-        return from_outputs(data, predict(model, getattr(data, part))[0], scale)
+        found = by_task(data.tasks, predict(model, getattr(data, part))[0])
+        return [
+            classified(z) if scale is None else Belief(z.double(), scale.expand_as(z))
+            for z, scale in zip(found, scales, strict=True)
+        ]
 
     return believed
-
-
-def heads_of(model: Any) -> dict[str, Any]:
-    """Descriptions of the heads."""
-    return {group.name: HEADS[group.kind](group.module) for group in model.groups}
 
 
 def predicted(
@@ -101,19 +71,14 @@ def predicted(
         for group in model.groups:
             p = predictor(x)[group.name]
             if group.kind == "regression":
-                mean, scale = p.mean.double(), p.scale.double()
                 halves = torch.stack([p.interval(level)[1] - p.mean for level in LEVELS], 2)
-                for k in range(group.tasks):
-                    own = halves[:, k].double()
-                    found.append(Belief(mean[:, k], scale[:, k], float(p.dof[k]), own))
+                parts = p.mean.double().T, p.scale.double().T, p.dof.tolist()
+                columns = zip(*parts, halves.double().unbind(1), strict=True)
+                found += [Belief(*column) for column in columns]
             elif group.kind == "binary":
-                z = p.distribution.logits.double()
-                found += [
-                    Belief(torch.stack([F.logsigmoid(-one), F.logsigmoid(one)], 1))
-                    for one in z.unbind(1)
-                ]
+                found += map(classified, p.distribution.logits.unbind(1))
             else:
-                found.append(Belief(p.distribution.logits.double().log_softmax(1)))
+                found.append(classified(p.distribution.logits))
         return found
 
     return believed
@@ -151,24 +116,13 @@ def ours(data: Benchmark, model: Any, method: Any) -> dict[str, Callable[[Part],
 
 def on_plain(data: Benchmark, model: Any) -> dict[str, Callable[[Part], Beliefs]]:
     """The library's predictor on a network that it did not train."""
+    heads = {group.name: HEADS[group.kind](group.module) for group in model.groups}
 
     def fit(prior: PriorVariance = None) -> Predictor:
         part = batches(data, model, "train")
-        return Predictor.fit(model, heads_of(model), part, prior_variance=prior or 0.05)
+        return Predictor.fit(model, heads, part, prior_variance=prior or 0.05)
 
     return {
         "LS, Predictor.fit": predicted(data, model, fit("marginal_likelihood")),
         "LS, Predictor.fit, calibrated": chosen(data, model, fit),
     }
-
-
-__all__ = [
-    "BayesAggregation",
-    "LinearScalarization",
-    "batches",
-    "on_plain",
-    "ours",
-    "plain",
-    "targets",
-    "trained",
-]

@@ -8,42 +8,23 @@ runs, on random data of the shapes of the paper's networks with trained last lay
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayesagg import BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.predicting import Predictor
+from examples.benchmark.cases import Task
+from examples.benchmark.networks import CRITERIA, MultiHead
+from examples.benchmark.timing import interleave
+from examples.comparison.networks import elu_layers
 from examples.uncertainty.peers import package
 
 RUNS = 15
-
-
-class Net(nn.Module):
-    """A trunk and heads."""
-
-    def __init__(self, trunk: nn.Module, width: int, outputs: list[int]) -> None:
-        super().__init__()
-        heads = {f"task {i}": nn.Linear(width, o) for i, o in enumerate(outputs)}
-        self.trunk, self.heads = trunk, nn.ModuleDict(heads)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = self.trunk(x)
-        return {name: head(h) for name, head in self.heads.items()}
-
-
-def mlp() -> nn.Module:
-    """That of the QM9 proxy."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in ((274, 256), (256, 256), (256, 64)):
-        layers += [nn.Linear(inputs, outputs), nn.ELU()]
-    return nn.Sequential(*layers)
 
 
 def resnet() -> nn.Module:
@@ -55,22 +36,12 @@ def resnet() -> nn.Module:
     return net
 
 
-def cpu(action: Callable[[], Any], times: int = 1) -> float:
-    """Seconds of CPU time of one call."""
-    start = time.process_time()
-    for _ in range(times):
-        action()
-    return (time.process_time() - start) / times
-
-
 def compare(actions: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Median seconds of each, one after the other in turn; short ones several times in a run."""
-    times = {name: 1 + int(0.02 / cpu(action)) for name, action in actions.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(runs):
-        for name, action in actions.items():
-            seconds[name].append(cpu(action, times[name]))
-    return {name: median(values) for name, values in seconds.items()}
+    """Median seconds of CPU time of each, in turn; short ones several times in a run."""
+    first = interleave(actions, rounds=1, warmup=0, clock="cpu")
+    times = {name: 1 + int(0.02 / seconds) for name, [seconds] in first.items()}
+    found = interleave(actions, rounds=runs, calls=times, warmup=0, clock="cpu")
+    return {name: median(seconds) for name, seconds in found.items()}
 
 
 def looked_at(found: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -78,18 +49,16 @@ def looked_at(found: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     return [(p.mean, p.stddev) for p in found.values()]
 
 
-def trained(net: Net, heads: dict[str, Any], batches: list[Any]) -> None:
+def trained(net: MultiHead, heads: dict[str, Any], batches: list[Any]) -> None:
     """The last layers trained on what the trunk gives, as they are where predictions are made."""
-    losses = {"regression": F.mse_loss, "binary": F.binary_cross_entropy_with_logits}
     with torch.no_grad():
-        seen = [(net.trunk(x), y) for x, y in batches]
+        seen = [(net.backbone(x), y) for x, y in batches]
     optimizer = torch.optim.Adam(net.heads.parameters(), lr=1e-2)
     for _ in range(20):
         for h, y in seen:
             optimizer.zero_grad()
             for name, head in heads.items():
-                loss = losses.get(head.kind, F.cross_entropy)
-                loss(net.heads[name](h), y[name]).backward()
+                CRITERIA[head.kind](net.heads[name](h), y[name]).backward()
             optimizer.step()
 
 
@@ -106,11 +75,12 @@ def case(title: str, head: Any, trunk: nn.Module, outputs: list[int], x: Tensor,
     """Print one case, of batches of a size."""
     with torch.no_grad():
         width = trunk.eval()(x[:2]).shape[1]
-    net = Net(trunk, width, outputs).eval()
+    kind = head.kind
+    tasks = tuple(Task(f"task {i}", kind, count) for i, count in enumerate(outputs))
+    net = MultiHead(trunk, width, tasks).eval()
     heads = {name: head(module) for name, module in net.heads.items()}
-    kind = next(iter(heads.values())).kind
     with torch.no_grad():
-        guides = Net(trunk, width, outputs).eval()(x)
+        guides = MultiHead(trunk, width, tasks).eval()(x)
     targets = {name: labels(kind, z.shape[1], z) for name, z in guides.items()}
     batches = [
         (x[rows], {name: y[rows] for name, y in targets.items()})
@@ -164,8 +134,8 @@ def main() -> None:
     """All cases."""
     torch.manual_seed(0)
     x = torch.randn(7680, 274)
-    case("QM9 proxy", RegressionHead, mlp(), [11], x, 120)
-    case("QM9 proxy", RegressionHead, mlp(), [1] * 11, x, 120)
+    case("QM9 proxy", RegressionHead, elu_layers(274, (256, 256, 64)), [11], x, 120)
+    case("QM9 proxy", RegressionHead, elu_layers(274, (256, 256, 64)), [1] * 11, x, 120)
     images = torch.randn(1024, 3, 32, 32)
     case("CIFAR-MTL, ResNet-18", BinaryHead, resnet(), [20], images, 64)
     images = torch.randn(128, 3, 128, 128)

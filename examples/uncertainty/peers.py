@@ -44,13 +44,6 @@ def features(model: Any, data: Benchmark, part: Part) -> Tensor:
     return model.backbone(own.batch(torch.arange(len(own)))[0]).double()
 
 
-def _linear(rows: Tensor, bias: Tensor) -> nn.Sequential:
-    """A network of a last layer alone, as laplace-torch takes it."""
-    layer = nn.Linear(rows.shape[1], len(rows)).double()
-    layer.load_state_dict({"weight": rows.double(), "bias": bias.double()})
-    return nn.Sequential(nn.Identity(), layer)
-
-
 def laplace(data: Benchmark, model: Any) -> Callable[[Part], Beliefs]:
     """laplace-torch, a model for each task: full covariance, prior and noise by its evidence.
 
@@ -59,26 +52,15 @@ def laplace(data: Benchmark, model: Any) -> Callable[[Part], Beliefs]:
     library = package("laplace")
     h = features(model, data, "train")
     y = data.train.batch(torch.arange(len(data.train)))[1]
-    fitted, k = [], 0
+    columns, fitted = iter(y.unbind(1)), []
     for group in model.groups:
-        w, b = group.module.weight.detach(), group.module.bias.detach()
-        for i in range(group.tasks):
-            target = y[:, k]
-            k += 1
-            if group.kind == "regression":
-                net, kind, label = (
-                    _linear(w[i : i + 1], b[i : i + 1]),
-                    "regression",
-                    target[:, None],
-                )
-            elif group.kind == "binary":
-                half = torch.tensor([[-0.5], [0.5]])
-                net = _linear(half * w[i : i + 1], half[:, 0] * b[i : i + 1])
-                kind, label = "classification", target.long()
-            else:
-                net, kind, label = _linear(w, b), "classification", target.long()
-            label = label.double() if kind == "regression" else label
-            fitted.append(_fit(library, net, kind, h, label))
+        both = torch.cat([group.module.weight, group.module.bias[:, None]], 1).detach().double()
+        for rows in both.chunk(group.tasks):
+            label = next(columns)
+            label = label[:, None].double() if group.kind == "regression" else label.long()
+            if group.kind == "binary":
+                rows = torch.cat([-rows / 2, rows / 2])
+            fitted.append(_fit(library, rows, h, label))
 
     def believed(part: Part) -> Beliefs:
         new = features(model, data, part)
@@ -95,7 +77,12 @@ def laplace(data: Benchmark, model: Any) -> Callable[[Part], Beliefs]:
     return believed
 
 
-def _fit(library: Any, net: nn.Module, kind: str, h: Tensor, y: Tensor) -> Any:
+def _fit(library: Any, rows: Tensor, h: Tensor, y: Tensor) -> Any:
+    """A last layer alone, of weights and biases ``(o, d + 1)``."""
+    kind = "regression" if y.is_floating_point() else "classification"
+    layer = nn.Linear(h.shape[1], len(rows)).double()
+    layer.load_state_dict({"weight": rows[:, :-1], "bias": rows[:, -1]})
+    net = nn.Sequential(nn.Identity(), layer)
     own = library.Laplace(net, kind, subset_of_weights="last_layer", hessian_structure="full")
     own.fit(DataLoader(TensorDataset(h, y), batch_size=1024))
     logs = [torch.zeros(1, dtype=torch.float64, requires_grad=True)]
@@ -177,6 +164,3 @@ def vbll(data: Benchmark, settings: TrainSettings) -> Callable[[Part], Beliefs]:
         return found
 
     return believed
-
-
-__all__ = ["laplace", "vbll"]

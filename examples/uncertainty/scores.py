@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bayesagg.diagnostics import brier_score, expected_calibration_error
 from bayesagg.predicting.student import student_density, student_quantile
@@ -56,6 +57,14 @@ class Belief:
 
 
 Beliefs = list[Belief]
+
+
+def classified(z: Tensor) -> Belief:
+    """Of a classification, from its logits: ``[n]`` of a binary task, ``[n, C]`` of classes."""
+    z = z.double()
+    return Belief(
+        z.log_softmax(1) if z.dim() == 2 else torch.stack([F.logsigmoid(-z), F.logsigmoid(z)], 1)
+    )
 
 
 def mixture(members: Sequence[Beliefs]) -> Beliefs:

@@ -34,7 +34,7 @@ def test_prints_every_property_and_method_and_draws(tmp_path, capsys):
 def test_three_arguments_make_the_default_and_all_start_alike(tmp_path):
     args = demo.argparse.Namespace(seed=0, lr=1e-3, epochs=100, molecules=200)
     arms = {name: demo.Arm(name, (5, 3), args) for name in demo.STYLES}
-    assert arms["BayesAgg"].optimizer.engine.rule == LikelihoodRule()
+    assert arms["BayesAgg"].update.optimizer.engine.rule == LikelihoodRule()
     x, y = torch.randn(30, 5), torch.randn(30, 3)
     for _ in range(LikelihoodRule.warmup):
         for arm in arms.values():

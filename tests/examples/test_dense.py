@@ -8,8 +8,17 @@ from argparse import Namespace
 import pytest
 import torch
 
-from examples.dense import METHODS, depth_error, losses_of, main, train
-from examples.scenes import CLASSES, IGNORED, SIZE, make_scenes
+from examples.dense import (
+    CLASSES,
+    IGNORED,
+    METHODS,
+    SIZE,
+    depth_error,
+    losses_of,
+    main,
+    make_scenes,
+    train,
+)
 
 
 def test_scenes_depend_on_the_seed_and_hang_together():
