@@ -32,6 +32,14 @@ def whole(low: int, high: int | None = None) -> Any:
     return convert
 
 
+def positive(text: str) -> float:
+    """Type of an argument that is a positive number."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
 def make_folder(path: Path, parser: argparse.ArgumentParser) -> None:
     """Make the folder for results before minutes of training find that it cannot be made."""
     if path.is_file():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bayesagg import LikelihoodRule
-from examples.arguments import Parser, make_folder, whole
+from examples.arguments import Parser, make_folder, positive, whole
 from examples.comparison import rates
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import (
@@ -36,6 +36,10 @@ goes on where its best learning rate is the lowest or the highest of those tried
 """
 
 
+_COUNT = whole(1)
+_OF_PLAN = ("seeds", "trials", "search_seeds", "reference", "part", "device")
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad argument ends the program with one line and status 2."""
     parser = Parser(
@@ -53,125 +57,78 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
+def _adder(parser: argparse.ArgumentParser) -> Callable[..., None]:
+    """``add_argument`` with the help second; by default of one whole number from 1."""
+
+    def add(
+        name: str, text: str, kind: Any = _COUNT, metavar: str | None = "N", **more: Any
+    ) -> None:
+        parser.add_argument(name, type=kind, metavar=metavar, help=text, **more)
+
+    return add
+
+
 def _add_what(parser: argparse.ArgumentParser) -> None:
     """Benchmark, size and methods."""
-    names = list(methods("qm9"))
-    parser.add_argument(
-        "benchmark", choices=SOURCES, metavar="BENCHMARK", help=f"one of: {', '.join(SOURCES)}"
+    add = _adder(parser)
+    add("benchmark", f"one of: {', '.join(SOURCES)}", str, "BENCHMARK", choices=SOURCES)
+    text = (
+        f"all, none or some of: {', '.join(methods('qm9'))} (default: all); or of "
+        f"{', '.join(more_methods('qm9'))}, which all leaves out"
     )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["all"],
-        metavar="NAME",
-        help=f"all, none or some of: {', '.join(names)} (default: all); or of "
-        f"{', '.join(more_methods('qm9'))}, which all leaves out",
-    )
-    parser.add_argument(
-        "--arm",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON"),
-        help="another arm; JSON gives settings of the default rule and of the heads of each kind, "
+    add("--methods", text, str, "NAME", nargs="+", default=["all"])
+    text = (
+        "another arm; JSON gives settings of the default rule and of the heads of each kind, "
         """as in '{"rule": {"lag": 30}, "regression": {"readout": "gradient"}}', or settings of """
-        """another method, as in '{"method": "uw", "rate": 10}'; may be repeated""",
+        """another method, as in '{"method": "uw", "rate": 10}'; may be repeated"""
     )
+    add("--arm", text, str, ("NAME", "JSON"), nargs=2, action="append", default=[])
     for name in ("molecules", "patients"):
         sources = {key: s for key, s in SOURCES.items() if s.size_name == name}
         low, high = next(iter(sources.values())).size_range
         sizes = ", ".join(f"{source.size} for {key}" for key, source in sources.items())
-        parser.add_argument(
-            f"--{name}",
-            type=whole(low, high),
-            metavar="N",
-            help=f"{name}, chosen at random, {low} to {high} (default: {sizes})",
-        )
-    parser.add_argument(
-        "--train-size",
-        type=whole(10),
-        metavar="N",
-        help="use N data of the training part (default: all of it)",
-    )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="FOLDER",
-        help=f"downloaded data sets, a subfolder each, in place of the environment variable "
-        f"{DATA_VARIABLE} (default: what packages ship)",
-    )
+        text = f"{name}, chosen at random, {low} to {high} (default: {sizes})"
+        add(f"--{name}", text, whole(low, high))
+    add("--train-size", "use N data of the training part (default: all of it)", whole(10))
+    text = "downloaded data sets, a subfolder each, in place of the environment variable "
+    text += f"{DATA_VARIABLE} (default: what packages ship)"
+    add("--data-dir", text, Path, "FOLDER")
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
     """Seeds, trials, training, processes and output."""
-
-    def add(name: str, kind: Any, default: Any, text: str) -> None:
-        parser.add_argument(name, type=kind, default=default, metavar="N", help=text)
-
-    add("--seeds", whole(1), 5, "trainings of each method with its settings (default: 5)")
-    add("--trials", whole(1), 1, "settings tried for each method; 1: the default (default: 1)")
-    add("--search-seeds", whole(1), 1, "trainings of each trial (default: 1)")
-    parser.add_argument(
-        "--untuned",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="methods that keep their default settings while the others are tuned",
-    )
-    parser.add_argument(
-        "--reference",
-        default="ls",
-        metavar="NAME",
-        help="method that the others' Δm are subtracted from in the table (default: ls)",
-    )
-    parser.add_argument(
-        "--protocol",
-        choices=("small", "paper"),
-        default="small",
-        help="default settings and size: those for a small machine, or the published "
-        "(default: small); the options below override single ones",
-    )
-    add("--epochs", whole(1), None, "epochs of each training (default: the protocol's)")
+    add = _adder(parser)
+    add("--seeds", "trainings of each method with its settings (default: 5)", default=5)
+    add("--trials", "settings tried for each method; 1: the default (default: 1)", default=1)
+    add("--search-seeds", "trainings of each trial (default: 1)", default=1)
+    text = "methods that keep their default settings while the others are tuned"
+    add("--untuned", text, str, "NAME", nargs="+", default=[])
+    text = "method that the others' Δm are subtracted from in the table (default: ls)"
+    add("--reference", text, str, "NAME", default="ls")
+    text = "default settings and size: those for a small machine, or the published (default: small)"
+    text += "; the options below override single ones"
+    add("--protocol", text, str, None, choices=("small", "paper"), default="small")
+    add("--epochs", "epochs of each training (default: the protocol's)")
     text = "of the single-task models, where a shorter training is yardstick enough (default: all)"
-    add("--single-task-epochs", whole(1), None, text)
+    add("--single-task-epochs", text)
     text = "steps of linear scalarization first, of all but the paper's rule (default: 50)"
-    add("--warmup-steps", whole(0), None, text)
-    add("--batch-size", whole(2), None, "data per step (default: the protocol's)")
-    parser.add_argument(
-        "--learning-rate",
-        type=float,
-        nargs="+",
-        metavar="N",
-        help="of the methods (default: the protocol's); several: every method at each of them. The "
-        "single-task models have the protocol's, so that all are measured by the same",
-    )
-    parser.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        help="of the methods; sgd has momentum 0.9 (default: adam, as the single-task models)",
-    )
-    parser.add_argument(
-        "--part",
-        choices=("test", "val"),
-        default="test",
-        help="part that the tables are of; with val, for choices, no run looks at the test part "
-        "(default: test)",
-    )
-    add("--clip-norm", float, None, "largest norm of the gradient (default: no clipping)")
-    add("--device", str, "cpu", "where to train, such as cuda (default: cpu)")
-    add("--jobs", whole(1), min(4, os.cpu_count() or 1), "processes (default: cores, at most 4)")
-    parser.add_argument(
-        "--costs",
-        action="store_true",
-        help="measure time and memory of a step of every method, one after the other",
-    )
-    parser.add_argument(
-        "--output",
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="where runs, tables and figure are written (default: output/compare/BENCHMARK)",
-    )
+    add("--warmup-steps", text, whole(0))
+    add("--batch-size", "data per step (default: the protocol's)", whole(2))
+    text = "of the methods (default: the protocol's); several: every method at each of them. The "
+    text += "single-task models have the protocol's, so that all are measured by the same"
+    add("--learning-rate", text, positive, nargs="+", default=[])
+    text = "of the methods; sgd has momentum 0.9 (default: adam, as the single-task models)"
+    add("--optimizer", text, str, None, choices=OPTIMIZERS)
+    text = "part that the tables are of; with val, for choices, no run looks at the test part "
+    add("--part", text + "(default: test)", str, None, choices=("test", "val"), default="test")
+    add("--clip-norm", "largest norm of the gradient (default: no clipping)", positive)
+    add("--device", "where to train, such as cuda (default: cpu)", str, default="cpu")
+    cores = min(4, os.cpu_count() or 1)
+    add("--jobs", "processes (default: cores, at most 4)", default=cores)
+    text = "measure time and memory of a step of every method, one after the other"
+    parser.add_argument("--costs", action="store_true", help=text)
+    text = "where runs, tables and figure are written (default: output/compare/BENCHMARK)"
+    parser.add_argument("--output", "--out", type=Path, metavar="FOLDER", help=text)
 
 
 def _check_size(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -179,14 +136,7 @@ def _check_size(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     for name in ("molecules", "patients"):
         if getattr(options, name) is not None and source.size_name != name:
             parser.error(f"argument --{name}: {options.benchmark} has none; see --train-size")
-    for name, values in (
-        ("learning-rate", options.learning_rate or []),
-        ("clip-norm", [] if options.clip_norm is None else [options.clip_norm]),
-    ):
-        for value in values:
-            if not 0 < value < float("inf"):
-                parser.error(f"argument --{name}: {value} is not a positive number")
-    if options.trials > 1 and len(options.learning_rate or []) > 1:
+    if options.trials > 1 and len(options.learning_rate) > 1:
         parser.error("argument --learning-rate: one, around which the --trials are, not several")
     if options.protocol == "paper" and source.paper is None:
         known = ", ".join(key for key, s in SOURCES.items() if s.paper is not None)
@@ -217,32 +167,18 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
         assert source.paper is not None
         settings, default_size = source.paper, source.paper_size or source.size
     learning_rates = options.learning_rate or [settings.learning_rate]
-    given = {
-        "epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "learning_rate": learning_rates[0],
-        "clip_norm": options.clip_norm,
-        "warmup_steps": options.warmup_steps,
-        "optimizer": options.optimizer,
-    }
-    single: dict[str, Any] = {
-        "learning_rate": settings.learning_rate,
-        "optimizer": settings.optimizer,
-    }
+    names = ("epochs", "batch_size", "clip_norm", "warmup_steps", "optimizer")
+    given = {name: getattr(options, name) for name in names} | {"learning_rate": learning_rates[0]}
+    single = {name: getattr(settings, name) for name in ("learning_rate", "optimizer")}
     if options.single_task_epochs:
         single["epochs"] = options.single_task_epochs
     return Plan(
         data=Data(options.benchmark, size or default_size, options.train_size),
         methods=chosen if len(learning_rates) == 1 else rates.at_rates(chosen, learning_rates),
         training=replace(settings, **{k: v for k, v in given.items() if v is not None}),
-        seeds=options.seeds,
-        trials=options.trials,
-        search_seeds=options.search_seeds,
         untuned=tuple(options.untuned),
-        reference=options.reference,
-        part=options.part,
         workers=options.jobs,
-        device=options.device,
+        **{name: getattr(options, name) for name in _OF_PLAN},
         single_task=replace(SINGLE_TASK_METHOD, training=single),
     )
 
