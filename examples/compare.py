@@ -21,8 +21,7 @@ from examples.comparison.pipeline import (
     execute,
     shared_settings,
 )
-from examples.comparison.runs import load
-from examples.comparison.store import Store
+from examples.comparison.runs import Store, load
 from examples.data import DataUnavailableError
 
 

@@ -13,13 +13,14 @@ rows, is the mean of the members' losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.comparison.networks import Networks
 from examples.comparison.tasks import Outputs
 from examples.methods import LinearScalarization
 from examples.models import HeadGroup, Kind
@@ -81,16 +82,8 @@ class EnsembleHead(nn.Linear):
         return outputs.flatten(0, 1) if self.training else mean_prediction(outputs, self._kind)
 
 
-class EnsembleNetworks(nn.Module):
-    """Independent networks: outputs by head as those of :class:`EnsembleHead`.
-
-    Args:
-        networks: The members, of the same shape.
-    """
-
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
+class EnsembleNetworks(Networks):
+    """Independent networks of one shape: outputs by head as those of :class:`EnsembleHead`."""
 
     @property
     def groups(self) -> tuple[HeadGroup, ...]:
@@ -105,10 +98,6 @@ class EnsembleNetworks(nn.Module):
         if self.training:
             return {name: values.flatten(0, 1) for name, values in outputs.items()}
         return {g.name: mean_prediction(outputs[g.name], g.kind) for g in self.groups}
-
-    def network_gradients(self) -> list[list[Tensor]]:
-        """Gradients of each network."""
-        return [[p.grad for p in n.parameters() if p.grad is not None] for n in self.networks]
 
 
 class Ensemble(LinearScalarization):

@@ -68,8 +68,20 @@ def mlp(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> TaskNet:
     return TaskNet(elu_layers(inputs, widths), widths[-1], tasks)
 
 
-class SeparateNets(nn.Module):
-    """Networks that share no parameter; gives what one network for all tasks gives.
+class Networks(nn.Module):
+    """Networks that share no parameter."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def network_gradients(self) -> list[list[Tensor]]:
+        """Gradients of each network."""
+        return [[p.grad for p in n.parameters() if p.grad is not None] for n in self.networks]
+
+
+class SeparateNets(Networks):
+    """A network per task; gives what one network for all tasks gives.
 
     Each network's loss reaches only its own parameters and Adam works element by element, so one
     optimizer on the sum of the losses trains them exactly as an optimizer each would.
@@ -80,8 +92,7 @@ class SeparateNets(nn.Module):
     """
 
     def __init__(self, networks: Sequence[TaskNet], tasks: Sequence[Task]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
+        super().__init__(networks)
         self._heads = [(name, which) for name, _, which in grouped(tasks)]
 
     def forward(self, x: Any) -> Outputs:
@@ -93,13 +104,6 @@ class SeparateNets(nn.Module):
         """Output of one network, ``(B, outputs)``."""
         values: list[Tensor] = list(network(x).values())
         return values[0]
-
-    def network_gradients(self) -> list[list[Tensor]]:
-        """Gradients of each network."""
-        return [
-            [p.grad for p in network.parameters() if p.grad is not None]
-            for network in self.networks
-        ]
 
     def network_tensors(self) -> list[list[Tensor]]:
         """Parameters and buffers of each network."""

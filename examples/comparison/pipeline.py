@@ -10,7 +10,17 @@ from typing import Any
 from tqdm import tqdm
 
 from examples.comparison.catalogue import SINGLE_TASK, SINGLE_TASK_METHOD, Method
-from examples.comparison.runs import Data, Job, Run, criteria, identity, key_of, load, run_job
+from examples.comparison.runs import (
+    Data,
+    Job,
+    Run,
+    Store,
+    criteria,
+    identity,
+    key_of,
+    load,
+    run_job,
+)
 from examples.comparison.search import (
     FIRST_SEARCH_SEED,
     FURTHEST,
@@ -20,7 +30,6 @@ from examples.comparison.search import (
     widened,
 )
 from examples.comparison.statistics import Standing, compare, task_means
-from examples.comparison.store import Store
 from examples.jobs import run_jobs
 from examples.training import TrainSettings
 

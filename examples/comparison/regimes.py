@@ -26,9 +26,8 @@ from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.pipeline import run_all
 from examples.comparison.regime_report import REFERENCE, Point, write
-from examples.comparison.runs import Data, Job, Run, load
+from examples.comparison.runs import Data, Job, Run, Store, load
 from examples.comparison.search import FURTHEST, beyond
-from examples.comparison.store import Store
 from examples.data import DataUnavailableError
 from examples.methods import LinearScalarization
 from examples.training import Part, TrainSettings

@@ -1,4 +1,4 @@
-"""One training of a comparison: what identifies it, running it, and what it leaves."""
+"""One training of a comparison: what identifies it, running it, and what it leaves, on disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -194,3 +195,50 @@ def _evaluate(model: nn.Module, data: Benchmark, final: bool) -> dict[str, Any]:
 def criteria(data: Benchmark, runs: Sequence[Run], part: str) -> list[list[float]]:
     """The metric of each task that Δm uses, for each run: ``(runs, K)``."""
     return [primary(data.tasks, getattr(run, part)) for run in runs]
+
+
+class Store:
+    """Runs of a file; a run that is there is not computed again.
+
+    A run is found by its key only, so runs of other settings, data or code in the same file are
+    never taken for it.
+
+    Args:
+        path: File of the runs; made at the first run.
+
+    Raises:
+        ValueError: If a line is not a run, or its content does not have its key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._runs: dict[str, Run] = {}
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        lines = self._path.read_text(encoding="utf-8").split("\n")
+        if lines[-1]:  # a run is written with the end of its line: this one was cut short
+            warnings.warn(f"{self._path}: the last line is incomplete and is dropped", stacklevel=3)
+            self._path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                run = Run(**json.loads(line))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(
+                    f"{self._path}, line {number}: not a run of a comparison ({error}); "
+                    "move the file away or choose another folder"
+                ) from error
+            if key_of(run.identity) != run.key:
+                raise ValueError(f"{self._path}, line {number}: the run was changed by hand")
+            self._runs[run.key] = run
+
+    def get(self, key: str) -> Run | None:
+        """The run of that key, if it is finished."""
+        return self._runs.get(key)
+
+    def add(self, run: Run) -> None:
+        """Keep a run and write its line."""
+        self._runs[run.key] = run
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(run)) + "\n")

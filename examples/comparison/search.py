@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scipy.stats import qmc
+
 from bayesagg.metrics import delta_m
 from examples.comparison.catalogue import Method
 from examples.training import TrainSettings
@@ -17,7 +19,7 @@ from examples.training import TrainSettings
 _RATE_SPAN = 4.0  # learning rates between default / 4 and default * 4
 FURTHEST = 4  # learning rates that are tried beyond the first ones
 _DECAYS = (0.0, 1e-5, 1e-4, 1e-3)
-_BASES = (2, 3, 5, 7, 11, 13)  # of the Halton sequence, one per setting
+_DIMENSIONS = 6  # of the Halton sequence, one per setting
 FIRST_SEARCH_SEED = 1000  # seeds of the search are not those of the comparison
 
 
@@ -40,7 +42,7 @@ def trial(method: Method, training: TrainSettings, number: int) -> Trial:
     training = method.trained(training)
     if number == 0:
         return Trial(method, training, {})
-    points = [_van_der_corput(number, base) for base in _BASES]
+    points = qmc.Halton(_DIMENSIONS, scramble=False).random(number + 1)[-1].tolist()
     rate = training.learning_rate * _RATE_SPAN ** (2 * points[0] - 1)
     rounded = float(f"{rate:.2g}")
     decay = _DECAYS[int(points[1] * len(_DECAYS))]
@@ -67,16 +69,6 @@ def widened(trials: Sequence[Trial], best: int) -> Trial | None:
     if rate is None:
         return None
     return replace(chosen, training=replace(chosen.training, learning_rate=rate))
-
-
-def _van_der_corput(number: int, base: int) -> float:
-    """Digits of ``number`` mirrored at the point: spreads over [0, 1) evenly."""
-    value, scale = 0.0, 1.0
-    while number:
-        number, digit = divmod(number, base)
-        scale /= base
-        value += digit * scale
-    return value
 
 
 def choose(

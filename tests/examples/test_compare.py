@@ -17,10 +17,10 @@ from examples import compare
 from examples.comparison import command, pipeline, runs
 from examples.comparison.benchmarks import SOURCES, tables
 from examples.comparison.catalogue import Method, methods
+from examples.comparison.runs import Store
 from examples.comparison.search import FURTHEST, beyond, choose, trial
 from examples.comparison.statistics import compare as compare_values
 from examples.comparison.statistics import holm
-from examples.comparison.store import Store
 from examples.comparison.tasks import (
     Task,
     criterion,
