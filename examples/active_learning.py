@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from bayesagg import acquisition
 from bayesagg.metrics import delta_m
 from examples.comparison.benchmark import Benchmark, predict, trained
 from examples.comparison.benchmarks import SOURCES
+from examples.comparison.report import markdown, spread
 from examples.comparison.statistics import paired_interval, paired_p_value
 from examples.comparison.tasks import measure, primary
 from examples.data import Split
@@ -113,17 +114,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, curve in curves.items():
             found = run(name, data, replace(settings, seed=seed), args)
             curve.append([delta_m(one, reference, True) for one in found])
-    print(f"labels{'':28}" + "".join(f"{n:8}" for n in labels) + "    area")
     areas = {name: [mean(one) for one in curve] for name, curve in curves.items()}
+    rows = []
     for name, curve in curves.items():
-        own, chance = areas[name], areas["random"]
-        spread = stdev(own) if len(own) > 1 else 0.0
-        row = "".join(f"{value:8.2f}" for value in torch.tensor(curve).mean(0).tolist())
-        print(f"Δm, {name:30}{row}   {mean(own):.2f} ± {spread:.2f}")
-        if own is not chance:
-            gain, half = paired_interval(chance, own)
-            p = paired_p_value(chance, own)
-            print(f"    below random by {gain:.2f} ± {half:.2f} (95 %), p = {p:.3f}")
+        means = [f"{value:.2f}" for value in torch.tensor(curve).mean(0).tolist()]
+        gain = ["", ""]
+        if name != "random":
+            pair = areas["random"], areas[name]
+            gain = ["{:.2f} ± {:.2f}".format(*paired_interval(*pair))]
+            gain.append(f"{paired_p_value(*pair):.3f}")
+        rows.append([f"Δm, {name}", *means, spread(areas[name]), *gain])
+    print(markdown(["labels", *map(str, labels), "area", "below random", "p"], rows))
     draw(args.out, labels, curves)
     print(f"figure: {args.out}")
 

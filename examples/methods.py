@@ -97,8 +97,12 @@ class LinearScalarization:
 
     def objective(self, values: Tensor) -> Tensor:
         """A scalar from the losses, shape ``(K,)``; sets ``weights``."""
-        self.weights = torch.ones_like(values)
-        return values.sum()
+        self.weights = self.weigh(values.detach())
+        return (self.weights * values).sum()
+
+    def weigh(self, values: Tensor) -> Tensor:
+        """Weights of the losses, shape ``(K,)``."""
+        return torch.ones_like(values)
 
     def after_step(self, losses_now: Callable[[], Losses]) -> None:
         """Look at what the step did; ``losses_now`` computes the losses of its batch again."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 from matplotlib.figure import Figure
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead, acquisition
+from examples.comparison.report import markdown, spread
 from examples.comparison.tasks import area_under_roc
 from examples.data.packages import read_digits
 
@@ -132,11 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 is_other = torch.arange(len(both)) >= len(values["seen"])
                 row = areas.setdefault(name, {}).setdefault(kind, [])
                 row.append(area_under_roc(both, is_other.double()))
-    print(f"{'AUROC':40}" + "".join(f"{kind:>18}" for kind in list(kinds)[1:]))
-    for name, row in areas.items():
-        spread = [stdev(v) if len(v) > 1 else 0.0 for v in row.values()]
-        cells = zip(row.values(), spread, strict=True)
-        print(f"{name:40}" + "".join(f"{mean(v):11.3f} ±{s:.3f}" for v, s in cells))
+    rows = [[name, *(spread(v, 3) for v in row.values())] for name, row in areas.items()]
+    print(markdown(["AUROC", *list(kinds)[1:]], rows))
     draw(args.out, found["epistemic variance, ink"], kinds)
     print(f"figure: {args.out}")
 

@@ -22,7 +22,7 @@ from bayesagg.reading import Labels
 from examples.benchmark import literal
 from examples.benchmark.cases import Case, Task
 from examples.benchmark.networks import random_target
-from examples.benchmark.steps import HEADS
+from examples.methods import HEADS
 
 PRIOR_EXAMPLES = 4096
 """Size of the made-up training set behind the full-data prior; it costs neither arm anything."""

@@ -7,9 +7,8 @@ and of networks so small that only overhead is left to measure.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-Kind = Literal["regression", "binary", "multiclass"]
+from examples.comparison.tasks import Kind
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bayesagg import (
-    BayesAggWrapper,
-    BinaryHead,
-    LikelihoodRule,
-    MulticlassHead,
-    PaperRule,
-    RegressionHead,
-)
+from bayesagg import BayesAggWrapper, LikelihoodRule, PaperRule
 from examples.benchmark.cases import Case
 from examples.benchmark.networks import Workload, make_workload
+from examples.methods import HEADS
 
 # Past linear scalarization at once, which is over after 50 steps out of the box.
 RULES = {"likelihood": LikelihoodRule(warmup=2), "paper": PaperRule(pretrain_epochs=0)}
-HEADS = {"regression": RegressionHead, "binary": BinaryHead, "multiclass": MulticlassHead}
 
 
 @dataclass(frozen=True)

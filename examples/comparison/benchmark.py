@@ -35,8 +35,7 @@ class Benchmark:
     scale: Tensor  # what regression targets were divided by, shape ``(K,)``; 1 for the others
     # Makes a multi-task model: it maps inputs to outputs by kind and multi-class task, and has
     # ``backbone``, whose output is the shared representation (``None``: there is none, as the heads
-    # read different tensors), and ``groups`` (:class:`examples.models.HeadGroup`), in the order of
-    # the tasks
+    # read different tensors), and ``groups``, its :class:`HeadGroup`s in the order of the tasks
     model: Callable[[], nn.Module]
     # Makes the single-task models as one module that gives the same outputs, in which no two tasks
     # share a parameter
@@ -76,7 +75,8 @@ class Source:
 
     title: str  # name in tables and figures
     # Reads the data: takes the size (``None``: the default) and the largest number of training data
-    # (``None``: all)
+    # (``None``: all). Raises ``DataUnavailableError`` where data or a package are not on this
+    # computer, and ``DataFileError`` where a file is not what it should be
     load: Callable[[int | None, int | None], Benchmark]
     settings: TrainSettings  # default settings of the training, for small machines
     preset: str  # entry of :data:`bayesagg.presets.PAPER` for the paper's arm
@@ -196,10 +196,8 @@ def table_benchmark(
     y = ((y - torch.where(regression, y[train].mean(0), 0.0)) / scale).float()
     shape: dict[str, Any] = {"inputs": x.shape[1], "widths": widths, "tasks": tasks}
     return Benchmark(
-        tasks=tuple(tasks),
-        train=Split(x[train], y[train]),
-        val=Split(x[val], y[val]),
-        test=Split(x[test], y[test]),
+        tuple(tasks),
+        *(Split(x[rows], y[rows]) for rows in (train, val, test)),
         scale=scale.float(),
         model=partial(mlp, **shape),
         single_task=partial(single_task, **shape),

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.comparison.networks import Networks
-from examples.comparison.tasks import Outputs
+from examples.comparison.tasks import HeadGroup, Kind, Outputs
 from examples.methods import LinearScalarization
-from examples.models import HeadGroup, Kind
 from examples.training import Criterion, Losses
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from typing import Any
 
 import torch
@@ -19,11 +20,8 @@ _RANDOM_EPOCHS, _COLLECT_EPOCHS = 5, 3  # with random weights; before the agent 
 
 
 def _network(inputs: int, outputs: int) -> nn.Sequential:
-    hidden = 128
-    return nn.Sequential(
-        *(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()),
-        nn.Linear(hidden, outputs),
-    )
+    hidden = nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()
+    return nn.Sequential(*hidden, nn.Linear(128, outputs))
 
 
 class Agent:
@@ -47,17 +45,12 @@ class Agent:
         self._log_temperature = torch.tensor(math.log(0.2), requires_grad=True)
         groups = (self.actor.parameters(), self.critics.parameters(), [self._log_temperature])
         self._optimizers = [torch.optim.Adam(parameters, lr=rate) for parameters in groups]
-        self._memory: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._place, self._tasks = 0, tasks
+        self._memory: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque(maxlen=_CAPACITY)
+        self._tasks = tasks
 
     def remember(self, state: Tensor, action: Tensor, reward: Tensor, after: Tensor) -> None:
         """Keep a transition; the oldest makes room."""
-        transition = (state, action, reward, after)
-        if len(self._memory) < _CAPACITY:
-            self._memory.append(transition)
-        else:
-            self._memory[self._place] = transition
-        self._place = (self._place + 1) % _CAPACITY
+        self._memory.append((state, action, reward, after))
 
     @property
     def experienced(self) -> bool:
@@ -101,12 +94,10 @@ class Agent:
         return torch.stack([critic(pair).squeeze(-1) for critic in critics])
 
     def _step(self, which: int, loss: Tensor) -> None:
-        parameters = self._optimizers[which].param_groups[0]["params"]
-        for parameter, gradient in zip(
-            parameters, torch.autograd.grad(loss, parameters), strict=True
-        ):
-            parameter.grad = gradient
-        self._optimizers[which].step()
+        optimizer = self._optimizers[which]
+        optimizer.zero_grad()
+        loss.backward(inputs=optimizer.param_groups[0]["params"])
+        optimizer.step()
 
 
 class ImprovableGapBalancing(LinearScalarization):

@@ -8,7 +8,7 @@ slowly, so another convention would be a lower learning rate in disguise.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ class GradientWeighting(LinearScalarization):
     """
 
     weighted = True
-    batched: ClassVar[bool] = True  # gradients of all tasks by one vectorised pass
 
     def __init__(self, *shared: Any, representation: bool = False) -> None:
         super().__init__(*shared)
@@ -77,13 +76,8 @@ class GradientWeighting(LinearScalarization):
 
     def _jacobian(self, outputs: Tensor, inputs: list[Any], vectors: Tensor) -> list[Tensor]:
         """Vector-Jacobian product of each vector, ``(K, …)`` per input."""
-        if self.batched:
-            found = torch.autograd.grad(
-                outputs, inputs, vectors, is_grads_batched=True, retain_graph=True
-            )
-            return list(found)
-        each = [torch.autograd.grad(outputs, inputs, v, retain_graph=True) for v in vectors]
-        return [torch.stack(rows) for rows in zip(*each, strict=True)]
+        kwargs = {"is_grads_batched": True, "retain_graph": True}
+        return list(torch.autograd.grad(outputs, inputs, vectors, **kwargs))
 
     def _weigh(self, rows: Tensor) -> Tensor:
         """Weights from the tasks' gradients, shape ``(K, n)``."""

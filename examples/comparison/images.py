@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from examples import image_models
-from examples.comparison import networks
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.networks import SeparateNets, TaskNet
 from examples.comparison.tasks import Task
@@ -21,7 +20,7 @@ from examples.data import folder, images
 from examples.training import Part
 
 Backbone = Callable[[], nn.Module]
-SOURCES = (folder, images, image_models, networks)
+CODE = (folder, images, image_models, sys.modules[__name__])  # that results of images depend on
 
 
 class RecomputedNets(SeparateNets):
@@ -97,26 +96,17 @@ def image_benchmark(
         backbone: Makes a new backbone.
         width: Dimensions of its output.
         network: What it is.
-        version: What identifies the data besides the sizes of the parts and the source that reads
-            them.
+        version: What identifies the data besides the sizes of the parts.
         head: As of :class:`TaskNet`.
         own: Other fields of the :class:`Benchmark`; without a scale no target was divided.
     """
-    train, val, test = parts
     shape = (backbone, width, tasks, head)
-    code = [Path(__file__), *(Path(m.__file__) for m in SOURCES if m.__file__)]
     return Benchmark(
-        tasks=tuple(tasks),
-        train=train,
-        val=val,
-        test=test,
+        tuple(tasks),
+        *parts,
         model=partial(task_net, *shape),
         single_task=partial(separate_nets, *shape),
         network=f"{network}, linear heads",
-        version={
-            **version,
-            "parts": [len(train), len(val), len(test)],
-            "loader": folder.content_digest(code),
-        },
+        version={**version, "parts": [len(part) for part in parts]},
         **{"scale": torch.ones(len(tasks)), **own},
     )

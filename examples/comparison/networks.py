@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.comparison.tasks import Outputs, Task, grouped
-from examples.models import HeadGroup
+from examples.comparison.tasks import HeadGroup, Outputs, Task, grouped
 
 
 class TaskNet(nn.Module):

@@ -230,26 +230,21 @@ def _require(runs: Sequence[Run]) -> None:
 
 def shared_settings(plan: Plan) -> dict[str, Any]:
     """What all methods have in common, for the record."""
-    data = load(plan.data)
+    data, training = load(plan.data), plan.training
     return {
         "benchmark": plan.data.benchmark,
         "data": data.version,
         "network": data.network,
-        "optimizer": plan.training.optimizer,
-        "schedule": _SCHEDULES[plan.training.schedule],
-        "evaluated": _EVALUATED[plan.training.selection],
-        **({"patience": plan.training.patience} if plan.training.patience else {}),
-        "epochs": plan.training.epochs,
-        "warmup_steps": plan.training.warmup_steps,
-        "batch_size": plan.training.batch_size,
-        "default_learning_rate": plan.training.learning_rate,
+        "optimizer": training.optimizer,
+        "schedule": _SCHEDULES[training.schedule],
+        "evaluated": _EVALUATED[training.selection],
+        **({"patience": training.patience} if training.patience else {}),
+        **{key: getattr(training, key) for key in ("epochs", "warmup_steps", "batch_size")},
+        "default_learning_rate": training.learning_rate,
         "single_task_training": plan.single_task.training,
-        "default_weight_decay": plan.training.weight_decay,
-        "clip_norm": plan.training.clip_norm,
-        "seeds": plan.seeds,
-        "trials": plan.trials,
-        "search_seeds": plan.search_seeds,
+        "default_weight_decay": training.weight_decay,
+        "clip_norm": training.clip_norm,
+        **{key: getattr(plan, key) for key in ("seeds", "trials", "search_seeds")},
         "untuned": list(plan.untuned),
-        "workers": plan.workers,
-        "device": plan.device,
+        **{key: getattr(plan, key) for key in ("workers", "device")},
     }

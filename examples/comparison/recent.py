@@ -31,11 +31,9 @@ class UncertaintySoftOptimal(LinearScalarization):
         super().__init__(*shared)
         self._temperature = temperature
 
-    def objective(self, values: Tensor) -> Tensor:
-        """Weighted sum of the losses."""
-        inverse = 1 / (self._temperature * values.detach().clamp_min(1e-12))
-        self.weights = len(values) * inverse.softmax(0)
-        return (self.weights * values).sum()
+    def weigh(self, values: Tensor) -> Tensor:
+        """K times the softmax."""
+        return len(values) * (1 / (self._temperature * values.clamp_min(1e-12))).softmax(0)
 
 
 class STCH(LinearScalarization):
@@ -79,18 +77,16 @@ class GO4Align(LinearScalarization):
         self._groups, self._rate = min(groups, self.tasks), rate
         self._risks = torch.full((self.tasks,), 1 / self.tasks)
 
-    def objective(self, values: Tensor) -> Tensor:
-        """Weighted sum of the losses."""
-        own = values.detach()
-        risks = self._risks * (-self._rate * own).exp()
+    def weigh(self, values: Tensor) -> Tensor:
+        """Weights that sum to K."""
+        risks = self._risks * (-self._rate * values).exp()
         self._risks = risks / risks.sum()
-        weights = own.sum() / own * self._risks
-        if self._groups < len(own):
+        weights = values.sum() / values * self._risks
+        if self._groups < len(values):
             points = weights.double()[:, None].cpu().numpy()
             centres, group = kmeans2(points, self._groups, minit="++", rng=0, missing="warn")
-            weights = torch.from_numpy(centres[group, 0]).to(own)
-        self.weights = sums_to(weights, len(own))
-        return (self.weights * values).sum()
+            weights = torch.from_numpy(centres[group, 0]).to(values)
+        return sums_to(weights, len(values))
 
 
 class ExcessMTL(GradientWeighting):
@@ -124,11 +120,10 @@ class DBMTL(GradientWeighting):
         """Fill the gradients of the heads, of the sum of log losses, and of shared parameters."""
         super().backward({name: loss.log() for name, loss in losses.items()})
         assert self._running is not None and self.weights is not None
-        start = 0
-        together = self.weights @ self._running
-        for p in self._shared:
-            p.grad = together[start : start + p.numel()].view_as(p)
-            start += p.numel()
+        sizes = [p.numel() for p in self._shared]
+        together = (self.weights @ self._running).split(sizes)
+        for p, gradient in zip(self._shared, together, strict=True):
+            p.grad = gradient.view_as(p)
 
     def _weigh(self, rows: Tensor) -> Tensor:
         self._steps += 1

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from examples.comparison.tasks import Outputs, Task, grouped
+from examples.comparison.tasks import HeadGroup, Outputs, Task, grouped
 from examples.methods import LinearScalarization
-from examples.models import HeadGroup
 from examples.training import Losses
 
 

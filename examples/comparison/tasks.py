@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.models import Kind
 from examples.training import Losses
 
+Kind = Literal["regression", "binary", "multiclass"]
 Outputs = dict[str, Tensor]
 Metric = Literal["mae", "rmse", "angle", "accuracy", "auroc", "f1", "miou"]
 LOWER_IS_BETTER: tuple[Metric, ...] = ("mae", "rmse", "angle")
@@ -35,6 +35,20 @@ class Task:
     def higher_is_better(self) -> bool:
         """Whether a higher value of the metric is better."""
         return self.metric not in LOWER_IS_BETTER
+
+
+class HeadGroup(NamedTuple):
+    """A linear head: its name, the kind of its tasks, the layer, and how many tasks it serves.
+
+    The layer is a 1×1 convolution where outputs are maps.
+
+    Losses follow the order of the groups, and within a group that of its outputs.
+    """
+
+    name: str
+    kind: Kind
+    module: nn.Linear | nn.Conv2d
+    tasks: int
 
 
 def grouped(tasks: Sequence[Task]) -> Iterator[tuple[str, Kind, slice]]:

@@ -179,14 +179,10 @@ def _write_cache(path: Path, features: Floats, targets: Floats) -> None:
     """Write the arrays in one go: a reader sees the whole file or none, however many write."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, features=features, targets=targets)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            temporary = Path(folder, path.name)
+            np.savez(temporary, features=features, targets=targets)
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
     except OSError as error:
         warnings.warn(
             f"the descriptors of QM9 were not cached ({error}); "

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from examples.comparison.benchmark import Benchmark, trained
 from examples.comparison.benchmarks import SOURCES, tables
+from examples.comparison.report import markdown, spread
 from examples.methods import BayesAggregation, LinearScalarization
 from examples.training import TrainSettings
 from examples.uncertainty import arms, peers
@@ -124,29 +124,25 @@ def evaluate(
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds, by arm."""
-    lines = [f"{'':32}{'NLL':>18}{'ECE':>18}{'Brier':>18}"]
+    rows = []
     for name in runs[0]:
-        cells = ""
-        for key in ("nll", "ece", "brier"):
-            values = [run[name][key] for run in runs if key in run.get(name, {})]
-            spread = stdev(values) if len(values) > 1 else 0.0
-            cells += f"{mean(values):11.4f} ±{spread:.4f}" if values else f"{'':>18}"
-        lines.append(f"{name:32}{cells}")
-    return "\n".join(lines)
+        found = [run[name] for run in runs if name in run]
+        keys = [key for key in ("nll", "ece", "brier") if key in found[0]]
+        rows.append([name, *(spread([one[key] for one in found], 4) for key in keys)])
+    return markdown(["", "NLL", "ECE", "Brier"][: len(rows[0])], rows)
 
 
 def coverage_table(runs: list[dict[str, Any]]) -> str:
     """Coverage in percent, mean over regressions and seeds; and the largest error of a task."""
-    titles = "".join(f"{100 * level:>8.0f} %" for level in LEVELS)
-    lines = [f"{'coverage':32}{titles}   largest error of a task, mean over seeds"]
+    rows = []
     for name in runs[0]:
-        cube = torch.tensor(
-            [run[name]["coverage"] for run in runs if name in run]
-        )  # seeds, tasks, levels
-        shares = "".join(f"{100 * share:8.1f}  " for share in cube.mean((0, 1)).tolist())
-        worst = (cube.mean(0) - torch.tensor(LEVELS)).abs().max().item()
-        lines.append(f"{name:32}{shares} {100 * worst:.1f} points")
-    return "\n".join(lines)
+        found = torch.tensor([run[name]["coverage"] for run in runs if name in run])
+        by_task = found.mean(0)  # of seeds, tasks, levels
+        worst = (by_task - torch.tensor(LEVELS)).abs().max().item()
+        shares = [f"{100 * share:.1f}" for share in by_task.mean(0).tolist()]
+        rows.append([name, *shares, f"{100 * worst:.1f} points"])
+    titles = [f"{100 * level:.0f} %" for level in LEVELS]
+    return markdown(["coverage", *titles, "largest error of a task, mean over seeds"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

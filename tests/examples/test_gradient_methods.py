@@ -10,7 +10,6 @@ from examples.comparison.gradients import (
     AlignedMTL,
     CAGrad,
     FairGrad,
-    GradientWeighting,
     PCGrad,
     fair_weights,
 )
@@ -47,20 +46,6 @@ def test_shared_layers_get_the_weighted_sum_and_heads_their_own_gradient(name):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5)
     for parameter, expected in zip(heads, own, strict=True):
         torch.testing.assert_close(parameter.grad, expected)
-
-
-@pytest.mark.parametrize("name", GRADIENT)
-def test_gradients_task_by_task_are_those_of_one_pass(name, monkeypatch):
-    method = CATALOGUE[name]
-    update, losses = build(method.update, **method.settings)
-    found = []
-    for batched in (True, False):
-        monkeypatch.setattr(GradientWeighting, "batched", batched)
-        update.model.zero_grad()
-        torch.manual_seed(1)  # PCGrad draws an order
-        update.backward(losses())
-        found.append(torch.cat([p.grad.flatten() for p in update.model.parameters()]))
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
 class Offsets(nn.Module):

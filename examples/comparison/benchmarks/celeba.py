@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
 from examples.comparison.benchmark import Benchmark, Source
-from examples.comparison.images import image_benchmark
+from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import celeba
-from examples.data.folder import content_digest, listing_digest
+from examples.data.folder import listing_digest
 from examples.data.images import ImageFiles, create_transform, read_pixels, resized
 from examples.image_models import nine_layers
 from examples.training import TrainSettings
@@ -22,12 +21,7 @@ _WIDTHS = (64, 128, 256, 512)
 
 
 def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
-    """Read the lists; the parts are the official ones. Images are read when needed, to 64×64.
-
-    Raises:
-        DataUnavailableError: If a file is not in the data folder, or there is no timm.
-        DataFileError: If a list is not what it should be.
-    """
+    """Read the lists; the parts are the official ones. Images are read when needed, to 64×64."""
     faces = celeba.read()
     scaled = create_transform(
         _SIZE, is_training=False, crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3
@@ -48,7 +42,6 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
         network="CNN of nine layers, random initialisation",
         version={
             "files": listing_digest(faces.files),
-            "reader": content_digest([Path(celeba.__file__)]),
         },
     )
 
@@ -61,4 +54,5 @@ SOURCE = Source(
     paper=TrainSettings(
         epochs=15, batch_size=256, learning_rate=3e-4, schedule="constant", selection="best"
     ),
+    code=(celeba, *CODE),
 )

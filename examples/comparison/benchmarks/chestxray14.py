@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
 from examples import image_models
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
-from examples.comparison.images import image_benchmark
+from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import chestxray14
-from examples.data.folder import content_digest, data_folder, listing_digest
+from examples.data.folder import data_folder, listing_digest
 from examples.data.images import ImageFiles, Transform, create_transform, read_pixels, resized
 from examples.training import TrainSettings
 
@@ -26,10 +25,6 @@ def load(patients: int | None = None, max_train: int | None = None) -> Benchmark
     """Read table and lists; the official test part, the rest split by patient 7 : 1.
 
     Images are read when needed. The network starts from ImageNet's weights where they are at hand.
-
-    Raises:
-        DataUnavailableError: If a file is not in the data folder, or there is no timm.
-        DataFileError: If the table or the lists are not what they should be.
     """
     data = chestxray14.read(patients, seed=0)
     train, val, test = chestxray14.parts(data, seed=0)
@@ -56,7 +51,6 @@ def load(patients: int | None = None, max_train: int | None = None) -> Benchmark
             "files": listing_digest(folder / name for name in data.names),
             "patients": len(data.patients.unique()),
             "weights": image_models.weights_digest(weights),
-            "reader": content_digest([Path(chestxray14.__file__)]),
             "split_seed": 0,
         },
     )
@@ -70,4 +64,5 @@ SOURCE = Source(
     size_name="patients",
     size_range=(100, _ALL_PATIENTS),
     paper=paper_settings("chestxray14", "steps"),
+    code=(chestxray14, *CODE),
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
-from examples.comparison.images import image_benchmark
+from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task, joint_accuracy
 from examples.data import cifar100
 from examples.data.folder import content_digest, data_folder
@@ -24,12 +23,7 @@ _VAL_SHARE = 10  # a tenth of the training images is the validation part
 
 
 def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
-    """Read the images; 45,000 for training, 5,000 for validation, the official 10,000 for test.
-
-    Raises:
-        DataUnavailableError: If the files are not in the data folder.
-        DataFileError: If a file is not what it should be.
-    """
+    """Read the images; 45,000 for training, 5,000 for validation, the official 10,000 for test."""
     train_set, test, names = cifar100.read()
     count = len(train_set.labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
@@ -49,7 +43,6 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
         network=f"CNN, three convolutions of {_CHANNELS} channels, batch norm",
         version={
             "files": content_digest(files),
-            "reader": content_digest([Path(cifar100.__file__)]),
             "split_seed": 0,
         },
         extra={"accuracy of the best-scoring task": partial(joint_accuracy, tasks)},
@@ -62,4 +55,5 @@ SOURCE = Source(
     settings=TrainSettings(epochs=50, batch_size=128, weight_decay=1e-4),
     preset="cifar_mtl",
     paper=paper_settings("cifar_mtl", "steps"),
+    code=(cifar100, *CODE),
 )

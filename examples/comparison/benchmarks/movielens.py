@@ -34,11 +34,11 @@ def features(found: MovieLens) -> torch.Tensor:
     return torch.stack([found.users, found.items, hours % 24, hours // 24 % 7], 1)
 
 
-def _load(name: str, max_train: int | None) -> Benchmark:
+def load(size: int | None = None, max_train: int | None = None, name: str = "MMOE") -> Benchmark:
     """The first 80 % of the ratings are for training, 10 % each for validation and test.
 
-    Raises:
-        DataUnavailableError: If ``recbole`` or ``torch-rechub`` is not installed.
+    The network is a mixture of four experts with a gate and a tower per task, or of the name
+    ``PLE``, two levels of an expert per task and a shared one.
     """
     if importlib.util.find_spec("torch_rechub") is None:
         raise DataUnavailableError(
@@ -60,10 +60,8 @@ def _load(name: str, max_train: int | None) -> Benchmark:
         return SeparateNets([RecommenderNet(*shape, [t], **experts) for t in _TASKS], _TASKS)
 
     return Benchmark(
-        tasks=_TASKS,
-        train=Split(x[train], y[train]),
-        val=Split(x[val], y[val]),
-        test=Split(x[test], y[test]),
+        _TASKS,
+        *(Split(x[rows], y[rows]) for rows in (train, val, test)),
         scale=torch.stack([scale, torch.ones(())]),
         model=partial(RecommenderNet, *shape, _TASKS, **experts),
         single_task=single_task,
@@ -77,22 +75,12 @@ def _load(name: str, max_train: int | None) -> Benchmark:
     )
 
 
-def load_mmoe(size: int | None = None, max_train: int | None = None) -> Benchmark:
-    """By a mixture of four experts with a gate and a tower per task; see :func:`_load`."""
-    return _load("MMOE", max_train)
-
-
-def load_ple(size: int | None = None, max_train: int | None = None) -> Benchmark:
-    """By two levels of an expert per task and a shared one; see :func:`_load`."""
-    return _load("PLE", max_train)
-
-
 MMOE = Source(
     title="MovieLens 100k, MMoE",
-    load=load_mmoe,
+    load=load,
     settings=TrainSettings(epochs=3, batch_size=512, selection="best"),
     preset="utkface",
     common=False,
     code=(rechub, movielens),
 )
-PLE = replace(MMOE, title="MovieLens 100k, PLE", load=load_ple)
+PLE = replace(MMOE, title="MovieLens 100k, PLE", load=partial(load, name="PLE"))

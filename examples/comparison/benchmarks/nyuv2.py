@@ -8,17 +8,16 @@ losses of depth and normals, absolute error and 1 - cosine, are no likelihoods o
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.comparison.benchmark import Benchmark, Source
-from examples.comparison.images import image_benchmark
+from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Outputs, Task
 from examples.data import nyuv2
-from examples.data.folder import content_digest, listing_digest
+from examples.data.folder import listing_digest
 from examples.data.nyuv2 import CLASSES, Scenes
 from examples.image_models import SegNet
 from examples.training import Losses, TrainSettings
@@ -83,11 +82,7 @@ def evaluate(model: nn.Module, part: Scenes) -> list[dict[str, float]]:
 
 
 def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
-    """Look for the files; ``val`` is the test part, a tenth of ``train`` validates.
-
-    Raises:
-        DataUnavailableError: If a file is not in the data folder.
-    """
+    """Look for the files; ``val`` is the test part, a tenth of ``train`` validates."""
     (folder, count), (test_folder, test_count) = map(nyuv2.part, nyuv2.PARTS)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     held_out = max(count // _HELD_OUT, 1)
@@ -101,7 +96,6 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
         network=f"SegNet of {'-'.join(map(str, _WIDTHS))} channels, 1×1 convolutions",
         version={
             "files": listing_digest([*folder.rglob("*.npy"), *test_folder.rglob("*.npy")]),
-            "reader": content_digest([Path(nyuv2.__file__)]),
             "split_seed": 0,
         },
         losses=losses,
@@ -116,4 +110,5 @@ SOURCE = Source(
     preset="utkface",
     paper=TrainSettings(epochs=200, batch_size=2, learning_rate=1e-4, schedule="half"),
     dense=True,
+    code=(nyuv2, *CODE),
 )

@@ -32,16 +32,12 @@ def network(tasks: Sequence[Task]) -> TaskNet:
     return TaskNet(FactoredMessagePassing(_DIM, geometric), _DIM, tasks)
 
 
-def single_networks(tasks: Sequence[Task]) -> SeparateNets:
-    """Build one network per task."""
-    return SeparateNets([network([task]) for task in tasks], tasks)
-
-
-def _load(count: int | None, max_train: int | None, edges: Edges) -> Benchmark:
+def load(
+    count: int | None = None, max_train: int | None = None, edges: Edges = "complete"
+) -> Benchmark:
     """Read random molecules; validation and test part are a tenth each, at most 10,000.
 
-    Raises:
-        DataUnavailableError: If the molecules are not there.
+    Graphs are complete, as in the paper, or of the bonds.
     """
     count = count or _MOLECULES
     found = load_molecules(count)
@@ -56,13 +52,11 @@ def _load(count: int | None, max_train: int | None, edges: Edges) -> Benchmark:
         return GraphPart(found, rows, y[rows], edges)
 
     return Benchmark(
-        tasks=_TASKS,
-        train=part(train),
-        val=part(val),
-        test=part(test),
+        _TASKS,
+        *map(part, (train, val, test)),
         scale=scale.float(),
         model=partial(network, _TASKS),
-        single_task=partial(single_networks, _TASKS),
+        single_task=lambda: SeparateNets([network([task]) for task in _TASKS], _TASKS),
         network=f"message passing (NNConv, GRU, Set2Set), {_DIM} dimensions, {edges} graphs",
         version={
             "source": found.source,
@@ -73,16 +67,6 @@ def _load(count: int | None, max_train: int | None, edges: Edges) -> Benchmark:
             "torch_geometric": importlib.metadata.version("torch_geometric"),
         },
     )
-
-
-def load(count: int | None = None, max_train: int | None = None) -> Benchmark:
-    """Complete graphs, as in the paper; see :func:`_load`."""
-    return _load(count, max_train, "complete")
-
-
-def load_bonds(count: int | None = None, max_train: int | None = None) -> Benchmark:
-    """Graphs of the bonds; see :func:`_load`."""
-    return _load(count, max_train, "bonds")
 
 
 SOURCE = Source(
@@ -97,4 +81,6 @@ SOURCE = Source(
     size_range=(100, TOTAL_MOLECULES),
     code=(message_passing, graphs, molecules),
 )
-BONDS = replace(SOURCE, title="QM9, bonds only", load=load_bonds, paper=None, paper_size=None)
+BONDS = replace(
+    SOURCE, title="QM9, bonds only", load=partial(load, edges="bonds"), paper=None, paper_size=None
+)

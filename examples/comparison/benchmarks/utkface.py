@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from PIL import Image
 
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
-from examples.comparison.images import image_benchmark
+from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import utkface
-from examples.data.folder import content_digest, listing_digest
+from examples.data.folder import listing_digest
 from examples.data.images import ImageFiles, create_transform, read_pixels, resized
 from examples.image_models import resnet
 from examples.training import TrainSettings
@@ -27,12 +26,7 @@ _TASKS = (
 
 
 def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
-    """Read the file names; split 70/10/20, stratified by age. Images are read when needed.
-
-    Raises:
-        DataUnavailableError: If the images are not in the data folder, or there is no timm.
-        DataFileError: If an image has a wrong name.
-    """
+    """Read the file names; split 70/10/20, stratified by age. Images are read when needed."""
     faces = utkface.read()
     train, val, test = utkface.stratified(faces.targets[:, 0], seed=0)
     train = train[:max_train]
@@ -62,7 +56,6 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
         version={
             "files": listing_digest(faces.files),
             "without_a_label": faces.left_out,
-            "reader": content_digest([Path(utkface.__file__)]),
             "split_seed": 0,
         },
         scale=scale,
@@ -75,4 +68,5 @@ SOURCE = Source(
     settings=TrainSettings(epochs=100, batch_size=128, weight_decay=1e-4),
     preset="utkface",
     paper=paper_settings("utkface", "steps"),
+    code=(utkface, *CODE),
 )
