@@ -9,7 +9,18 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line.
+
+    Args:
+        module: Of ``examples``, whose command it is.
+        about: Description, printed as it is.
+        more: As of the base.
+    """
+
+    def __init__(self, module: str, about: str | None, **more: Any) -> None:
+        kept = argparse.RawDescriptionHelpFormatter
+        prog = f"python -m examples.{module}"
+        super().__init__(prog=prog, description=about, formatter_class=kept, **more)
 
     def error(self, message: str) -> NoReturn:
         """Leave with one line; argparse would print the usage before it."""
@@ -30,6 +41,13 @@ def whole(low: int, high: int | None = None) -> Any:
         return value
 
     return convert
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """The number of processes."""
+    cores = min(4, os.cpu_count() or 1)
+    text = "processes (default: cores, at most 4)"
+    parser.add_argument("--jobs", type=whole(1), default=cores, metavar="N", help=text)
 
 
 def positive(text: str) -> float:

@@ -7,12 +7,12 @@ the report of ``python -m examples.benchmark --parts methods --output FILE.json`
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from examples.arguments import Parser
+from examples.comparison import report
 from examples.comparison.layouts import LAYOUTS, Grid, ResultsError, grids, read
 
 _TEX = {
@@ -33,13 +33,12 @@ _TEX = {
 
 def markdown(grid: Grid) -> str:
     """The table in Markdown, with its notes below."""
-    lines = [grid.header, ["---", *["---:"] * (len(grid.header) - 1)]]
+    lines = []
     for title, rows in grid.blocks:
         if title:
             lines.append([f"*{title}*", *[""] * (len(grid.header) - 1)])
         lines += rows
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n\n".join([table, *grid.notes])
+    return "\n\n".join([report.markdown(grid.header, lines), *grid.notes])
 
 
 def latex(grid: Grid) -> str:
@@ -64,24 +63,13 @@ def _tex(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit status."""
-    parser = Parser(
-        prog="python -m examples.tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("tables", __doc__)
     parser.add_argument("number", type=int, choices=LAYOUTS, metavar="N", help="number, 1 to 7")
-    parser.add_argument(
-        "--from",
-        dest="places",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FOLDER",
-        help="folders of comparisons, or JSON files",
-    )
-    parser.add_argument(
-        "--all-methods", action="store_true", help="add methods that the paper's table has not"
-    )
+    text = "folders of comparisons, or JSON files"
+    places = {"dest": "places", "nargs": "+", "required": True, "metavar": "FOLDER", "help": text}
+    parser.add_argument("--from", type=Path, **places)
+    text = "add methods that the paper's table has not"
+    parser.add_argument("--all-methods", action="store_true", help=text)
     parser.add_argument("--latex", action="store_true", help="LaTeX in place of Markdown")
     options = parser.parse_args(arguments)
     try:

@@ -92,12 +92,8 @@ def _rows(part: str, case: Case, args: argparse.Namespace) -> list[Row]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m examples.benchmark",
-        description="Operator calls, time and memory of BayesAgg.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Operator calls, time and memory of BayesAgg."
+    parser = Parser("benchmark", about, epilog=_EPILOG)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=[*CASES, "small"], default=list(CASES), metavar="SHAPE",
         help=f"any of {', '.join(CASES)}; small: the first three (default: all)")  # fmt: skip

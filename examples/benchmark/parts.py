@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 
 from torch import Tensor
@@ -25,9 +24,8 @@ def count_rows(case: Case) -> list[Row]:
     rows = []
     for name, found in others:
         for what, value, of_plain in zip(aims, found, plain[1], strict=True):
-            note = f"{of_plain} of a plain step"
-            row = Row("counts", case.name, f"{name}: {what}", value - of_plain, "", aims[what])
-            rows.append(replace(row, note=note))
+            shown = {"most": aims[what], "note": f"{of_plain} of a plain step"}
+            rows.append(Row("counts", case.name, f"{name}: {what}", value - of_plain, **shown))
     return rows
 
 
@@ -77,6 +75,6 @@ def aggregation_rows(case: Case, rounds: int, samples: int, clock: Clock = "wall
     rows = [Row("aggregation", case.name, "difference", difference, "%", note=f"literal: {note}")]
     for name, aim in (("float64", case.min_speedup), ("float32", None)):
         speedup = median_ratio(times["literal"], times[name])
-        row = Row("aggregation", case.name, f"speedup, {name}", speedup, "×", least=aim)
-        rows.append(replace(row, note=f"{1e3 * median(times[name]):.4g} ms"))
+        own = {"least": aim, "note": f"{1e3 * median(times[name]):.4g} ms"}
+        rows.append(Row("aggregation", case.name, f"speedup, {name}", speedup, "×", **own))
     return rows

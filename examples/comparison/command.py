@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bayesagg import LikelihoodRule
-from examples.arguments import Parser, make_folder, positive, whole
+from examples.arguments import Parser, add_jobs, make_folder, positive, whole
 from examples.comparison import rates
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import (
@@ -42,12 +42,8 @@ _OF_PLAN = ("seeds", "trials", "search_seeds", "reference", "part", "device")
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad argument ends the program with one line and status 2."""
-    parser = Parser(
-        prog="python -m examples.compare",
-        description=_ABOUT,
-        epilog="The commands of the documentation are beside its figures: docs/default.md.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    epilog = "The commands of the documentation are beside its figures: docs/default.md."
+    parser = Parser("compare", _ABOUT, epilog=epilog)
     _add_what(parser)
     _add_how(parser)
     options = parser.parse_args(arguments)
@@ -123,8 +119,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     add("--part", text + "(default: test)", str, None, choices=("test", "val"), default="test")
     add("--clip-norm", "largest norm of the gradient (default: no clipping)", positive)
     add("--device", "where to train, such as cuda (default: cpu)", str, default="cpu")
-    cores = min(4, os.cpu_count() or 1)
-    add("--jobs", "processes (default: cores, at most 4)", default=cores)
+    add_jobs(parser)
     text = "measure time and memory of a step of every method, one after the other"
     parser.add_argument("--costs", action="store_true", help=text)
     text = "where runs, tables and figure are written (default: output/compare/BENCHMARK)"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -16,8 +17,7 @@ from examples.benchmark.memory import trace
 from examples.benchmark.timing import CLOCKS, Clock
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.catalogue import Method
-from examples.methods import LinearScalarization
-from examples.training import Losses, TrainSettings
+from examples.training import TrainSettings
 
 _ROUNDS = 15  # of two steps each
 # Steps per epoch and before the rounds. An even epoch and an odd number of steps before the rounds,
@@ -39,25 +39,22 @@ class Cost:
     peak_bytes: int
 
 
-class _Stepper:
-    """A method in its steady state: after a short warm-up and a few steps."""
+def _stepper(
+    method: Method, data: Benchmark, settings: TrainSettings, x: Any, y: torch.Tensor
+) -> Callable[[], None]:
+    """A method's step on a batch, after a short warm-up and a few of them."""
+    torch.manual_seed(settings.seed)
+    plan = replace(settings, warmup_steps=_EPOCH, epochs=_EPOCH)
+    model, criterion = method.network(data.model).train(), method.criterion(data.criterion)
+    update = method.update(model, plan, _EPOCH, **method.settings)
 
-    def __init__(self, method: Method, data: Benchmark, settings: TrainSettings) -> None:
-        torch.manual_seed(settings.seed)
-        plan = replace(settings, warmup_steps=_EPOCH, epochs=_EPOCH)
-        self._model = method.network(data.model)
-        self._losses = method.criterion(data.criterion)
-        self._update: LinearScalarization = method.update(
-            self._model, plan, _EPOCH, **method.settings
-        )
-        self._model.train()
+    def step() -> None:
+        update.step(criterion(model(x), y))
+        update.after_step(lambda: criterion(model(x), y))
 
-    def step(self, x: Any, y: torch.Tensor) -> None:
-        def losses() -> Losses:
-            return self._losses(self._model(x), y)
-
-        self._update.step(losses())
-        self._update.after_step(losses)
+    for _ in range(_SETTLE):
+        step()
+    return step
 
 
 def measure_costs(
@@ -82,39 +79,29 @@ def measure_costs(
     """
     now = CLOCKS[clock]
     batch = data.train.batch(torch.arange(min(settings.batch_size, len(data.train))))
-    steppers = {name: _Stepper(method, data, settings) for name, method in methods.items()}
+    steppers = {name: _stepper(method, data, settings, *batch) for name, method in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
-    with tqdm(total=(rounds + 1) * len(methods), desc="costs", unit="turn") as bar:
-        for stepper in steppers.values():
-            for _ in range(_SETTLE):
-                stepper.step(*batch)
-            bar.update()
-        for _ in range(rounds):
-            for name, stepper in steppers.items():
-                stepper.step(*batch)  # the caches are the method's own
-                start = now()
-                stepper.step(*batch)
-                seconds[name].append(now() - start)
-                bar.update()
+    for _ in tqdm(range(rounds), desc="costs", unit="round"):
+        for name, step in steppers.items():
+            step()  # the caches are the method's own
+            start = now()
+            step()
+            seconds[name].append(now() - start)
     return {
         name: Cost(
             median(times),
             median(t / ls for t, ls in zip(times, seconds["ls"], strict=True)),
-            _peak(steppers[name], batch),
+            _peak(steppers[name]),
         )
         for name, times in seconds.items()
     }
 
 
-def _peak(stepper: _Stepper, batch: tuple[Any, torch.Tensor]) -> int:
+def _peak(step: Callable[[], None]) -> int:
     """Largest sum of what PyTorch allocated and did not release yet, over one step."""
-    stepper.step(*batch)  # as in a round: the next does not end an epoch
+    step()  # as in a round: the next does not end an epoch
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        stepper.step(*batch)
+        step()
     changes = [int(e["args"]["Bytes"]) for e in trace(profiler) if e.get("name") == "[memory]"]
-    alive = peak = 0
-    for change in changes:
-        alive += change
-        peak = max(peak, alive)
-    return peak
+    return max(accumulate(changes, initial=0))

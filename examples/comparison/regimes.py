@@ -8,9 +8,7 @@ figures. A command that was stopped goes on where it was: finished runs are kept
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.diagnostics import Advice, advise
-from examples.arguments import Parser, make_folder, whole
+from examples.arguments import Parser, add_jobs, make_folder, whole
 from examples.comparison.benchmark import trained
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import methods, more_methods
@@ -172,14 +170,9 @@ def advice(place: Place) -> Advice:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all regimes; returns the exit status."""
-    parser = Parser(
-        prog="python -m examples.comparison.regimes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("comparison.regimes", __doc__)
     parser.add_argument("--seeds", type=whole(2), default=3, metavar="N", help="(default: 3)")
-    cores = min(4, os.cpu_count() or 1)
-    parser.add_argument("--jobs", type=whole(1), default=cores, metavar="N", help="processes")
+    add_jobs(parser)
     parser.add_argument("--output", type=Path, default=Path("output/regimes"), metavar="FOLDER")
     options = parser.parse_args(arguments)
     make_folder(options.output, parser)

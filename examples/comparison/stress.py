@@ -8,12 +8,10 @@ their variance, classifications by their cross-entropy.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +20,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bayesagg.errors import BayesAggError
-from examples.arguments import Parser, whole
+from examples.arguments import Parser, add_jobs, whole
 from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.networks import mlp
-from examples.comparison.report import markdown
+from examples.comparison.report import markdown, spread
 from examples.comparison.tasks import Task, by_task, criterion
 from examples.data import Split
 from examples.jobs import Tick, run_jobs
@@ -36,9 +34,8 @@ _NOISE = torch.tensor([0.1, 0.3, 0.5, 1.0])  # of the regressions, relative to t
 _SETTINGS = TrainSettings(epochs=40, batch_size=64, learning_rate=3e-3)
 _FACTOR = 1000.0
 
-METHODS = methods("utkface") | more_methods("utkface")
-for _name in [name for name in METHODS if name.startswith("ensemble")]:
-    del METHODS[_name]
+_KNOWN = methods("utkface") | more_methods("utkface")
+METHODS = {name: method for name, method in _KNOWN.items() if not name.startswith("ensemble")}
 
 
 class Data(NamedTuple):
@@ -174,34 +171,25 @@ def row(
     if not pairs:
         return [*first, "", "", f"{len(plain)} of {len(plain)} diverged"]
     ratios = [mean(a) / mean(b) for a, b in pairs]
-    tasks = zip(*(zip(*losses, strict=True) for losses in zip(*pairs, strict=True)), strict=True)
-    worst = max(mean(x / y for x, y in zip(a, b, strict=True)) for a, b in tasks)
-    deviation = f" ± {stdev(ratios):.3f}" if len(ratios) > 1 else ""
+    by_task = torch.tensor([a for a, _ in pairs]).double() / torch.tensor([b for _, b in pairs])
+    worst = by_task.mean(0).max().item()
     loss = f"{mean(mean(b) for _, b in pairs):.4f}"
     if failed := len(plain) - len(pairs):
         loss += f", {failed} of {len(plain)} diverged"
-    return [*first, f"{mean(ratios):.3f}{deviation}", f"{worst:.3f}", loss]
+    return [*first, spread(ratios, 3), f"{worst:.3f}", loss]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trials; returns the exit status."""
-    parser = Parser(
-        prog="python -m examples.comparison.stress",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def add(name: str, known: dict[str, Any], default: list[str]) -> None:
-        text = f"of: {', '.join(known)}"
-        parser.add_argument(
-            name, nargs="+", choices=known, default=default, metavar="NAME", help=text
-        )
-
-    add("--trials", TRIALS, list(TRIALS))
-    add("--methods", METHODS, ["bayesagg"])
+    parser = Parser("comparison.stress", __doc__)
+    for name, known, default in (
+        ("--trials", TRIALS, list(TRIALS)),
+        ("--methods", METHODS, ["bayesagg"]),
+    ):
+        own = {"choices": known, "default": default, "help": f"of: {', '.join(known)}"}
+        parser.add_argument(name, nargs="+", metavar="NAME", **own)
     parser.add_argument("--seeds", type=whole(1), default=10, metavar="N", help="(default: 10)")
-    cores = min(4, os.cpu_count() or 1)
-    parser.add_argument("--jobs", type=whole(1), default=cores, metavar="N", help="processes")
+    add_jobs(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     names, seeds = dict.fromkeys(["ls", *options.methods]), range(options.seeds)

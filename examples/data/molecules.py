@@ -16,8 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.data import DATA_VARIABLE, DataUnavailableError
-from examples.data.descriptors import ATOMIC_NUMBERS, MAX_ATOMS, Floats, Integers
-from examples.data.qm9 import TARGETS, TOTAL_MOLECULES, parse_geometry, read_frame
+from examples.data.qm9 import (
+    ATOMIC_NUMBERS,
+    MAX_ATOMS,
+    TARGETS,
+    TOTAL_MOLECULES,
+    Floats,
+    Integers,
+    parse_geometry,
+    read_frame,
+)
 
 NODE_FEATURES = 11
 BOND_TYPES = 4  # single, double, triple, aromatic: the last is in neither source

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from examples.data import DataUnavailableError, qm9, split_indices
-from examples.data.descriptors import MAX_ATOMS, descriptors
+from examples.data.qm9 import MAX_ATOMS, descriptors
 
 WATER = (
     np.array([[8, 1, 1]]),

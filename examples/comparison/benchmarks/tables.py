@@ -15,9 +15,8 @@ from examples.comparison.benchmark import Benchmark, Source, table_benchmark
 from examples.comparison.networks import Experts, PrivateNet, Trunk
 from examples.comparison.tasks import Task, joint_accuracy
 from examples.data import packages, split_indices
-from examples.data.descriptors import SETTINGS
 from examples.data.packages import SURVEY_LEFT_OUT, package_file, read_digits, read_survey
-from examples.data.qm9 import TARGETS, TOTAL_MOLECULES, load_arrays
+from examples.data.qm9 import SETTINGS, TARGETS, TOTAL_MOLECULES, load_arrays
 from examples.training import TrainSettings
 
 _MOLECULES, _WIDTHS, _TOWER = 30_000, (256, 256, 64), 32
