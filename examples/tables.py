@@ -15,20 +15,22 @@ from examples.arguments import Parser
 from examples.comparison import report
 from examples.comparison.layouts import LAYOUTS, Grid, ResultsError, grids, read
 
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "%": r"\%",
-    "_": r"\_",
-    "^": r"\^{}",
-    "&": r"\&",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "²": r"$^2$",
-    "Δ": r"$\Delta$",
-    "↓": r"$\downarrow$",
-    "↑": r"$\uparrow$",
-    "–": "--",
-}
+_TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "%": r"\%",
+        "_": r"\_",
+        "^": r"\^{}",
+        "&": r"\&",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "²": r"$^2$",
+        "Δ": r"$\Delta$",
+        "↓": r"$\downarrow$",
+        "↑": r"$\uparrow$",
+        "–": "--",
+    }
+)
 
 
 def markdown(grid: Grid) -> str:
@@ -48,17 +50,13 @@ def latex(grid: Grid) -> str:
     for title, rows in grid.blocks:
         lines.append(r"\midrule")
         if title:
-            lines.append(rf"\multicolumn{{{width}}}{{l}}{{\emph{{{_tex(title)}}}}} \\")
+            lines.append(rf"\multicolumn{{{width}}}{{l}}{{\emph{{{title.translate(_TEX)}}}}} \\")
         lines += map(_tex_row, rows)
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *(f"% {n}" for n in grid.notes)])
 
 
 def _tex_row(cells: Sequence[str]) -> str:
-    return rf"{' & '.join(map(_tex, cells))} \\"
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(letter, letter) for letter in text)
+    return rf"{' & '.join(cell.translate(_TEX) for cell in cells)} \\"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

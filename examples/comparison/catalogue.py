@@ -16,27 +16,25 @@ from examples.comparison.benchmark import Source
 from examples.comparison.ensembles import Ensemble, HeadEnsemble, NetworkEnsemble, per_member
 from examples.comparison.gap import ImprovableGapBalancing
 from examples.comparison.gradients import (
+    DBMTL,
     IMTLG,
     MGDA,
+    NTKMTL,
     AlignedMTL,
     CAGrad,
+    ExcessMTL,
     FairGrad,
     GradientWeighting,
     PCGrad,
 )
 from examples.comparison.readout import Readout
-from examples.comparison.recent import (
-    DBMTL,
-    NTKMTL,
-    STCH,
-    ExcessMTL,
-    GO4Align,
-    UncertaintySoftOptimal,
-)
 from examples.comparison.weighting import (
     FAMO,
+    STCH,
     DynamicWeightAverage,
+    GO4Align,
     RandomLossWeighting,
+    UncertaintySoftOptimal,
     UncertaintyWeighting,
 )
 from examples.methods import (

@@ -100,7 +100,7 @@ class EnsembleNetworks(Networks):
 
 
 class Ensemble(LinearScalarization):
-    """The base: what an update of an ensemble has besides.
+    """The base: an ensemble's static ``network`` multiplies that which a function makes.
 
     All its steps are linear scalarization, so there is no warm-up to tell apart.
     """
@@ -108,11 +108,6 @@ class Ensemble(LinearScalarization):
     def __init__(self, *shared: Any, members: int) -> None:
         super().__init__(*shared)
         self.members, self.warmup_steps = members, 0
-
-    @staticmethod
-    def network(make: Callable[[], nn.Module], members: int) -> nn.Module:
-        """The network to train, from one that makes a member of it."""
-        raise NotImplementedError
 
 
 class HeadEnsemble(Ensemble):

@@ -1,5 +1,7 @@
 """Methods that weigh the gradients of the tasks; most weights are TorchJD's.
 
+Of 2024 and later are ExcessMTL, DB-MTL and NTKMTL-SR.
+
 The heads receive the gradient of their own losses, the shared layers a combination of the tasks'
 gradients. Its scale, which is a matter of convention in most of these methods, is that of linear
 scalarization: weights of methods that average sum to K. Adam forgets the scale of the first epochs
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torchjd.aggregation import (
     AlignedMTLWeighting,
     CAGradWeighting,
+    ExcessMTLWeighting,
     IMTLGWeighting,
     PCGradWeighting,
 )
@@ -34,6 +37,7 @@ class GradientWeighting(LinearScalarization):
     """
 
     weighted = True
+    weighting: Any  # of TorchJD: weights from the Gram matrix, or from the gradients
 
     def __init__(self, *shared: Any, representation: bool = False) -> None:
         super().__init__(*shared)
@@ -55,7 +59,7 @@ class GradientWeighting(LinearScalarization):
             gramian: Inner products of the tasks' gradients, shape ``(K, K)``, divided by the mean
                 of the diagonal. Its dtype, that of the gradients, sets the tolerance of inverses.
         """
-        raise NotImplementedError
+        return self.weighting(gramian)
 
     def backward(self, losses: Losses) -> None:
         """Fill the gradients of the heads and of the shared parameters."""
@@ -111,14 +115,18 @@ class MGDA(GradientWeighting):
 class PCGrad(GradientWeighting):
     """PCGrad (Yu et al., 2020): each gradient loses what conflicts with the others; the sum."""
 
-    _projection = PCGradWeighting()
+    weighting = PCGradWeighting()
+
+
+class Averaging(GradientWeighting):
+    """The base of methods whose weights sum to one."""
 
     def combine(self, gramian: Tensor) -> Tensor:
-        """Weights of the sum of the projected gradients."""
-        return self._projection(gramian)
+        """K times the weights."""
+        return len(gramian) * self.weighting(gramian)
 
 
-class CAGrad(GradientWeighting):
+class CAGrad(Averaging):
     """CAGrad (Liu et al., 2021): within a ball around the mean, the best for the worst-off task.
 
     Args:
@@ -127,21 +135,13 @@ class CAGrad(GradientWeighting):
 
     def __init__(self, *shared: Any, c: float = 0.4) -> None:
         super().__init__(*shared)
-        self._ball = CAGradWeighting(c=c)
-
-    def combine(self, gramian: Tensor) -> Tensor:
-        """K times the weights around the mean."""
-        return len(gramian) * self._ball(gramian)
+        self.weighting = CAGradWeighting(c=c)
 
 
-class IMTLG(GradientWeighting):
+class IMTLG(Averaging):
     """IMTL-G (Liu et al., 2021): the combination projects equally on all tasks' gradients."""
 
-    _equal = IMTLGWeighting()
-
-    def combine(self, gramian: Tensor) -> Tensor:
-        """K times the weights, which sum to one and may be negative."""
-        return len(gramian) * self._equal(gramian)
+    weighting = IMTLGWeighting()  # may be negative
 
 
 class FairGrad(GradientWeighting):
@@ -163,11 +163,83 @@ class FairGrad(GradientWeighting):
 class AlignedMTL(GradientWeighting):
     """Aligned-MTL (Senushkin et al., 2023): the sum after all singular values are made equal."""
 
-    _alignment = AlignedMTLWeighting()
+    weighting = AlignedMTLWeighting()
 
     def combine(self, gramian: Tensor) -> Tensor:
         """The weights, scaled to absolute values that sum to K."""
-        return sums_to(self._alignment(gramian), len(gramian))
+        return sums_to(self.weighting(gramian), len(gramian))
+
+
+class ExcessMTL(GradientWeighting):
+    """ExcessMTL (He et al., 2024): weights grow with the estimated excess risk.
+
+    Args:
+        rate: Step size of the weights.
+    """
+
+    def __init__(self, *shared: Any, rate: float = 0.01) -> None:
+        super().__init__(*shared)
+        self.weighting = ExcessMTLWeighting(robust_step_size=rate)
+
+    def _weigh(self, rows: Tensor) -> Tensor:
+        return len(rows) * self.weighting(rows)
+
+
+class DBMTL(GradientWeighting):
+    """DB-MTL (Lin et al., 2023): running gradients of the log losses, stretched to one length.
+
+    Args:
+        decay: Weight of the past in the first step; it falls as 1 / √t.
+    """
+
+    def __init__(self, *shared: Any, decay: float = 0.9) -> None:
+        super().__init__(*shared)
+        self._decay, self._steps = decay, 0
+        self._running: Tensor | None = None
+
+    def backward(self, losses: Losses) -> None:
+        """Fill the gradients of the heads, of the sum of log losses, and of shared parameters."""
+        super().backward({name: loss.log() for name, loss in losses.items()})
+        assert self._running is not None and self.weights is not None
+        sizes = [p.numel() for p in self._shared]
+        together = (self.weights @ self._running).split(sizes)
+        for p, gradient in zip(self._shared, together, strict=True):
+            p.grad = gradient.view_as(p)
+
+    def _weigh(self, rows: Tensor) -> Tensor:
+        self._steps += 1
+        before = rows if self._running is None else self._running
+        self._running = torch.lerp(rows, before, self._decay / self._steps**0.5)
+        lengths = self._running.norm(dim=1)
+        return lengths.max() / lengths.clamp_min(1e-8)
+
+
+class NTKMTL(GradientWeighting):
+    """NTKMTL-SR (Qin et al., 2025): weights (Σ λ / λ_k)^½ of the tangent kernels' eigenvalues.
+
+    The kernel of a task is that of the gradients of ``parts`` mini-batches at the shared
+    representation. Rows of the representation belong to one mini-batch each, so that it is
+    diagonal, and its largest eigenvalue the largest squared length.
+
+    Args:
+        parts: Mini-batches that a batch is cut into.
+    """
+
+    def __init__(self, *shared: Any, parts: int = 4) -> None:
+        super().__init__(*shared)
+        self._parts = parts
+
+    def backward(self, losses: Losses) -> None:
+        """Fill all gradients, those of the heads too with the weights of the tasks."""
+        values = torch.stack(list(losses.values()))
+        assert self._h is not None
+        h, self._h = self._h, None
+        at_h = self._jacobian(values, [h], torch.eye(len(values), device=values.device))[0]
+        squares = at_h.square().flatten(2).sum(2)
+        largest = torch.stack([part.sum(1) for part in squares.chunk(self._parts, 1)]).amax(0)
+        weights = (largest.sum() / largest.clamp_min(1e-30)).sqrt()
+        self.weights = sums_to(weights, len(values))
+        (self.weights * values).sum().backward()
 
 
 def sums_to(weights: Tensor, total: float) -> Tensor:

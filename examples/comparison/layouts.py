@@ -91,9 +91,8 @@ def grids(number: int, contents: Mapping[Path, Mapping[str, Any]], others: bool)
         ResultsError: If a file has not what the table needs.
     """
     layout = LAYOUTS[number]
-    if layout.together:
-        return [_grid(layout, contents, others)]
-    return [_grid(layout, {place: content}, others) for place, content in contents.items()]
+    each = [contents] if layout.together else [{place: c} for place, c in contents.items()]
+    return [_grid(layout, group, others) for group in each]
 
 
 def _grid(layout: Layout, by_place: Mapping[Path, Mapping[str, Any]], others: bool) -> Grid:
@@ -153,27 +152,27 @@ def _pairs(values: Mapping[str, Any]) -> str:
 # --- columns -------------------------------------------------------------------------------------
 
 
-def _names(content: Mapping[str, Any]) -> list[str]:
+def _runs(content: Mapping[str, Any]) -> dict[str, Any]:
     if not content.get("runs"):
         raise ResultsError("this table needs the results.json of a comparison")
-    return list(content["runs"])
+    return dict(content["runs"])
 
 
-def _is_complete(content: Mapping[str, Any], name: str) -> bool:
-    return name == SINGLE_TASK or name in content["summary"]
+def _cells(content: Mapping[str, Any], cell: Callable[[str], str]) -> Cells:
+    """What ``cell`` makes of the name of a method, or ``failed`` where a run did."""
+    runs = _runs(content)
+    done = {SINGLE_TASK, *content["summary"]}
+    return {name: cell(name) if name in done else "failed" for name in runs}
 
 
 def _delta(content: Mapping[str, Any], digits: int, deviation: bool = True) -> Column:
-    cells = {}
-    for name in _names(content):
+    def cell(name: str) -> str:
         if name == SINGLE_TASK:
-            cells[name] = _NONE
-        elif _is_complete(content, name):
-            delta = content["summary"][name]["delta"]
-            cells[name] = spread(delta if deviation else [mean(delta)], digits)
-        else:
-            cells[name] = "failed"
-    return Column("Δm [%] ↓", cells)
+            return _NONE
+        delta = content["summary"][name]["delta"]
+        return spread(delta if deviation else [mean(delta)], digits)
+
+    return Column("Δm [%] ↓", _cells(content, cell))
 
 
 def _delta_of_benchmark(content: Mapping[str, Any], digits: int) -> list[Column]:
@@ -184,35 +183,29 @@ def _delta_of_benchmark(content: Mapping[str, Any], digits: int) -> list[Column]
 
 def _classification(content: Mapping[str, Any]) -> list[Column]:
     """Accuracy of the classes that exclude each other, where a benchmark has it, or Δm."""
-    names = _names(content)
-    first = content["runs"][SINGLE_TASK][0]["extra"]
-    extra = next((name for name in first if "accuracy" in name), None)
+    runs = _runs(content)
+    extra = next((name for name in runs[SINGLE_TASK][0]["extra"] if "accuracy" in name), None)
     if extra is None:
         return _delta_of_benchmark(content, 2)
-    cells = {}
-    for name in names:
-        values = [100 * run["extra"][extra] for run in content["runs"][name] if run["extra"]]
-        if name != SINGLE_TASK:
-            cells[name] = spread(values) if _is_complete(content, name) else "failed"
+    cells = _cells(content, lambda name: spread([100 * run["extra"][extra] for run in runs[name]]))
+    del cells[SINGLE_TASK]
     return [Column(f"{content['settings']['benchmark']}, Acc. [%] ↑", cells)]
 
 
 def _tasks(content: Mapping[str, Any], digits: int, deviation: bool = False) -> list[Column]:
     """A column per task, by the metric that Δm uses, and Δm."""
-    columns = []
-    _names(content)
+    columns, runs = [], _runs(content)
     for k, task in enumerate(content["tasks"]):
         metric = task["metric"]
         better = "↓" if metric in LOWER_IS_BETTER else "↑"
         unit = "%" if metric == "accuracy" else task["unit"]
-        cells = {}
-        for name, runs in content["runs"].items():
-            values = [run["test"][k][metric] for run in runs if run["test"]]
-            complete = _is_complete(content, name)
-            cells[name] = _value(values, metric, deviation) if complete else "failed"
+
+        def cell(name: str, k: int = k, metric: str = metric) -> str:
+            return _value([run["test"][k][metric] for run in runs[name]], metric, deviation)
+
         short = "Acc." if metric == "accuracy" else metric.upper()
         title = f"{task['name']}, {short}{f' [{unit}]' if unit else ''} {better}"
-        columns.append(Column(title, cells))
+        columns.append(Column(title, _cells(content, cell)))
     return [*columns, _delta(content, digits, deviation)]
 
 

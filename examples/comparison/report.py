@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
+
+import pandas as pd
 
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.catalogue import SINGLE_TASK
@@ -170,24 +171,22 @@ def write_csv(path: Path, outcome: Outcome, data: Benchmark, shared: Mapping[str
     common = {
         k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in shared.items()
     }
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        head = ["method", "seed", "part", "task", "unit", "metric", "value", "used_for_delta_m"]
-        head += ["learning_rate", "weight_decay", "method_settings", "seconds", "seconds_per_step"]
-        writer.writerow([*head, "failure", "run", *common])
-        for run in (run for runs in outcome.runs.values() for run in runs):
-            training = run.identity["training"]
-            tail = [training["learning_rate"], training["weight_decay"]]
-            tail += [json.dumps(run.identity["settings"]), run.seconds, run.seconds_per_step]
-            tail += [run.failure, run.key, *common.values()]
-            lines = [
-                [part, task.name, task.unit, metric, value, metric == task.metric]
-                for part in ("val", "test")
-                for task, values in zip(data.tasks, getattr(run, part), strict=False)
-                for metric, value in values.items()
-            ]
-            for line in lines or [[""] * 6]:
-                writer.writerow([run.method, run.seed, *line, *tail])
+    rows = []
+    for run in (run for runs in outcome.runs.values() for run in runs):
+        training = run.identity["training"]
+        tail = {key: training[key] for key in ("learning_rate", "weight_decay")}
+        tail |= {"method_settings": json.dumps(run.identity["settings"]), "seconds": run.seconds}
+        tail |= {"seconds_per_step": run.seconds_per_step, "failure": run.failure, "run": run.key}
+        lines = [
+            {"part": part, "task": task.name, "unit": task.unit, "metric": metric, "value": value}
+            | {"used_for_delta_m": metric == task.metric}
+            for part in ("val", "test")
+            for task, values in zip(data.tasks, getattr(run, part), strict=False)
+            for metric, value in values.items()
+        ]
+        head = {"method": run.method, "seed": run.seed}
+        rows += [head | line | tail | common for line in lines or [{}]]
+    pd.DataFrame(rows).to_csv(path, index=False)
 
 
 def write_json(

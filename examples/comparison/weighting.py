@@ -1,4 +1,7 @@
-"""Methods that weigh the losses, by TorchJD's scalarizers: UW, RLW, DWA, FAMO."""
+"""Methods that weigh the losses: UW, RLW, DWA, FAMO; UW-SO, STCH and GO4Align of 2024 and later.
+
+Weights that are given up to a factor sum to K, as in :mod:`examples.comparison.gradients`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torchjd import scalarization
 
+from examples.comparison.gradients import sums_to
 from examples.methods import LinearScalarization
 from examples.training import Losses
 
@@ -94,3 +99,74 @@ class FAMO(Scalarization):
         if not self.warming_up:
             with torch.no_grad():
                 self.scalarizer.update(torch.stack(list(losses_now().values())))
+
+
+class UncertaintySoftOptimal(LinearScalarization):
+    """UW-SO (Kirchdorfer et al., 2024): weights are the softmax of 1 / (T L_k).
+
+    Args:
+        temperature: T.
+    """
+
+    weighted = True
+
+    def __init__(self, *shared: Any, temperature: float = 20.0) -> None:
+        super().__init__(*shared)
+        self._temperature = temperature
+
+    def weigh(self, values: Tensor) -> Tensor:
+        """K times the softmax."""
+        return len(values) * (1 / (self._temperature * values.clamp_min(1e-12))).softmax(0)
+
+
+class STCH(LinearScalarization):
+    """STCH (Lin et al., 2024): a smooth maximum of the log losses over their first means.
+
+    For an epoch the sum of the log losses is minimised, whose mean losses are the nadir.
+
+    Args:
+        mu: Smoothness; towards 0 the maximum.
+    """
+
+    def __init__(self, *shared: Any, mu: float = 1.0) -> None:
+        super().__init__(*shared)
+        self._smooth_maximum = scalarization.STCH(mu, torch.ones(self.tasks))
+        self._seen: list[Tensor] = []
+        self._nadir: Tensor | None = None
+
+    def objective(self, values: Tensor) -> Tensor:
+        """K times the smooth maximum."""
+        if self._nadir is None:
+            self._seen.append(values.detach())
+            if len(self._seen) == self.steps_per_epoch:
+                self._nadir = torch.stack(self._seen).mean(0)
+            return values.log().sum()
+        found: Tensor = self._smooth_maximum((values / self._nadir).log())
+        return len(values) * found
+
+
+class GO4Align(LinearScalarization):
+    """GO4Align (Shen et al., 2024): inverse losses times learned risks, averaged within groups.
+
+    Args:
+        groups: Number of groups of tasks, found by K-means on their weights.
+        rate: Step size of the risks.
+    """
+
+    weighted = True
+
+    def __init__(self, *shared: Any, groups: int = 2, rate: float = 1e-4) -> None:
+        super().__init__(*shared)
+        self._groups, self._rate = min(groups, self.tasks), rate
+        self._risks = torch.full((self.tasks,), 1 / self.tasks)
+
+    def weigh(self, values: Tensor) -> Tensor:
+        """Weights that sum to K."""
+        risks = self._risks * (-self._rate * values).exp()
+        self._risks = risks / risks.sum()
+        weights = values.sum() / values * self._risks
+        if self._groups < len(values):
+            points = weights.double()[:, None].cpu().numpy()
+            centres, group = kmeans2(points, self._groups, minit="++", rng=0, missing="warn")
+            weights = torch.from_numpy(centres[group, 0]).to(values)
+        return sums_to(weights, len(values))

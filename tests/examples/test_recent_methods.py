@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from examples.comparison.recent import (
-    DBMTL,
-    NTKMTL,
-    STCH,
-    ExcessMTL,
-    GO4Align,
-    UncertaintySoftOptimal,
-)
+from examples.comparison.gradients import DBMTL, NTKMTL, ExcessMTL
+from examples.comparison.weighting import STCH, GO4Align, UncertaintySoftOptimal
 from tests.examples.small import build, regressions
 
 SEEDED = torch.tensor([0.5, 2.0, 0.1])
