@@ -6,22 +6,19 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
 from examples.data.folder import DataFileError
 
-Pixels = npt.NDArray[np.uint8]
 Transform = Callable[[Image.Image], Tensor]
 
 _THREADS = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
@@ -58,22 +55,37 @@ class ImageFiles:
     of a comparison, and leave the global random state alone.
     """
 
-    read: Callable[[int], Image.Image]  # reads an image by its place in the data set
+    files: Sequence[Path]  # of all images of the data set
     rows: Tensor  # places of the images of this part, shape ``(n,)``
     y: Tensor  # their targets, shape ``(n, K)``
     transform: Transform  # makes the input of the network from an image
+    size: int  # pixels of the square that images are scaled to
+    mode: str = "RGB"  # Pillow's name of their channels; ``L`` for one of grey
     chunk: int = 64  # images at once in evaluation
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.rows)
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and targets of the given rows.
+    def read(self, place: int) -> Image.Image:
+        """An image of three channels, scaled by area-aware bilinear interpolation.
 
         Raises:
-            DataFileError: If a file cannot be read as an image; the message names it.
+            DataFileError: If the file cannot be read as an image; the message names it.
         """
+        path, square = self.files[place], (self.size, self.size)
+        try:
+            with Image.open(path) as image:
+                image = image.convert(self.mode).convert("RGB")
+            return image.resize(square, Image.Resampling.BILINEAR)
+        except _UNREADABLE as error:
+            raise DataFileError(
+                f"{path} cannot be read as an image ({type(error).__name__}: {error}); "
+                "extract or download it again. Finished runs are kept"
+            ) from error
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and targets of the given rows; see :meth:`read`."""
         with ThreadPoolExecutor(_THREADS) as pool:
             images = list(pool.map(self.read, self.rows[rows].tolist()))
         with _seeded(zlib.crc32(rows.numpy().tobytes())):
@@ -92,39 +104,6 @@ def _seeded(seed: int) -> Iterator[None]:
             yield
         finally:
             random.setstate(state)
-
-
-def read_pixels(path: Path, mode: str) -> Pixels:
-    """Decode an image file with Pillow.
-
-    Args:
-        path: The file.
-        mode: Pillow's name of the channels: ``"RGB"``, or ``"L"`` for one of grey.
-
-    Returns:
-        Shape ``(H, W, 3)`` or ``(H, W)``.
-
-    Raises:
-        DataFileError: If it cannot be read as an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert(mode))
-    except _UNREADABLE as error:
-        raise DataFileError(
-            f"{path} cannot be read as an image ({type(error).__name__}: {error}); "
-            "extract or download it again. Finished runs are kept"
-        ) from error
-
-
-def resized(pixels: Pixels, size: int) -> Image.Image:
-    """Resize to a square of ``size`` pixels by area-aware bilinear interpolation.
-
-    Returns:
-        An image of three channels; those of a grey one are equal.
-    """
-    image = Image.fromarray(pixels).convert("RGB")
-    return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def create_transform(pixels: int, **settings: Any) -> Transform:

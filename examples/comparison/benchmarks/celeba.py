@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from PIL import Image
 from torch import Tensor
 
 from examples.comparison.benchmark import Benchmark, Source
@@ -12,7 +11,7 @@ from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import celeba
 from examples.data.folder import listing_digest
-from examples.data.images import ImageFiles, create_transform, read_pixels, resized
+from examples.data.images import ImageFiles, create_transform
 from examples.image_models import nine_layers
 from examples.training import TrainSettings
 
@@ -27,12 +26,9 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
         _SIZE, is_training=False, crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3
     )
 
-    def read(place: int) -> Image.Image:
-        return resized(read_pixels(faces.files[place], "RGB"), _SIZE)
-
     def part(number: int, most: int | None = None) -> ImageFiles:
         rows: Tensor = (faces.parts == number).nonzero()[:most, 0]
-        return ImageFiles(read, rows, faces.targets[rows], scaled)
+        return ImageFiles(faces.files, rows, faces.targets[rows], scaled, _SIZE)
 
     return image_benchmark(
         [Task(name, "binary", "f1") for name in faces.names],

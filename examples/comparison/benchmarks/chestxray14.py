@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from PIL import Image
 from torch import Tensor
 
 from examples import image_models
@@ -13,7 +12,7 @@ from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import chestxray14
 from examples.data.folder import data_folder, listing_digest
-from examples.data.images import ImageFiles, Transform, create_transform, read_pixels, resized
+from examples.data.images import ImageFiles, Transform, create_transform
 from examples.training import TrainSettings
 
 _NETWORK, _WIDTH = "resnet34", 256
@@ -30,15 +29,13 @@ def load(patients: int | None = None, max_train: int | None = None) -> Benchmark
     train, val, test = chestxray14.parts(data, seed=0)
     weights = image_models.imagenet_weights(_NETWORK)
     folder = data_folder(chestxray14.FOLDER) / chestxray14.IMAGES
+    files = [folder / name for name in data.names]
     erase = {"re_prob": 0.25, "re_mode": "pixel"}
     augment = create_transform(_CROP, is_training=True, color_jitter=0.4, **erase)
     plain = create_transform(_CROP, is_training=False, crop_pct=_CROP / _SIZE)
 
-    def read(place: int) -> Image.Image:
-        return resized(read_pixels(folder / data.names[place], "L"), _SIZE)
-
     def part(rows: Tensor, transform: Transform) -> ImageFiles:
-        return ImageFiles(read, rows, data.findings[rows], transform)
+        return ImageFiles(files, rows, data.findings[rows], transform, _SIZE, "L")
 
     start = "random initialisation" if weights is None else "ImageNet weights"
     return image_benchmark(
@@ -48,7 +45,7 @@ def load(patients: int | None = None, max_train: int | None = None) -> Benchmark
         _WIDTH,
         network=f"{_NETWORK}, {start}, {_WIDTH} ELU units",
         version={
-            "files": listing_digest(folder / name for name in data.names),
+            "files": listing_digest(files),
             "patients": len(data.patients.unique()),
             "weights": image_models.weights_digest(weights),
             "split_seed": 0,

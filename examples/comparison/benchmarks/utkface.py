@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from PIL import Image
+from torch import Tensor
 
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import utkface
 from examples.data.folder import listing_digest
-from examples.data.images import ImageFiles, create_transform, read_pixels, resized
+from examples.data.images import ImageFiles, Transform, create_transform
 from examples.image_models import resnet
 from examples.training import TrainSettings
 
@@ -40,16 +40,12 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
     )
     plain = create_transform(_CROP, is_training=False, crop_pct=_CROP / _SIZE, **values)
 
-    def read(place: int) -> Image.Image:
-        return resized(read_pixels(faces.files[place], "RGB"), _SIZE)
+    def part(rows: Tensor, transform: Transform) -> ImageFiles:
+        return ImageFiles(faces.files, rows, targets[rows], transform, _SIZE)
 
     return image_benchmark(
         _TASKS,
-        (
-            ImageFiles(read, train, targets[train], augment),
-            ImageFiles(read, val, targets[val], plain),
-            ImageFiles(read, test, targets[test], plain),
-        ),
+        (part(train, augment), part(val, plain), part(test, plain)),
         partial(resnet, _NETWORK, _WIDTH),
         _WIDTH,
         network=f"{_NETWORK}, random initialisation, {_WIDTH} ELU units",
