@@ -36,21 +36,14 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     return torch.optim.Adam(model.parameters(), **shared)
 
 
-def clip_gradients(model: nn.Module, norm: float | None) -> None:
+def clip_gradients(model: nn.Module, norm: float) -> None:
     """Scale the gradients down to ``norm``; those of each network by itself where there are many.
 
-    A model of independent networks says so by a method ``network_gradients``: what one network
-    does must not depend on the others.
+    A model of independent networks has them as ``networks``: what one does must not depend on the
+    others.
     """
-    if norm is None:
-        return
-    split = getattr(model, "network_gradients", None)
-    own = [p.grad for p in model.parameters() if p.grad is not None]
-    for gradients in split() if split else [own]:
-        total = torch.nn.utils.get_total_norm(gradients)
-        scale = (norm / (total + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(scale)
+    for network in getattr(model, "networks", [model]):
+        nn.utils.clip_grad_norm_(network.parameters(), norm)
 
 
 class LinearScalarization:
@@ -88,7 +81,8 @@ class LinearScalarization:
             values.sum().backward()
         else:
             self.backward(losses)
-        clip_gradients(self.model, self.settings.clip_norm)
+        if self.settings.clip_norm is not None:
+            clip_gradients(self.model, self.settings.clip_norm)
         self.optimizer.step()
 
     def backward(self, losses: Losses) -> None:

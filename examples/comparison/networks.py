@@ -74,10 +74,6 @@ class Networks(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(networks)
 
-    def network_gradients(self) -> list[list[Tensor]]:
-        """Gradients of each network."""
-        return [[p.grad for p in n.parameters() if p.grad is not None] for n in self.networks]
-
 
 class SeparateNets(Networks):
     """A network per task; gives what one network for all tasks gives.
