@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayesagg.metrics import delta_m
+from examples.comparison.ablations import Readout
 from examples.comparison.benchmarks.tables import load_qm9
 from examples.comparison.networks import mlp, single_task
-from examples.comparison.readout import Readout
 from examples.comparison.tasks import Task, criterion
 from examples.data import DataUnavailableError
 from examples.data.qm9 import TARGETS

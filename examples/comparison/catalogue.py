@@ -11,7 +11,7 @@ from torch import nn
 from bayesagg import LikelihoodRule
 from bayesagg.presets import PAPER
 from examples.comparison import rechub
-from examples.comparison.ablations import InSampleRule, PriorInNoiseRule
+from examples.comparison.ablations import InSampleRule, PriorInNoiseRule, Readout
 from examples.comparison.benchmark import Source
 from examples.comparison.ensembles import Ensemble, HeadEnsemble, NetworkEnsemble, per_member
 from examples.comparison.gap import ImprovableGapBalancing
@@ -27,7 +27,6 @@ from examples.comparison.gradients import (
     GradientWeighting,
     PCGrad,
 )
-from examples.comparison.readout import Readout
 from examples.comparison.weighting import (
     FAMO,
     STCH,

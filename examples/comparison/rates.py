@@ -54,12 +54,7 @@ def best_rates(outcome: Outcome, data: Benchmark) -> dict[str, str]:
         runs = criteria(data, outcome.runs[name], "val")
         return mean(delta_m(run, single, data.higher_is_better) for run in runs)
 
-    return {
-        method: min(names.values(), key=validation)
-        if len(names) > 1
-        else next(iter(names.values()))
-        for method, names in by_method(outcome).items()
-    }
+    return {method: min(n.values(), key=validation) for method, n in by_method(outcome).items()}
 
 
 def errors(outcome: Outcome, name: str, data: Benchmark) -> list[float]:
@@ -107,18 +102,12 @@ def pair_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> 
         groups[f"{rate:g}" if rate else ""] = {m: n[rate] for m, n in found.items() if rate in n}
     if len(groups) > 1:
         groups["best of each"] = best_rates(outcome, data)
-    rows = [
-        [
-            f"{_label(labels, found[a])} - {_label(labels, found[b])}",
-            rate,
-            difference(outcome, names[a], names[b]),
-            p_value(
-                paired_p_value(outcome.standings[names[a]].delta, outcome.standings[names[b]].delta)
-            ),
-        ]
-        for rate, names in groups.items()
-        for a, b in combinations(names, 2)
-    ]
+    rows = []
+    for rate, names in groups.items():
+        for a, b in combinations(names, 2):
+            pair = f"{_label(labels, found[a])} - {_label(labels, found[b])}"
+            p = paired_p_value(*(outcome.standings[names[m]].delta for m in (a, b)))
+            rows.append([pair, rate, difference(outcome, names[a], names[b]), p_value(p)])
     return markdown(["pair", "learning rate", "difference of Δm", "p, paired t-test"], rows)
 
 

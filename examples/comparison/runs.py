@@ -19,7 +19,7 @@ from torch import nn
 import bayesagg
 from bayesagg.errors import BayesAggError
 from examples import methods as updates
-from examples import schedule, training
+from examples import training
 from examples.comparison import benchmark as benchmark_module
 from examples.comparison import changes, networks, tasks
 from examples.comparison.benchmark import Benchmark, predict, validation_scores
@@ -118,7 +118,7 @@ def code_version(job: Job) -> str:
 
     The files that list methods or benchmarks are no part of it: a new arm leaves results valid.
     """
-    shared = (training, schedule, updates, tasks, networks, benchmark_module)
+    shared = (training, updates, tasks, networks, benchmark_module)
     source = SOURCES[job.data.benchmark]
     modules = [*shared, *source.code, inspect.getmodule(getattr(source.load, "func", source.load))]
     modules += [changes] if job.data.change else []

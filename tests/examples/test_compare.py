@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from bayesagg.metrics import delta_m
 from examples import compare
-from examples.comparison import command, pipeline, runs
+from examples.comparison import pipeline, runs
 from examples.comparison.benchmarks import SOURCES, tables
 from examples.comparison.catalogue import Method, methods
 from examples.comparison.runs import Store
@@ -211,7 +211,7 @@ def test_other_settings_never_share_a_run(changed, monkeypatch):
             for name, method in plan.methods.items()
         }
 
-    monkeypatch.setattr(command, "make_folder", lambda *_: None)
+    monkeypatch.setattr(compare, "make_folder", lambda *_: None)
     plain, other = keys([]), keys(changed)
     assert keys([]) == plain
     assert not set(plain.values()) & set(other.values())
@@ -251,7 +251,7 @@ class Exploding(LinearScalarization):
 def test_a_method_that_diverges_is_reported_and_left_out(tmp_path, monkeypatch, capsys):
     known = methods("utkface")
     broken = {"ls": known["ls"], "uw": Method("UW", Exploding)}
-    monkeypatch.setattr(command, "methods", lambda preset: broken)
+    monkeypatch.setattr(compare, "methods", lambda preset: broken)
     arguments = [*SMALL, "--methods", "ls", "uw", "--seeds", "2", "--trials", "2"]
     assert compare.main([*arguments, "--output", str(tmp_path)]) == 0
     assert "failed: 2 of 2 seeds" in capsys.readouterr().out
