@@ -19,6 +19,7 @@ from bayesagg.diagnostics import interval_coverage
 from bayesagg.plots import plot_coverage, plot_predictions
 from examples.comparison.benchmark import trained
 from examples.comparison.benchmarks import SOURCES
+from examples.comparison.report import markdown
 from examples.methods import BayesAggregation
 from examples.uncertainty.arms import batches
 
@@ -38,19 +39,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = source.load(args.molecules, None)
     model, method = trained(data, replace(source.settings, epochs=args.epochs), BayesAggregation)
     names = [task.name for task in data.tasks]
-    [(x, labels)] = batches(data, model, "test", size=args.molecules)
-    y = labels["regression"]
+    x, y = data.test.x, data.test.y
     predictor = method.optimizer.predictor(model, batches(data, model, "train"))
     before = interval_coverage(predictor(x)["regression"], y, LEVELS)
     predictor.calibrate(batches(data, model, "val"))
     p = predictor(x)["regression"]
     after = interval_coverage(p, y, LEVELS)
-    print(f"{'coverage in %':16}" + "".join(f"{100 * level:>16.0f}" for level in LEVELS))
-    for k, name in enumerate(names):
-        pairs = zip(before[:, k].tolist(), after[:, k].tolist(), strict=True)
-        print(f"{name:16}" + "".join(f"{100 * a:8.1f} →{100 * b:6.1f}" for a, b in pairs))
-    pairs = zip(before.mean(1).tolist(), after.mean(1).tolist(), strict=True)
-    print(f"{'mean':16}" + "".join(f"{100 * a:8.1f} →{100 * b:6.1f}" for a, b in pairs))
+    shares = [torch.cat([share, share.mean(1, keepdim=True)], 1).T for share in (before, after)]
+    rows = []
+    for name, *pair in zip([*names, "mean"], *shares, strict=True):
+        rows.append([name, *(f"{100 * a:.1f} → {100 * b:.1f}" for a, b in zip(*pair, strict=True))])
+    print(markdown(["coverage in %", *(f"{100 * level:.0f}" for level in LEVELS)], rows))
 
     k = names.index(args.property)
     unit, low, high = data.scale[k], *(end[:SHOWN, k] for end in p.interval(0.9))

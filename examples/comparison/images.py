@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -39,16 +39,9 @@ class RecomputedNets(SeparateNets):
             x,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing in these networks is random
-            context_fn=partial(_contexts, network),
+            context_fn=lambda: (nullcontext(), _kept_statistics(network)),
         )
         return result
-
-
-def _contexts(
-    network: nn.Module,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of the forward pass and of its repetition."""
-    return nullcontext(), _kept_statistics(network)
 
 
 @contextmanager

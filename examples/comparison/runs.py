@@ -213,13 +213,9 @@ class Store:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._runs: dict[str, Run] = {}
-        if path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        lines = self._path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
         if lines[-1]:  # a run is written with the end of its line: this one was cut short
-            warnings.warn(f"{self._path}: the last line is incomplete and is dropped", stacklevel=3)
+            warnings.warn(f"{self._path}: the last line is incomplete and is dropped", stacklevel=2)
             self._path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
         for number, line in enumerate(lines[:-1], 1):
             try:

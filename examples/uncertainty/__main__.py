@@ -56,7 +56,7 @@ def alone(data: Benchmark, settings: TrainSettings, family: str) -> Believed:
 
 def best_rate(data: Benchmark, settings: TrainSettings, family: str) -> float:
     """Of :data:`RATES`, by the likelihood of validation labels under the scaled network."""
-    y = arms.targets(data, "val")
+    y = data.val.y.double()
 
     def loss(rate: float) -> float:
         found = alone(data, replace(settings, learning_rate=rate), family)("val")
@@ -109,7 +109,7 @@ def evaluate(
     rates = {family: best_rate(parts[0], settings, family) for family in families}
     print(f"learning rates: {rates}")
     for seed, (run, data) in enumerate(zip(runs, parts, strict=True)):
-        truth = {part: arms.targets(data, part) for part in ("val", "test")}
+        truth = {"val": data.val.y.double(), "test": data.test.y.double()}
         for family, rate in rates.items():
             now = replace(settings, seed=seed, learning_rate=rate)
             for name, believed in arms_of(data, now, family).items():

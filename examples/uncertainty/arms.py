@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bayesagg.predicting import Predictor
 from bayesagg.predicting.predictor import PriorVariance
@@ -31,12 +31,6 @@ def batches(data: Benchmark, model: Any, part: Part, size: int = 1000) -> list[A
             targets[group.name], start = one, start + group.tasks
         found.append((x, targets))
     return found
-
-
-def targets(data: Benchmark, part: Part) -> Tensor:
-    """``(n, K)``."""
-    own = getattr(data, part)
-    return own.batch(torch.arange(len(own)))[1].double()
 
 
 def plain(data: Benchmark, model: nn.Module) -> Callable[[Part], Beliefs]:
@@ -66,10 +60,9 @@ def predicted(
         predictor.calibrate(batches(data, model, "val"))
 
     def believed(part: Part) -> Beliefs:
-        x = torch.cat([x for x, _ in batches(data, model, part)])
-        found: Beliefs = []
+        predictions, found = predictor(getattr(data, part).x), []
         for group in model.groups:
-            p = predictor(x)[group.name]
+            p = predictions[group.name]
             if group.kind == "regression":
                 halves = torch.stack([p.interval(level)[1] - p.mean for level in LEVELS], 2)
                 parts = p.mean.double().T, p.scale.double().T, p.dof.tolist()
@@ -91,7 +84,7 @@ def chosen(
     candidates = [
         predicted(data, model, make(prior), True) for prior in (None, "marginal_likelihood")
     ]
-    y = targets(data, "val")
+    y = data.val.y.double()
     return min(candidates, key=lambda one: scores(data.tasks, one("val"), y)["nll"])
 
 

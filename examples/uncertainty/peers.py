@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.comparison.benchmark import Benchmark
+from examples.comparison.benchmark import Benchmark, trained
 from examples.comparison.tasks import Task
 from examples.methods import LinearScalarization
-from examples.training import TrainSettings, train
+from examples.training import TrainSettings
 from examples.uncertainty.scores import Belief, Beliefs
 
 Part = str
@@ -40,8 +41,7 @@ def package(name: str) -> Any:
 @torch.no_grad()
 def features(model: Any, data: Benchmark, part: Part) -> Tensor:
     """What the heads read, ``(n, d)``, in float64."""
-    own = getattr(data, part)
-    return model.backbone(own.batch(torch.arange(len(own)))[0]).double()
+    return model.backbone(getattr(data, part).x).double()
 
 
 def laplace(data: Benchmark, model: Any) -> Callable[[Part], Beliefs]:
@@ -51,8 +51,7 @@ def laplace(data: Benchmark, model: Any) -> Callable[[Part], Beliefs]:
     """
     library = package("laplace")
     h = features(model, data, "train")
-    y = data.train.batch(torch.arange(len(data.train)))[1]
-    columns, fitted = iter(y.unbind(1)), []
+    columns, fitted = iter(data.train.y.unbind(1)), []
     for group in model.groups:
         both = torch.cat([group.module.weight, group.module.bias[:, None]], 1).detach().double()
         for rows in both.chunk(group.tasks):
@@ -133,10 +132,11 @@ class VariationalNet(nn.Module):
 
 def vbll(data: Benchmark, settings: TrainSettings) -> Callable[[Part], Beliefs]:
     """Trained by the sum of the tasks' bounds, with everything else as for the others."""
-    torch.manual_seed(settings.seed)
-    plain = data.model()
-    width = plain.groups[0].module.in_features  # type: ignore[index, union-attr]
-    model = VariationalNet(plain.backbone, width, data.tasks, len(data.train))  # type: ignore[arg-type]
+
+    def network() -> VariationalNet:
+        plain = data.model()
+        width = plain.groups[0].module.in_features
+        return VariationalNet(plain.backbone, width, data.tasks, len(data.train))
 
     def criterion(outputs: list[Any], y: Tensor) -> dict[str, Tensor]:
         found = {}
@@ -145,16 +145,13 @@ def vbll(data: Benchmark, settings: TrainSettings) -> Callable[[Part], Beliefs]:
             found[task.name] = out.train_loss_fn(label)
         return found
 
-    update = LinearScalarization(model, settings, settings.steps_per_epoch(data))
-    train(model, update, data, criterion, settings)
-    model.eval()
+    own = replace(data, model=network, losses=criterion)
+    model, _ = trained(own, settings, LinearScalarization)
 
     @torch.no_grad()
     def believed(part: Part) -> Beliefs:
-        own = getattr(data, part)
-        outputs = model(own.batch(torch.arange(len(own)))[0])
         found = []
-        for task, out in zip(data.tasks, outputs, strict=True):
+        for task, out in zip(data.tasks, model(getattr(data, part).x), strict=True):
             predictive = out.predictive
             if task.kind == "regression":
                 mean, scale = predictive.mean[:, 0].double(), predictive.scale[:, 0].double()
