@@ -10,32 +10,11 @@ from torch import nn
 
 from bayesagg import LikelihoodRule
 from bayesagg.presets import PAPER
-from examples.comparison import rechub
+from examples.comparison import gradients, rechub, weighting
 from examples.comparison.ablations import InSampleRule, PriorInNoiseRule, Readout
 from examples.comparison.benchmark import Source
 from examples.comparison.ensembles import Ensemble, HeadEnsemble, NetworkEnsemble, per_member
 from examples.comparison.gap import ImprovableGapBalancing
-from examples.comparison.gradients import (
-    DBMTL,
-    IMTLG,
-    MGDA,
-    NTKMTL,
-    AlignedMTL,
-    CAGrad,
-    ExcessMTL,
-    FairGrad,
-    GradientWeighting,
-    PCGrad,
-)
-from examples.comparison.weighting import (
-    FAMO,
-    STCH,
-    DynamicWeightAverage,
-    GO4Align,
-    RandomLossWeighting,
-    UncertaintySoftOptimal,
-    UncertaintyWeighting,
-)
 from examples.methods import (
     BayesAggregation,
     LinearScalarization,
@@ -47,7 +26,8 @@ from examples.training import Criterion, TrainSettings
 SINGLE_TASK = "stl"
 _UB = {"representation": True}  # gradients with respect to the shared representation
 _KINDS = ("regression", "binary", "multiclass")
-_COMMON = (GradientWeighting, PaperAggregation, Ensemble)  # all heads have to read one tensor
+# All heads have to read one tensor.
+_COMMON = (gradients.GradientWeighting, PaperAggregation, Ensemble)
 
 
 @dataclass(frozen=True)
@@ -156,28 +136,34 @@ def methods(preset: str) -> dict[str, Method]:
     return {
         "ls": Method("LS", LinearScalarization),
         "si": Method("SI", ScaleInvariant),
-        "rlw": Method("RLW", RandomLossWeighting),
-        "dwa": Method("DWA", DynamicWeightAverage, space={"temperature": (2.0, 1.0, 5.0)}),
-        "uw": Method("UW", UncertaintyWeighting, space={"rate": (1.0, 10.0)}),
-        "famo": Method("FAMO", FAMO, space={"rate": (0.025, 0.005), "decay": (1e-3, 1e-2)}),
+        "rlw": Method("RLW", weighting.RandomLossWeighting),
+        "dwa": Method(
+            "DWA", weighting.DynamicWeightAverage, space={"temperature": (2.0, 1.0, 5.0)}
+        ),
+        "uw": Method("UW", weighting.UncertaintyWeighting, space={"rate": (1.0, 10.0)}),
+        "famo": Method(
+            "FAMO", weighting.FAMO, space={"rate": (0.025, 0.005), "decay": (1e-3, 1e-2)}
+        ),
         "igbv2": Method("IGBv2", ImprovableGapBalancing, space={"rate": (3e-4, 3e-3)}),
-        "mgda": Method("MGDA", MGDA, space={"normalize": (False, True)}),
-        "pcgrad": Method("PCGrad", PCGrad),
-        "cagrad": Method("CAGrad", CAGrad, space={"c": (0.4, 0.2, 0.8)}),
-        "imtl-g": Method("IMTL-G", IMTLG),
+        "mgda": Method("MGDA", gradients.MGDA, space={"normalize": (False, True)}),
+        "pcgrad": Method("PCGrad", gradients.PCGrad),
+        "cagrad": Method("CAGrad", gradients.CAGrad, space={"c": (0.4, 0.2, 0.8)}),
+        "imtl-g": Method("IMTL-G", gradients.IMTLG),
         # The same equation as FairGrad's with α = 1.
-        "nash-mtl": Method("Nash-MTL", FairGrad, {"alpha": 1.0}),
-        "fairgrad": Method("FairGrad", FairGrad, space={"alpha": (2.0, 0.5, 5.0)}),
-        "aligned-mtl": Method("Aligned-MTL", AlignedMTL),
-        "uw-so": Method("UW-SO", UncertaintySoftOptimal, space={"temperature": (20.0, 5.0, 100.0)}),
-        "stch": Method("STCH", STCH, space={"mu": (1.0, 0.5, 0.1)}),
-        "go4align": Method("GO4Align", GO4Align, space={"groups": (2, 3, 5)}),
-        "excess-mtl": Method("ExcessMTL", ExcessMTL, space={"rate": (0.01, 0.1, 1.0)}),
-        "db-mtl": Method("DB-MTL", DBMTL, space={"decay": (0.9, 0.5, 0.1)}),
-        "ntkmtl-sr": Method("NTKMTL-SR", NTKMTL),
-        "mgda-ub": Method("MGDA-UB", MGDA, _UB, space={"normalize": (False, True)}),
-        "imtl-g-ub": Method("IMTL-G-UB", IMTLG, _UB),
-        "aligned-mtl-ub": Method("Aligned-MTL-UB", AlignedMTL, _UB),
+        "nash-mtl": Method("Nash-MTL", gradients.FairGrad, {"alpha": 1.0}),
+        "fairgrad": Method("FairGrad", gradients.FairGrad, space={"alpha": (2.0, 0.5, 5.0)}),
+        "aligned-mtl": Method("Aligned-MTL", gradients.AlignedMTL),
+        "uw-so": Method(
+            "UW-SO", weighting.UncertaintySoftOptimal, space={"temperature": (20.0, 5.0, 100.0)}
+        ),
+        "stch": Method("STCH", weighting.STCH, space={"mu": (1.0, 0.5, 0.1)}),
+        "go4align": Method("GO4Align", weighting.GO4Align, space={"groups": (2, 3, 5)}),
+        "excess-mtl": Method("ExcessMTL", gradients.ExcessMTL, space={"rate": (0.01, 0.1, 1.0)}),
+        "db-mtl": Method("DB-MTL", gradients.DBMTL, space={"decay": (0.9, 0.5, 0.1)}),
+        "ntkmtl-sr": Method("NTKMTL-SR", gradients.NTKMTL),
+        "mgda-ub": Method("MGDA-UB", gradients.MGDA, _UB, space={"normalize": (False, True)}),
+        "imtl-g-ub": Method("IMTL-G-UB", gradients.IMTLG, _UB),
+        "aligned-mtl-ub": Method("Aligned-MTL-UB", gradients.AlignedMTL, _UB),
         "bayesagg-paper": paper("BayesAgg, paper", preset),
         "bayesagg": bayesagg("BayesAgg"),
     }
@@ -191,7 +177,9 @@ def more_methods(preset: str) -> dict[str, Method]:
     return {
         "ls-readout": Method("LS, same read-out", Readout, {"base": LinearScalarization}),
         "si-readout": Method("SI, same read-out", Readout, {"base": ScaleInvariant}),
-        "uw-readout": Method("UW, same read-out", Readout, {"base": UncertaintyWeighting}),
+        "uw-readout": Method(
+            "UW, same read-out", Readout, {"base": weighting.UncertaintyWeighting}
+        ),
         **ablations(),
         "bayesagg-paper-s0": replace(zero, space={}),
         "rechub-uwl": Method("UWL of torch-rechub", rechub.Uncertainty),

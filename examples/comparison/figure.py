@@ -109,7 +109,10 @@ def plot_calibration(
         figure = Figure(figsize=(2.5 + 4.5 * len(panels), 5), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for panel, (name, chosen) in zip(axes, panels.items(), strict=True):
-            points = {n: _calibration(outcome, n, chosen) for n in done}
+            points = {}
+            for n in done:
+                measured = [run.shown[k] for run in outcome.runs[n] for k in chosen]
+                points[n] = [mean(m[key] for m in measured) for key in ("ece", "brier")]
             scales = (panel.set_xscale, panel.set_yscale)
             for scale, values in zip(scales, zip(*points.values(), strict=True), strict=True):
                 if min(values) > 0 and max(values) > 10 * min(values):
@@ -127,9 +130,3 @@ def plot_calibration(
         figure.suptitle(title)
         figure.savefig(path, dpi=150)
     return True
-
-
-def _calibration(outcome: Outcome, name: str, which: Sequence[int]) -> tuple[float, float]:
-    """Mean ECE and Brier score over seeds and tasks."""
-    measured = [run.shown[k] for run in outcome.runs[name] for k in which]
-    return mean(m["ece"] for m in measured), mean(m["brier"] for m in measured)

@@ -61,10 +61,6 @@ class Plan:
     single_task: Method = SINGLE_TASK_METHOD  # the single-task models' method
     part: str = "test"  # that tables are of; with ``val`` no run looks at the test part
 
-    def trials_of(self, name: str) -> int:
-        """Number of trials of a method."""
-        return 1 if name in self.untuned else self.trials
-
 
 @dataclass(frozen=True)
 class Chosen:
@@ -151,12 +147,14 @@ def search(plan: Plan, methods: Mapping[str, Method], store: Store) -> dict[str,
 
     A method whose best trial has the lowest or the highest learning rate of its trials has more.
     """
+    counts = {name: 1 if name in plan.untuned else plan.trials for name in methods}
     trials = {
-        name: [trial(method, plan.training, n) for n in range(plan.trials_of(name))]
+        name: [trial(method, plan.training, n) for n in range(counts[name])]
         for name, method in methods.items()
     }
+    chosen = {name: Chosen(tried[0]) for name, tried in trials.items()}
     if plan.trials == 1:
-        return {name: Chosen(tried[0]) for name, tried in trials.items()}
+        return chosen
     seeds = range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + plan.search_seeds)
     todo = {name: list(tried) for name, tried in trials.items() if len(tried) > 1}
     found: dict[str, list[list[Run]]] = {name: [] for name in todo}
@@ -176,12 +174,7 @@ def search(plan: Plan, methods: Mapping[str, Method], store: Store) -> dict[str,
             if further and len(trials[name]) < plan.trials + FURTHEST:
                 trials[name].append(further)
                 todo[name] = [further]
-    return {
-        name: Chosen(tried[choices[name][0]], *choices[name])
-        if name in choices
-        else Chosen(tried[0])
-        for name, tried in trials.items()
-    }
+    return chosen | {name: Chosen(trials[name][c[0]], *c) for name, c in choices.items()}
 
 
 def _choices(

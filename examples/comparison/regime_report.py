@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
@@ -135,15 +136,11 @@ def plot_line(path: Path, points: Sequence[Point], labels: Mapping[str, str]) ->
         found = [(x, *f) for x, p in zip(places, points, strict=True) if (f := p.against(name))]
         if not found:
             continue
-        x, middle, low, high = zip(*found, strict=True)
+        x, middle, low, high = np.array(found).T
         colour, marker = _STYLES.get(name, _BLACK)
         style = line_style(colour, len(points)) | {"marker": marker}
-        shift = [at + 0.06 * (k - 2) for at in x]
-        errors = [
-            [m - a for m, a in zip(middle, low, strict=True)],
-            [b - m for m, b in zip(middle, high, strict=True)],
-        ]
-        axes.errorbar(shift, middle, errors, label=labels[name], capsize=3, **style)
+        errors, shift = (middle - low, high - middle), 0.06 * (k - 2)
+        axes.errorbar(x + shift, middle, errors, label=labels[name], capsize=3, **style)
     if line.at_rates:
         axes.axhline(0, color="black", lw=1, ls=":")
     axes.set_xticks(places, [_text(point.value, line.percent) for point in points])
@@ -191,13 +188,6 @@ def advice_table(points: Sequence[Point], name: str = OURS) -> str:
     header = ["regime", "ratio of scales", "cosine", "agreement", "overfit", "advice"]
     table = markdown([*header, "measured", "difference [%]"], rows)
     return f"{table}\n\nThe advice holds in {held} of {len(points)} regimes."
-
-
-def mean_scores(points: Sequence[Point], labels: Mapping[str, str]) -> pd.DataFrame:
-    """Mean log error by regime and method; infinite, the last rank, where a run failed."""
-    return pd.DataFrame(
-        [{labels[name]: mean(scores) for name, scores in p.scores.items()} for p in points]
-    )
 
 
 def differences(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
@@ -263,7 +253,9 @@ def write(folder: Path, points: Sequence[Point], labels: Mapping[str, str]) -> s
         if not LINES[point.line].at_rates:
             first.setdefault(point.place, point)
     once = list(first.values())
-    table = mean_scores(once, labels)
+    # A failed run is infinite: the last rank.
+    means = [{labels[name]: mean(scores) for name, scores in p.scores.items()} for p in once]
+    table = pd.DataFrame(means)
     text, matrix = differences(table)
     parts += ["## Against linear scalarization", verdicts(once), "## All together", text]
     parts += ["## What advise says", advice_table(once)]

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch_rechub.basic.features import SparseFeature
 from torch_rechub.models.multi_task import MMOE
 from torch_rechub.trainers import MTLTrainer
@@ -24,19 +23,6 @@ from examples.data.movielens import ITEMS, LIKED, USERS, load_movielens
 from examples.loops import data
 
 TASKS = {"rating": "regression", "liked": "classification"}
-
-
-class Ratings(Dataset[tuple[dict[str, Tensor], Tensor]]):
-    """Items as torch-rechub wants them: a dictionary of features, and the targets ``(2,)``."""
-
-    def __init__(self, users: Tensor, items: Tensor, targets: Tensor) -> None:
-        self.users, self.items, self.targets = users, items, targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, row: int) -> tuple[dict[str, Tensor], Tensor]:
-        return {"user": self.users[row], "item": self.items[row]}, self.targets[row]
 
 
 class BayesAggTrainer(MTLTrainer):
@@ -71,13 +57,11 @@ def loaders(args: argparse.Namespace) -> list[DataLoader]:
     train, test = slice(max(cut - args.ratings, 0), cut), slice(cut, cut + args.ratings)
     mean = targets[train, 0].mean()
     targets[:, 0] -= mean  # the towers begin near zero
+    # As torch-rechub wants them: a dictionary of features, and the targets ``(2,)``.
+    parts = zip(films.users, films.items, targets, strict=True)
+    ratings = [({"user": user, "item": item}, y) for user, item, y in parts]
     return [
-        DataLoader(
-            Ratings(films.users[rows], films.items[rows], targets[rows]),
-            batch_size=256,
-            shuffle=rows is train,
-        )
-        for rows in (train, test)
+        DataLoader(ratings[rows], batch_size=256, shuffle=rows is train) for rows in (train, test)
     ]
 
 

@@ -44,11 +44,6 @@ def compare(actions: dict[str, Callable[[], Any]], runs: int) -> dict[str, float
     return {name: median(seconds) for name, seconds in found.items()}
 
 
-def looked_at(found: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """What a user looks at."""
-    return [(p.mean, p.stddev) for p in found.values()]
-
-
 def trained(net: MultiHead, heads: dict[str, Any], batches: list[Any]) -> None:
     """The last layers trained on what the trunk gives, as they are where predictions are made."""
     with torch.no_grad():
@@ -98,7 +93,11 @@ def case(title: str, head: Any, trunk: nn.Module, outputs: list[int], x: Tensor,
         for inputs, _ in batches:
             net(inputs)
 
-    actions = {"forward": plain, "predict": lambda: looked_at(predictor(first))}
+    def predict() -> list[tuple[Tensor, Tensor]]:
+        """What a user looks at."""
+        return [(p.mean, p.stddev) for p in predictor(first).values()]
+
+    actions = {"forward": plain, "predict": predict}
     fits = {"epoch": epoch, "fit": lambda: Predictor.fit(net, heads, batches)}
     library = package("laplace") if kind != "binary" and len(outputs) == 1 else None
     if library is not None:
