@@ -161,12 +161,8 @@ class BayesAggregation(LinearScalarization):
 
     def backward(self, losses: Losses) -> None:
         """Fill the gradients: a head with several tasks has the sum of their losses."""
-        self.optimizer.backward(
-            {
-                group.name: part.sum()
-                for group, part in self.by_group(torch.stack(list(losses.values())))
-            }
-        )
+        parts = self.by_group(torch.stack(list(losses.values())))
+        self.optimizer.backward({group.name: part.sum() for group, part in parts})
 
     def by_group(self, values: Tensor) -> list[tuple[Any, Tensor]]:
         """Heads, and the values of their tasks, from those of all tasks, ``(K,)``."""

@@ -30,25 +30,16 @@ PRIOR_EXAMPLES = 4096
 
 @dataclass(frozen=True)
 class Group:
-    """All outputs of one kind: one head.
+    """All outputs of one kind: one head."""
 
-    Attributes:
-        likelihood: the library's.
-        labels: of the batch, for the library.
-        prior: natural parameters of one epoch of data and a unit Gaussian, for the library.
-        y: labels (B, K) or one-hot classes (B, C), for the literal formulas.
-        weight: head weights ŵ with the bias last, (K, D).
-        dense: inverse covariance and mean of the prior, joint over all outputs of classification.
-        s: exponent.
-    """
-
-    likelihood: Likelihood
-    labels: Labels
-    prior: Evidence
-    y: Tensor
-    weight: Tensor
+    likelihood: Likelihood  # the library's
+    labels: Labels  # of the batch, for the library
+    prior: Evidence  # natural parameters of one epoch of data and a unit Gaussian, for the library
+    y: Tensor  # labels (B, K) or one-hot classes (B, C), for the literal formulas
+    weight: Tensor  # head weights ŵ with the bias last, (K, D)
+    # Inverse covariance and mean of the prior, joint over all outputs of classification
     dense: tuple[Tensor, Tensor]
-    s: float
+    s: float  # exponent
 
 
 @dataclass(frozen=True)

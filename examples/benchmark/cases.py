@@ -22,33 +22,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Case:
-    """A network with its tasks.
+    """A network with its tasks."""
 
-    Attributes:
-        name: of the case.
-        network: one of :data:`examples.benchmark.networks.NETWORKS`.
-        batch: data of the paper's step, and of the aggregation by itself.
-        dim: features of every head.
-        tasks: one head each.
-        step_batch: data of a whole step, fewer where a full batch would take minutes.
-        max_operators: more than a plain step has.
-        max_ratio: time of a step to that of a plain one, by rule.
-        min_speedup: of the aggregation over the formulas as printed; ``None``: not measured.
-        turn: steps one after the other, so that work that is not done in every step is in the mean.
-        device: where steps are taken.
-    """
-
-    name: str
-    network: str
-    batch: int
-    dim: int
-    tasks: tuple[Task, ...]
-    step_batch: int
-    max_operators: int | None = None
+    name: str  # of the case
+    network: str  # one of :data:`examples.benchmark.networks.NETWORKS`
+    batch: int  # data of the paper's step, and of the aggregation by itself
+    dim: int  # features of every head
+    tasks: tuple[Task, ...]  # one head each
+    step_batch: int  # data of a whole step, fewer where a full batch would take minutes
+    max_operators: int | None = None  # more than a plain step has
+    # Time of a step to that of a plain one, by rule
     max_ratio: dict[str, float] = field(default_factory=dict)
+    # Of the aggregation over the formulas as printed; ``None``: not measured
     min_speedup: float | None = None
-    turn: int = 1
-    device: str = "cpu"
+    turn: int = 1  # steps in a row, so that work that is not done in every step is in the mean
+    device: str = "cpu"  # where steps are taken
 
     @property
     def small(self) -> bool:

@@ -103,14 +103,8 @@ def paper_settings(preset: str, schedule: str) -> TrainSettings:
         schedule: What its words on the schedule mean, as of :class:`TrainSettings`.
     """
     training = PAPER[preset].training
-    return TrainSettings(
-        epochs=training["epochs"],
-        batch_size=training["batch_size"],
-        learning_rate=training["lr"],
-        weight_decay=training["weight_decay"],
-        schedule=schedule,
-        selection="best",
-    )
+    same = {name: training[name] for name in ("epochs", "batch_size", "weight_decay")}
+    return TrainSettings(learning_rate=training["lr"], schedule=schedule, selection="best", **same)
 
 
 def trained(data: Benchmark, settings: TrainSettings, update: Callable[..., Any]) -> Any:

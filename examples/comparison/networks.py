@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +30,11 @@ class TaskNet(nn.Module):
         head: Callable[[int, int], nn.Module] = nn.Linear,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        heads = {}
-        for name, _, which in grouped(tasks):
-            outputs = sum(task.classes for task in tasks[which])
-            heads[name] = head(width, outputs)
-        self.heads = nn.ModuleDict(heads)
-        self._kinds = [
-            (name, kind, which.stop - which.start) for name, kind, which in grouped(tasks)
-        ]
+        self.backbone, self.heads = backbone, nn.ModuleDict()
+        self._kinds = []
+        for name, kind, which in grouped(tasks):
+            self.heads[name] = head(width, sum(task.classes for task in tasks[which]))
+            self._kinds.append((name, kind, len(tasks[which])))
 
     @property
     def groups(self) -> tuple[HeadGroup, ...]:
@@ -110,6 +106,12 @@ def single_task(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> Se
     return SeparateNets([mlp(inputs, widths, [task]) for task in tasks], tasks)
 
 
+def last_layers(tasks: Sequence[Task], towers: Iterable[nn.Sequential]) -> tuple[HeadGroup, ...]:
+    """The heads of a network with a tower per task."""
+    pairs = zip(tasks, towers, strict=True)
+    return tuple(HeadGroup(task.name, task.kind, tower[-1], 1) for task, tower in pairs)
+
+
 class PrivateNet(nn.Module):
     """A tower for every task: a hidden layer and a linear head, which no other task reads.
 
@@ -133,10 +135,7 @@ class PrivateNet(nn.Module):
     @property
     def groups(self) -> tuple[HeadGroup, ...]:
         """The last layers of the towers, one per task."""
-        return tuple(
-            HeadGroup(task.name, task.kind, tower[-1], 1)
-            for task, tower in zip(self._tasks, self.towers, strict=True)
-        )
+        return last_layers(self._tasks, self.towers)
 
     def forward(self, x: Tensor) -> Outputs:
         """Outputs by kind and multi-class task, each ``(B, outputs)``."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from examples.comparison.networks import last_layers
 from examples.comparison.tasks import HeadGroup, Outputs, Task, grouped
 from examples.methods import LinearScalarization
 from examples.training import Losses
@@ -60,10 +61,7 @@ class RecommenderNet(nn.Module):
     @property
     def groups(self) -> tuple[HeadGroup, ...]:
         """The last layers of the towers, one per task."""
-        return tuple(
-            HeadGroup(task.name, task.kind, tower.mlp[-1], 1)
-            for task, tower in zip(self._tasks, self.network.towers, strict=True)
-        )
+        return last_layers(self._tasks, [tower.mlp for tower in self.network.towers])
 
     def forward(self, x: Tensor) -> Outputs:
         """Outputs by kind, each ``(B, outputs)``, from a column per feature."""

@@ -19,19 +19,12 @@ _TEMPERATURES = torch.logspace(-1, 1, 201, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Belief:
-    """What is believed of the labels of one task.
+    """What is believed of the labels of one task."""
 
-    Attributes:
-        mean: of a regression ``[n]``; of a classification log-probabilities ``[n, C]``.
-        scale: of a regression, ``[n]``.
-        dof: of its Student-t distribution; infinite: normal.
-        halves: half-widths of its intervals of :data:`LEVELS`, ``[n, L]``; ``None``: those of the
-            distribution.
-    """
-
-    mean: Tensor
-    scale: Tensor | None = None
-    dof: float = float("inf")
+    mean: Tensor  # of a regression ``[n]``; of a classification log-probabilities ``[n, C]``
+    scale: Tensor | None = None  # of a regression, ``[n]``
+    dof: float = float("inf")  # of its Student-t distribution; infinite: normal
+    # Half-widths of its intervals of :data:`LEVELS`, ``[n, L]``; ``None``: of the distribution
     halves: Tensor | None = None
 
     def losses(self, y: Tensor) -> Tensor:
