@@ -14,29 +14,19 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead, acquisition
+from bayesagg import BayesAggWrapper, acquisition
+from examples.benchmark.cases import Task
+from examples.benchmark.networks import CRITERIA, MultiHead
+from examples.comparison.networks import elu_layers
 from examples.comparison.report import markdown, spread
 from examples.comparison.tasks import area_under_roc
 from examples.data.packages import read_digits
+from examples.methods import HEADS
 
 SEEN = 8
-
-
-class Net(nn.Module):
-    """An MLP with a head for each task."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers = [nn.Linear(784, 256), nn.ELU(), nn.Linear(256, 64), nn.ELU()]
-        self.backbone = nn.Sequential(*layers)
-        self.digit, self.even, self.ink = nn.Linear(64, SEEN), nn.Linear(64, 1), nn.Linear(64, 1)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = self.backbone(x)
-        return {"digit": self.digit(h), "even": self.even(h), "ink": self.ink(h)}
+TASKS = Task("digit", "multiclass", SEEN), Task("even", "binary"), Task("ink", "regression")
 
 
 def targets(x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -63,17 +53,15 @@ def scores(seed: int, args: argparse.Namespace) -> tuple[dict[str, dict[str, Ten
     train, test = known[:2500], known[2500:]
     shuffled = x[test][:500, torch.randperm(784)]
     kinds = {"seen": x[test], "8 and 9": x[y >= SEEN], "shuffled": shuffled, "photograph": squares}
-    net = Net()
-    heads = {"digit": MulticlassHead(net.digit), "even": BinaryHead(net.even)}
-    heads["ink"] = RegressionHead(net.ink)
+    net = MultiHead(elu_layers(784, (256, 64)), 64, TASKS)
+    heads = {task.name: HEADS[task.kind](net.heads[task.name]) for task in TASKS}
     optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters(), 1e-3), net.backbone, heads)
-    loss_fn = {"digit": F.cross_entropy, "ink": F.mse_loss}
-    loss_fn["even"] = F.binary_cross_entropy_with_logits
     for _ in range(args.epochs):
         for rows in train[torch.randperm(len(train))].split(100):
             labels, out = targets(x[rows], y[rows]), net(x[rows])
             optimizer.zero_grad()
-            optimizer.step({task: loss_fn[task](out[task], labels[task]) for task in out})
+            losses = {t.name: CRITERIA[t.kind](out[t.name], labels[t.name]) for t in TASKS}
+            optimizer.step(losses)
     loader = [(x[rows], targets(x[rows], y[rows])) for rows in train.split(500)]
     predictor = optimizer.predictor(net, loader, prior_variance="marginal_likelihood")
     found: dict[str, dict[str, Tensor]] = {}

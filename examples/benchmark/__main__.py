@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from examples.arguments import Parser, whole
-from examples.benchmark import parts, report
+from examples.benchmark import parts
 from examples.benchmark.cases import CASES, Case
-from examples.benchmark.report import Row
-from examples.benchmark.timing import CLOCKS
+from examples.benchmark.measuring import CLOCKS
+from examples.benchmark.parts import Row
 from examples.data import DataUnavailableError
 
 PARTS = ("counts", "time", "memory", "aggregation")  # what runs by default
@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 for row in _rows(part, case, args):
                     rows.append(row)
-                    print(report.line(row), file=sys.stderr, flush=True)
+                    print(parts.line(row), file=sys.stderr, flush=True)
     except (DataUnavailableError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         if rows and args.output is not None:
-            report.write(args.output, rows, setting)
-    print(report.markdown(rows))
+            parts.write(args.output, rows, setting)
+    print(parts.markdown(rows))
     return 0
 
 

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from bayesagg.presets import PAPER
 from examples.benchmark.cases import Case
+from examples.benchmark.measuring import Clock
 from examples.benchmark.networks import make_workload
-from examples.benchmark.report import Row
-from examples.benchmark.timing import Clock
+from examples.benchmark.parts import Row
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.catalogue import Method, methods, more_methods
 from examples.comparison.costs import measure_costs
-from examples.comparison.networks import TaskNet
-from examples.comparison.tasks import Task
-from examples.training import TrainSettings
+from examples.comparison.tasks import Outputs, Task, criterion
+from examples.training import Losses, TrainSettings
 
 
 def method_rows(
@@ -77,20 +76,23 @@ def benchmark(case: Case) -> Benchmark:
         for i in range(1 if head.kind == "multiclass" else head.outputs)
     ]
 
-    def model() -> TaskNet:
-        """The backbone of the case, with heads as those of the comparisons."""
-        return TaskNet(make_workload(case).model.backbone, case.dim, tasks)
+    def losses(outputs: Outputs, y: Tensor) -> Losses:
+        """From outputs by head of the case."""
+        merged: dict[str, list[Tensor]] = {}
+        for head in case.tasks:
+            name = head.name if head.kind == "multiclass" else head.kind
+            merged.setdefault(name, []).append(outputs[head.name])
+        return criterion(tasks)({name: torch.cat(parts, 1) for name, parts in merged.items()}, y)
 
     return Benchmark(
-        tasks=tuple(tasks),
-        train=batch,
-        val=batch,
-        test=batch,
+        tuple(tasks),
+        *(batch, batch, batch),
         scale=torch.ones(len(tasks)),
-        model=model,
+        model=lambda: make_workload(case).model,
         single_task=nn.Module,
         network=case.network,
         version={"shape": case.name},
+        losses=losses,
     )
 
 

@@ -1,4 +1,4 @@
-"""Networks with a batch of random data: only the cost of a step is measured, never its accuracy.
+"""Networks with random data and their steps: only the cost is measured, never the accuracy.
 
 The paper's (Appendix B): a message-passing network on complete molecular graphs (QM9), a CNN of
 three 160-channel convolutions (CIFAR-MTL), ResNet-34 (ChestX-ray14) and ResNet-18 (UTKFace) with a
@@ -8,11 +8,11 @@ every task (MMoE; Ma et al., 2018).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayesagg import BayesAggWrapper, LikelihoodRule, PaperRule
 from examples import image_models
 from examples.benchmark.cases import Case, Task
+from examples.comparison.tasks import HeadGroup
 from examples.data import DataUnavailableError
 from examples.message_passing import EDGE_FEATURES, NODE_FEATURES, MessagePassing
+from examples.methods import HEADS
 
 Network = tuple[nn.Module | None, Callable[[], Any]]
 """A backbone, and what draws a batch of its input."""
@@ -39,6 +42,15 @@ class MultiHead(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict({task.name: nn.Linear(dim, task.outputs) for task in tasks})
+        self._tasks = tasks
+
+    @property
+    def groups(self) -> tuple[HeadGroup, ...]:
+        """The heads as comparisons want them."""
+        counts = {t.name: 1 if t.kind == "multiclass" else t.outputs for t in self._tasks}
+        return tuple(
+            HeadGroup(t.name, t.kind, self.heads[t.name], counts[t.name]) for t in self._tasks
+        )
 
     def forward(self, x: Any) -> dict[str, Tensor]:
         """Outputs (B, o) per task for a batch ``x`` of whatever the backbone takes."""
@@ -125,7 +137,7 @@ def random_target(task: Task, batch: int) -> Tensor:
 
 def _layers(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers)
 
@@ -180,3 +192,60 @@ NETWORKS: dict[str, Callable[[Case], Network]] = {
     "resnet34": _resnet,
     "mpnn": _mpnn,
 }
+
+# Past linear scalarization at once, which is over after 50 steps out of the box.
+RULES = {"likelihood": LikelihoodRule(warmup=2), "paper": PaperRule(pretrain_epochs=0)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to take a step: plain, or a rule, with or without ``targets=``."""
+
+    rule: str | None = None
+    targets: bool = False
+
+    @property
+    def name(self) -> str:
+        """As it is printed."""
+        return "plain" if self.rule is None else self.rule + " + targets" * self.targets
+
+
+def arms(case: Case) -> list[Arm]:
+    """Plain, and every rule; labels are passed too where steps are quick."""
+    passed = (False, True) if case.small else (False,)
+    return [Arm(), *(Arm(rule, targets) for rule in case.rules for targets in passed)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A network, its optimizer and the training step that is measured."""
+
+    workload: Workload
+    optimizer: torch.optim.Optimizer
+    run: Callable[[], None]
+
+
+def make_step(case: Case, arm: Arm) -> Step:
+    """A step in steady state: past linear scalarization, with all buffers made."""
+    workload = make_workload(case)
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(workload.model.parameters(), lr=1e-3)
+    if arm.rule is not None:
+        modules = workload.model.heads
+        heads = {task.name: HEADS[task.kind](modules[task.name]) for task in case.tasks}
+        backbone, rule = workload.model.backbone, RULES[arm.rule]
+        optimizer = BayesAggWrapper(optimizer, backbone, heads, rule=rule)
+    batches = itertools.cycle(workload.batches)
+
+    def run() -> None:
+        batch = next(batches)
+        losses = workload.losses(batch)
+        optimizer.zero_grad()
+        if isinstance(optimizer, BayesAggWrapper):
+            optimizer.step(losses, targets=batch[1] if arm.targets else None)
+        else:
+            sum(losses.values()).backward()
+            optimizer.step()
+
+    for _ in range(25 if case.small else 4):
+        run()
+    return Step(workload, optimizer, run)

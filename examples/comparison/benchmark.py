@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
@@ -22,6 +22,8 @@ from examples.training import Criterion, Part, TrainSettings, train
 _CLIP = 6.0  # standard deviations: rare columns would give inputs of 100
 _CHUNK = 4096  # data at once in evaluation, where the part has no number of its own
 _SMALLEST = 1e-12  # a metric of 0 has no logarithm
+_WIDTHS = (128, 64)  # of the MLP of changed benchmarks: small, as there are many runs
+_SEED = 7  # of mixtures, noise and gaps: the same for all methods and seeds
 
 
 @dataclass(frozen=True)
@@ -210,3 +212,55 @@ def _spread(values: Tensor) -> Tensor:
     """Standard deviation of each column, 1 where it is constant."""
     spread = values.std(0)
     return torch.where(spread > 0, spread, 1.0)
+
+
+def changed(data: Benchmark, change: Mapping[str, float]) -> Benchmark:
+    """Change the labels of regressions, for the regimes and an MLP; metrics are in their units.
+
+    Args:
+        data: Its targets are standardised.
+        change: Of ``tasks``: their number, the first of the benchmark, then random mixtures of two
+            of them with standard normal weights. ``scale``: what the labels of every second task
+            are multiplied by. ``noise``: standard deviation of what is added to the labels for
+            training and validation, the label's own being one. ``missing``: share of the training
+            labels that are taken away.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    count = int(change.get("tasks", len(data.tasks)))
+    parts = [data.train, data.val, data.test]
+    targets = _mixed([part.y for part in parts], count, generator)
+    if noise := change.get("noise", 0.0):
+        drawn = [noise * torch.randn(y.shape, generator=generator) for y in targets[:2]]
+        targets[:2] = [y + e for y, e in zip(targets, drawn, strict=False)]
+    scale = torch.ones(count)
+    scale[1::2] = change.get("scale", 1.0)
+    targets = [y * scale for y in targets]
+    gaps = torch.rand(targets[0].shape, generator=generator) < change.get("missing", 0.0)
+    targets[0][gaps] = torch.nan
+    tasks = [replace(task, unit="σ") for task in data.tasks[:count]]
+    tasks += [Task(f"mixture {k}", "regression", "mae", "σ") for k in range(len(tasks), count)]
+    train, val, test = (Split(part.x, y) for part, y in zip(parts, targets, strict=True))
+    return replace(
+        data,
+        tasks=tuple(tasks),
+        train=train,
+        val=val,
+        test=test,
+        scale=1 / scale,
+        model=partial(mlp, int(data.version["inputs"]), _WIDTHS, tasks),
+        network=f"MLP {'-'.join(map(str, _WIDTHS))}, ELU, linear heads",
+        version={**data.version, "change": dict(change)},
+    )
+
+
+def _mixed(targets: list[Tensor], count: int, generator: torch.Generator) -> list[Tensor]:
+    """The first targets, and mixtures of two, standardised on the training part."""
+    given = targets[0].shape[1]
+    if count <= given:
+        return [y[:, :count].clone() for y in targets]
+    weights = torch.zeros(given, count - given)
+    for column in weights.T:
+        column[torch.randperm(given, generator=generator)[:2]] = torch.randn(2, generator=generator)
+    mixtures = [y @ weights for y in targets]
+    mean, spread = mixtures[0].mean(0), mixtures[0].std(0)
+    return [torch.cat([y, (m - mean) / spread], 1) for y, m in zip(targets, mixtures, strict=True)]

@@ -13,8 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from examples.benchmark.memory import trace
-from examples.benchmark.timing import CLOCKS, Clock
+from examples.benchmark.measuring import CLOCKS, Clock, trace
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.catalogue import Method
 from examples.training import TrainSettings

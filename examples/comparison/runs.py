@@ -21,8 +21,8 @@ from bayesagg.errors import BayesAggError
 from examples import methods as updates
 from examples import training
 from examples.comparison import benchmark as benchmark_module
-from examples.comparison import changes, networks, tasks
-from examples.comparison.benchmark import Benchmark, predict, validation_scores
+from examples.comparison import networks, tasks
+from examples.comparison.benchmark import Benchmark, changed, predict, validation_scores
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import SINGLE_TASK, Method
 from examples.comparison.tasks import measure, primary
@@ -38,7 +38,7 @@ class Data:
     benchmark: str
     size: int | None
     max_train: int | None
-    change: tuple[tuple[str, float], ...] = ()  # to its labels, as of :func:`changes.changed`
+    change: tuple[tuple[str, float], ...] = ()  # to its labels, as of :func:`changed`
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Run:
 def load(data: Data) -> Benchmark:
     """Read the data of a benchmark."""
     if data.change:
-        return changes.changed(load(replace(data, change=())), dict(data.change))
+        return changed(load(replace(data, change=())), dict(data.change))
     return SOURCES[data.benchmark].load(data.size, data.max_train)
 
 
@@ -121,7 +121,6 @@ def code_version(job: Job) -> str:
     shared = (training, updates, tasks, networks, benchmark_module)
     source = SOURCES[job.data.benchmark]
     modules = [*shared, *source.code, inspect.getmodule(getattr(source.load, "func", source.load))]
-    modules += [changes] if job.data.change else []
     modules += [inspect.getmodule(cls) for cls in job.method.code()]
     files = {Path(inspect.getfile(module)) for module in modules if module is not None}
     if issubclass(job.method.update, BayesAggregation):

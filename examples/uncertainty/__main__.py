@@ -30,7 +30,7 @@ from examples.comparison.benchmarks import SOURCES, tables
 from examples.comparison.report import markdown, spread
 from examples.methods import BayesAggregation, LinearScalarization
 from examples.training import TrainSettings
-from examples.uncertainty import arms, peers
+from examples.uncertainty import arms
 from examples.uncertainty.scores import LEVELS, Beliefs, coverage, mixture, scores
 
 SETS: dict[str, tuple[str, int | None, int | None]] = {
@@ -49,7 +49,7 @@ Believed = Callable[[str], Beliefs]
 def alone(data: Benchmark, settings: TrainSettings, family: str) -> Believed:
     """What a network of a family believes, before any posterior is put on it."""
     if family == "vbll":
-        return peers.vbll(data, settings)
+        return arms.vbll(data, settings)
     update = BayesAggregation if family == "ours" else LinearScalarization
     return arms.plain(data, trained(data, settings, update)[0])
 
@@ -74,7 +74,7 @@ def arms_of(data: Benchmark, settings: TrainSettings, family: str) -> dict[str, 
         return {"VBLL": alone(data, settings, family)}
     network, _ = trained(data, settings, LinearScalarization)
     if family == "laplace":
-        return {"LS, laplace-torch": peers.laplace(data, network)}
+        return {"LS, laplace-torch": arms.laplace(data, network)}
     return {"LS": arms.plain(data, network), **arms.on_plain(data, network)}
 
 

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from bayesagg import BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.predicting import Predictor
 from examples.benchmark.cases import Task
+from examples.benchmark.measuring import interleave
 from examples.benchmark.networks import CRITERIA, MultiHead
-from examples.benchmark.timing import interleave
 from examples.comparison.networks import elu_layers
-from examples.uncertainty.peers import package
+from examples.uncertainty.arms import package
 
 RUNS = 15
 

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from examples.benchmark import memory, methods, networks, parts, report, steps, timing
+from examples.benchmark import measuring, methods, networks, parts
 from examples.benchmark.__main__ import main
 from examples.benchmark.cases import CASES, Case
 from examples.comparison.catalogue import methods as catalogue
-from examples.comparison.tasks import criterion
 
 
 def _tiny(name: str) -> Case:
@@ -26,26 +25,26 @@ def _tiny(name: str) -> Case:
 def test_parts_measure_every_arm(name):
     case = _tiny(name)
     rows = [*parts.time_rows(case, 2), *parts.memory_rows(case)]
-    arms = [arm.name for arm in steps.arms(case)]
+    arms = [arm.name for arm in networks.arms(case)]
     assert arms[:3] == ["plain", "likelihood", "likelihood + targets"]
     assert [row.quantity for row in rows if row.part == "time"] == arms
     assert all(row.value > 0 for row in rows if row.part == "time")
     assert all(row.passed for row in rows if row.part == "memory")
-    assert report.markdown(rows).count("\n") == len(rows) + 1
+    assert parts.markdown(rows).count("\n") == len(rows) + 1
 
 
 @pytest.mark.parametrize("name", ["regressions", "mixture", "binaries"])
 def test_counts_of_a_step_are_within_their_aims(name):
     rows = parts.count_rows(CASES[name])
     assert len(rows) == 8
-    missed = [report.line(row) for row in rows if not row.passed and "paper" not in row.quantity]
+    missed = [parts.line(row) for row in rows if not row.passed and "paper" not in row.quantity]
     assert not missed, "\n".join(missed)
 
 
 def test_counts_are_those_of_the_profiler():
     x = torch.ones(3)
-    assert memory.counts(lambda: (x + x) * x) == (2, 0)
-    operators, looks = memory.counts(lambda: x.sum().item())
+    assert measuring.counts(lambda: (x + x) * x) == (2, 0)
+    operators, looks = measuring.counts(lambda: x.sum().item())
     assert (operators > 2, looks) == (True, 1)
 
 
@@ -55,7 +54,7 @@ def test_what_is_measured_is_not_linear_scalarization(name, rule):
     case = _tiny(name)
     if rule not in case.rules:
         pytest.skip("needs one tensor that all heads read")
-    step = steps.make_step(case, steps.Arm(rule))
+    step = networks.make_step(case, networks.Arm(rule))
     gradients = []
     for backward in (lambda losses: sum(losses.values()).backward(), step.optimizer.backward):
         step.optimizer.zero_grad()
@@ -71,7 +70,7 @@ def test_one_factorization_serves_all_towers_of_a_kind():
     """In a step of a mixture of experts, as many of them for two tasks as for eleven."""
     found = []
     for name in ("mmoe_2", "mmoe_11"):
-        run = steps.make_step(CASES[name], steps.Arm("likelihood")).run
+        run = networks.make_step(CASES[name], networks.Arm("likelihood")).run
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(4):
                 run()
@@ -87,7 +86,7 @@ def test_memory_counts_allocations_exactly():
 
     def peak(batch: int) -> int:
         case = replace(_tiny("regressions"), step_batch=batch)
-        return memory.peak_bytes(lambda: steps.make_step(case, steps.Arm()).run)
+        return measuring.peak_bytes(lambda: networks.make_step(case, networks.Arm()).run)
 
     assert peak(1006) - peak(6) >= 1000 * (128 + 128 + 4) * 4
 
@@ -116,15 +115,8 @@ def test_the_methods_part_trains_the_case_s_own_network():
     data = methods.benchmark(case)
     assert [task.kind for task in data.tasks] == ["regression"] * 2 + ["binary", "multiclass"]
     x, y = data.train.batch(torch.arange(6))
-    model, workload = data.model(), networks.make_workload(case)
-    backbones = (model.backbone.state_dict(), workload.model.backbone.state_dict())
-    torch.testing.assert_close(*backbones, rtol=0, atol=0)
-    for group in model.groups:  # with the heads of the case, too, the losses are its own
-        own = [workload.model.heads[t.name] for t in case.tasks if t.kind == group.kind]
-        group.module.load_state_dict(
-            {n: torch.cat([getattr(h, n) for h in own]) for n in ("weight", "bias")}
-        )
-    losses = criterion(data.tasks)(model(x), y)
+    losses = data.criterion(data.model()(x), y)
+    workload = networks.make_workload(case)
     expected = workload.losses(workload.batches[0])
     torch.testing.assert_close(list(losses.values()), list(expected.values()))
 
@@ -154,10 +146,10 @@ def test_the_methods_of_a_case_have_its_preset():
 def test_interleave_gives_every_arm_its_rounds():
     calls: list[str] = []
     arms = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = timing.interleave(arms, rounds=3, calls={"a": 2}, warmup=0)
+    times = measuring.interleave(arms, rounds=3, calls={"a": 2}, warmup=0)
     assert "".join(calls) == "aabbaaaab"
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
-    assert timing.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
+    assert measuring.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
 
 
 def test_command_writes_json(tmp_path, capsys):
