@@ -21,6 +21,7 @@ _REPRESENTATION = ("mgda-ub", "imtl-g-ub", "aligned-mtl-ub", _OURS)
 _NONE = "–"
 
 Cells = dict[str, str]  # by name of the method
+Column = tuple[str, Cells]  # its title, and its cells
 
 
 class ResultsError(ValueError):
@@ -35,14 +36,6 @@ class Grid:
     # Groups of rows, each with a title, which may be empty
     blocks: list[tuple[str, list[list[str]]]]
     notes: list[str]  # what to read with it
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column: its title, and its cells by name of the method."""
-
-    title: str
-    cells: Cells
 
 
 @dataclass(frozen=True)
@@ -102,33 +95,20 @@ def _grid(layout: Layout, by_place: Mapping[Path, Mapping[str, Any]], others: bo
             columns += layout.columns(content)
         except ResultsError as error:
             raise ResultsError(f"{place}: {error}") from None
-    found = dict.fromkeys(name for column in columns for name in column.cells)
-    labels = {name: label for content in contents for name, label in _labels(content).items()}
-    labels |= {name: name for name in found if name not in labels}
+    found = dict.fromkeys(name for _, cells in columns for name in cells)
+    labels = {n: runs[0]["label"] for c in contents for n, runs in c.get("runs", {}).items()}
     known = [name for _, names in layout.rows for name in names]
-    blocks = [(title, list(names)) for title, names in layout.rows]
-    if others:
-        blocks.append(("Not in the paper's table", [n for n in found if n not in known]))
+    rest = [name for name in found if name not in known] if others else []
     notes = [layout.caption, *(_described(content) for content in contents)]
     missing = [name for name in known if name not in found]
     if missing:
         notes.append(f"Not among the results: {', '.join(missing)}.")
-    filled = [
-        (
-            title,
-            [
-                [labels[name], *(column.cells.get(name, _NONE) for column in columns)]
-                for name in names
-                if name in found
-            ],
-        )
-        for title, names in blocks
-    ]
-    return Grid(["", *(c.title for c in columns)], [b for b in filled if b[1]], notes)
-
-
-def _labels(content: Mapping[str, Any]) -> dict[str, str]:
-    return {name: runs[0]["label"] for name, runs in content.get("runs", {}).items()}
+    blocks = []
+    for title, names in (*layout.rows, ("Not in the paper's table", rest)):
+        shown = [name for name in names if name in found]
+        rows = [[labels.get(n, n), *(cells.get(n, _NONE) for _, cells in columns)] for n in shown]
+        blocks += [(title, rows)] if rows else []
+    return Grid(["", *(title for title, _ in columns)], blocks, notes)
 
 
 def _described(content: Mapping[str, Any]) -> str:
@@ -172,13 +152,13 @@ def _delta(content: Mapping[str, Any], digits: int, deviation: bool = True) -> C
         delta = content["summary"][name]["delta"]
         return spread(delta if deviation else [mean(delta)], digits)
 
-    return Column("Δm [%] ↓", _cells(content, cell))
+    return "Δm [%] ↓", _cells(content, cell)
 
 
 def _delta_of_benchmark(content: Mapping[str, Any], digits: int) -> list[Column]:
-    column = _delta(content, digits)
-    cells = {name: cell for name, cell in column.cells.items() if name != SINGLE_TASK}
-    return [Column(f"{content['settings']['benchmark']}, {column.title}", cells)]
+    title, cells = _delta(content, digits)
+    del cells[SINGLE_TASK]
+    return [(f"{content['settings']['benchmark']}, {title}", cells)]
 
 
 def _classification(content: Mapping[str, Any]) -> list[Column]:
@@ -189,7 +169,7 @@ def _classification(content: Mapping[str, Any]) -> list[Column]:
         return _delta_of_benchmark(content, 2)
     cells = _cells(content, lambda name: spread([100 * run["extra"][extra] for run in runs[name]]))
     del cells[SINGLE_TASK]
-    return [Column(f"{content['settings']['benchmark']}, Acc. [%] ↑", cells)]
+    return [(f"{content['settings']['benchmark']}, Acc. [%] ↑", cells)]
 
 
 def _tasks(content: Mapping[str, Any], digits: int, deviation: bool = False) -> list[Column]:
@@ -205,7 +185,7 @@ def _tasks(content: Mapping[str, Any], digits: int, deviation: bool = False) -> 
 
         short = "Acc." if metric == "accuracy" else metric.upper()
         title = f"{task['name']}, {short}{f' [{unit}]' if unit else ''} {better}"
-        columns.append(Column(title, _cells(content, cell)))
+        columns.append((title, _cells(content, cell)))
     return [*columns, _delta(content, digits, deviation)]
 
 
@@ -225,7 +205,7 @@ def _times(content: Mapping[str, Any]) -> list[Column]:
     for title, costs in _costs(content).items():
         seconds = {name: f"{100 * cost['seconds']:.4g}" for name, cost in costs.items()}
         ratios = {name: f"{cost['ratio']:.2f}" for name, cost in costs.items()}
-        columns += [Column(f"{title}, sec. × 10²", seconds), Column("ratio to LS", ratios)]
+        columns += [(f"{title}, sec. × 10²", seconds), ("ratio to LS", ratios)]
     return columns
 
 
@@ -238,15 +218,10 @@ def _costs(content: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]
         if row["part"] == "methods":
             name, _, what = row["quantity"].partition(" ")
             cost = found.setdefault(row["shape"], {}).setdefault(name, {})
-            if what == "time":
-                cost["seconds"] = row["value"] / 1e3
-            elif what == "ratio":
-                cost["ratio"] = row["value"]
+            cost |= {"seconds": row["value"] / 1e3} if what == "time" else {what: row["value"]}
     if not found:
-        raise ResultsError(
-            "no times of methods: measure them with python -m examples.compare … --costs, or "
-            "python -m examples.benchmark --parts methods"
-        )
+        what = "measure them with python -m examples.compare … --costs, or python -m"
+        raise ResultsError(f"no times of methods: {what} examples.benchmark --parts methods")
     return found
 
 
