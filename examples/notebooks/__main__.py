@@ -13,6 +13,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -38,24 +39,16 @@ def digest(name: str) -> str:
     return result.hexdigest()
 
 
-def is_current(name: str, wanted: str) -> bool:
-    """Whether the executed copy is there and has this hash."""
-    try:
-        notebook = nbformat.read(OUTPUT / f"{name}.ipynb", as_version=4)
-    except (OSError, ValueError):
-        return False
-    return bool(notebook.metadata.get("digest") == wanted)
-
-
 def execute(name: str) -> None:
     """Execute a notebook as Jupyter does, in its folder, and write the copy in one go.
 
     Raises:
         CellExecutionError: If a cell fails; nothing is written then.
     """
-    wanted = digest(name)
-    if is_current(name, wanted):
-        return
+    wanted, copy = digest(name), OUTPUT / f"{name}.ipynb"
+    with suppress(OSError, ValueError):  # where there is none, or not a whole one
+        if nbformat.read(copy, as_version=4).metadata.get("digest") == wanted:
+            return
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     NotebookClient(
         notebook,
@@ -69,10 +62,9 @@ def execute(name: str) -> None:
     ).execute()
     notebook.metadata["digest"] = wanted
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=OUTPUT, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        nbformat.write(notebook, file)
-    os.replace(temporary, OUTPUT / f"{name}.ipynb")
+    with tempfile.TemporaryDirectory(dir=OUTPUT) as folder:
+        nbformat.write(notebook, Path(folder, copy.name))
+        os.replace(Path(folder, copy.name), copy)
 
 
 def prepare(settings: str) -> None:
