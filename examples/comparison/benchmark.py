@@ -161,7 +161,7 @@ def table_benchmark(
     version: dict[str, Any],
     package: str,
     max_train: int | None,
-    extra: dict[str, Callable[[Outputs, Tensor], float]] | None = None,
+    **own: Any,
 ) -> Benchmark:
     """Make a benchmark of an MLP on a table.
 
@@ -177,7 +177,7 @@ def table_benchmark(
         version: What identifies the data besides the package and the sizes of the parts.
         package: The distribution that carries the data.
         max_train: Use that many rows of the training part, the first ones.
-        extra: As of :class:`Benchmark`.
+        own: Other fields of the :class:`Benchmark`.
 
     Raises:
         ValueError: If an input or a target is not finite.
@@ -204,7 +204,7 @@ def table_benchmark(
             "inputs": x.shape[1],
             **version,
         },
-        extra=extra or {},
+        **own,
     )
 
 

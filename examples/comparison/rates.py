@@ -130,7 +130,7 @@ def best_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark, ref
     against = _label(labels, found[reference]) if others else ""
     for k, task in enumerate(data.tasks):
         own = {m: [run[k] for run in values[m]] for m in order}
-        header.append(f"{task.name}, {task.metric.upper()}{task.unit and f' [{task.unit}]'}")
+        header.append(task.title)
         for m in order:
             rows[m].append(spread(own[m], 4))
         if others:

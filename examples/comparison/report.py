@@ -104,15 +104,11 @@ def p_value(p: float | None) -> str:
 
 def task_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> str:
     """A line per method, a column per task: the metric that Δm uses, mean over seeds."""
-    units = [f" [{task.unit}]" if task.unit else "" for task in data.tasks]
-    pairs = zip(data.tasks, units, strict=True)
-    header = ["metric"]
-    header += [f"{task.name}, {task.metric.upper()}{unit}" for task, unit in pairs]
     rows = []
     for name in (SINGLE_TASK, *(n for n in _order(outcome) if n in outcome.standings)):
         values = task_means(criteria(data, outcome.runs[name], "shown"))
         rows.append([labels[name], *(f"{value:.4g}" for value in values)])
-    return markdown(header, rows)
+    return markdown(["metric", *(task.title for task in data.tasks)], rows)
 
 
 def page(

@@ -32,6 +32,11 @@ class Task:
     classes: int = 1  # of a multi-class task; of a regression of vectors its dimensions
 
     @property
+    def title(self) -> str:
+        """Name, metric and unit, for a column."""
+        return f"{self.name}, {self.metric.upper()}" + (f" [{self.unit}]" if self.unit else "")
+
+    @property
     def higher_is_better(self) -> bool:
         """Whether a higher value of the metric is better."""
         return self.metric not in LOWER_IS_BETTER

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -104,15 +103,3 @@ def _seeded(seed: int) -> Iterator[None]:
             yield
         finally:
             random.setstate(state)
-
-
-def create_transform(pixels: int, **settings: Any) -> Transform:
-    """timm's transform to ``(3, pixels, pixels)``, see ``timm.data.create_transform``.
-
-    Raises:
-        DataUnavailableError: If timm, or torchvision, cannot be imported.
-    """
-    from examples.image_models import timm
-
-    created: Transform = timm("data").create_transform(pixels, **settings)
-    return created

@@ -11,8 +11,8 @@ from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import celeba
 from examples.data.folder import listing_digest
-from examples.data.images import ImageFiles, create_transform
-from examples.image_models import nine_layers
+from examples.data.images import ImageFiles
+from examples.image_models import nine_layers, timm
 from examples.training import TrainSettings
 
 _SIZE = 64  # pixels
@@ -22,7 +22,7 @@ _WIDTHS = (64, 128, 256, 512)
 def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
     """Read the lists; the parts are the official ones. Images are read when needed, to 64×64."""
     faces = celeba.read()
-    scaled = create_transform(
+    scaled = timm("data").create_transform(
         _SIZE, is_training=False, crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3
     )
 

@@ -12,7 +12,7 @@ from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import chestxray14
 from examples.data.folder import data_folder, listing_digest
-from examples.data.images import ImageFiles, Transform, create_transform
+from examples.data.images import ImageFiles, Transform
 from examples.training import TrainSettings
 
 _NETWORK, _WIDTH = "resnet34", 256
@@ -30,6 +30,7 @@ def load(patients: int | None = None, max_train: int | None = None) -> Benchmark
     weights = image_models.imagenet_weights(_NETWORK)
     folder = data_folder(chestxray14.FOLDER) / chestxray14.IMAGES
     files = [folder / name for name in data.names]
+    create_transform = image_models.timm("data").create_transform
     erase = {"re_prob": 0.25, "re_mode": "pixel"}
     augment = create_transform(_CROP, is_training=True, color_jitter=0.4, **erase)
     plain = create_transform(_CROP, is_training=False, crop_pct=_CROP / _SIZE)

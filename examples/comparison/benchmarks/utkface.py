@@ -12,8 +12,8 @@ from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import utkface
 from examples.data.folder import listing_digest
-from examples.data.images import ImageFiles, Transform, create_transform
-from examples.image_models import resnet
+from examples.data.images import ImageFiles, Transform
+from examples.image_models import resnet, timm
 from examples.training import TrainSettings
 
 _NETWORK, _WIDTH = "resnet18", 256
@@ -33,6 +33,7 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
     ages = faces.targets[train, 0]
     scale = torch.tensor([max(ages.std().item(), 1e-6), 1.0, 1.0])
     targets = (faces.targets - torch.tensor([ages.mean().item(), 0.0, 0.0])) / scale
+    create_transform = timm("data").create_transform
     values = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # from 0 to 1
     share = (_CROP / _SIZE) ** 2  # of the area, all of it the crop: nothing is scaled
     augment = create_transform(
