@@ -5,8 +5,8 @@ import struct
 import numpy as np
 from PIL import Image
 
-from examples.data import nyuv2
-from examples.data.chestxray14 import FINDINGS
+from examples.comparison.benchmarks import nyuv2
+from examples.comparison.benchmarks.chestxray14 import FINDINGS
 
 COARSE = [f"coarse_{k}" for k in range(20)]
 HEADER = (

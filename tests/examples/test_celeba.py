@@ -12,7 +12,6 @@ from examples.comparison.benchmarks import SOURCES, celeba
 from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.tasks import Task, measure
 from examples.data import DataUnavailableError
-from examples.data import celeba as files
 from examples.data.folder import DataFileError
 from examples.image_models import nine_layers
 from examples.training import TrainSettings
@@ -78,7 +77,7 @@ def test_what_is_wrong_is_named(change, error, message, data):
     write_celeba(data, width=8, height=8)
     change(data / "celeba")
     with pytest.raises(error, match=message) as failure:
-        files.read()
+        celeba.read()
     assert str(data / "celeba") in str(failure.value)
 
 

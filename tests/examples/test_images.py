@@ -14,9 +14,6 @@ from PIL import Image
 from bayesagg.presets import PAPER
 from examples.comparison.benchmarks import SOURCES, chestxray14, cifar_mtl, utkface
 from examples.data import DataUnavailableError
-from examples.data import chestxray14 as chest_files
-from examples.data import cifar100 as cifar_files
-from examples.data import utkface as face_files
 from examples.data.folder import DataFileError, data_folder
 from tests.examples.image_files import (
     COARSE,
@@ -175,7 +172,7 @@ def test_a_broken_file_of_cifar_is_named(content, message, data, monkeypatch):
     path = data / "cifar-100-python" / "train"
     path.write_bytes(content)
     with pytest.raises(DataFileError, match=message) as failure:
-        cifar_files.read()
+        cifar_mtl.read()
     assert str(path) in str(failure.value)
     assert not (data / "harm").exists()
 
@@ -185,7 +182,7 @@ def test_pickles_of_this_numpy_are_read_too(data):
     pixels = np.arange(2 * 3072, dtype=np.uint64).astype(np.uint8).reshape(2, 3072)
     content = pickle.dumps({"data": pixels, "coarse_labels": [3, 4]}, 2)
     (data / "cifar-100-python" / "test").write_bytes(content)
-    _, test, _ = cifar_files.read()
+    _, test, _ = cifar_mtl.read()
     assert test.images.flatten(1).equal(torch.from_numpy(pixels))
 
 
@@ -213,15 +210,15 @@ def test_labels_of_faces_are_those_of_their_names(data):
 
 def test_parts_have_the_same_ages():
     ages = torch.arange(1000.0) // 10
-    train, val, test = face_files.stratified(ages[torch.randperm(1000)], seed=0)
+    train, val, test = utkface.stratified(ages[torch.randperm(1000)], seed=0)
     assert [len(part) for part in (train, val, test)] == [700, 100, 200]
     shuffled = ages[torch.randperm(1000)]
-    parts = face_files.stratified(shuffled, seed=0)
+    parts = utkface.stratified(shuffled, seed=0)
     for part, share in zip(parts, (7, 1, 2), strict=True):
         assert shuffled[part].long().bincount().tolist() == [share] * 100
-    other = face_files.stratified(shuffled, seed=1)
+    other = utkface.stratified(shuffled, seed=1)
     assert not other[1].equal(parts[1])
-    again = face_files.stratified(shuffled, seed=0)
+    again = utkface.stratified(shuffled, seed=0)
     assert all(a.equal(b) for a, b in zip(again, parts, strict=True))
 
 
@@ -257,16 +254,16 @@ def test_a_wrong_name_is_an_error_that_names_it(name, data):
     write_faces(data, 10)
     (data / "UTKFace" / name).write_bytes(b"")
     with pytest.raises(DataFileError, match=r"the name is not \[age\]") as failure:
-        face_files.read()
+        utkface.read()
     assert str(data / "UTKFace" / name) in str(failure.value)
 
 
 def test_a_folder_without_faces_or_with_few_is_an_error(data):
     (data / "UTKFace").mkdir()
     with pytest.raises(DataUnavailableError, match="has no images"):
-        face_files.read()
+        utkface.read()
     with pytest.raises(ValueError, match="9 images cannot be split"):
-        face_files.stratified(torch.arange(9.0), seed=0)
+        utkface.stratified(torch.arange(9.0), seed=0)
 
 
 def test_augmentation_follows_from_the_batch_alone(data):
@@ -439,5 +436,5 @@ def test_broken_chest_files_are_named(change, error, message, data):
     write_chest(data)
     change(data / "ChestX-ray14")
     with pytest.raises(error, match=message) as failure:
-        chest_files.read(None, seed=0)
+        chestxray14.read(None, seed=0)
     assert str(data / "ChestX-ray14") in str(failure.value)

@@ -14,14 +14,13 @@ from examples.comparison import runs
 from examples.comparison.benchmarks import SOURCES, nyuv2
 from examples.comparison.catalogue import methods, more_methods, unsuited
 from examples.data import DataUnavailableError
-from examples.data import nyuv2 as files
 from examples.data.folder import DataFileError
 from examples.image_models import SegNet
 from examples.training import DivergedError, TrainSettings
 from tests.examples.image_files import write_nyuv2
 
 KNOWN = methods("utkface") | more_methods("utkface")
-CLASSES = files.CLASSES
+CLASSES = nyuv2.CLASSES
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +35,8 @@ def data(tmp_path, monkeypatch):
 def small(monkeypatch):
     """Arrays of 32×64 pixels, and few channels."""
     size = (32, 64)
-    monkeypatch.setattr(files, "SIZE", size)
-    monkeypatch.setattr(files, "MAPS", {k: (*size, *s[2:]) for k, s in files.MAPS.items()})
+    monkeypatch.setattr(nyuv2, "SIZE", size)
+    monkeypatch.setattr(nyuv2, "MAPS", {k: (*size, *s[2:]) for k, s in nyuv2.MAPS.items()})
     monkeypatch.setattr(nyuv2, "_WIDTHS", (4, 4, 8, 8, 8))
     monkeypatch.setattr(updates, "_PIXELS", 100)
 
@@ -56,7 +55,7 @@ def test_arrays_become_maps_with_what_is_not_known(data):
     assert x.dtype == y.dtype == torch.float32
     for place, image, targets in zip((1, 0), x, y, strict=True):
         found = {}
-        for kind in files.MAPS:
+        for kind in nyuv2.MAPS:
             found[kind] = np.load(data / "nyuv2" / "val" / kind / f"{place}.npy")
         np.testing.assert_allclose(image.permute(1, 2, 0), found["image"], rtol=1e-6)
         label, depth, normal = targets[0], targets[1], targets[2:]
@@ -119,13 +118,13 @@ def test_without_data_it_says_where_they_are(data, small):
 
 def test_augmentation_moves_all_maps_alike(small):
     """Maps of their own coordinates: a target is that of the pixel which the image shows."""
-    rows, columns = torch.meshgrid(*map(torch.arange, files.SIZE), indexing="ij")
+    rows, columns = torch.meshgrid(*map(torch.arange, nyuv2.SIZE), indexing="ij")
     image = torch.stack([rows, columns, rows]).float()
     targets = torch.stack([rows, 1 + columns, columns, rows, columns]).float()
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(40):
-        x, y = files.changed(image, targets, generator)
+        x, y = nyuv2.changed(image, targets, generator)
         mirrored = bool(x[1, 0, 0] > x[1, 0, -1])
         shown = 63 / float(x[1].max() - x[1].min())
         scale = min((1.0, 1.2, 1.5), key=lambda s: abs(s - shown))
@@ -167,7 +166,7 @@ class Answers(nn.Module):
 
 def made_up(count=3):
     shape = {"regression": 1, "normals": 3, "segmentation": CLASSES}
-    outputs = {name: torch.randn(count, channels, *files.SIZE) for name, channels in shape.items()}
+    outputs = {name: torch.randn(count, channels, *nyuv2.SIZE) for name, channels in shape.items()}
     outputs["regression"] = outputs["regression"].abs() + 0.5
     return outputs
 
