@@ -12,10 +12,10 @@ from examples import compare
 from examples.comparison import runs
 from examples.comparison.benchmark import predict
 from examples.comparison.benchmarks import SOURCES, qm9_mpnn
+from examples.comparison.benchmarks.qm9_mpnn import GraphBatch, GraphPart
 from examples.comparison.catalogue import methods
 from examples.comparison.tasks import criterion
 from examples.data import DATA_VARIABLE, DataUnavailableError, molecules, qm9
-from examples.data.graphs import GraphBatch, GraphPart
 from examples.data.molecules import find_bonds, load_molecules, paper_units, parse_smiles
 from examples.message_passing import FactoredMessagePassing, MessagePassing
 from examples.training import TrainSettings
@@ -367,7 +367,7 @@ def test_a_comparison_through_the_command(tmp_path, monkeypatch, geometric):
     plan = compare.parse_arguments([*arguments, "--output", str(tmp_path)]).plan
     runs.identity(runs.Job(plan.data, "ls", plan.methods["ls"], plan.training, final=True))
     names = {file.name for file in files}
-    assert {"message_passing.py", "graphs.py", "molecules.py", "schedule.py"} <= names
+    assert {"message_passing.py", "qm9_mpnn.py", "molecules.py", "training.py"} <= names
 
 
 # --- data from elsewhere -------------------------------------------------------------------------

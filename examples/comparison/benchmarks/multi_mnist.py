@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.comparison.benchmark import Benchmark, Source
-from examples.comparison.images import CODE, image_benchmark
+from examples.comparison.images import CODE, StoredImages, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import packages, split_indices
-from examples.data.images import StoredImages
 from examples.training import TrainSettings
 
 _TASKS = tuple(Task(side, "multiclass", "accuracy", classes=10) for side in ("left", "right"))

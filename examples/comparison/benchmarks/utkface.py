@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
-from examples.comparison.images import CODE, image_benchmark
+from examples.comparison.images import CODE, ImageFiles, Transform, image_benchmark
 from examples.comparison.tasks import Task
 from examples.data import DataUnavailableError
 from examples.data.folder import DataFileError, data_folder, listing_digest, require
-from examples.data.images import ImageFiles, Transform
 from examples.image_models import resnet, timm
 from examples.training import TrainSettings
 
