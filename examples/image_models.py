@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.data import DataUnavailableError
-from examples.data.folder import DataFileError, data_folder
+from examples.data import DataFileError, DataUnavailableError, data_folder
 
 
 def timm(module: str) -> ModuleType:

@@ -22,7 +22,7 @@ from examples.benchmark.networks import CRITERIA, MultiHead
 from examples.comparison.networks import elu_layers
 from examples.comparison.report import markdown, spread
 from examples.comparison.tasks import area_under_roc
-from examples.data.packages import read_digits
+from examples.data import read_digits
 from examples.methods import HEADS
 
 SEEN = 8

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import examples.data
 from examples import image_models
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.networks import SeparateNets, TaskNet
 from examples.comparison.tasks import Task
-from examples.data import folder
-from examples.data.folder import DataFileError
+from examples.data import DataFileError
 from examples.training import Part
 
 Transform = Callable[[Image.Image], Tensor]
@@ -34,7 +34,7 @@ _THREADS = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
 # What Pillow raises for files that are cut short or are no images.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 Backbone = Callable[[], nn.Module]
-CODE = (folder, image_models, sys.modules[__name__])  # that results of images depend on
+CODE = (examples.data, image_models, sys.modules[__name__])  # that results of images depend on
 
 
 @dataclass(frozen=True)

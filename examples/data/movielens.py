@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from examples.data.packages import package_file
+from examples.data import package_file
 
 USERS, ITEMS, RATINGS = 943, 1_682, 100_000
 LIKED = 4.0  # the lowest rating of a film that is liked

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesagg import BinaryHead, MulticlassHead, RegressionHead
-from examples.data import DataUnavailableError, split_indices
-from examples.data.packages import read_digits, read_survey
+from examples.data import DataUnavailableError, read_digits, read_survey, split_indices
 from examples.data.qm9 import TARGETS, read_frame
 
 Targets = dict[str, Tensor]

@@ -11,8 +11,7 @@ from examples.comparison import runs
 from examples.comparison.benchmarks import SOURCES, celeba
 from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.tasks import Task, measure
-from examples.data import DataUnavailableError
-from examples.data.folder import DataFileError
+from examples.data import DataFileError, DataUnavailableError
 from examples.image_models import nine_layers
 from examples.training import TrainSettings
 from tests.examples.image_files import ATTRIBUTES, write_celeba

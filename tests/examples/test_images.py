@@ -13,8 +13,7 @@ from PIL import Image
 
 from bayesagg.presets import PAPER
 from examples.comparison.benchmarks import SOURCES, chestxray14, cifar_mtl, utkface
-from examples.data import DataUnavailableError
-from examples.data.folder import DataFileError, data_folder
+from examples.data import DataFileError, DataUnavailableError, data_folder
 from tests.examples.image_files import (
     COARSE,
     python2_pickle,

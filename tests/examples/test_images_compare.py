@@ -14,8 +14,7 @@ from examples.comparison import runs
 from examples.comparison.benchmarks import chestxray14, cifar_mtl, utkface
 from examples.comparison.images import separate_nets, task_net
 from examples.comparison.tasks import Task
-from examples.data import DataUnavailableError
-from examples.data.folder import DataFileError
+from examples.data import DataFileError, DataUnavailableError
 from tests.examples.image_files import write_chest, write_cifar, write_faces
 
 MIXTURE = (

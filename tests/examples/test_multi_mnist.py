@@ -29,7 +29,7 @@ def test_no_digit_is_in_two_parts(monkeypatch):
     marks = torch.arange(100)
     images = torch.zeros(100, 784, dtype=torch.int64)
     images[:, 0] = marks  # in the corner, where only the digit on the left is
-    monkeypatch.setattr(multi_mnist.packages, "read_digits", lambda: (images, marks))
+    monkeypatch.setattr(multi_mnist, "read_digits", lambda: (images, marks))
     loaded, again = multi_mnist.load(), multi_mnist.load()
     parts = loaded.train, loaded.val, loaded.test
     seen = [part.y.unique() for part in parts]

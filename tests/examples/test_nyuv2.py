@@ -13,8 +13,7 @@ from examples import methods as updates
 from examples.comparison import runs
 from examples.comparison.benchmarks import SOURCES, nyuv2
 from examples.comparison.catalogue import methods, more_methods, unsuited
-from examples.data import DataUnavailableError
-from examples.data.folder import DataFileError
+from examples.data import DataFileError, DataUnavailableError
 from examples.image_models import SegNet
 from examples.training import DivergedError, TrainSettings
 from tests.examples.image_files import write_nyuv2

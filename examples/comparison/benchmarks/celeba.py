@@ -13,7 +13,7 @@ from torch import Tensor
 from examples.comparison.benchmark import Benchmark, Source
 from examples.comparison.images import CODE, ImageFiles, image_benchmark
 from examples.comparison.tasks import Task
-from examples.data.folder import DataFileError, data_folder, listing_digest, require
+from examples.data import DataFileError, data_folder, listing_digest, require
 from examples.image_models import nine_layers, timm
 from examples.training import TrainSettings
 

@@ -15,7 +15,7 @@ from examples import image_models
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.images import CODE, ImageFiles, Transform, image_benchmark
 from examples.comparison.tasks import Task
-from examples.data.folder import DataFileError, data_folder, listing_digest, require
+from examples.data import DataFileError, data_folder, listing_digest, require
 from examples.training import TrainSettings
 
 FOLDER, IMAGES, TABLE = "ChestX-ray14", "images", "Data_Entry_2017_v2020.csv"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.images import CODE, StoredImages, image_benchmark
 from examples.comparison.tasks import Task, joint_accuracy
-from examples.data.folder import DataFileError, content_digest, data_folder, require
+from examples.data import DataFileError, content_digest, data_folder, require
 from examples.image_models import cnn
 from examples.training import TrainSettings
 

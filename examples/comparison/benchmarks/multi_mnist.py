@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from examples.comparison.benchmark import Benchmark, Source
 from examples.comparison.images import CODE, StoredImages, image_benchmark
 from examples.comparison.tasks import Task
-from examples.data import packages, split_indices
+from examples.data import read_digits, split_indices
 from examples.training import TrainSettings
 
 _TASKS = tuple(Task(side, "multiclass", "accuracy", classes=10) for side in ("left", "right"))
@@ -59,7 +59,7 @@ def lenet() -> nn.Sequential:
 
 def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
     """Read the digits, split them 60/20/20, and compose: no two parts share a digit."""
-    images, digits = packages.read_digits()
+    images, digits = read_digits()
     images = images.view(-1, _SIDE, _SIDE).byte()
     split = split_indices(len(images), val_fraction=0.2, test_fraction=0.2, seed=0)
     composed = [compose(images[rows], digits[rows], seed) for seed, rows in enumerate(split)]
@@ -81,5 +81,5 @@ SOURCE = Source(
     load=load,
     settings=TrainSettings(epochs=5, batch_size=64, learning_rate=3e-3),
     preset="utkface",
-    code=(packages, *CODE),
+    code=CODE,
 )

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from examples.comparison.benchmark import Benchmark, Source
 from examples.comparison.images import CODE, image_benchmark
 from examples.comparison.tasks import Outputs, Task
-from examples.data import DataUnavailableError
-from examples.data.folder import DataFileError, data_folder, listing_digest, require
+from examples.data import DataFileError, DataUnavailableError, data_folder, listing_digest, require
 from examples.image_models import SegNet
 from examples.training import Losses, TrainSettings
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import examples.data
 from examples.comparison.benchmark import Benchmark, Source, table_benchmark
 from examples.comparison.networks import Experts, PrivateNet, Trunk
 from examples.comparison.tasks import Task, joint_accuracy
-from examples.data import packages, split_indices
-from examples.data.packages import SURVEY_LEFT_OUT, package_file, read_digits, read_survey
+from examples.data import SURVEY_LEFT_OUT, package_file, read_digits, read_survey, split_indices
 from examples.data.qm9 import SETTINGS, TARGETS, TOTAL_MOLECULES, load_arrays
 from examples.training import TrainSettings
 
@@ -181,7 +181,7 @@ MNIST = Source(
     load=load_mnist,
     settings=TrainSettings(epochs=20, batch_size=128, learning_rate=4e-3),
     preset="cifar_mtl",
-    code=(packages,),
+    code=(examples.data,),
 )
 YEAST = Source(
     title="Yeast",
@@ -189,7 +189,7 @@ YEAST = Source(
     settings=TrainSettings(epochs=40, batch_size=64, learning_rate=2e-3),
     preset="chestxray14",
 )
-NHEFS = replace(YEAST, title="NHEFS", load=load_nhefs, preset="utkface", code=(packages,))
+NHEFS = replace(YEAST, title="NHEFS", load=load_nhefs, preset="utkface", code=(examples.data,))
 NIH = Source(
     title="ChestX-ray14 labels",
     load=load_nih,

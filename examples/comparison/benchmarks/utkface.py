@@ -13,8 +13,7 @@ from torch import Tensor
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.images import CODE, ImageFiles, Transform, image_benchmark
 from examples.comparison.tasks import Task
-from examples.data import DataUnavailableError
-from examples.data.folder import DataFileError, data_folder, listing_digest, require
+from examples.data import DataFileError, DataUnavailableError, data_folder, listing_digest, require
 from examples.image_models import resnet, timm
 from examples.training import TrainSettings
 
