@@ -94,10 +94,7 @@ def run_all(jobs: Sequence[Job], store: Store, workers: int, title: str) -> list
         A run per job, in order.
     """
     keys = [key_of(identity(job)) for job in jobs]
-    todo: dict[str, Job] = {}
-    for key, job in zip(keys, jobs, strict=True):
-        if store.get(key) is None:
-            todo.setdefault(key, job)
+    todo = {k: job for k, job in zip(keys, jobs, strict=True) if store.get(k) is None}
     total = sum(job.settings.epochs for job in todo.values())
     if todo:
         skipped = f", {len(jobs) - len(todo)} of {len(jobs)} runs were there"

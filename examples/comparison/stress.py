@@ -8,15 +8,16 @@ their variance, classifications by their cross-entropy.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from bayesagg.errors import BayesAggError
@@ -24,7 +25,7 @@ from examples.arguments import Parser, add_jobs, whole
 from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.networks import mlp
 from examples.comparison.report import markdown, spread
-from examples.comparison.tasks import Task, by_task, criterion
+from examples.comparison.tasks import Task, criterion
 from examples.data import Split
 from examples.jobs import Tick, run_jobs
 from examples.training import TrainSettings, train
@@ -120,44 +121,26 @@ TRIALS: dict[str, tuple[Callable[[int], Data], dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """A training of a method in a trial."""
-
-    trial: str
-    method: str
-    seed: int
-
-
-def run_job(job: Job, tick: Tick) -> list[float]:
-    """Test loss of every task, infinite where training failed."""
-    make, own = TRIALS[job.trial]
-    data, method = make(job.seed), METHODS[job.method]
-    settings = replace(_SETTINGS, seed=job.seed, **own)
-    torch.manual_seed(job.seed)
+def run_job(job: tuple[str, str, int], tick: Tick) -> list[float]:
+    """Test loss of every task of a trial, by a method with a seed; infinite where it failed."""
+    trial, name, seed = job
+    make, own = TRIALS[trial]
+    data, method = make(seed), METHODS[name]
+    settings, losses = replace(_SETTINGS, seed=seed, **own), criterion(data.tasks)
+    torch.manual_seed(seed)
     model = mlp(INPUTS, WIDTHS, data.tasks)
     update = method.update(model, settings, settings.steps_per_epoch(data), **method.settings)
     try:
-        train(model, update, data, criterion(data.tasks), settings)
+        train(model, update, data, losses, settings)
         with torch.no_grad():
-            found = losses(data, model(data.test.x))
+            outputs = model(data.test.x)
+            if isinstance(data.train, Rescaled):
+                outputs["regression"][:, 0] /= _FACTOR
+            found = [loss.item() for loss in losses(outputs, data.test.y).values()]
     except (ArithmeticError, BayesAggError, torch.linalg.LinAlgError):
-        found = [float("inf")] * len(data.tasks)
+        found = [math.inf] * len(data.tasks)
     tick()
-    return found
-
-
-def losses(data: Data, outputs: dict[str, Tensor]) -> list[float]:
-    """Test loss of every task."""
-    found = []
-    for k, (task, z) in enumerate(zip(data.tasks, by_task(data.tasks, outputs), strict=True)):
-        if task.kind == "binary":
-            error = F.binary_cross_entropy_with_logits(z, data.test.y[:, k])
-        else:
-            unit = _FACTOR if k == 0 and isinstance(data.train, Rescaled) else 1.0
-            error = F.mse_loss(z / unit, data.test.y[:, k])
-        found.append(error.item() if error.isfinite() else float("inf"))
-    return found
+    return [loss if math.isfinite(loss) else math.inf for loss in found]
 
 
 def row(
@@ -192,13 +175,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_jobs(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    names, seeds = dict.fromkeys(["ls", *options.methods]), range(options.seeds)
-    jobs = [Job(trial, name, s) for trial in options.trials for name in names for s in seeds]
+    names = dict.fromkeys(["ls", *options.methods])
+    jobs = list(product(options.trials, names, range(options.seeds)))
     with tqdm(total=len(jobs), unit="run") as bar:
         results = run_jobs(run_job, jobs, workers=options.jobs, on_tick=bar.update)
     found: dict[tuple[str, str], list[list[float]]] = {}
-    for job, result in zip(jobs, results, strict=True):
-        found.setdefault((job.trial, job.method), []).append(result)
+    for (trial, name, _), result in zip(jobs, results, strict=True):
+        found.setdefault((trial, name), []).append(result)
     rows = [
         row(trial, name, ours, found[trial, "ls"])
         for (trial, name), ours in found.items()
