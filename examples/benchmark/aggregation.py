@@ -50,10 +50,6 @@ class Problem:
     groups: tuple[Group, ...]
     dtype: torch.dtype = torch.float64
 
-    def single(self) -> Problem:
-        """With the library in single precision."""
-        return replace(self, dtype=torch.float32)
-
 
 @torch.no_grad()
 def make_problem(case: Case, *, seed: int = 0) -> Problem:

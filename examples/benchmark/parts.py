@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
+import torch
 from torch import Tensor
 
-from examples.benchmark import aggregation
+from examples.benchmark import aggregation, measuring
 from examples.benchmark.cases import Case
-from examples.benchmark.measuring import (
-    Clock,
-    counts,
-    interleave,
-    median_ratio,
-    peak_bytes,
-    quartiles,
-)
 from examples.benchmark.networks import Arm, arms, make_step
 
 MAX_EXTRA_MB, MAX_SYNCHRONISATIONS = 60.0, 1
@@ -76,7 +69,7 @@ def line(row: Row) -> str:
 
 def count_rows(case: Case) -> list[Row]:
     """Operator calls and looks at the device of a step beyond those of a plain one."""
-    plain, *others = ((arm.name, counts(make_step(case, arm).run)) for arm in arms(case))
+    plain, *others = ((arm.name, measuring.counts(make_step(case, arm).run)) for arm in arms(case))
     aims = {"operators": case.max_operators, "synchronisations": MAX_SYNCHRONISATIONS}
     rows = []
     for name, found in others:
@@ -86,19 +79,19 @@ def count_rows(case: Case) -> list[Row]:
     return rows
 
 
-def time_rows(case: Case, rounds: int, clock: Clock = "wall") -> list[Row]:
+def time_rows(case: Case, rounds: int, clock: measuring.Clock = "wall") -> list[Row]:
     """Time of a step to that of a plain one, B = ``step_batch``; all arms take turns."""
     steps = {arm: make_step(case, arm) for arm in arms(case)}
     runs = {arm.name: step.run for arm, step in steps.items()}
-    times = interleave(runs, rounds=rounds, calls=case.turn, clock=clock)
+    times = measuring.interleave(runs, rounds=rounds, calls=case.turn, clock=clock)
     plain = times["plain"]
     note = f"batch {case.step_batch}"
     if case.step_batch < case.batch:
         note += f" (the paper's is {case.batch})"
     rows = [Row("time", case.name, "plain", 1e3 * median(plain), "ms", note=note)]
     for arm in list(steps)[1:]:
-        ratio = median_ratio(times[arm.name], plain)
-        low, high = quartiles(times[arm.name], plain)
+        ratio = measuring.median_ratio(times[arm.name], plain)
+        low, high = measuring.quartiles(times[arm.name], plain)
         note = f"{1e3 * median(times[arm.name]):.4g} ms; quartiles {low:.4g}–{high:.4g}"
         aim = case.max_ratio.get(arm.rule or "")
         rows.append(Row("time", case.name, arm.name, ratio, "×", aim, note=note))
@@ -107,31 +100,36 @@ def time_rows(case: Case, rounds: int, clock: Clock = "wall") -> list[Row]:
 
 def memory_rows(case: Case) -> list[Row]:
     """Peak memory of a step, and what the rules add to it."""
-    plain = peak_bytes(lambda: make_step(case, Arm()).run) / 1e6
+    plain = measuring.peak_bytes(lambda: make_step(case, Arm()).run) / 1e6
     rows = [Row("memory", case.name, "plain", plain, "MB", note=f"batch {case.step_batch}")]
     for rule in case.rules:
-        extra = peak_bytes(lambda rule=rule: make_step(case, Arm(rule)).run) / 1e6 - plain
+        extra = measuring.peak_bytes(lambda rule=rule: make_step(case, Arm(rule)).run) / 1e6 - plain
         rows.append(Row("memory", case.name, f"{rule}: extra", extra, "MB", MAX_EXTRA_MB))
     return rows
 
 
-def aggregation_rows(case: Case, rounds: int, samples: int, clock: Clock = "wall") -> list[Row]:
+def aggregation_rows(
+    case: Case, rounds: int, samples: int, clock: measuring.Clock = "wall"
+) -> list[Row]:
     """The paper's aggregation by itself: the library against the formulas as printed."""
     problem = aggregation.make_problem(case)
+    single = replace(problem, dtype=torch.float32)
     found: dict[str, Callable[[], Tensor]] = {
         "float64": lambda: aggregation.run_library(problem),
-        "float32": lambda: aggregation.run_library(problem.single()),
+        "float32": lambda: aggregation.run_library(single),
         "literal": lambda: aggregation.run_literal(problem, samples),
     }
     ours, theirs = found["float64"]().float(), found["literal"]()
     difference = 100 * float((ours - theirs).norm() / theirs.norm())
-    times = interleave(found, rounds=rounds, calls={"float64": 20, "float32": 20}, clock=clock)
+    times = measuring.interleave(
+        found, rounds=rounds, calls={"float64": 20, "float32": 20}, clock=clock
+    )
     note = f"{1e3 * median(times['literal']):.4g} ms"
     if any(task.kind != "regression" for task in case.tasks):
         note += f", {samples} samples"
     rows = [Row("aggregation", case.name, "difference", difference, "%", note=f"literal: {note}")]
     for name, aim in (("float64", case.min_speedup), ("float32", None)):
-        speedup = median_ratio(times["literal"], times[name])
+        speedup = measuring.median_ratio(times["literal"], times[name])
         own = {"least": aim, "note": f"{1e3 * median(times[name]):.4g} ms"}
         rows.append(Row("aggregation", case.name, f"speedup, {name}", speedup, "×", **own))
     return rows

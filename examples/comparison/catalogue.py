@@ -15,12 +15,7 @@ from examples.comparison.ablations import InSampleRule, PriorInNoiseRule, Readou
 from examples.comparison.benchmark import Source
 from examples.comparison.ensembles import Ensemble, HeadEnsemble, NetworkEnsemble, per_member
 from examples.comparison.gap import ImprovableGapBalancing
-from examples.methods import (
-    BayesAggregation,
-    LinearScalarization,
-    PaperAggregation,
-    ScaleInvariant,
-)
+from examples.methods import BayesAggregation, LinearScalarization, PaperAggregation, ScaleInvariant
 from examples.training import Criterion, TrainSettings
 
 SINGLE_TASK = "stl"

@@ -21,14 +21,7 @@ from examples.comparison.runs import (
     load,
     run_job,
 )
-from examples.comparison.search import (
-    FIRST_SEARCH_SEED,
-    FURTHEST,
-    Trial,
-    choose,
-    trial,
-    widened,
-)
+from examples.comparison.search import FIRST_SEARCH_SEED, FURTHEST, Trial, choose, trial, widened
 from examples.comparison.statistics import Standing, compare, task_means
 from examples.jobs import run_jobs
 from examples.training import TrainSettings
