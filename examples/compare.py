@@ -164,7 +164,6 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
     size = getattr(options, source.size_name) if source.size_name else None
     settings, default_size = source.settings, source.size
     if options.protocol == "paper":
-        assert source.paper is not None
         settings, default_size = source.paper, source.paper_size or source.size
     learning_rates = options.learning_rate or [settings.learning_rate]
     names = ("epochs", "batch_size", "clip_norm", "warmup_steps", "optimizer")

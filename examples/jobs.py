@@ -6,25 +6,23 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing.queues import SimpleQueue
-from typing import TypeVar
+from typing import Any
 
 import torch
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 Tick = Callable[[], None]
 
 _ticks: SimpleQueue[None] | None = None  # set in worker processes only
 
 
 def run_jobs(
-    function: Callable[[Job, Tick], Result],
-    jobs: Sequence[Job],
+    function: Callable[[Any, Tick], Any],
+    jobs: Sequence[Any],
     *,
     workers: int,
     on_tick: Tick,
-    on_result: Callable[[Result], None] = lambda result: None,
-) -> list[Result]:
+    on_result: Callable[[Any], None] = lambda result: None,
+) -> list[Any]:
     """Call ``function`` on every job, in this process or in several.
 
     Small networks gain nothing from several threads, so each worker computes with one; the jobs are
@@ -49,7 +47,7 @@ def run_jobs(
         return results
     context = multiprocessing.get_context("spawn")  # forking a process that has used torch can hang
     # A put has arrived when it returns: at a job's end all of its ticks can be read.
-    ticks: SimpleQueue[None] = context.SimpleQueue()
+    ticks = context.SimpleQueue()
     with ProcessPoolExecutor(workers, context, _start_worker, (ticks,)) as pool:
         futures = [pool.submit(_work, function, job) for job in jobs]
         pending = set(futures)
@@ -73,7 +71,5 @@ def _start_worker(ticks: SimpleQueue[None]) -> None:
     torch.set_num_threads(1)
 
 
-def _work(function: Callable[[Job, Tick], Result], job: Job) -> Result:
-    assert _ticks is not None
-    ticks = _ticks
-    return function(job, lambda: ticks.put(None))
+def _work(function: Callable[[Any, Tick], Any], job: Any) -> Any:
+    return function(job, lambda: _ticks.put(None))

@@ -57,7 +57,7 @@ def make_problem(case: Case, *, seed: int = 0) -> Problem:
     outputs: dict[str, int] = {}
     for task in case.tasks:
         outputs[task.kind] = outputs.get(task.kind, 0) + task.outputs
-    tasks = [Task(kind, kind, count) for kind, count in outputs.items()]  # type: ignore[arg-type]
+    tasks = [Task(kind, kind, count) for kind, count in outputs.items()]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         past = F.elu(torch.randn(PRIOR_EXAMPLES, case.dim))

@@ -131,8 +131,7 @@ def _sample(posterior: Gaussian, samples: int) -> Tensor:
     mean, cov = posterior.mean.flatten(), posterior.covariance
     # An explicit inverse is symmetric up to rounding only.
     factor = torch.linalg.cholesky((cov + cov.T) / 2)
-    draws: Tensor = mean + torch.randn(samples, len(mean), dtype=mean.dtype) @ factor.T
-    return draws
+    return mean + torch.randn(samples, len(mean), dtype=mean.dtype) @ factor.T
 
 
 def aggregate(moments: list[Moments], exponents: list[float]) -> Tensor:

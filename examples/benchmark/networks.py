@@ -114,7 +114,6 @@ def make_workload(case: Case, *, seed: int = 0) -> Workload:
     with torch.random.fork_rng(), torch.device(case.device):
         torch.manual_seed(seed)
         backbone, make_input = NETWORKS[case.network](case)
-        model: MultiHead | MixtureOfExperts
         if backbone is None:
             model = MixtureOfExperts(case.dim, case.tasks)
         else:

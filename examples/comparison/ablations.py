@@ -38,8 +38,7 @@ class _Replaced(LikelihoodRule):
 class InSampleRule(_Replaced):
     """Predictions of the posterior that has seen the datum."""
 
-    module: ClassVar = gradients
-    function: ClassVar = "leave_one_out"
+    module, function = gradients, "leave_one_out"
 
     @staticmethod
     def change(found: Any, *given: Any) -> Any:
@@ -52,8 +51,7 @@ class InSampleRule(_Replaced):
 class PriorInNoiseRule(_Replaced):
     """With prior ``N(0, τ²)`` for every regression, in units of its noise."""
 
-    module: ClassVar = streaming
-    function: ClassVar = "scales_and_ridges"
+    module, function = streaming, "scales_and_ridges"
 
     @staticmethod
     def change(found: Any, frame: Any, exact: int, *given: Any) -> Any:
@@ -122,7 +120,6 @@ class Readout(BayesAggregation):
         else:
             values = torch.stack(list(losses.values())).detach().requires_grad_()
             self._base.objective(values).backward()
-            assert values.grad is not None
             self._now = {  # the outputs of a vector share the weight of its task
                 g.name: part.repeat(
                     1 if g.kind == "multiclass" else len(g.module.weight) // g.tasks

@@ -40,7 +40,7 @@ class Method:
 
     def described(self) -> dict[str, Any]:
         """All settings, those of rules written out, in the types that JSON has."""
-        found: dict[str, Any] = _plain(self.settings)
+        found = _plain(self.settings)
         if issubclass(self.update, BayesAggregation) and not issubclass(self.update, Readout):
             found.setdefault("rule", _plain(LikelihoodRule()))
         return found

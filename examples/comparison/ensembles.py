@@ -87,8 +87,7 @@ class EnsembleNetworks(Networks):
     @property
     def groups(self) -> tuple[HeadGroup, ...]:
         """The heads of the first network."""
-        groups: tuple[HeadGroup, ...] = self.networks[0].groups  # type: ignore[assignment]
-        return groups
+        return self.networks[0].groups
 
     def forward(self, x: Any) -> Outputs:
         """Outputs by head, each ``(M B, o)`` in training and ``(B, o)`` in evaluation."""
@@ -127,8 +126,7 @@ class HeadEnsemble(Ensemble):
     def network(make: Callable[[], nn.Module], members: int = 1024) -> nn.Module:
         """A network with its heads multiplied, in place."""
         model = make()
-        groups: tuple[HeadGroup, ...] = model.groups  # type: ignore[assignment]
-        kinds = {id(group.module): group.kind for group in groups}
+        kinds = {id(group.module): group.kind for group in model.groups}
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear) and id(child) in kinds:

@@ -136,7 +136,6 @@ class ImprovableGapBalancing(LinearScalarization):
             self.agent.remember(before, weights, self.reward(before, now), now)
         super().step(losses)
         self._count += 1
-        assert self.weights is not None
         self._last = (now, self.weights)
         due = self._count > self._collect_steps and self._count % _TRAIN_EVERY == 0
         if due and self.agent.experienced:
@@ -145,7 +144,6 @@ class ImprovableGapBalancing(LinearScalarization):
 
     def reward(self, before: Tensor, now: Tensor) -> Tensor:
         """Smallest fall of a loss between two steps, relative to the first epoch, a scalar."""
-        assert self.base is not None
         return ((before - now) / self.base).min()
 
     def objective(self, values: Tensor) -> Tensor:

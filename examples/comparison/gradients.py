@@ -63,7 +63,6 @@ class GradientWeighting(LinearScalarization):
 
     def backward(self, losses: Losses) -> None:
         """Fill the gradients of the heads and of the shared parameters."""
-        assert self._h is not None
         h, self._h = self._h, None
         values = torch.stack(list(losses.values()))
         at_h = self._jacobian(values, [h], torch.eye(len(values), device=values.device))[0]
@@ -200,7 +199,6 @@ class DBMTL(GradientWeighting):
     def backward(self, losses: Losses) -> None:
         """Fill the gradients of the heads, of the sum of log losses, and of shared parameters."""
         super().backward({name: loss.log() for name, loss in losses.items()})
-        assert self._running is not None and self.weights is not None
         sizes = [p.numel() for p in self._shared]
         together = (self.weights @ self._running).split(sizes)
         for p, gradient in zip(self._shared, together, strict=True):
@@ -232,7 +230,6 @@ class NTKMTL(GradientWeighting):
     def backward(self, losses: Losses) -> None:
         """Fill all gradients, those of the heads too with the weights of the tasks."""
         values = torch.stack(list(losses.values()))
-        assert self._h is not None
         h, self._h = self._h, None
         at_h = self._jacobian(values, [h], torch.eye(len(values), device=values.device))[0]
         squares = at_h.square().flatten(2).sum(2)

@@ -127,7 +127,7 @@ class RecomputedNets(SeparateNets):
         """As of the base, through a checkpoint in training."""
         if not torch.is_grad_enabled():
             return super().output(network, x)
-        result: Tensor = checkpoint(
+        return checkpoint(
             super().output,
             network,
             x,
@@ -135,7 +135,6 @@ class RecomputedNets(SeparateNets):
             preserve_rng_state=False,  # nothing in these networks is random
             context_fn=lambda: (nullcontext(), _kept_statistics(network)),
         )
-        return result
 
 
 @contextmanager

@@ -93,8 +93,7 @@ class SeparateNets(Networks):
 
     def output(self, network: nn.Module, x: Any) -> Tensor:
         """Output of one network, ``(B, outputs)``."""
-        values: list[Tensor] = list(network(x).values())
-        return values[0]
+        return next(iter(network(x).values()))
 
     def network_tensors(self) -> list[list[Tensor]]:
         """Parameters and buffers of each network."""

@@ -104,8 +104,7 @@ def identity(job: Job) -> dict[str, Any]:
         "code": code_version(job),
         "torch": torch.__version__,
     }
-    normal: dict[str, Any] = json.loads(json.dumps(content))
-    return normal
+    return json.loads(json.dumps(content))
 
 
 def key_of(content: dict[str, Any]) -> str:

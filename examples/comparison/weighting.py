@@ -141,8 +141,7 @@ class STCH(LinearScalarization):
             if len(self._seen) == self.steps_per_epoch:
                 self._nadir = torch.stack(self._seen).mean(0)
             return values.log().sum()
-        found: Tensor = self._smooth_maximum((values / self._nadir).log())
-        return len(values) * found
+        return len(values) * self._smooth_maximum((values / self._nadir).log())
 
 
 class GO4Align(LinearScalarization):

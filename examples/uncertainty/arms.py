@@ -97,8 +97,7 @@ def ours(data: Benchmark, model: Any, method: Any) -> dict[str, Callable[[Part],
 
     def exact(prior: PriorVariance = None) -> Predictor:
         part = batches(data, model, "train")
-        made: Predictor = method.optimizer.predictor(model, part, prior_variance=prior)
-        return made
+        return method.optimizer.predictor(model, part, prior_variance=prior)
 
     evidence = method.optimizer.predictor
     return {
