@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ HEADS: dict[str, type[Head]] = {
     head.kind: head for head in (RegressionHead, BinaryHead, MulticlassHead)
 }
 HeadSettings = Mapping[str, Mapping[str, Any]]  # by kind of head
-_NONE: HeadSettings = MappingProxyType({})
 _PIXELS = 1024  # of a batch of maps, from which the paper's rule takes posterior and moments
 
 
@@ -137,7 +135,7 @@ class BayesAggregation(LinearScalarization):
         self,
         *shared: Any,
         rule: LikelihoodRule | None = None,
-        heads: HeadSettings = _NONE,
+        heads: HeadSettings | None = None,
         memory: int | None = None,
     ) -> None:
         super().__init__(*shared)
@@ -149,8 +147,8 @@ class BayesAggregation(LinearScalarization):
             rule = replace(rule, memory=memory * (linear.weight.shape[1] + 1))
         self._wrap(heads, **({} if rule == LikelihoodRule() else {"rule": rule}))
 
-    def _wrap(self, heads: HeadSettings, **own: Any) -> None:
-        self.groups = self.model.groups
+    def _wrap(self, heads: HeadSettings | None, **own: Any) -> None:
+        self.groups, heads = self.model.groups, heads or {}
         self.optimizer = BayesAggWrapper(
             self.optimizer,
             self.model.backbone,
@@ -186,7 +184,7 @@ class PaperAggregation(BayesAggregation):
     """
 
     def __init__(
-        self, *shared: Any, rule: PaperRule, heads: HeadSettings = _NONE, epochs: int
+        self, *shared: Any, rule: PaperRule, heads: HeadSettings | None = None, epochs: int
     ) -> None:
         LinearScalarization.__init__(self, *shared)
         share = rule.pretrain_epochs / epochs

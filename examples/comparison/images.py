@@ -48,7 +48,6 @@ class StoredImages:
     chunk: int = 500  # images at once in evaluation
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.x)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +74,6 @@ class ImageFiles:
     chunk: int = 64  # images at once in evaluation
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.rows)
 
     def read(self, place: int) -> Image.Image:

@@ -131,7 +131,6 @@ class Split:
     y: Tensor  # targets, shape ``(n, K)``, one column per task
 
     def __len__(self) -> int:
-        """Number of data."""
         return len(self.x)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +150,6 @@ class Moved:
     device: str
 
     def __len__(self) -> int:
-        """Number of data."""
         return len(self.part)
 
     def __getattr__(self, name: str) -> Any:

@@ -58,7 +58,6 @@ class Scenes:
     chunk: int = 2  # scenes at once in evaluation
 
     def __len__(self) -> int:
-        """Number of scenes."""
         return len(self.places)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,6 @@ class GraphPart:
         self.y = y
 
     def __len__(self) -> int:
-        """Number of graphs."""
         return len(self.y)
 
     def to(self, device: str) -> GraphPart:
