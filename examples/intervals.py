@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [task.name for task in data.tasks]
     x, y = data.test.x, data.test.y
     predictor = method.optimizer.predictor(model, batches(data, model, "train"))
-    before = interval_coverage(predictor(x)["regression"], y, LEVELS)
+    p, levels = predictor(x)["regression"], torch.linspace(0.05, 0.95, 19).tolist()
+    before, curves = interval_coverage(p, y, LEVELS), {"before": interval_coverage(p, y, levels)}
     predictor.calibrate(batches(data, model, "val"))
     p = predictor(x)["regression"]
-    after = interval_coverage(p, y, LEVELS)
+    after, curves["calibrated"] = (interval_coverage(p, y, at) for at in (LEVELS, levels))
     shares = [torch.cat([share, share.mean(1, keepdim=True)], 1).T for share in (before, after)]
     rows = []
     for name, *pair in zip([*names, "mean"], *shares, strict=True):
@@ -58,11 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     values = (part * unit for part in (y[:SHOWN, k], p.mean[:SHOWN, k], low, high))
     plot_predictions(*values, unit=f"{data.tasks[k].unit} from the mean", ax=left)
     left.set_title(f"{args.property}: {left.get_title()}")
-    levels = torch.linspace(0.05, 0.95, 19).tolist()
-    shares = {"calibrated": interval_coverage(p, y, levels).mean(1)}
-    predictor = method.optimizer.predictor(model, batches(data, model, "train"))
-    own = interval_coverage(predictor(x)["regression"], y, levels).mean(1)
-    plot_coverage({"before": own, **shares}, levels, ax=right)
+    plot_coverage({name: curve.mean(1) for name, curve in curves.items()}, levels, ax=right)
     right.set_title("mean of 11 properties")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
