@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from scipy.optimize import least_squares, nnls
+from scipy.optimize import nnls
 from torch import Tensor, nn
 from torchjd.aggregation import (
     AlignedMTLWeighting,
@@ -26,6 +27,8 @@ from torchjd.aggregation import (
 
 from examples.methods import LinearScalarization
 from examples.training import Losses
+
+Floats = npt.NDArray[np.float64]
 
 
 class GradientWeighting(LinearScalarization):
@@ -261,25 +264,36 @@ def smallest_norm(gramian: Tensor) -> Tensor:
     return torch.from_numpy(weights / weights.sum()).to(gramian)
 
 
-def fair_weights(gramian: Tensor, alpha: float) -> Tensor:
+def fair_weights(gramian: Tensor, alpha: float, iterations: int = 100) -> Tensor:
     """Solve ``gramian @ w = w ** (-1 / alpha)`` for positive w, shape ``(K,)``.
 
-    (TorchJD 0.18 has Nash-MTL, whose solver gives up on badly scaled gradients and returns equal
-    weights, and FairGrad, whose tolerances leave a relative error of 1e-5.)
+    The equation is that of the minimum of a convex function, ``½ wᵀ G w - Σ φ(w)`` with
+    ``φ' = w^(-1/α)``, which Newton's method with a line search finds. (TorchJD 0.18 has Nash-MTL,
+    whose solver gives up on badly scaled gradients and returns equal weights, and FairGrad, whose
+    least squares take 20 ms for 11 tasks.)
 
     Args:
         gramian: Positive semi-definite, shape ``(K, K)``, float64, with a positive diagonal.
         alpha: Positive.
+        iterations: Largest number of Newton steps.
     """
     matrix, power = gramian.cpu().numpy(), 1 / alpha
-    start = np.maximum(matrix.diagonal(), 1e-12) ** (-1 / (1 + power))
-    found = least_squares(
-        lambda w: matrix @ w - w**-power,
-        start,
-        lambda w: matrix + np.diag(power * w ** (-power - 1)),
-        bounds=(0, np.inf),
-        x_scale=start,
-        max_nfev=10_000,
-        **dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15),
-    )
-    return torch.from_numpy(found.x)
+    w = np.maximum(matrix.diagonal(), 1e-12) ** (-1 / (1 + power))
+
+    def value(w: Floats) -> float:
+        concave = np.log(w) if power == 1 else w ** (1 - power) / (1 - power)
+        return float(0.5 * w @ matrix @ w - concave.sum())
+
+    for _ in range(iterations):
+        slope = matrix @ w - w**-power
+        step = -np.linalg.solve(matrix + np.diag(power * w ** (-power - 1)), slope)
+        fall = float(-slope @ step)
+        if fall < 1e-18 * max(1.0, abs(value(w))):
+            break
+        size, start = 1.0, value(w)
+        while (w + size * step).min() <= 0 or value(w + size * step) > start - 0.1 * size * fall:
+            size /= 2
+            if size < 1e-12:  # at the limit of the numbers
+                return torch.from_numpy(w)
+        w = w + size * step
+    return torch.from_numpy(w)
