@@ -1,11 +1,13 @@
-"""A small network of the comparisons and its batches, for tests of methods."""
+"""Small networks, batches and runs of the comparisons."""
+
+import json
 
 import torch
 
+from examples import compare
+from examples.comparison import runs
 from examples.comparison.catalogue import methods, more_methods
-from examples.comparison.gradients import (
-    GradientWeighting,
-)
+from examples.comparison.gradients import GradientWeighting
 from examples.comparison.networks import mlp
 from examples.comparison.tasks import Task, criterion
 from examples.training import TrainSettings
@@ -18,10 +20,9 @@ TASKS = (
 )
 AT_ONCE = TrainSettings(warmup_steps=0)  # no warm-up
 CATALOGUE = methods("utkface")
+KNOWN = CATALOGUE | more_methods("utkface")
 # Ensembles and torch-rechub's methods have networks of their own.
-ALL = CATALOGUE | {
-    n: m for n, m in more_methods("utkface").items() if not n.startswith(("ensemble", "rechub"))
-}
+ALL = {n: m for n, m in KNOWN.items() if not n.startswith(("ensemble", "rechub"))}
 GRADIENT = [n for n, m in CATALOGUE.items() if issubclass(m.update, GradientWeighting)]
 
 
@@ -54,3 +55,23 @@ def combination(update, rows):
 def scaled_rows(tasks, dimensions, spread=1.0):
     rows = torch.randn(tasks, dimensions, dtype=torch.float64)
     return rows * torch.logspace(0, spread, tasks, dtype=torch.float64)[:, None]
+
+
+def run_of(benchmark, method, size=None, max_train=None, *, known=KNOWN, **settings):
+    """A run of the comparison, which succeeds."""
+    data = runs.Data(benchmark, size, max_train)
+    job = runs.Job(data, method, known[method], TrainSettings(**settings), final=True)
+    run = runs.run_job(job, lambda: None)
+    assert not run.failure
+    return run
+
+
+def content(folder):
+    """What a comparison has written."""
+    return json.loads((folder / "results.json").read_text())
+
+
+def compared(folder, *arguments):
+    """Of a comparison that succeeds."""
+    assert compare.main([*arguments, "--jobs", "1", "--output", str(folder)]) == 0
+    return content(folder)

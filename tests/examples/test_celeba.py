@@ -7,24 +7,16 @@ from PIL import Image
 from sklearn.metrics import f1_score
 from torch import nn
 
-from examples.comparison import runs
-from examples.comparison.benchmarks import SOURCES, celeba
+from examples.comparison.benchmarks import celeba
 from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.tasks import Task, measure
 from examples.data import DataFileError, DataUnavailableError
 from examples.image_models import nine_layers
-from examples.training import TrainSettings
-from tests.examples.image_files import ATTRIBUTES, write_celeba
+from tests.examples.image_files import ATTRIBUTES, edited, write_celeba
+from tests.examples.small import run_of
 
+pytestmark = pytest.mark.usefixtures("data")
 KNOWN = methods("chestxray14") | more_methods("chestxray14")
-
-
-@pytest.fixture(autouse=True)
-def data(tmp_path, monkeypatch):
-    monkeypatch.setenv("BAYESAGG_DATA", str(tmp_path))
-    runs.load.cache_clear()
-    yield tmp_path
-    runs.load.cache_clear()
 
 
 def test_attributes_and_parts_are_those_of_the_lists(data):
@@ -41,15 +33,6 @@ def test_attributes_and_parts_are_those_of_the_lists(data):
         expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)) / 255
     np.testing.assert_allclose(x[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)
     assert len(celeba.load(None, 10).train) == 10
-
-
-def edited(name, old, new):
-    def change(folder):
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new, 1))
-
-    return change
 
 
 @pytest.mark.parametrize(
@@ -97,20 +80,12 @@ def test_the_network_has_nine_layers():
     assert network(torch.randn(3, 3, 64, 64)).shape == (3, 16)
 
 
-def test_the_published_protocol():
-    ours = SOURCES["celeba"].paper
-    assert (ours.epochs, ours.batch_size, ours.learning_rate) == (15, 256, 3e-4)
-    assert (ours.schedule, ours.selection, ours.optimizer) == ("constant", "best", "adam")
-
-
 @pytest.mark.parametrize("method", ["ls", "si-readout", "mgda-ub", "bayesagg", "bayesagg-paper"])
 def test_it_trains(method, data, monkeypatch):
     pytest.importorskip("timm")
     write_celeba(data, width=20, height=20)
     monkeypatch.setattr(celeba, "_SIZE", 16)
     monkeypatch.setattr(celeba, "_WIDTHS", (4, 4, 4, 8))
-    settings = TrainSettings(epochs=2, batch_size=12, warmup_steps=1, selection="best")
-    job = runs.Job(runs.Data("celeba", None, None), method, KNOWN[method], settings, final=True)
-    run = runs.run_job(job, lambda: None)
-    assert not run.failure and len(run.test) == 40
-    assert all(0 <= task["f1"] <= 1 for task in run.test)
+    settings = {"epochs": 2, "batch_size": 12, "warmup_steps": 1, "selection": "best"}
+    run = run_of("celeba", method, known=KNOWN, **settings)
+    assert len(run.test) == 40 and all(0 <= task["f1"] <= 1 for task in run.test)

@@ -10,10 +10,7 @@ from bayesagg import LikelihoodRule
 from examples import demo
 from examples.data import qm9
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("BAYESAGG_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_prints_every_property_and_method_and_draws(tmp_path, capsys):

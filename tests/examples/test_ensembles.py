@@ -1,7 +1,5 @@
 """Deep ensembles: linear scalarization of every member, and the mean of their predictions."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -19,7 +17,7 @@ from examples.comparison.networks import mlp
 from examples.comparison.tasks import by_task, criterion
 from examples.methods import LinearScalarization
 from examples.training import TrainSettings
-from tests.examples.small import TASKS, targets
+from tests.examples.small import TASKS, compared, targets
 
 ENSEMBLES = {n: m for n, m in more_methods("qm9").items() if n.startswith("ensemble")}
 
@@ -178,14 +176,12 @@ def test_a_mean_prediction_of_certain_members_is_finite():
 
 
 def test_ensembles_are_compared_where_they_are_named(tmp_path):
-    folder = ["--output", str(tmp_path)]
-    arguments = ["nhefs", "--epochs", "2", "--train-size", "120", "--jobs", "1", "--seeds", "1"]
     arms = [
         *("--arm", "heads", '{"method": "ensemble-heads", "members": 1}'),
         *("--arm", "networks", '{"method": "ensemble-networks", "members": 1}'),
     ]
-    assert compare.main([*arguments, "--methods", "ls", *arms, "--costs", *folder]) == 0
-    content = json.loads((tmp_path / "results.json").read_text())
+    arguments = ["nhefs", "--epochs", "2", "--train-size", "120", "--seeds", "1"]
+    content = compared(tmp_path, *arguments, "--methods", "ls", *arms, "--costs")
     runs = {name: content["runs"][name][0] for name in ("ls", "heads", "networks")}
     assert runs["heads"]["identity"]["settings"] == {"members": 1}
     for name in ("heads", "networks"):
@@ -193,11 +189,9 @@ def test_ensembles_are_compared_where_they_are_named(tmp_path):
             assert found == pytest.approx(expected, rel=1e-4)
     assert {"ls", "heads", "networks"} <= content["costs"].keys()
 
-    plan = compare.parse_arguments([*arguments, *folder]).plan
-    assert not plan.methods.keys() & ENSEMBLES.keys()
-    plan = compare.parse_arguments(
-        [*arguments, "--methods", "all", "ensemble-heads", "ensemble-networks", *folder]
-    ).plan
+    arguments += ["--output", str(tmp_path)]
+    assert not compare.parse_arguments(arguments).plan.methods.keys() & ENSEMBLES.keys()
+    plan = compare.parse_arguments([*arguments, "--methods", "all", *ENSEMBLES]).plan
     assert list(plan.methods)[-2:] == ["ensemble-heads", "ensemble-networks"]
     assert [m.settings for m in ENSEMBLES.values()] == [{"members": 1024}, {"members": 10}]
     assert isinstance(ENSEMBLES["ensemble-heads"].network(make).heads["regression"], EnsembleHead)

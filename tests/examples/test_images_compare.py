@@ -1,7 +1,6 @@
 """Models of the image benchmarks, and the comparison command on each of them."""
 
 import copy
-import json
 import types
 import warnings
 
@@ -10,34 +9,20 @@ import torch
 from torch import nn
 
 from examples import compare, image_models
-from examples.comparison import runs
 from examples.comparison.benchmarks import chestxray14, cifar_mtl, utkface
 from examples.comparison.images import separate_nets, task_net
 from examples.comparison.tasks import Task
 from examples.data import DataFileError, DataUnavailableError
 from tests.examples.image_files import write_chest, write_cifar, write_faces
+from tests.examples.small import compared
 
+pytestmark = pytest.mark.usefixtures("data")
 MIXTURE = (
     Task("r", "regression", "mae"),
     Task("a", "binary", "accuracy"),
     Task("b", "binary", "accuracy"),
     Task("c", "multiclass", "accuracy", classes=3),
 )
-
-
-@pytest.fixture(autouse=True)
-def data(tmp_path, monkeypatch):
-    """The data folder; no weights are at hand, and none are asked for."""
-    monkeypatch.setenv("BAYESAGG_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    runs.load.cache_clear()
-    yield tmp_path / "data"
-    runs.load.cache_clear()
-
-
-def refuse(url, *_, **__):
-    raise OSError("no route to host")
 
 
 def small(width=8):
@@ -167,10 +152,8 @@ def test_without_weights_it_says_so(data, monkeypatch):
     assert "random initialisation" in benchmark.network
     assert benchmark.version["weights"] == "none, random initialisation"
 
-    def download(url, target, **_):
-        torch.save({}, target)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    refuse = torch.hub.download_url_to_file
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, to, **_: torch.save({}, to))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "ImageNet weights" in chestxray14.load().network
@@ -181,29 +164,31 @@ def test_without_weights_it_says_so(data, monkeypatch):
 # --- the command ---------------------------------------------------------------------------------
 
 
-def run(name, folder, *arguments):
-    size = ["--seeds", "1", "--epochs", "2", "--warmup-steps", "0", "--batch-size", "12"]
-    what = ["--methods", "ls", "bayesagg-paper", "--jobs", "1", "--output", str(folder)]
-    status = compare.main([name, *size, *what, *arguments])
-    path = folder / "results.json"
-    return status, json.loads(path.read_text()) if path.exists() else None
+SMALL = ["--seeds", "1", "--epochs", "2", "--warmup-steps", "0", "--batch-size", "12"]
+SMALL += ["--methods", "ls", "bayesagg-paper"]
 
 
-def finished(content, methods=("ls", "bayesagg-paper")):
-    """Each method has a result on every task."""
-    assert set(content["summary"]) == set(methods)
-    return {name: content["runs"][name][0] for name in (*methods, "stl")}
+def finished(name, folder, *arguments):
+    """The settings, and what each method has on every task."""
+    found = compared(folder, name, *SMALL, *arguments)
+    assert set(found["summary"]) == {"ls", "bayesagg-paper"}
+    return found["settings"], [found["runs"][n][0] for n in ("ls", "bayesagg-paper", "stl")]
+
+
+def refused(name, folder):
+    """The comparison ends with an error, and nothing is left of it."""
+    assert compare.main([name, *SMALL, "--jobs", "1", "--output", str(folder)]) == 1
+    assert not list(folder.iterdir())
 
 
 def test_cifar_mtl_through_the_command(data, tmp_path, monkeypatch):
     write_cifar(data, train=40)
     monkeypatch.setattr(cifar_mtl, "_CHANNELS", 8)
-    status, content = run("cifar-mtl", tmp_path / "out")
-    assert status == 0
-    for result in finished(content).values():
+    settings, results = finished("cifar-mtl", tmp_path / "out")
+    for result in results:
         assert len(result["test"]) == 20
         assert 0 <= result["extra"]["accuracy of the best-scoring task"] <= 1
-    assert content["settings"]["data"]["parts"] == [36, 4, 20]
+    assert settings["data"]["parts"] == [36, 4, 20]
 
 
 def test_utkface_through_the_command(data, tmp_path, monkeypatch):
@@ -211,9 +196,7 @@ def test_utkface_through_the_command(data, tmp_path, monkeypatch):
     write_faces(data)
     monkeypatch.setattr(utkface, "_SIZE", 36)
     monkeypatch.setattr(utkface, "_CROP", 32)
-    status, content = run("utkface", tmp_path / "out", "--train-size", "24")
-    assert status == 0
-    for result in finished(content).values():
+    for result in finished("utkface", tmp_path / "out", "--train-size", "24")[1]:
         age, gender, ethnicity = result["test"]
         assert set(age) == {"mae", "rmse"} and age["mae"] > 1  # in years, from random pixels
         assert {"accuracy", "ece", "brier"} <= set(gender) and "brier" in ethnicity
@@ -230,12 +213,11 @@ def test_chestxray14_through_the_command(data, tmp_path, monkeypatch):
     monkeypatch.setattr(chestxray14, "_CROP", 32)
     monkeypatch.setattr(image_models, "resnet", tiny_resnet)
     with pytest.warns(UserWarning, match="random weights"):
-        status, content = run("chestxray14", tmp_path / "out", "--train-size", "24")
-    assert status == 0
-    for result in finished(content).values():
+        settings, results = finished("chestxray14", tmp_path / "out", "--train-size", "24")
+    for result in results:
         assert len(result["test"]) == 14
         assert all(0 <= values["auroc"] <= 1 for values in result["test"])
-    assert "random initialisation" in content["settings"]["network"]
+    assert "random initialisation" in settings["network"]
 
 
 def test_a_corrupt_image_ends_the_command_with_one_line(data, tmp_path, monkeypatch, capsys):
@@ -246,16 +228,13 @@ def test_a_corrupt_image_ends_the_command_with_one_line(data, tmp_path, monkeypa
     monkeypatch.setattr(utkface, "resnet", lambda name, width: tiny_resnet(name, width, None))
     path = data / "UTKFace" / names[utkface.load().test.rows[0]]
     path.write_bytes(path.read_bytes()[:500])
-    status, content = run("utkface", tmp_path / "out")
-    assert status == 1 and content is None
-    assert not list((tmp_path / "out").iterdir())  # nothing was finished, nothing is left
+    refused("utkface", tmp_path / "out")
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and str(path) in last
 
 
 def test_missing_data_ends_the_command_with_one_line(tmp_path, capsys):
-    status, content = run("cifar-mtl", tmp_path / "out")
-    assert status == 1 and content is None and not list((tmp_path / "out").iterdir())
+    refused("cifar-mtl", tmp_path / "out")
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "cifar-100-python" in error and "https://" in error
 

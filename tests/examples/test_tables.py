@@ -7,12 +7,13 @@ import pytest
 from examples import compare, tables
 from examples.comparison.costs import Cost
 from examples.comparison.layouts import LAYOUTS
+from tests.examples.small import compared
 
 PAPER_ROWS = [
     *("LS", "SI", "RLW", "DWA", "UW", "MGDA", "PCGrad", "CAGrad", "IMTL-G", "Nash-MTL", "IGBv2"),
     *("Aligned-MTL-UB", "BayesAgg, paper"),
 ]
-NHEFS = ["nhefs", "--epochs", "1", "--train-size", "100", "--jobs", "1", "--seeds", "2", "--costs"]
+NHEFS = ["nhefs", "--epochs", "1", "--train-size", "100", "--seeds", "2", "--costs"]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def finished(tmp_path_factory):
             "measure_costs",
             lambda chosen, *_: {name: Cost(n / 100, n, 0) for n, name in enumerate(chosen, 1)},
         )
-        assert compare.main([*NHEFS, *own, "--output", str(folder)]) == 0
+        compared(folder, *NHEFS, *own)
     return folder
 
 
@@ -182,10 +183,3 @@ def test_a_file_that_does_not_serve_is_named_in_one_line(number, text, message, 
     assert tables.main([str(number), "--from", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert message in error and str(tmp_path) in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("arguments", [["8", "--from", "x"], ["1"]])
-def test_a_bad_argument_is_one_line(arguments, capsys):
-    with pytest.raises(SystemExit):
-        tables.main(arguments)
-    assert capsys.readouterr().err.count("\n") == 1

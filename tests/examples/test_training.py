@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from examples import compare
 from examples.comparison import pipeline
-from examples.comparison.benchmark import Source, table_benchmark, validation_scores
+from examples.comparison.benchmark import table_benchmark, validation_scores
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import methods
 from examples.comparison.networks import single_task
 from examples.comparison.tasks import Task, criterion
 from examples.methods import LinearScalarization
 from examples.training import DivergedError, TrainSettings, train
+from tests.examples.small import compared
 
 TASKS = (
     Task("r0", "regression", "mae"),
@@ -267,18 +268,9 @@ def test_the_protocol_chooses_settings_and_size(tmp_path, with_paper):
     assert parse(tmp_path, "qm9-mpnn").data.size == SOURCES["qm9-mpnn"].size
 
 
-def test_a_benchmark_that_the_paper_does_not_have(tmp_path, capsys):
-    assert SOURCES["yeast"].paper is None and isinstance(SOURCES["yeast"], Source)
-    with pytest.raises(SystemExit):
-        parse(tmp_path, "yeast", "--protocol", "paper")
-    error = capsys.readouterr().err
-    assert "no published settings for yeast" in error and "qm9-mpnn" in error
-
-
 def test_a_comparison_by_another_protocol(tmp_path, with_paper):
     arguments = ["nhefs", "--protocol", "paper", "--train-size", "60", "--seeds", "1"]
-    arguments += ["--methods", "ls", "--jobs", "1", "--output", str(tmp_path)]
-    assert compare.main(arguments) == 0
+    compared(tmp_path, *arguments, "--methods", "ls")
     page = (tmp_path / "results.md").read_text()
     assert "after 60 % and 80 % of the epochs" in page and "lowest validation score" in page
     assert "- patience: 1" in page
