@@ -58,6 +58,12 @@ def dtype() -> torch.dtype:
     return DTYPE
 
 
+@pytest.fixture(scope="session")
+def like() -> tuple[torch.device, torch.dtype]:
+    """Both, as the first two arguments of the helpers that make networks and data."""
+    return DEVICE, DTYPE
+
+
 @pytest.fixture(scope="session", params=["likelihood", "paper"])
 def rule(request) -> str:
     """The name of either rule; ``tests.helpers.RULES`` has their settings."""
@@ -70,12 +76,12 @@ def _seed():
 
 
 @pytest.fixture
-def net(device, dtype):
+def net(like):
     """A small network of every kind of head."""
-    return make_net(device, dtype)
+    return make_net(*like)
 
 
 @pytest.fixture
-def batch(device, dtype):
+def batch(like):
     """A batch for it that no step of :func:`tests.helpers.training.train` has."""
-    return make_batch(device, dtype, seed=99)
+    return make_batch(*like, seed=99)

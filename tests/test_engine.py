@@ -27,7 +27,7 @@ from tests.helpers.states import (
     rounding,
     snapshot,
 )
-from tests.helpers.training import make_engine, make_heads, train, wrap
+from tests.helpers.training import make_engine, make_heads, run, train, train_step, wrap
 
 # --- who takes part ------------------------------------------------------------------------------
 
@@ -39,21 +39,17 @@ ABSENT = pytest.mark.parametrize(
 
 @PHASES
 @ABSENT
-def test_absent_tasks_take_no_part(absent, steps, rule, device, dtype, batch):
+def test_absent_tasks_take_no_part(absent, steps, rule, like, batch):
     """No gradient and no say: whatever their heads are, the step is the same."""
-    x, labels = batch
-    kept = [name for name in OUTPUTS if name not in absent]
     found = []
     for other in (0.0, 1.0):
-        net = make_net(device, dtype)
+        net = make_net(*like)
         optimizer = wrap(net, "sgd", rule)
         train(net, optimizer, steps)
         with torch.no_grad():
             for name in absent:
                 net.heads[name].weight.add_(other)
-        net.zero_grad()
-        losses = make_losses(net(x), labels)
-        optimizer.step({name: losses[name] for name in kept})
+        train_step(net, optimizer, batch, tasks=OUTPUTS.keys() - absent)
         found.append([gradients(net), dict(optimizer.task_weights)])
     assert difference(*found) is None
     posterior = ["reg"] if rule == "paper" else list(OUTPUTS)  # sets these heads
@@ -67,43 +63,34 @@ def test_absent_tasks_take_no_part(absent, steps, rule, device, dtype, batch):
 
 
 @ABSENT
-def test_tasks_that_are_always_absent_might_as_well_not_be_there(absent, rule, device, dtype):
+def test_tasks_that_are_always_absent_might_as_well_not_be_there(absent, rule, like):
     """The engine is one without them, and their heads stay as they are."""
     kept = [name for name in OUTPUTS if name not in absent]
-    nets = [make_net(device, dtype) for _ in range(2)]
-    heads = [make_heads(net, rule) for net in nets]
-    heads[1] = {name: heads[1][name] for name in kept}
-    optimizers = [
-        wrap(net, "momentum", rule, heads=own) for net, own in zip(nets, heads, strict=True)
-    ]
-    before = snapshot(nets[0])["parameters"]
-    for index in range(EPOCH + 3):
-        x, labels = make_batch(device, dtype, seed=index)
-        for net, optimizer in zip(nets, optimizers, strict=True):
-            optimizer.zero_grad()
-            losses = make_losses(net(x), labels)
-            optimizer.step({name: losses[name] for name in kept})
-    torch.testing.assert_close(*(snapshot(net)["parameters"] for net in nets))
-    for name, p in nets[0].named_parameters():
+    before, ends = snapshot(make_net(*like))["parameters"], []
+    for left_out in ([], absent):
+        net = make_net(*like)
+        heads = {n: head for n, head in make_heads(net, rule).items() if n not in left_out}
+        ends.append(run(net, rule, "momentum", EPOCH + 3, heads=heads, tasks=kept))
+    torch.testing.assert_close(*(end["parameters"] for end in ends))
+    for name, value in ends[0]["parameters"].items():
         if name.split(".")[1] in absent:
-            assert torch.equal(before[name], p) and p.grad is None
+            assert torch.equal(before[name], value) and ends[0]["gradients"][name] is None
 
 
-def test_a_task_keeps_its_evidence_while_it_has_no_labels(rule, device, dtype, batch):
+def test_a_task_keeps_its_evidence_while_it_has_no_labels(rule, like, batch):
     """It goes on where it was."""
-    x, labels = batch
     epoch = {"steps_per_epoch": 1, "settings": SAMPLED} if rule == "paper" else {}
     results = []
     for pause in (0, 2):
-        net = plain_net(device, dtype)
+        net = plain_net(*like)
         still = torch.optim.SGD(net.parameters(), lr=0.0)  # nothing but the posterior moves
         optimizer = wrap(net, still, rule, **epoch)
         train(net, optimizer, EPOCH + 1)
         before = net.heads["reg"].weight.detach().clone()
         for _ in range(pause):
-            optimizer.step({"bin": make_losses(net(x), labels)["bin"]})
+            train_step(net, optimizer, batch, tasks=["bin"])
         torch.testing.assert_close(net.heads["reg"].weight.detach(), before)
-        optimizer.step({"reg": make_losses(net(x), labels)["reg"]})
+        train_step(net, optimizer, batch, tasks=["reg"])
         assert not torch.equal(net.heads["reg"].weight, before)
         results.append(net.heads["reg"].weight.detach())
     torch.testing.assert_close(*results)
@@ -118,21 +105,17 @@ def test_missing_labels_of_one_task_are_a_smaller_batch(name, rule, device, dtyp
         optimizer = wrap(net, "sgd", rule)
         for index in range(7):
             x, labels = make_batch(device, dtype, seed=index)
-            y = labels[name]
             missing = torch.arange(len(x), device=device) % 3 == index % 3
+            known = {name: labels[name][~missing]}
+            out = {name: net(x[~missing])[name] if drop else net(x)[name][~missing]}
+            gaps = missing if name == "cls" else missing[:, None]
+            y = labels[name].masked_fill(gaps, -100 if name == "cls" else torch.nan)
             optimizer.zero_grad()
-            if drop:
-                losses = make_losses(net(x[~missing]), {name: y[~missing]}, "sum")
-                optimizer.step(losses)
-                continue
-            out = net(x)[name]
-            losses = make_losses({name: out[~missing]}, {name: y[~missing]}, "sum")
-            y = y.clone()
-            y[missing] = -100 if name == "cls" else torch.nan
-            optimizer.step(losses, targets={name: y})
+            losses = make_losses(out, known, "sum")
+            optimizer.step(losses, targets=None if drop else {name: y})
         results.append(snapshot(net, optimizer))
-    torch.testing.assert_close(*(r["parameters"] for r in results), **rounding(dtype))
-    torch.testing.assert_close(*(r["gradients"] for r in results), **rounding(dtype))
+    for key in ("parameters", "gradients"):
+        torch.testing.assert_close(*(r[key] for r in results), **rounding(dtype))
 
 
 # --- one of several, alone, apart ----------------------------------------------------------------
@@ -140,34 +123,32 @@ def test_missing_labels_of_one_task_are_a_smaller_batch(name, rule, device, dtyp
 
 @pytest.mark.parametrize("base", ["momentum", "adam"])
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["quadrature", "sampled"])
-def test_the_engine_alone_equals_the_wrapper(settings, base, rule, device, dtype):
+def test_the_engine_alone_equals_the_wrapper(settings, base, rule, like):
     """Bit for bit, with an optimizer of one's own."""
-    nets = [make_net(device, dtype) for _ in range(2)]
-    wrapper = wrap(nets[0], base, rule, settings=settings)
-    train(nets[0], wrapper, 8)
-    optimizer = OPTIMIZERS[base](nets[1].parameters())
-    engine = make_engine(nets[1], rule, settings=settings)
-    for index in range(8):
-        x, labels = make_batch(device, dtype, seed=index)
-        optimizer.zero_grad()
-        total = engine.backward(make_losses(nets[1](x), labels))
-        assert not total.requires_grad
+    ours, net = run(make_net(*like), rule, base, 8, settings=settings), make_net(*like)
+    optimizer = OPTIMIZERS[base](net.parameters())
+    engine = make_engine(net, rule, settings=settings)
+
+    def step(optimizer, losses, labels):
+        assert not engine.backward(losses).requires_grad
         optimizer.step()
         engine.stepped()
-    ours, theirs = snapshot(nets[0], wrapper), snapshot(nets[1], optimizer)
+
+    train(net, optimizer, 8, step=step)
+    theirs = snapshot(net, optimizer)
     assert difference(ours["optimizer"].pop("bayesagg"), engine.get_extra_state()) is None
     for key in ("parameters", "gradients", "buffers", "optimizer"):
         assert difference(ours[key], theirs[key]) is None, key
 
 
 @pytest.mark.parametrize(("base", "invariant"), [("adam", True), ("sgd", False)])
-def test_the_engine_alone_meets_the_optimizer_of_its_heads(base, invariant, rule, device, dtype):
+def test_the_engine_alone_meets_the_optimizer_of_its_heads(base, invariant, rule, like):
     """Whose step may depend on the gradient's scale or not; any other is of no interest."""
-    net, stranger = make_net(device, dtype), make_net(device, dtype)
+    net, stranger = make_net(*like), make_net(*like)
     engine = make_engine(net, rule)
     for a_net, met in ((stranger, False), (net, True)):
         optimizer = OPTIMIZERS[base](a_net.parameters())
-        x, labels = make_batch(device, dtype)
+        x, labels = make_batch(*like)
         sum(make_losses(a_net(x), labels).values()).backward()
         optimizer.step()
         state = engine.get_extra_state()
@@ -183,16 +164,13 @@ class Module(nn.Module):
         self.net = net
         self.engine = make_engine(net, rule, settings=SAMPLED)
 
+    def train_with(self, optimizer, steps):
+        def step(optimizer, losses, labels):
+            self.engine(losses).backward()
+            optimizer.step()
+            self.engine.stepped()
 
-def run(module, optimizer, steps):
-    """Steps of a :class:`Module`."""
-    for index in steps:
-        like = next(module.parameters())
-        x, labels = make_batch(like.device, like.dtype, seed=index)
-        optimizer.zero_grad()
-        module.engine(make_losses(module.net(x), labels)).backward()
-        optimizer.step()
-        module.engine.stepped()
+        train(self.net, optimizer, steps, step=step)
 
 
 def test_an_engine_as_attribute_registers_no_parameters(rule, net):
@@ -206,20 +184,20 @@ def test_an_engine_as_attribute_registers_no_parameters(rule, net):
 
 
 @pytest.mark.parametrize("stop", [2, 5, 6], ids=["pretraining", "mid_epoch", "end"])
-def test_an_engine_as_attribute_is_saved_with_the_module(stop, rule, device, dtype):
+def test_an_engine_as_attribute_is_saved_with_the_module(stop, rule, like):
     """``state_dict`` and ``load_state_dict`` of the module carry the posterior, bit for bit."""
-    modules = [Module(make_net(device, dtype, seed=seed), rule) for seed in (0, 1)]
+    modules = [Module(make_net(*like, seed=seed), rule) for seed in (0, 1)]
     optimizers = [OPTIMIZERS["adam"](module.parameters()) for module in modules]
-    run(modules[0], optimizers[0], range(stop))
+    modules[0].train_with(optimizers[0], stop)
     file = io.BytesIO()
     torch.save([modules[0].state_dict(), optimizers[0].state_dict()], file)
     file.seek(0)
     states = torch.load(file, weights_only=True)
-    run(modules[1], optimizers[1], range(20, 24))
+    modules[1].train_with(optimizers[1], range(20, 24))
     modules[1].load_state_dict(states[0])
     optimizers[1].load_state_dict(states[1])
     for module, optimizer in zip(modules, optimizers, strict=True):
-        run(module, optimizer, range(stop, 8))
+        module.train_with(optimizer, range(stop, 8))
     states = [snapshot(m.net, o) for m, o in zip(modules, optimizers, strict=True)]
     assert_same(*states, ignore=["defaults"])
     assert difference(*[m.engine.get_extra_state() for m in modules]) is None
@@ -229,12 +207,12 @@ def test_a_module_with_an_engine_can_be_copied(rule, net):
     """The copy's engine watches the copy, and only that."""
     module = Module(net, rule)
     optimizer = OPTIMIZERS["sgd"](module.parameters())
-    run(module, optimizer, range(4))
+    module.train_with(optimizer, 4)
     other = copy.deepcopy(module)
     before = snapshot(net, module.engine)
-    run(other, OPTIMIZERS["sgd"](other.parameters()), range(4, 8))
+    other.train_with(OPTIMIZERS["sgd"](other.parameters()), range(4, 8))
     assert_same(before, snapshot(net, module.engine))
-    run(module, optimizer, range(4, 8))
+    module.train_with(optimizer, range(4, 8))
     assert_same(snapshot(other.net, other.engine), snapshot(net, module.engine))
 
 
@@ -242,31 +220,32 @@ def test_a_module_with_an_engine_can_be_copied(rule, net):
 
 
 @PHASES
-def test_a_sequence_of_heads_is_named_by_number(steps, rule, device, dtype):
+def test_a_sequence_of_heads_is_named_by_number(steps, rule, like):
     """And takes losses in the same order, equal to a mapping."""
-    results = []
-    for kind in ("mapping", "sequence"):
-        net = make_net(device, dtype)
-        heads = list(make_heads(net, rule, **QUICK).values())
-        optimizer = wrap(net, rule=rule, heads=heads)
+
+    def by_number(optimizer, losses, labels):
+        optimizer.step(dict(zip("012", losses.values(), strict=True)))
+
+    def in_order(optimizer, losses, labels):
         assert list(optimizer.task_weights) == ["0", "1", "2"]
-        for index in range(steps + 1):
-            x, labels = make_batch(device, dtype, seed=index)
-            losses = list(make_losses(net(x), labels).values())
-            if kind == "mapping":
-                losses = dict(zip("012", losses, strict=True))
-            optimizer.step(losses)
-        results.append(snapshot(net, optimizer))
+        optimizer.step(list(losses.values()))
+
+    results = []
+    for step in (by_number, in_order):
+        net = make_net(*like)
+        heads = list(make_heads(net, rule, **QUICK).values())
+        results.append(run(net, rule, steps=steps + 1, heads=heads, step=step))
     assert_same(*results)
 
 
 def test_heads_with_and_without_bias_go_together(rule, device, dtype):
-    net = plain_net(device, dtype, outputs={"reg": 2, "bin": 1, "cls": 3})
+    outputs = {"reg": 2, "bin": 1, "cls": 3}
+    net = plain_net(device, dtype, outputs=outputs)
     heads = make_heads(net, rule)
     net.heads["bare"] = nn.Linear(WIDTH, 1, bias=False).to(net.trunk[0].weight)
     optimizer = wrap(net, "sgd", rule, heads={**heads, "bare": RegressionHead(net.heads["bare"])})
     for index in range(2 * EPOCH):
-        x, labels = make_batch(device, dtype, seed=index, outputs={"reg": 2, "bin": 1, "cls": 3})
+        x, labels = make_batch(device, dtype, seed=index, outputs=outputs)
         out = net(x)
         losses = make_losses({name: out[name] for name in labels}, labels)
         losses["bare"] = F.mse_loss(out["bare"], labels["reg"][:, :1])
@@ -278,20 +257,15 @@ def test_heads_with_and_without_bias_go_together(rule, device, dtype):
     assert_finite(snapshot(net, optimizer))
 
 
-def test_heads_may_be_called_with_a_keyword(rule, device, dtype):
+def test_heads_may_be_called_with_a_keyword(rule, like):
     """The same bits."""
-    results = []
-    for keyword in (False, True):
-        net = plain_net(device, dtype)
-        optimizer = wrap(net, rule=rule, settings=SAMPLED)
-        for index in range(5):
-            x, labels = make_batch(device, dtype, seed=index)
-            h = net.trunk(x)
-            out = {n: head(input=h) if keyword else head(h) for n, head in net.heads.items()}
-            optimizer.zero_grad()
-            optimizer.step(make_losses(out, labels))
-        results.append(snapshot(net, optimizer))
-    assert_same(*results)
+
+    def keyword(net, x):
+        h = net.trunk(x)
+        return {name: head(input=h) for name, head in net.heads.items()}
+
+    ways = (None, keyword)
+    assert_same(*(run(plain_net(*like), rule, forward=f, settings=SAMPLED) for f in ways))
 
 
 # --- one backward pass ---------------------------------------------------------------------------
@@ -321,11 +295,8 @@ def test_one_backward_pass_through_the_trunk(rule, kwargs, tasks, device, dtype,
 def test_training_begins_with_linear_scalarization(first, reduction, rule, device, dtype):
     """The gradients of the sum of the losses exactly, for that long and no longer."""
     net = make_net(device, dtype)
-    kwargs = (
-        {"steps_per_epoch": 2, "pretrain_epochs": first}
-        if rule == "paper"
-        else {"warmup": 2 * first}
-    )
+    epochs = {"steps_per_epoch": 2, "pretrain_epochs": first}
+    kwargs = epochs if rule == "paper" else {"warmup": 2 * first}
     optimizer = wrap(net, "sgd", rule, settings=SAMPLED, **kwargs)
     for index in range(2 * first + 2):
         x, labels = make_batch(device, dtype, seed=index)
@@ -346,9 +317,8 @@ def test_training_begins_with_linear_scalarization(first, reduction, rule, devic
         optimizer.step()
 
 
-def test_no_tensor_waits_for_the_garbage_collector(rule, device, dtype):
+def test_no_tensor_waits_for_the_garbage_collector(rule, net):
     """Cycles would keep the posteriors of many steps alive."""
-    net = make_net(device, dtype)
     optimizer = wrap(net, rule=rule)
     train(net, optimizer, 4)
     gc.collect()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from bayesagg.heads import Head
 from bayesagg.rules import Rule
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.settings import EPOCH, HEADS, OPTIMIZERS, PAPER_HEADS, RULES
+from tests.helpers.states import snapshot
 
 
 def rule_of(rule: str | Rule) -> Rule:
@@ -77,21 +78,41 @@ def wrap(
 
 
 def train_step(
-    net: nn.Module, optimizer: BayesAggWrapper, index: int, *, closure: bool = False, **batch: Any
+    net: nn.Module,
+    optimizer: BayesAggWrapper,
+    batch: int | tuple[Tensor, Mapping[str, Tensor]],
+    *,
+    forward: Callable[[Any, Tensor], dict[str, Tensor]] | None = None,
+    step: Callable[[Any, dict[str, Tensor], Mapping[str, Tensor]], Any] | None = None,
+    tasks: Collection[str] | None = None,
+    closure: bool = False,
 ) -> None:
-    """Step number ``index``: its data depend on the number alone."""
-    like = next(net.parameters())
-    x, labels = make_batch(like.device, like.dtype, seed=index, **batch)
+    """One step; a number stands for a batch whose data depend on it alone.
+
+    ``forward(net, x)`` instead of the network's own, ``step(optimizer, losses, labels)`` instead of
+    ``optimizer.step(losses)``; ``tasks``: which of them have losses, or all.
+    """
+    if isinstance(batch, int):
+        like = next(net.parameters())
+        batch = make_batch(like.device, like.dtype, seed=batch)
+    x, labels = batch
+
+    def losses() -> dict[str, Tensor]:
+        out = net(x) if forward is None else forward(net, x)
+        return make_losses({n: z for n, z in out.items() if tasks is None or n in tasks}, labels)
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        return optimizer.backward(losses())
+
     if closure:
-
-        def evaluate() -> Tensor:
-            optimizer.zero_grad()
-            return optimizer.backward(make_losses(net(x), labels))
-
         optimizer.step(evaluate)
         return
     optimizer.zero_grad()
-    optimizer.step(make_losses(net(x), labels))
+    if step is None:
+        optimizer.step(losses())
+    else:
+        step(optimizer, losses(), labels)
 
 
 def train(
@@ -100,3 +121,17 @@ def train(
     """Several steps; an integer counts from zero."""
     for index in range(steps) if isinstance(steps, int) else steps:
         train_step(net, optimizer, index, **kwargs)
+
+
+def run(
+    net: nn.Module,
+    rule: str | Rule,
+    base: str | torch.optim.Optimizer = "adam",
+    steps: Iterable[int] | int = 7,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """The :func:`snapshot` of a network at its end; arguments of a step, others of :func:`wrap`."""
+    how = {name: kwargs.pop(name) for name in ("forward", "step", "tasks") if name in kwargs}
+    optimizer = wrap(net, base, rule, **kwargs)
+    train(net, optimizer, steps, **how)
+    return snapshot(net, optimizer)
