@@ -126,10 +126,25 @@ def loss_is_of_a_forward_pass_before_the_last_step(bench, names):
     return bench.step({**new, **{name: old[name] for name in names}}), bench.step(new)
 
 
-@bad(LossError, "losses", "pass|Use", mapping=lambda losses: {}, sum=lambda x: sum(x.values()))
+@bad(
+    LossError,
+    "losses",
+    "pass|Use",
+    mapping=lambda losses: {},
+    empty=lambda losses: [],
+    few=lambda losses: [losses["reg"]],
+    sum=lambda losses: sum(losses.values()),
+    iterator=lambda losses: iter(losses.values()),
+)
 def losses_are_no_collection(bench, change):
     losses = bench.losses()
     return bench.step(change(losses)), bench.step(losses)
+
+
+@bad(LossError, "task 'reg'", "tensors")
+def loss_is_a_number(bench):
+    losses = bench.losses()
+    return bench.step({**losses, "reg": 1.0}), bench.step(losses)
 
 
 def one_hot(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -178,7 +193,7 @@ def forward_pass_is_missing(bench):
     return bench.step(losses), bench.go_on
 
 
-@bad(LossError, "task 'reg'", "does not require gradients", r"torch\.no_grad")
+@bad(LossError, "task 'reg'", "does not require gradients", "detached", r"torch\.no_grad")
 def forward_pass_without_gradients(bench):
     bench.optimizer.step(bench.losses())
     with torch.no_grad():

@@ -20,7 +20,7 @@ from bayesagg import (
     RegressionHead,
 )
 from bayesagg.errors import LossError
-from tests.reading.losses import focal_classes
+from tests.reading.losses import SMOOTH
 
 RULES = {
     "likelihood": lambda: LikelihoodRule(warmup=0, keep_length=False),
@@ -76,7 +76,7 @@ OTHERS = {
         lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).double()),
     ),
     "squared error": (3, lambda z, y: F.mse_loss(z, F.one_hot(y, 3).double())),
-    "focal": (3, focal_classes),
+    "focal": (3, SMOOTH["cls"]["focal"]),
 }
 
 

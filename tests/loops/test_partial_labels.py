@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.data import losses_over, make_batch, make_losses, without
 from tests.helpers.nets import plain_net
-from tests.helpers.settings import OUTPUTS, PHASES, QUICK, READOUT, SAMPLED
+from tests.helpers.settings import EPOCH, OUTPUTS, PHASES, QUICK, READOUT, SAMPLED
 from tests.helpers.states import assert_finite, assert_near, assert_same, gradients, snapshot
 from tests.helpers.training import train, wrap
 
@@ -199,7 +199,7 @@ def state_of(optimizer):
 
 @pytest.mark.parametrize("absent", list(OUTPUTS))
 @SPELLINGS
-@PHASES
+@pytest.mark.parametrize("steps", [0, 1, EPOCH + 1], ids=["first", "pretraining", "after"])
 def test_a_task_without_labels_may_have_a_loss(steps, spelling, absent, rule, device):
     """A loss of zero, with or without targets that are all missing, is no loss at all."""
     results = []
@@ -216,7 +216,12 @@ def test_a_task_without_labels_may_have_a_loss(steps, spelling, absent, rule, de
             losses[absent] = losses[absent] * 0
             targets = no_labels(labels, [absent]) if spelling == "targets" else None
         optimizer.step(losses, targets=targets)
-        found = [gradients(net.trunk), snapshot(net)["parameters"], *state_of(optimizer)]
+        if steps:
+            known = state_of(optimizer)
+        else:  # whose evidence is shared depends on it, and no number in the steps that follow
+            train(net, optimizer, range(1, EPOCH + 2))
+            known = [dict(optimizer.task_weights)]
+        found = [gradients(net.trunk), snapshot(net)["parameters"], *known]
         assert_finite(found)
         results.append(found)
     assert_near(*results)

@@ -18,37 +18,70 @@ def ramp(z):
 def focal_binary(z, y):
     p = torch.sigmoid(z)
     loss = F.binary_cross_entropy_with_logits(z, y, reduction="none")
-    return (loss * (y * (1 - p) + (1 - y) * p) ** 2).mean()
+    return loss * (y * (1 - p) + (1 - y) * p) ** 2
 
 
 def focal_classes(z, y):
-    logs = torch.log_softmax(z, 1).gather(1, y[:, None])
-    return -((1 - logs.exp()) ** 2 * logs).mean()
+    logs = torch.log_softmax(z, 1).gather(1, y[:, None])[:, 0]
+    return -((1 - logs.exp()) ** 2) * logs
+
+
+def elementwise(loss, **kwargs):
+    return lambda z, y: loss(z, y, reduction="none", **kwargs)
+
+
+# One loss an output, or a datum of classes.
+EACH = {
+    "reg": {
+        "absolute": elementwise(F.l1_loss),
+        "huber": elementwise(F.huber_loss, delta=0.1),
+        "smooth absolute": elementwise(F.smooth_l1_loss, beta=0.1),
+        "cosh": lambda z, y: torch.log(torch.cosh(z - y)),
+    },
+    "bin": {
+        "classes": lambda z, y: F.binary_cross_entropy_with_logits(
+            z, y, pos_weight=z.new_tensor(3.0), reduction="none"
+        ),
+        "focal": focal_binary,
+        "brier": lambda z, y: (z.sigmoid() - y).square(),
+        "hinge": lambda z, y: (1 - z * (2 * y - 1)).relu(),
+    },
+    "cls": {
+        "focal": focal_classes,
+        "smoothed": elementwise(F.cross_entropy, label_smoothing=0.1),
+        "one-vs-rest": lambda z, y: F.binary_cross_entropy_with_logits(
+            z, one_hot(y, z), reduction="none"
+        ).mean(1),
+        "brier": lambda z, y: (z.softmax(1) - one_hot(y, z)).square().mean(1),
+    },
+}
+
+
+def means(kind, *names):
+    """Of losses of :data:`EACH`, by name."""
+
+    def mean(name):
+        return lambda z, y: EACH[kind][name](z, y).mean()
+
+    return {name: mean(name) for name in names}
 
 
 # Functions of the outputs of each datum, or of all residuals: of any batch and any scale.
 SMOOTH = {
     "reg": {
-        "absolute": F.l1_loss,
-        "huber": lambda z, y: F.huber_loss(z, y, delta=0.1),
-        "smooth absolute": lambda z, y: F.smooth_l1_loss(z, y, beta=0.1),
-        "cosh": lambda z, y: torch.log(torch.cosh(z - y)).mean(),
+        **means("reg", *EACH["reg"]),
         "log of the mean": lambda z, y: torch.log(F.mse_loss(z, y)),
         "sum of logs": lambda z, y: torch.log((z - y).square().mean(0)).sum(),
         "root": lambda z, y: F.mse_loss(z, y).sqrt(),
         "weighted": lambda z, y: (ramp(z)[:, None] * (z - y).square()).mean(),
     },
     "bin": {
-        "classes": lambda z, y: F.binary_cross_entropy_with_logits(
-            z, y, pos_weight=z.new_tensor(3.0)
-        ),
-        "focal": focal_binary,
+        **means("bin", "classes", "focal"),
         "weighted": lambda z, y: F.binary_cross_entropy_with_logits(z, y, ramp(z)[:, None]),
     },
     "cls": {
-        "focal": focal_classes,
+        **means("cls", "focal", "smoothed"),
         "classes": lambda z, y: F.cross_entropy(z, y, weight=ramp(z[0])),
-        "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1),
         "weighted": lambda z, y: (ramp(z) * F.cross_entropy(z, y, reduction="none")).mean(),
     },
 }
@@ -66,17 +99,15 @@ ALL = {
     },
     "bin": {
         **SMOOTH["bin"],
-        "brier": lambda z, y: F.mse_loss(z.sigmoid(), y),
-        "hinge": lambda z, y: (1 - z * (2 * y - 1)).relu().mean(),
+        **means("bin", "brier", "hinge"),
         "pooled": lambda z, y: F.binary_cross_entropy_with_logits(z.mean(0), y[0]),
         "softmax": lambda z, y: F.cross_entropy(z, y[:, 0].long()),
         "squared": F.mse_loss,
     },
     "cls": {
         **SMOOTH["cls"],
-        "one-vs-rest": lambda z, y: F.binary_cross_entropy_with_logits(z, one_hot(y, z)),
+        **means("cls", "one-vs-rest", "brier"),
         "raw": F.nll_loss,
-        "brier": lambda z, y: F.mse_loss(z.softmax(1), one_hot(y, z)),
         "temperature": lambda z, y: F.cross_entropy(z / 2, y),
         "pooled": lambda z, y: F.cross_entropy(z.mean(0, keepdim=True), y[:1]),
     },

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from bayesagg.errors import LossError, TargetError
 from tests.helpers.data import skip_without_losses
 from tests.reading.bench import Free, labels_by_task
+from tests.reading.losses import EACH, elementwise, one_hot
 
 DRAWS, CHUNK = 1600, 200
 
@@ -46,38 +47,13 @@ POOLS = {
 }
 
 
-def quantile(z, y):
-    return torch.maximum(0.9 * (y - z), 0.1 * (z - y))
-
-
-def focal(z, y):
-    p = torch.sigmoid(z)
-    bce = F.binary_cross_entropy_with_logits(z, y, reduction="none")
-    return bce * (y * (1 - p) + (1 - y) * p) ** 2
-
-
-def focal_classes(z, y):
-    logs = torch.log_softmax(z, 1).gather(1, y[:, None])[:, 0]
-    return -((1 - logs.exp()) ** 2) * logs
-
-
-def one_hot(z, y):
-    return F.one_hot(y, z.shape[1]).to(z.dtype)
-
-
-def elementwise(loss, **kwargs):
-    return lambda z, y: loss(z, y, reduction="none", **kwargs)
-
-
+# Of the kind, with constant weight if ``plain`` or ``wide huber``, and others.
 CRITERIA: dict[str, dict[str, Any]] = {
     "reg": {
         "plain": elementwise(F.mse_loss),
-        "huber": elementwise(F.huber_loss, delta=0.7),
         "wide huber": elementwise(F.huber_loss, delta=50.0),
-        "smooth l1": elementwise(F.smooth_l1_loss),
-        "l1": elementwise(F.l1_loss),
-        "quantile": quantile,
-        "log-cosh": lambda z, y: (z - y).cosh().log(),
+        **EACH["reg"],
+        "quantile": lambda z, y: torch.maximum(0.9 * (y - z), 0.1 * (z - y)),
         "power": lambda z, y: (z - y).abs() ** 3,
     },
     "bin": {
@@ -85,27 +61,17 @@ CRITERIA: dict[str, dict[str, Any]] = {
         "smooth": lambda z, y: F.binary_cross_entropy_with_logits(
             z, 0.9 * y + 0.05, reduction="none"
         ),
-        "pos_weight": lambda z, y: F.binary_cross_entropy_with_logits(
-            z, y, pos_weight=z.new_tensor(3.0), reduction="none"
-        ),
-        "focal": focal,
+        **EACH["bin"],
         "squares": lambda z, y: (z - y).square(),
-        "brier": lambda z, y: (z.sigmoid() - y).square(),
-        "hinge": lambda z, y: (1 - z * (2 * y - 1)).relu(),
         "flip": lambda z, y: F.binary_cross_entropy(0.9 * z.sigmoid() + 0.05, y, reduction="none"),
     },
     "cls": {
         "plain": elementwise(F.cross_entropy),
-        "smooth": elementwise(F.cross_entropy, label_smoothing=0.1),
-        "focal": focal_classes,
+        **EACH["cls"],
         "adjusted": lambda z, y: F.cross_entropy(
             z + torch.linspace(-1, 1, z.shape[1]).to(z), y, reduction="none"
         ),
-        "one-vs-rest": lambda z, y: F.binary_cross_entropy_with_logits(
-            z, one_hot(z, y), reduction="none"
-        ).sum(1),
-        "squares": lambda z, y: (z - one_hot(z, y)).square().sum(1),
-        "brier": lambda z, y: (z.softmax(1) - one_hot(z, y)).square().sum(1),
+        "squares": lambda z, y: (z - one_hot(y, z)).square().sum(1),
     },
 }
 WEIGHTS = ("none", "constant", "rows", "classes", "zeros")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg.errors import CaptureError, CheckpointError, LossError
-from bayesagg.heads import BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.errors import CheckpointError, LossError
+from bayesagg.heads import BinaryHead
 from bayesagg.reading import Capture, Reader
 from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench, labels_by_task
@@ -89,129 +87,32 @@ def test_a_batch_is_as_described(device, dtype):
             torch.testing.assert_close(part.gradient, expected)
 
 
-def test_the_graph_is_left_for_the_backward_pass(device, dtype):
-    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
-    for seed in range(2):
-        batch, _, _ = step(bench, KINDS, seed, False)
-        batch.total.backward()
-    assert all(p.grad is not None for m in bench.modules.values() for p in m.parameters())
-
-
 # --- calls ---------------------------------------------------------------------------------------
 
 
-class Two:
-    """Two heads, one of them with two outputs, on what the test chooses."""
-
-    def __init__(self, device, dtype, kinds=(RegressionHead, RegressionHead), widths=(4, 4)):
-        torch.manual_seed(0)
-        modules = [
-            nn.Linear(width, o).to(device, dtype) for width, o in zip(widths, (2, 1), strict=True)
-        ]
-        self.a, self.b = modules
-        heads = {name: kind(m) for name, kind, m in zip("ab", kinds, modules, strict=True)}
-        self.capture, self.reader = Capture(heads), Reader(heads)
-        self.x = [torch.randn(5, width).to(device, dtype).requires_grad_() for width in widths]
-        self.y = torch.randn(10, 2).to(device, dtype)
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_calls_of_a_siamese_head_are_rows_below_each_other(device, dtype, given):
-    two = Two(device, dtype)
-    for _ in range(2):
-        two.capture.clear()
-        left, right = two.a(two.x[0]), two.a(2 * two.x[0])
-        both = torch.cat([left, right])
-        targets = {"a": two.y} if given else None
-        (part,) = two.reader.read(two.capture, {"a": F.mse_loss(both, two.y)}, targets).parts
-        assert len(part.calls["a"]) == len(part.key) == 2
-        torch.testing.assert_close(part.features, torch.cat([two.x[0], 2 * two.x[0]]).detach())
-        torch.testing.assert_close(part.labels.outputs, both.detach())
-        torch.testing.assert_close(part.labels.targets, two.y)
-
-
 def test_a_siamese_distance_is_no_likelihood(device, dtype):
-    two = Two(device, dtype)
-    loss = F.mse_loss(two.a(two.x[0]), two.a(2 * two.x[0]))
+    bench = Bench({"a": "reg"}, 2, device=device, dtype=dtype)
+    head, h = bench.modules["a"], bench.features()
     with pytest.raises(LossError, match=r"'a'.*targets="):
-        two.reader.read(two.capture, {"a": loss})
-
-
-def test_calls_that_no_loss_reaches_are_ignored(device, dtype):
-    two = Two(device, dtype)
-    two.a(torch.randn_like(two.x[0]))
-    z = two.a(two.x[0])
-    (part,) = two.reader.read(two.capture, {"a": F.mse_loss(z, two.y[:5])}).parts
-    assert len(part.calls["a"]) == 1 and part.calls["a"][0].output is z
-
-
-def test_heads_on_different_tensors_have_different_keys(device, dtype):
-    two = Two(device, dtype, widths=(4, 3))
-    losses = {"a": F.mse_loss(two.a(two.x[0]), two.y[:5]), "b": two.b(two.x[1]).square().mean()}
-    first, second = two.reader.read(two.capture, losses).parts
-    assert first.key != second.key and first.features.shape[1] == 4 == second.features.shape[1] + 1
-
-
-def test_a_head_without_a_loss_or_a_pass_takes_no_part(device, dtype):
-    two = Two(device, dtype)
-    two.a(two.x[0])
-    loss = two.b(two.x[1]).square().mean()
-    assert two.reader.read(two.capture, {"b": loss}).tasks == ["b"]
-    two.capture.clear()
-    with pytest.raises(CaptureError, match="'a'"):
-        two.reader.read(two.capture, {"a": two.y.sum().requires_grad_()})
+        bench.read({"a": F.mse_loss(head(h), head(2 * h))})
 
 
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("layout", ["tokens", "maps"])
-def test_dense_heads(device, dtype, layout, given):
-    maps = layout == "maps"
-    make = (lambda o: nn.Conv2d(4, o, 1)) if maps else (lambda o: nn.Linear(4, o))
-    modules = {"reg": make(2), "bin": make(1), "cls": make(3)}
-    modules = {name: m.to(device, dtype) for name, m in modules.items()}
-    kinds = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
-    heads = {name: kinds[name](m) for name, m in modules.items()}
+def test_labels_of_an_only_output_need_no_dimension_for_it(device, dtype, layout, given):
+    """What else is dense is in ``loops/test_dense.py``."""
+    channel, shape = (1, (2, 4, 3, 5)) if layout == "maps" else (-1, (2, 15, 4))
+    module = (nn.Conv2d(4, 1, 1) if layout == "maps" else nn.Linear(4, 1)).to(device, dtype)
+    heads = {"bin": BinaryHead(module)}
     capture, reader = Capture(heads), Reader(heads)
-    x = torch.randn(*((2, 4, 3, 5) if maps else (2, 15, 4))).to(device, dtype).requires_grad_()
+    x = torch.randn(shape).to(device, dtype).requires_grad_()
     for _ in range(2):
         capture.clear()
-        out = {name: module(x) for name, module in modules.items()}
-        labels = {"reg": torch.randn_like(out["reg"])}
-        labels["bin"] = (torch.randn(2, 3, 5) if maps else torch.randn(2, 15)).to(x) > 0
-        labels["cls"] = torch.randint(3, labels["bin"].shape, device=device)
-        labels["bin"] = labels["bin"].to(x)
-        channel = 1 if maps else -1
-        losses = {
-            "reg": F.mse_loss(out["reg"], labels["reg"]),
-            "bin": LOSSES["bin"](out["bin"].squeeze(channel), labels["bin"]),
-            "cls": F.cross_entropy(out["cls"].movedim(channel, 1), labels["cls"]),
-        }
-        batch = reader.read(capture, losses, labels if given else None)
-        found = labels_by_task(batch)
+        z = module(x).squeeze(channel)
+        y = (torch.randn(z.shape) > 0).to(z)
+        batch = reader.read(capture, {"bin": LOSSES["bin"](z, y)}, {"bin": y} if given else None)
         assert batch.parts[0].features.shape == (30, 4)
-        y = labels["reg"].movedim(channel, -1).reshape(30, 2)
-        torch.testing.assert_close(found["reg"].targets, y, rtol=1e-5, atol=1e-6)
-        assert torch.equal(found["bin"].targets[:, 0], labels["bin"].flatten())
-        assert torch.equal(found["cls"].targets[:, 0].argmax(1), labels["cls"].flatten())
-
-
-def test_dense_masks(device, dtype):
-    """Pixels that are to be ignored, as in segmentation."""
-    module = nn.Conv2d(4, 3, 1).to(device, dtype)
-    heads = {"cls": MulticlassHead(module)}
-    capture, reader = Capture(heads), Reader(heads)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        capture.clear()
-        x = torch.randn(2, 4, 3, 5).to(device, dtype).requires_grad_()
-        y = torch.randint(3, (2, 3, 5), device=device)
-        y = torch.where(torch.rand(2, 3, 5, device=device) < 0.3, -100, y)
-        out = module(x)
-        for targets in (None, {"cls": y}):
-            (part,) = reader.read(capture, {"cls": F.cross_entropy(out, y)}, targets).parts
-            assert torch.equal(part.labels.present[:, 0], (y != -100).flatten())
-            classes = part.labels.targets[:, 0].argmax(1)
-            assert torch.equal(classes[(y != -100).flatten()], y[y != -100])
+        assert torch.equal(labels_by_task(batch)["bin"].targets[:, 0], y.flatten())
 
 
 # --- losses without a head -----------------------------------------------------------------------
@@ -288,27 +189,6 @@ def test_masked_means(device, dtype, given):
         assert ("a", "d") not in [part.names for part in batch.parts]
 
 
-@pytest.mark.parametrize("spelling", ["zero loss", "targets"])
-def test_a_task_without_labels(device, dtype, spelling):
-    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
-    for seed, absent in enumerate(["a", "b", "c", None, "a", "b", "c"]):
-        out = bench.outputs(bench.features(6, seed))
-        labels = labels_for(KINDS, out, seed)
-        losses, targets = losses_for(KINDS, out, labels), None
-        if absent is not None:
-            losses[absent] = losses[absent] * 0
-            if spelling == "targets":
-                missing = torch.full_like(labels[absent], -100 if absent == "c" else torch.nan)
-                targets = {absent: missing}
-        found = labels_by_task(bench.read(losses, targets))
-        for name, one in found.items():
-            if name == absent:
-                assert not one.present.any()
-            else:
-                assert one.present is None
-            assert one.targets.isfinite().all() and (one.factor > 0).all()
-
-
 def test_a_residual_of_zero_is_a_label(device, dtype):
     bench = Bench({"a": "reg"}, 1, device=device, dtype=dtype)
     for seed in range(3):
@@ -367,23 +247,6 @@ def test_a_scaler_changes_its_scale(device):
 
 
 # --- memory --------------------------------------------------------------------------------------
-
-
-def test_what_was_verified_survives_a_checkpoint(device, dtype):
-    bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
-    for seed in range(2):
-        step(bench, KINDS, seed, False)
-    saved = bench.reader.state_dict()
-    saved = json.loads(json.dumps(saved))  # plain numbers
-    reader = bench.reader.loaded(saved)
-    assert reader.state_dict() == saved and reader is not bench.reader
-    restored, bench.reader = bench.reader, reader
-    one, _, _ = step(bench, KINDS, 2, False)
-    bench.reader = restored
-    two, _, _ = step(bench, KINDS, 2, False)
-    for first, second in zip(one.parts, two.parts, strict=True):
-        assert torch.equal(first.labels.targets, second.labels.targets)
-        assert torch.equal(first.labels.factor, second.labels.factor)
 
 
 @pytest.mark.parametrize("wrong", [{"factor": [1.0]}, {"reductions": []}, {"rows": 0}], ids=str)
