@@ -146,6 +146,12 @@ def test_bad_arguments_of_a_wrapper(rule, error, patterns, options, net, batch):
     assert_finite(snapshot(net, optimizer))
 
 
+@pytest.mark.parametrize("wrong", ["sgd", 3, None])
+def test_only_an_optimizer_can_be_wrapped(wrong, net):
+    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
+        BayesAggWrapper(wrong, net.trunk, make_heads(net))
+
+
 def test_an_optimizer_is_wrapped_once(rule, net):
     optimizer = wrap(net, "momentum", rule, settings=QUICK)
     before = snapshot(net, optimizer)

@@ -15,8 +15,15 @@ from bayesagg.heads import named_heads
 from bayesagg.predicting import Predictor
 
 KINDS = [RegressionHead, BinaryHead, MulticlassHead]
+
+
+class Mine(nn.Linear):
+    """Subclasses of linear modules are linear."""
+
+
 MODULES = {
     "linear": lambda bias: nn.Linear(4, 3, bias=bias),
+    "linear_subclass": lambda bias: Mine(4, 3, bias=bias),
     "conv1d": lambda bias: nn.Conv1d(4, 3, 1, bias=bias),
     "conv2d": lambda bias: nn.Conv2d(4, 3, 1, bias=bias, padding="valid"),
     "conv3d": lambda bias: nn.Conv3d(4, 3, 1, bias=bias, dilation=2),
@@ -34,7 +41,7 @@ def test_a_head_describes_its_module(kind, module, bias):
     linear = MODULES[module](bias)
     head = kind(linear)
     assert (head.in_features, head.out_features, head.has_bias) == (4, 3, bias)
-    assert head.channels_first == (module != "linear")
+    assert head.channels_first == ("conv" in module)
     assert head.num_tasks == (1 if kind is MulticlassHead else 3)
     assert head.linear is linear and head.module is linear
     assert len(head.parameters()) == 1 + bias
@@ -55,7 +62,7 @@ def test_weights_are_read_and_written_with_the_bias_last(module, bias, device, d
     assert not head.weights().requires_grad
     x = torch.randn(2, 4, dtype=dtype, device=device)
     expected = x @ rounded[:, :4].mT + (rounded[:, -1] if bias else 0)
-    shape = x if module == "linear" else x[(...,) + (None,) * int(module[4])]
+    shape = x if "linear" in module else x[(...,) + (None,) * int(module[4])]
     torch.testing.assert_close(linear(shape).flatten(1), expected)
 
 
@@ -107,13 +114,6 @@ def test_compiled_towers_and_layers_are_seen_through():
     assert RegressionHead(tower).linear is last and RegressionHead(tower).watched is last
 
 
-def test_one_layer_in_two_towers_is_refused():
-    last = nn.Linear(4, 2)
-    towers = {n: RegressionHead(nn.Sequential(nn.ReLU(), last)) for n in ("a", "b")}
-    with pytest.raises(HeadError, match=r"'a' and 'b' share one module"):
-        named_heads(towers)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_settings_are_keywords_and_fixed(kind):
     """A posterior that was computed under them does not change under its feet."""
@@ -127,23 +127,21 @@ def test_settings_are_keywords_and_fixed(kind):
             setattr(head, setting, value)
 
 
-@pytest.mark.parametrize("noise_variance", [1, 0.5, "learned"])
-def test_noise_variance_is_of_regression_alone(noise_variance):
+@pytest.mark.parametrize(
+    ("kinds", "others", "settings"),
+    [
+        *(([RegressionHead], KINDS[1:], {"noise_variance": v}) for v in (1, 0.5, "learned")),
+        (KINDS[1:], [RegressionHead], {"moments": "monte_carlo"}),
+        (KINDS[1:], [RegressionHead], {"num_samples": 8}),
+    ],
+)
+def test_settings_of_other_kinds_are_refused(kinds, others, settings):
     linear = nn.Linear(4, 3)
-    assert RegressionHead(linear, noise_variance=noise_variance).noise_variance == noise_variance
-    for kind in (BinaryHead, MulticlassHead):
-        with pytest.raises(TypeError, match="noise_variance"):
-            kind(linear, noise_variance=noise_variance)
-
-
-@pytest.mark.parametrize("kind", [BinaryHead, MulticlassHead])
-def test_moments_are_of_classification_alone(kind):
-    linear = nn.Linear(4, 3)
-    head = kind(linear, moments="monte_carlo", num_samples=2)
-    assert (head.moments, head.num_samples) == ("monte_carlo", 2)
-    for setting in ({"moments": "monte_carlo"}, {"num_samples": 8}):
-        with pytest.raises(TypeError):
-            RegressionHead(linear, **setting)
+    [(name, value)] = settings.items()
+    assert all(getattr(kind(linear, **settings), name) == value for kind in kinds)
+    for kind in others:
+        with pytest.raises(TypeError, match=name):
+            kind(linear, **settings)
 
 
 def test_a_head_that_is_initialised_by_a_forward_pass():
@@ -152,13 +150,6 @@ def test_a_head_that_is_initialised_by_a_forward_pass():
         BinaryHead(lazy)
     lazy(torch.zeros(2, 4))
     assert BinaryHead(lazy).in_features == 4
-
-
-def test_subclasses_of_linear_modules_are_linear():
-    class Mine(nn.Linear):
-        pass
-
-    assert RegressionHead(Mine(4, 3)).in_features == 4
 
 
 def test_names_and_order_are_kept():
@@ -171,10 +162,13 @@ def test_names_and_order_are_kept():
     assert named_heads(heads)["aux"] is heads["aux"]
 
 
-def test_one_module_under_two_descriptions_is_refused():
-    linear = nn.Linear(4, 2)
+@pytest.mark.parametrize("around", [lambda layer: layer, lambda layer: nn.Sequential(layer)])
+def test_one_module_under_two_descriptions_is_refused(around):
+    """Also as the last layer of two towers."""
+    layer = nn.Linear(4, 2)
+    heads = {"a": RegressionHead(around(layer)), "b": BinaryHead(around(layer))}
     with pytest.raises(HeadError, match=r"'a' and 'b' share one module"):
-        named_heads({"a": RegressionHead(linear), "b": BinaryHead(linear)})
+        named_heads(heads)
 
 
 @pytest.mark.parametrize("kind", KINDS)

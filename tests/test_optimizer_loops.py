@@ -59,17 +59,6 @@ def test_schedulers_drive_the_base(name, base, rule, net, device, dtype):
     assert len(seen) > 1
 
 
-def test_a_scheduled_rate_is_used(rule, net, batch):
-    optimizer = wrap(net, "sgd", rule)
-    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
-    train(net, optimizer, 1)
-    scheduler.step()
-    before = snapshot(net.trunk)["parameters"]
-    x, labels = batch
-    optimizer.step(make_losses(net(x), labels))
-    assert_same(before, snapshot(net.trunk)["parameters"])
-
-
 def test_a_scheduler_before_the_optimizer_still_warns(rule, net):
     """The order is watched through ``step``, which the scheduler patches."""
     optimizer = wrap(net, rule=rule)
@@ -134,37 +123,28 @@ def test_step_hooks_of_the_base_and_of_all_optimizers_fire_once(rule, net):
     assert sorted(own) == ["base post", "base pre", "own post", "post", "pre"]
 
 
-def test_state_dict_hooks_fire(rule, net):
-    optimizer = wrap(net, rule=rule)
-    seen = []
+def test_hooks_of_states_fire(rule, net):
+    """They see the wrapper, and what they return is what is saved or loaded."""
+    optimizer, seen = wrap(net, rule=rule), []
 
-    def post(o, state):
-        seen.append(("post", o))
+    def saved(o, state):
+        seen.append(("saved", o))
         return {**state, "extra": 1}
 
-    optimizer.register_state_dict_pre_hook(lambda o: seen.append(("pre", o)))
-    optimizer.register_state_dict_post_hook(post)
-    state = optimizer.state_dict()
-    assert seen == [("pre", optimizer), ("post", optimizer)]
-    assert state["extra"] == 1
-    assert "bayesagg" in state
-
-
-def test_load_state_dict_hooks_fire(rule, net):
-    optimizer = wrap(net, rule=rule)
-    state = optimizer.state_dict()
-    seen = []
-
-    def pre(o, given):
-        seen.append(("pre", o))
+    def loading(o, given):
+        seen.append(("loading", o))
         given = copy.deepcopy(given)
         given["param_groups"][0]["lr"] = 0.25
         return given
 
-    optimizer.register_load_state_dict_pre_hook(pre)
-    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(("post", o)))
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append(("saving", o)))
+    optimizer.register_state_dict_post_hook(saved)
+    optimizer.register_load_state_dict_pre_hook(loading)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(("loaded", o)))
+    state = optimizer.state_dict()
+    assert state.pop("extra") == 1 and "bayesagg" in state
     optimizer.load_state_dict(state)
-    assert seen == [("pre", optimizer), ("post", optimizer)]
+    assert seen == [(what, optimizer) for what in ("saving", "saved", "loading", "loaded")]
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 

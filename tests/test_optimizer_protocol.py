@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bayesagg import BayesAgg, BayesAggWrapper
+from bayesagg import BayesAgg
 from tests.helpers.data import make_batch, make_losses
-from tests.helpers.nets import make_net, plain_net
+from tests.helpers.nets import plain_net
 from tests.helpers.settings import EPOCH, OPTIMIZERS, PHASES, QUICK
 from tests.helpers.states import assert_finite, assert_same, difference, gradients, snapshot
-from tests.helpers.training import make_heads, train, train_step, wrap
+from tests.helpers.training import train, train_step, wrap
 
 BASES = sorted(OPTIMIZERS)
 PLAIN_BASES = [name for name in BASES if name != "lbfgs"]  # those that need no closure
@@ -27,6 +27,9 @@ def test_it_is_an_optimizer_and_says_what_it_wraps(net):
     assert isinstance(optimizer, torch.optim.Optimizer)
     for part in ("BayesAggWrapper", "AdamW", "regression 4 -> 2", "multiclass 4 -> 3", "lr: 0.01"):
         assert part in repr(optimizer)
+    assert isinstance(optimizer.engine, BayesAgg)
+    assert optimizer.task_weights is optimizer.engine.task_weights
+    assert set(optimizer.task_weights) == {"reg", "bin", "cls"}
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -80,12 +83,6 @@ def test_add_param_group_reaches_the_base_and_trains(rule, net, batch):
     )
 
 
-@pytest.mark.parametrize("wrong", ["sgd", 3, None])
-def test_only_an_optimizer_can_be_wrapped(wrong, net):
-    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
-        BayesAggWrapper(wrong, net.trunk, make_heads(net))
-
-
 # --- zero_grad, step, closures -------------------------------------------------------------------
 
 
@@ -121,40 +118,47 @@ def test_zeroed_gradients_do_not_decay_posterior_heads(set_to_none, rule, net, d
 
 
 @pytest.mark.parametrize("base", PLAIN_BASES)
-@pytest.mark.parametrize("form", ["backward", "loss", "closure", "keyword", "targets", "empty"])
-def test_all_forms_of_a_step_agree(form, base, rule, device, dtype):
-    """``step(losses)``, ``backward`` or ``loss`` and ``step()``, ``step(closure)`` either way."""
-    nets = [plain_net(device, dtype) for _ in range(2)]
+@pytest.mark.parametrize(
+    "form", ["backward", "loss", "closure", "keyword", "targets", "empty", "sum", "none"]
+)
+def test_all_forms_of_a_step_agree(form, base, rule, like):
+    """``step(losses)``, ``backward`` or ``loss`` and ``step()``, ``step(closure)`` either way.
+
+    A sum is a number of labels times the mean; unreduced losses are averaged.
+    """
+    nets = [plain_net(*like) for _ in range(2)]
     one, other = (wrap(net, base, rule, settings=QUICK) for net in nets)
     for index in range(7):
         train_step(nets[0], one, index)
-        x, labels = make_batch(device, dtype, seed=index)
+        x, labels = make_batch(*like, seed=index)
 
         def closure(x=x, labels=labels):
             other.zero_grad()
             return other.backward(make_losses(nets[1](x), labels))
 
-        if form == "closure":
-            result = other.step(closure)
-        elif form == "keyword":
-            result = other.step(closure=closure)
+        if form in ("closure", "keyword"):
+            result = other.step(closure) if form == "closure" else other.step(closure=closure)
+            assert not result.requires_grad and result.dim() == 0
+            continue
+        other.zero_grad()
+        losses = make_losses(nets[1](x), labels, form if form in ("sum", "none") else "mean")
+        if form == "sum":
+            losses = {name: loss / labels[name].numel() for name, loss in losses.items()}
+        if form == "backward":
+            result = other.backward(losses)
+            assert other.step() is None
+        elif form == "loss":
+            result = other.loss(losses)
+            result.backward()
+            result = result.detach()
+            assert other.step() is None
         else:
-            other.zero_grad()
-            losses = make_losses(nets[1](x), labels)
-            if form in ("backward", "loss"):
-                result = other.backward(losses) if form == "backward" else other.loss(losses)
-                if form == "loss":
-                    result.backward()
-                    result = result.detach()
-                assert other.step() is None
-            else:
-                given = {"reg": labels["reg"]} if form == "targets" else {}
-                result = other.step(losses, targets=given)
-            assert result == sum(losses.values())
-        assert not result.requires_grad
-        assert result.dim() == 0
+            given = {"reg": labels["reg"]} if form == "targets" else {}
+            result = other.step(losses, targets=given)
+        assert result == sum(loss.mean() for loss in losses.values())
+        assert not result.requires_grad and result.dim() == 0
     ours, theirs = snapshot(nets[0], one), snapshot(nets[1], other)
-    if form == "targets":  # given labels are not rounded as recovered ones are
+    if form in ("targets", "sum", "none"):  # labels are rounded otherwise
         torch.testing.assert_close(ours["parameters"], theirs["parameters"])
     else:
         assert_same(ours, theirs)
@@ -239,30 +243,6 @@ def test_gradient_heads_are_trained_by_ordinary_gradients(rule, net, batch):
 
 
 # --- as other code uses optimizers ---------------------------------------------------------------
-
-
-def test_wrapped_engine_is_public(rule, net):
-    optimizer = wrap(net, rule=rule)
-    assert isinstance(optimizer.engine, BayesAgg)
-    assert optimizer.task_weights is optimizer.engine.task_weights
-    assert set(optimizer.task_weights) == {"reg", "bin", "cls"}
-
-
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_reductions(reduction, rule, device, dtype):
-    """A sum is B times the mean; unreduced losses are averaged."""
-    results = []
-    for kind in ("mean", reduction):
-        net = make_net(device, dtype)
-        optimizer = wrap(net, "sgd", rule)
-        train(net, optimizer, 4)
-        x, labels = make_batch(device, dtype, seed=9)
-        losses = make_losses(net(x), labels, kind)
-        if kind == "sum":
-            losses = {n: v / (labels[n].numel()) for n, v in losses.items()}
-        optimizer.step(losses)
-        results.append(snapshot(net, optimizer))
-    torch.testing.assert_close(results[0]["parameters"], results[1]["parameters"])
 
 
 def test_step_refuses_what_it_cannot_do(rule, net, batch):

@@ -57,13 +57,8 @@ def test_the_citation_names_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     paper = citation["preferred-citation"]
     assert paper["year"] == 2024
-    assert [author["family-names"] for author in paper["authors"]] == [
-        "Achituve",
-        "Diamant",
-        "Netzer",
-        "Chechik",
-        "Fetaya",
-    ]
+    names = [author["family-names"] for author in paper["authors"]]
+    assert names == ["Achituve", "Diamant", "Netzer", "Chechik", "Fetaya"]
 
 
 @pytest.fixture(scope="module")
@@ -130,22 +125,9 @@ def test_no_import_goes_in_a_circle():
 
 def test_the_core_imports_without_the_examples_packages():
     blocked = {
-        "accelerate",
-        "chemprop",
-        "lightning",
-        "matplotlib",
-        "pandas",
-        "pytorch_lightning",
-        "qm9pack",
-        "scipy",
-        "sklearn",
-        "tensorboard",
-        "timm",
-        "torch_geometric",
-        "torch_rechub",
-        "torchvision",
-        "tqdm",
-        "transformers",
+        *("accelerate", "chemprop", "lightning", "matplotlib", "pandas", "pytorch_lightning"),
+        *("qm9pack", "scipy", "sklearn", "tensorboard", "timm", "torch_geometric"),
+        *("torch_rechub", "torchvision", "tqdm", "transformers"),
     }
     result = run(IMPORT_EVERYTHING.format(blocked=blocked))
     assert result.returncode == 0, result.stderr

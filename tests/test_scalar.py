@@ -15,7 +15,7 @@ from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import make_net
 from tests.helpers.settings import GRADIENT, PHASES
 from tests.helpers.states import assert_finite, assert_same, difference, gradients, snapshot
-from tests.helpers.training import train, wrap
+from tests.helpers.training import train, train_step, wrap
 
 
 @pytest.fixture
@@ -49,14 +49,18 @@ def evidence_of(optimizer):
 
 
 @PHASES
-def test_its_value_is_the_sum(start, batch):
+def test_its_value_is_the_sum_and_nothing_is_learned_before_the_backward_pass(start, batch):
     x, labels = batch
     net, optimizer = start()
-    losses = make_losses(net(x), labels)
+    before, losses = snapshot(net, optimizer), make_losses(net(x), labels)
     loss = optimizer.loss(losses)
+    assert_same(before, snapshot(net, optimizer))
     assert loss.requires_grad and loss.dim() == 0
     torch.testing.assert_close(loss, sum(losses.values()), rtol=0, atol=0)
     assert torch.equal(loss, optimizer.engine(make_losses(net(x), labels), labels))
+    assert_same(before, snapshot(net, optimizer))
+    loss.backward()
+    assert difference(before["optimizer"], snapshot(net, optimizer)["optimizer"]) is not None
 
 
 @PHASES
@@ -111,27 +115,13 @@ def test_a_second_pass_through_the_same_graph_teaches_nothing(start, batch):
 def test_gradients_can_be_asked_for(start, batch):
     """``torch.autograd.grad`` returns what ``backward`` accumulates, and teaches as much."""
     x, labels = batch
-    net, optimizer = start()
-    optimizer.zero_grad()
+    (net, optimizer), (other_net, other) = start(), start()
     asked = torch.autograd.grad(optimizer.loss(make_losses(net(x), labels)), list(net.parameters()))
-    assert all(p.grad is None for p in net.parameters())
-    other_net, other = start()
     other.zero_grad()
     other.loss(make_losses(other_net(x), labels)).backward()
     torch.testing.assert_close(asked, tuple(p.grad for p in other_net.parameters()))
     ours, theirs = (o.state_dict()["bayesagg"] for o in (optimizer, other))
     assert difference(ours, theirs) is None
-
-
-@PHASES
-def test_nothing_is_learned_before_the_backward_pass(start, batch):
-    x, labels = batch
-    net, optimizer = start()
-    before = snapshot(net, optimizer)
-    loss = optimizer.loss(make_losses(net(x), labels))
-    assert_same(before, snapshot(net, optimizer))
-    loss.backward()
-    assert difference(before["optimizer"], snapshot(net, optimizer)["optimizer"]) is not None
 
 
 @PHASES
@@ -180,8 +170,7 @@ def test_two_scalars_in_one_backward_pass(start, batch, device, dtype):
 def test_a_backward_pass_that_fails_teaches_nothing(start, batch):
     """And training goes on from there."""
     x, labels = batch
-    net, optimizer = start()
-    other_net, other = start()
+    (net, optimizer), (other_net, other) = start(), start()
     before = optimizer.state_dict()["bayesagg"]
     loss = optimizer.loss(make_losses(net(x), labels))
 
@@ -193,9 +182,8 @@ def test_a_backward_pass_that_fails_teaches_nothing(start, batch):
         loss.backward()
     handle.remove()
     assert difference(before, optimizer.state_dict()["bayesagg"]) is None
-    for a_net, an_optimizer in ((net, optimizer), (other_net, other)):
-        an_optimizer.zero_grad()
-        an_optimizer.step(make_losses(a_net(x), labels))
+    train_step(net, optimizer, batch)
+    train_step(other_net, other, batch)
     assert_same(snapshot(net, optimizer), snapshot(other_net, other))
 
 
@@ -244,29 +232,25 @@ def test_heads_are_passed_by_only_where_nobody_notices(watcher, monkeypatch, dev
 def test_a_plain_backward_pass_is_as_if_nothing_were_watched(start, batch):
     """Gradients bit for bit, at parameters, features and inputs; and the next step is the same."""
     x, labels = batch
-    results = []
-    for plain in (False, True):
-        net, optimizer = start()
-        if plain:
-            optimizer.zero_grad()
-            inputs = x.clone().requires_grad_()
-            features = net.trunk(inputs)
-            features.retain_grad()
-            out = {name: head(features) for name, head in net.heads.items()}
-            sum(make_losses(out, labels).values()).backward()
-            found = [gradients(net), features.grad, inputs.grad]
 
+    def plain(net):
+        net.zero_grad()
+        inputs = x.clone().requires_grad_()
+        features = net.trunk(inputs)
+        features.retain_grad()
+        out = {name: head(features) for name, head in net.heads.items()}
+        sum(make_losses(out, labels).values()).backward()
+        return [gradients(net), features.grad, inputs.grad]
+
+    results = []
+    for watched in (False, True):
+        net, optimizer = start()
+        if watched:
             bare = make_net(x.device, x.dtype)
             bare.load_state_dict(net.state_dict())
             bare.trunk[1].eval()
-            inputs = x.clone().requires_grad_()
-            features = bare.trunk(inputs)
-            features.retain_grad()
-            out = {name: head(features) for name, head in bare.heads.items()}
-            sum(make_losses(out, labels).values()).backward()
-            assert difference(found, [gradients(bare), features.grad, inputs.grad]) is None
-        optimizer.zero_grad()
-        optimizer.step(make_losses(net(x), labels))
+            assert difference(plain(net), plain(bare)) is None
+        train_step(net, optimizer, batch)
         results.append(snapshot(net, optimizer))
     assert_same(*results)
 
@@ -290,16 +274,10 @@ def test_plain_and_aggregate_passes_through_one_graph(start, batch):
             torch.testing.assert_close(together[name], gradient + ours[name])
 
 
-def test_thousands_of_plain_passes_are_forgotten(rule, net_of_one):
+def test_thousands_of_plain_passes_are_forgotten(rule, net, batch):
     """A model that is wrapped and then trained by hand keeps no graph of it alive."""
-    net, optimizer, x, y = net_of_one
+    optimizer = wrap(net, "sgd", rule)
+    x, labels = batch
     for _ in range(1100):  # more than would be announced
-        nn.functional.mse_loss(net.heads["reg"](net.trunk(x)), y).backward()
+        nn.functional.mse_loss(net.heads["reg"](net.trunk(x)), labels["reg"]).backward()
     assert sum(len(calls) for calls in optimizer.engine._capture.calls.values()) <= 1
-
-
-@pytest.fixture
-def net_of_one(rule, device, dtype):
-    net = make_net(device, dtype, outputs={"reg": 1})
-    x, labels = make_batch(device, dtype, outputs={"reg": 1})
-    return net, wrap(net, "sgd", rule), x, labels["reg"]
