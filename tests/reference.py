@@ -16,8 +16,6 @@ Misprints of the paper that were found by checking each formula against sampling
   signs in Eq. 16 are those of ``-log p``; Eq. 9 follows all the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any

@@ -1,7 +1,5 @@
 """Eq. 6 and Eq. 7 against the literal formulas; masks, extreme variances, the number of tasks."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

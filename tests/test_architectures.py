@@ -4,8 +4,6 @@ Heads that read different tensors are of the default rule alone: the paper's nee
 says so (``test_bad_input.py``). All else runs under both.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 

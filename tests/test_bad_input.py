@@ -5,8 +5,6 @@ there. Everything is run twice, with the bad call and without: afterwards both m
 bit. Damaged checkpoints are in ``test_checkpoint.py``.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import re

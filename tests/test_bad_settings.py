@@ -1,7 +1,5 @@
 """Bad descriptions of heads and arguments of the wrapper: their own error, and what to do."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

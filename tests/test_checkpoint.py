@@ -4,8 +4,6 @@ The damage is generated from the states themselves, so that a leaf that is added
 What is saved and loaded well is tested in ``test_optimizer_state.py`` and ``loops``.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 

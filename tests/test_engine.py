@@ -4,8 +4,6 @@ What belongs to one rule alone is in ``tests/rules``; what a step computes, ther
 ``test_scalar.py``.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import io

@@ -1,7 +1,5 @@
 """Wrong answers that once went unnoticed: each of these failed before the core was rebuilt."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

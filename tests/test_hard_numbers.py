@@ -1,7 +1,5 @@
 """Constant, tiny and huge features, and logits that are certain: every number stays finite."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

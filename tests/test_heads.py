@@ -1,7 +1,5 @@
 """Descriptions of heads: what is accepted, what is read from a module and what is written to it."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

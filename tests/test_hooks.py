@@ -1,7 +1,5 @@
 """What an engine watches, and what it leaves behind: neither a trace nor a hook."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gc

@@ -1,7 +1,5 @@
 """Which optimizers take the same step for a gradient of any scale."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import warnings

@@ -1,7 +1,5 @@
 """Losses without a head: as a ``LossTask``, weighed by the rule, or passed through as they are."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

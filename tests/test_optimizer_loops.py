@@ -1,7 +1,5 @@
 """Schedulers, step hooks and gradient scalers drive the wrapper as any optimizer."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """The wrapper is an optimizer like any other: schedulers, checkpoints, hooks, copies, scalers."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

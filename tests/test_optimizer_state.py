@@ -1,7 +1,5 @@
 """The wrapper is saved, loaded and copied as any optimizer."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Posteriors against Eq. 2 and autograd's Hessian; scales, ranks and jitter."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from functools import partial

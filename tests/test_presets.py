@@ -1,7 +1,5 @@
 """The presets are the published settings, and the library takes them as they are."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -3,8 +3,6 @@
 That it equals ``step`` is in ``test_optimizer_protocol.py``; scalers: ``test_optimizer_loops.py``.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest

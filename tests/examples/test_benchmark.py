@@ -1,7 +1,5 @@
 """The benchmark command: small runs, its report and its errors. No time is judged here."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

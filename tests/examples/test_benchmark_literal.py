@@ -1,7 +1,5 @@
 """The benchmark's literal formulas: right, and the same as the library's closed forms."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The dense example: its scenes, its measures, and a run in the small."""
 
-from __future__ import annotations
-
 import re
 from argparse import Namespace
 

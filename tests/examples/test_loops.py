@@ -3,8 +3,6 @@
 That every loop takes the steps of a plain one, under both rules: ``tests/loops``.
 """
 
-from __future__ import annotations
-
 import csv
 import importlib
 import subprocess

@@ -1,7 +1,5 @@
 """Batches, their losses, and labels that are missing."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Heads, rules and optimizers of the small multi-task models."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Exact snapshots of everything a step may change, and how far two of them agree."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping

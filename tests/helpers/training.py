@@ -1,7 +1,5 @@
 """Heads, engines and wrappers of a network, and steps with them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any

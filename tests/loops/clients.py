@@ -1,7 +1,5 @@
 """The loops of other packages over the same batches, each as its users write it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

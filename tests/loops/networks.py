@@ -1,7 +1,5 @@
 """Networks of every build, small, without statistics of a batch: for tests of the loops."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Two gloo processes that run functions of the tests side by side, and never hang a test."""
 
-from __future__ import annotations
-
 import datetime
 import io
 import multiprocessing

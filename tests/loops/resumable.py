@@ -5,8 +5,6 @@ to ``end.pt``. With ``--halt-at STEP`` it says so at that step and waits to be k
 ``--halt-while-saving`` it does so with half of the next checkpoint on the disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -1,7 +1,5 @@
 """Runs that are compared: networks without batch statistics, batches for ranks, and their ends."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The engine's scalar under Accelerate, which prepares model, optimizer and data."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from accelerate import Accelerator

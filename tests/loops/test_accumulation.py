@@ -6,8 +6,6 @@ leaves in are those so far. So gradients are those of the whole batch while trai
 scalarization, and near them afterwards.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """``torch.compile`` around trunk, heads, towers and losses, and of the mathematics itself."""
 
-from __future__ import annotations
-
 import shutil
 import warnings
 

@@ -1,7 +1,5 @@
 """Dense and sequence heads: layouts, ignored positions and memory."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 

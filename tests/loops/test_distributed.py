@@ -1,7 +1,5 @@
 """Two ranks with half the batch each take the step of one process, and have its posterior."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

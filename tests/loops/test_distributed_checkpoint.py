@@ -1,7 +1,5 @@
 """``torch.distributed.checkpoint``: saved and loaded by one process, by two ranks, and across."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

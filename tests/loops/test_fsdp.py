@@ -1,7 +1,5 @@
 """FSDP2: parameters sharded over two ranks, the step and the posterior of one process."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

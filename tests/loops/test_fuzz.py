@@ -3,8 +3,6 @@
 Once for either rule: a state machine of each.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -3,8 +3,6 @@
 So the posterior is in the checkpoint's ``optimizer.pt``, and the paper's epochs are counted.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

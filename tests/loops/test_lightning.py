@@ -1,7 +1,5 @@
 """The engine in a LightningModule: training, checkpoints of its Trainer, and the callback."""
 
-from __future__ import annotations
-
 import csv
 import logging
 

@@ -1,7 +1,5 @@
 """Task weights in TensorBoard, without Lightning."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,7 +1,5 @@
 """Four thousand steps: flat memory, no new objects or hooks, and nothing left afterwards."""
 
-from __future__ import annotations
-
 import gc
 import os
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each takes the steps of a plain loop over the same batches, bit for bit.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

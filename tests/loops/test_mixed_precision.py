@@ -3,8 +3,6 @@
 What a wrapper's step does under a scaler is in ``tests/test_optimizer_loops.py``.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

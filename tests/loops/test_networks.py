@@ -3,8 +3,6 @@
 ``docs/networks-and-loops.md`` is the table of these tests.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from pathlib import Path

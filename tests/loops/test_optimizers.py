@@ -1,7 +1,5 @@
 """Optimizers that are not one for all: closures, one for each tower, groups, frozen heads."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional as F

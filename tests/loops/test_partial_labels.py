@@ -1,7 +1,5 @@
 """Partially labelled data in loops: random holes, disjoint data sets, a task without labels."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

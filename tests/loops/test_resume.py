@@ -1,7 +1,5 @@
 """Killed in the middle of an epoch and resumed in a new process, training ends in the same bits."""
 
-from __future__ import annotations
-
 import copy
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Binary moments: the nodes against fine composite rules and against sampling."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Eq. 11 against its own definition, and its convergence to quadrature and cubature."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Multi-class moments: cubature over contrasts against a million samples and against fine grids."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Regression moments: the closed form against the paper's Eq. 4, which is exact to compare with."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The Student-t gradient against its definition: refits without each datum, and autograd."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

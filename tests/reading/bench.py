@@ -1,7 +1,5 @@
 """A reader, heads and forward passes for tests of reading."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Losses that are not the likelihood of their head, by kind of head and name."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

@@ -3,8 +3,6 @@
 What is bad whatever the kind of head is in ``tests/test_bad_input.py``.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional as F

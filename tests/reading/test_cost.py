@@ -1,7 +1,5 @@
 """What a step in which nothing is new costs: one look at the device, one pass of autograd."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional as F

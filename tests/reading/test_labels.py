@@ -1,7 +1,5 @@
 """Labels recovered from losses are the true ones; other losses are refused, or need `targets=`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import assume, example, given, settings

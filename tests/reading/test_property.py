@@ -5,8 +5,6 @@ reduction and extra terms, and read with and without targets. What is accepted a
 must have the gradient that its labels give it, not at the outputs alone but around them.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, replace
 from typing import Any

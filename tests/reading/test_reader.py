@@ -1,7 +1,5 @@
 """The batch that a reader makes: parts, keys, calls, masks, factors, and what it remembers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

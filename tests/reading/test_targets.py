@@ -1,7 +1,5 @@
 """With ``targets=``: weights, losses of other kinds, terms by other paths, coupled heads."""
 
-from __future__ import annotations
-
 import json
 import warnings
 

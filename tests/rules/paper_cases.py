@@ -4,8 +4,6 @@ All settings that matter are given, because defaults are the library's to change
 not, which the library may warn of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Batches as a reader makes them, and the paper's rule at work on them without a network."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 Of that rule alone: the paper's has another posterior, and renews it in every step.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 

@@ -1,7 +1,5 @@
 """The default rule against its formulas, written out datum by datum."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The paper's rule with many classes: a bound on the curvature, and samples."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The paper's rule as an object: settings, its memory, and what the recorded runs do not cover."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -3,8 +3,6 @@
 What a step computes is in ``test_paper_equations.py``, what the memory does in ``test_paper.py``.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -6,8 +6,6 @@ The representation is a free parameter, so what an encoder would receive can be 
 gradient. One epoch of pre-training makes the full-data posterior; the next step is compared.
 """
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

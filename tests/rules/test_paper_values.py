@@ -11,8 +11,6 @@ Everything random comes from generators of the case's own, in float64 on the CPU
 the case alone.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -4,8 +4,6 @@ A setting of the paper's rule: its moments take a tensor of data, tasks and dime
 default (``None``) all data.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional as F
