@@ -217,7 +217,7 @@ def heads_are_applied_functionally(bench):
     return bench.step(bench.losses(out)), bench.go_on
 
 
-@bad(CaptureError, "no forward pass", r"torch\.compile", phases=("after",))
+@bad(CaptureError, r"torch\.compile", "before it was wrapped.*: wrap first", phases=("after",))
 def model_was_compiled_before_it_was_wrapped(bench):
     """Hooks that come after the first call of compiled code never run."""
     bench.net = make_net(bench.x.device, bench.x.dtype)

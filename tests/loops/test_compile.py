@@ -8,13 +8,12 @@ import torch
 from torch.nn import functional as F
 
 from bayesagg.aggregation import aggregate_diagonal
-from bayesagg.errors import CaptureError, LossError
+from bayesagg.errors import LossError
 from bayesagg.moments import Spectrum, leave_one_out, regression_moments, student_gradient
 from bayesagg.posterior import Gaussian
-from tests.helpers.data import make_batch, make_losses
+from tests.helpers.data import make_batch
 from tests.helpers.nets import make_net, plain_net
 from tests.helpers.settings import QUICK
-from tests.helpers.states import snapshot
 from tests.helpers.training import train, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's, about parts of torch itself
@@ -80,29 +79,20 @@ def compare(rule, kind, device, dtype, towers=False, **kwargs):
     torch.testing.assert_close(*map(parameters, nets))
 
 
-# What is compiled knows nothing of rules: two of the ways are tested under both.
+# What is compiled knows nothing of rules: two of the ways are tested under both. That of the paper
+# has no towers, of which a graph breaks before the head.
 @pytest.mark.parametrize(
-    ("kind", "backend", "rule"),
+    ("kind", "backend", "rule", "towers"),
     [
-        *((kind, "eager", "likelihood") for kind in [*BEFORE, *AFTER]),
-        *((kind, "aot_eager", rule) for kind in BOTH for rule in ("likelihood", "paper")),
+        *((kind, "eager", "likelihood", False) for kind in [*BEFORE, *AFTER]),
+        *((kind, "aot_eager", rule, False) for kind in BOTH for rule in ("likelihood", "paper")),
+        *((kind, "eager", "likelihood", True) for kind in ("all_methods", "last_layers")),
+        *((kind, "aot_eager", "likelihood", True) for kind in BOTH),
     ],
 )
-def test_compiled_parts_train_alike(kind, backend, rule, device, dtype):
+def test_compiled_parts_train_alike(kind, backend, rule, towers, device, dtype):
     """In linear scalarization and after it, with heads that the posterior writes."""
-    compare(rule, kind, device, dtype, backend=backend)
-
-
-@pytest.mark.parametrize(
-    ("kind", "backend"),
-    [
-        *(("all_methods", "eager"), ("last_layers", "eager")),
-        *((kind, "aot_eager") for kind in BOTH),
-    ],
-)
-def test_compiled_towers_train_alike(kind, backend, device, dtype):
-    """Under the default rule: that of the paper has no towers. A graph breaks before the head."""
-    compare("likelihood", kind, device, dtype, towers=True, backend=backend)
+    compare(rule, kind, device, dtype, towers, backend=backend)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the default backend needs a C++ compiler")
@@ -128,20 +118,6 @@ def test_a_graph_without_breaks_around_a_head_is_refused(towers, rule, device, d
     with pytest.raises(torch._dynamo.exc.Unsupported, match="Compile the shared network and each"):
         model(make_batch(device, dtype)[0])
     train(net, optimizer, 4)
-
-
-def test_a_model_that_ran_before_it_was_wrapped_is_refused(rule, device, dtype):
-    """Its graph was made without the hooks."""
-    net = make_net(device, dtype)
-    model = torch.compile(net, backend="eager")
-    x, labels = make_batch(device, dtype)
-    model(x)
-    optimizer = wrap(net, "adam", rule, settings=QUICK)
-    before = snapshot(net, optimizer)["parameters"]
-    with pytest.raises(CaptureError, match="before it was wrapped does not report: wrap first"):
-        optimizer.step(make_losses(model(x), labels))
-    after = snapshot(net, optimizer)["parameters"]
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_compiled_loss_is_read_by_its_targets(rule, device, dtype):

@@ -46,7 +46,8 @@ def moments(device, h, y, m, s, d, full=False):
     return reference.numpy(first)[0], reference.numpy(second)[0]
 
 
-@pytest.mark.parametrize("classes", [5, 8])  # fewer have a finer reference below
+# Fewer have a finer reference below, which is of four what the samples are.
+@pytest.mark.parametrize("classes", [4, 5, 8])
 def test_equals_a_million_samples(device, classes):
     d, scales = 2, (0.1, 1.0, 5.0)
     h, y, m, s = problem(classes, classes, d, True, 1.0)
@@ -75,18 +76,6 @@ def test_equals_a_fine_grid(device, classes, sd, logit_scale):
     np.testing.assert_allclose(second, np.diag(covariance), rtol=5e-3)
     _, full = moments(device, h, y, m, s, 2, full=True)
     assert np.all(np.abs(full - covariance) <= 5e-3 * np.outer(deviation, deviation))
-
-
-@pytest.mark.parametrize("classes", [3, 4])
-def test_fine_grid_equals_sampling(classes):
-    h, y, m, s = problem(5, classes, 2, True, 1.5)
-    expected, covariance = reference.multiclass_moments(h, y, m, s, 2, 49)
-    gradient = reference.multiclass_gradient(h, y, 2)
-    mean, variance, mean_se, variance_se = reference.sampled_moments(
-        gradient(reference.sample(m, s, 200_000, seed=3))
-    )
-    assert np.all(np.abs(expected - mean) < 5 * mean_se)
-    assert np.all(np.abs(np.diag(covariance) - variance) < 5 * variance_se)
 
 
 @settings(max_examples=40)

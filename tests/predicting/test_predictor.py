@@ -13,7 +13,7 @@ from tests.helpers.data import losses_over, make_batch, without
 from tests.helpers.nets import make_net, plain_net
 from tests.helpers.settings import EPOCH
 from tests.helpers.states import assert_same, snapshot
-from tests.helpers.training import make_heads, train, wrap
+from tests.helpers.training import train, wrap
 from tests.predicting.cases import heads_of, loader
 
 STEPS = 2 * EPOCH + 2
@@ -381,8 +381,3 @@ def test_large_maps_go_in_chunks(monkeypatch):
         monkeypatch.setattr(module, "CHUNK", 40)
     for a, b in zip(whole, results(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_heads_of_the_helpers_serve(rule):
-    net, _ = trained(rule)
-    assert Predictor.fit(net, make_heads(net, rule), loader()).tasks == ("reg", "bin", "cls")

@@ -12,7 +12,6 @@ from bayesagg import (
     BayesAgg,
     BinaryHead,
     LikelihoodRule,
-    LossTask,
     MulticlassHead,
     RegressionHead,
 )
@@ -189,21 +188,6 @@ def test_a_tower_of_identity_layers_equals_none(kinds):
 class _Copy(nn.Module):
     def forward(self, x):
         return x.clone()
-
-
-def test_losses_without_a_head_are_divided_by_their_scale():
-    modules, heads = network(["reg"])
-    engine = BayesAgg(None, {**heads, "aux": LossTask()}, rule=RULE, passthrough=("other",))
-    x, labels = batch(0, ["reg"])
-    free, through = (torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    losses = {
-        "reg": F.mse_loss(modules["reg"](x), labels["reg"]),
-        "aux": 50 * free.square().sum(),
-        "other": 50 * through.square().sum(),
-    }
-    engine(losses).backward()
-    torch.testing.assert_close(through.grad, 100 * torch.ones(2).double())
-    torch.testing.assert_close(free.grad, torch.ones(2).double())  # 100 / the loss of 100
 
 
 def test_a_perfect_fit_has_a_bounded_weight():
