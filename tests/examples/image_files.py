@@ -8,18 +8,6 @@ from PIL import Image
 from examples.comparison.benchmarks import nyuv2
 from examples.comparison.benchmarks.chestxray14 import FINDINGS
 
-
-def edited(file, old, new):
-    """A change of a data set's folder: a text in one of its files is another."""
-
-    def change(folder):
-        text = (folder / file).read_text()
-        assert old in text
-        (folder / file).write_text(text.replace(old, new, 1))
-
-    return change
-
-
 COARSE = [f"coarse_{k}" for k in range(20)]
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"

@@ -10,9 +10,8 @@ from torch import nn
 from examples.comparison.benchmarks import celeba
 from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.tasks import Task, measure
-from examples.data import DataFileError, DataUnavailableError
 from examples.image_models import nine_layers
-from tests.examples.image_files import ATTRIBUTES, edited, write_celeba
+from tests.examples.image_files import ATTRIBUTES, write_celeba
 from tests.examples.small import run_of
 
 pytestmark = pytest.mark.usefixtures("data")
@@ -33,34 +32,6 @@ def test_attributes_and_parts_are_those_of_the_lists(data):
         expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)) / 255
     np.testing.assert_allclose(x[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)
     assert len(celeba.load(None, 10).train) == 10
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (edited("list_attr_celeba.txt", " -1", " 0"), DataFileError, "40 values of -1 or 1"),
-        (edited("list_attr_celeba.txt", ".jpg", ".jpg 1"), DataFileError, "list_attr_celeba.txt"),
-        (edited("list_attr_celeba.txt", "Attribute_39", ""), DataFileError, "40 values"),
-        (edited("list_eval_partition.txt", "000002.jpg", "2.jpg"), DataFileError, "in order"),
-        (edited("list_eval_partition.txt", "0\n", "3\n"), DataFileError, "should be 0, 1 or 2"),
-        (
-            lambda folder: (folder / "list_attr_celeba.txt").write_bytes(b""),
-            DataFileError,
-            "cannot be read as a table",
-        ),
-        (
-            lambda folder: (folder / "img_align_celeba" / "000007.jpg").unlink(),
-            DataUnavailableError,
-            "000007.jpg not found.*https://mmlab",
-        ),
-    ],
-)
-def test_what_is_wrong_is_named(change, error, message, data):
-    write_celeba(data, width=8, height=8)
-    change(data / "celeba")
-    with pytest.raises(error, match=message) as failure:
-        celeba.read()
-    assert str(data / "celeba") in str(failure.value)
 
 
 def test_f1_is_that_of_scikit_learn():
