@@ -85,17 +85,18 @@ def test_defaults_never_look_at_the_validation_part(data):
     assert SETTINGS.schedule == "cosine" and not SETTINGS.needs_scores
 
 
-def test_steps_drop_at_60_and_80_per_cent_of_the_epochs(data):
-    _, _, rates, _, calls = run(data, replace(SETTINGS, schedule="steps"))
-    # Noted at the end of each epoch, for the next: epochs 7 and 9 are the first at lower rates.
-    assert rates == pytest.approx([0.1] * 5 + [0.01] * 2 + [0.001] * 3)
-    assert calls == 0
-
-
-@pytest.mark.parametrize(("schedule", "later"), [("half", 0.05), ("constant", 0.1)])
-def test_the_rate_is_halved_after_half_of_the_epochs_or_kept(schedule, later, data):
+# Noted at the end of each epoch, for the next: epochs 7 and 9 are the first at lower rates.
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("steps", [0.1] * 5 + [0.01] * 2 + [0.001] * 3),
+        ("half", [0.1] * 4 + [0.05] * 6),
+        ("constant", [0.1] * 10),
+    ],
+)
+def test_the_rate_drops_after_shares_of_the_epochs_or_is_kept(schedule, expected, data):
     _, _, rates, _, calls = run(data, replace(SETTINGS, schedule=schedule))
-    assert rates == pytest.approx([0.1] * 4 + [later] * 6) and calls == 0
+    assert rates == pytest.approx(expected) and calls == 0
 
 
 def test_plateau_drops_after_more_than_five_epochs_without_a_lower_score(data):
@@ -106,9 +107,7 @@ def test_plateau_drops_after_more_than_five_epochs_without_a_lower_score(data):
     assert run(data, settings, falling)[2] == pytest.approx([0.1] * 16)
     # Negative scores fall too, and a rise that leaves the mean as it is counts as none.
     assert run(data, settings, lambda epoch: [-1.0 * epoch, 0, 0])[2] == pytest.approx([0.1] * 16)
-
-
-def test_plateau_ends_at_the_smallest_rate(data):
+    # It ends at the smallest rate.
     settings = replace(SETTINGS, schedule="plateau", epochs=30, learning_rate=1.2e-5)
     assert run(data, settings, lambda _: [1.0])[2][-1] == pytest.approx(1e-5)
 
