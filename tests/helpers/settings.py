@@ -31,6 +31,10 @@ RULES: dict[str, Rule] = {
 }
 
 
+# Linear scalarization for good.
+FOREVER = {"likelihood": {"warmup": 99}, "paper": {"pretrain_epochs": 99}}
+
+
 PHASES = pytest.mark.parametrize("steps", [1, EPOCH + 1], ids=["pretraining", "after"])
 
 

@@ -24,6 +24,12 @@ def _frozen(value: Any) -> Any:
     return copy.copy(value)
 
 
+def hooks_of(module: nn.Module) -> int:
+    """The number of a module's hooks, of any kind."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks")
+    return sum(len(getattr(module, f"_{kind}")) for kind in kinds)
+
+
 def snapshot(
     model: nn.Module, optimizer: BayesAgg | BayesAggWrapper | torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
@@ -34,7 +40,7 @@ def snapshot(
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "buffers": dict(model.named_buffers()),
         "training": {name: m.training for name, m in model.named_modules()},
-        "hooks": {name: len(m._forward_hooks) for name, m in model.named_modules()},
+        "hooks": {name: hooks_of(m) for name, m in model.named_modules()},
     }
     if isinstance(optimizer, BayesAgg):
         found["engine"] = optimizer.get_extra_state()

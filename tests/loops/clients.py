@@ -10,10 +10,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bayesagg import BayesAggWrapper
+from tests.helpers.data import make_batch, make_losses
 from tests.helpers.states import assert_finite, snapshot
 
 Batch = Mapping[str, Tensor]
 LossesOf = Callable[[nn.Module, Batch], dict[str, Tensor]]
+
+
+def batches_of(count: int) -> list[Batch]:
+    """Mappings as the loops take them; the inputs are ``"x"``."""
+    return [{"x": x, **labels} for x, labels in (make_batch(seed=i) for i in range(count))]
+
+
+def losses_of(net: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Of one of them."""
+    return make_losses(net(batch["x"]), batch)
 
 
 def state_of(net: nn.Module, wrapper: BayesAggWrapper) -> dict[str, Any]:
@@ -100,7 +111,6 @@ def lightning(
 ) -> Any:
     """Automatic optimization; the wrapper is what ``configure_optimizers`` returns."""
     pl = pytest.importorskip("lightning.pytorch")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     class Module(pl.LightningModule):
         def __init__(self):
@@ -113,17 +123,30 @@ def lightning(
         def training_step(self, batch, batch_idx):
             return wrapper.loss(losses_of(self.net, batch))
 
+    return fit(Module(), in_order(batches), folder, epochs, resume, **arguments)
+
+
+def fit(
+    module: Any,
+    loader: DataLoader,
+    folder: Path,
+    epochs: int,
+    resume: Path | str | None = None,
+    **arguments: Any,
+) -> Any:
+    """Lightning's Trainer, which has run."""
+    pl = pytest.importorskip("lightning.pytorch")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        **{"enable_checkpointing": False, **arguments},
+        **{"logger": False, "enable_checkpointing": False, **arguments},
     )
-    trainer.fit(Module(), in_order(batches), ckpt_path=resume)
+    trainer.fit(module, loader, ckpt_path=resume)
     return trainer
 
 

@@ -124,10 +124,6 @@ def frozen() -> nn.Module:
     return net
 
 
-def vector_losses(out: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    return make_losses(out, batch)
-
-
 def token_losses(out: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
     signs = (batch["x"] > 0).to(batch["x"])[:, :, None]
     return make_losses(out, {**batch, "bin": signs})
@@ -153,7 +149,7 @@ class Build:
 
     make: Callable[[], nn.Module]
     common: bool
-    losses: Callable[[Mapping[str, Tensor], Batch], dict[str, Tensor]] = vector_losses
+    losses: Callable[[Mapping[str, Tensor], Batch], dict[str, Tensor]] = make_losses
     passthrough: tuple[str, ...] = ()
     tasks: Mapping[str, LossTask] = field(default_factory=dict)
 

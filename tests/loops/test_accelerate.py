@@ -10,7 +10,7 @@ from tests.helpers.nets import make_net
 from tests.helpers.settings import OPTIMIZERS, OUTPUTS, SAMPLED
 from tests.helpers.states import difference, snapshot
 from tests.helpers.training import make_engine, wrap
-from tests.loops.clients import accelerate, state_of
+from tests.loops.clients import accelerate, batches_of, losses_of, state_of
 from tests.loops.runs import epochs_by_hand
 
 STEPS, BATCH = 3, 6
@@ -105,12 +105,7 @@ def test_a_saved_state_goes_on_in_the_same_bits(stop, rule, tmp_path):
 
 def test_a_prepared_wrapper_is_saved_with_its_posterior(rule, tmp_path):
     """As the optimizer that it is: nothing has to be registered."""
-    batches = [{"x": x, **y} for x, y in (make_batch(seed=index) for index in range(STEPS))]
-
-    def losses_of(net, batch):
-        return make_losses(net(batch["x"]), batch)
-
-    ends = []
+    batches, ends = batches_of(STEPS), []
     for stop in (4, 2):
         net = make_net()
         wrapper = wrap(net, "adam", rule, settings=SAMPLED)

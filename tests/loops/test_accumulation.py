@@ -19,14 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from bayesagg.errors import CaptureError
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import make_net, plain_net
-from tests.helpers.settings import GRADIENT, QUICK
+from tests.helpers.settings import FOREVER, GRADIENT, QUICK
 from tests.helpers.states import assert_near, assert_same, snapshot
 from tests.helpers.training import train, wrap
 from tests.loops.runs import ROWS, assert_equal_runs, batch_of, result
 
 PARTS = [slice(0, 4), slice(4, 8), slice(8, 12)]
-# Linear scalarization for good.
-FOREVER = {"likelihood": {"warmup": 99}, "paper": {"pretrain_epochs": 99}}
 
 
 def micro_losses(net, index, part):

@@ -329,11 +329,6 @@ def test_a_group_may_be_given(rule, ranks):
     assert_equal_runs(by_hand(None, rule), ranks.run(by_hand, rule), rule)
 
 
-def test_a_word_is_no_group(rule):
-    with pytest.raises(ValueError, match="process_group must be"):
-        wrap(plain_net(), rule=rule, process_group="nccl")
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, one a rank, with nccl")
 def test_two_halves_are_the_whole_under_nccl(rule, tmp_path):  # pragma: no cover
     torch.multiprocessing.spawn(_nccl, (rule, str(tmp_path)), nprocs=2)

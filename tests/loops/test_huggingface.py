@@ -7,21 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.data import LOSSES, make_batch, make_losses
+from tests.helpers.data import LOSSES, make_batch
 from tests.helpers.nets import make_net
 from tests.helpers.settings import SAMPLED
 from tests.helpers.states import assert_finite, assert_same, snapshot, tensors_of
 from tests.helpers.training import wrap
-from tests.loops.clients import huggingface, state_of
+from tests.loops.clients import batches_of, huggingface, losses_of, state_of
 
 transformers = pytest.importorskip("transformers")
 
 STEPS, EPOCHS = 3, 3
-BATCHES = [{"x": x, **labels} for x, labels in (make_batch(seed=index) for index in range(STEPS))]
-
-
-def losses_of(net, batch):
-    return make_losses(net(batch["x"]), batch)
+BATCHES = batches_of(STEPS)
 
 
 def start(rule, seed=0, **kwargs):

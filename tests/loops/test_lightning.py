@@ -1,7 +1,6 @@
 """The engine in a LightningModule: training, checkpoints of its Trainer, and the callback."""
 
 import csv
-import logging
 
 import lightning.pytorch as pl
 import pytest
@@ -12,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 import bayesagg.lightning
-from bayesagg.errors import CheckpointError
 from bayesagg.lightning import TaskWeightsCallback
 from bayesagg.logging import task_weight_scalars
 from tests.helpers.data import make_batch, make_losses
@@ -20,6 +18,7 @@ from tests.helpers.nets import make_net
 from tests.helpers.settings import OPTIMIZERS, OUTPUTS, SAMPLED
 from tests.helpers.states import assert_finite, assert_same, difference, snapshot, tensors_of
 from tests.helpers.training import make_engine
+from tests.loops import clients
 from tests.loops.runs import epochs_by_hand
 
 # Advice of Lightning's about speed, and of its dependencies about themselves.
@@ -70,23 +69,10 @@ def loader():
     return DataLoader(batches, batch_size=None, shuffle=False)
 
 
-def fit(folder, module, epochs, *, callbacks=(), logger=False, ckpt_path=None, **kwargs):
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=epochs,
-        logger=logger,
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **kwargs,
-    )
-    trainer.fit(module, loader(), ckpt_path=ckpt_path)
-    return trainer
+def fit(folder, module, epochs, *, callbacks=(), **kwargs):
+    keeps = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+    kwargs |= {"log_every_n_steps": 1, "enable_checkpointing": keeps, "callbacks": list(callbacks)}
+    return clients.fit(module, loader(), folder, epochs, **kwargs)
 
 
 def state_of(module, trainer):
@@ -142,17 +128,9 @@ def test_a_trainer_resumes_in_the_same_bits(stop, automatic, rule, tmp_path):
     saved = torch.load(keep.last_model_path, weights_only=False)["state_dict"]
     assert difference(saved["engine._extra_state"], first.engine.get_extra_state()) is None
     resumed = Lit(rule, automatic, seed=5)
-    trainer = fit(tmp_path, resumed, 4, ckpt_path=keep.last_model_path)
+    trainer = fit(tmp_path, resumed, 4, resume=keep.last_model_path)
     assert trainer.current_epoch == 4
     assert difference(expected, state_of(resumed, trainer)) is None
-
-
-def test_a_checkpoint_of_other_heads_is_refused(rule, tmp_path):
-    keep = ModelCheckpoint(tmp_path / "kept", save_last=True)
-    fit(tmp_path, Lit(rule), 1, callbacks=[keep])
-    fewer = {name: o for name, o in OUTPUTS.items() if name != "bin"}
-    with pytest.raises(CheckpointError, match="other heads"):
-        fit(tmp_path, Lit(rule, outputs=fewer), 2, ckpt_path=keep.last_model_path)
 
 
 class Recorder(Callback):

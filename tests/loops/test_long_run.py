@@ -11,7 +11,7 @@ from torch.optim import SGD
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import plain_net
 from tests.helpers.settings import OUTPUTS, SAMPLED
-from tests.helpers.states import assert_finite, assert_same, snapshot, tensors_of
+from tests.helpers.states import assert_finite, assert_same, hooks_of, snapshot, tensors_of
 from tests.helpers.training import wrap
 
 STEPS, EPOCH, OTHER = 4_000, 50, 20  # the other model takes one step in OTHER
@@ -30,11 +30,6 @@ def make(seed, rule, device, dtype, outputs=ONE):
 def step(net, optimizer, x, labels):
     optimizer.zero_grad()
     optimizer.step(make_losses(net(x), labels))
-
-
-def hooks(net):
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
-    return sum(len(getattr(m, kind)) for m in net.modules() for kind in kinds)
 
 
 def resident():
@@ -70,7 +65,7 @@ def test_four_thousand_steps(rule, device, dtype):
         if index in CHECKS:
             states = [one.state_dict() for one in (optimizer, other[1])]
             size = sum(t.numel() for t in tensors_of(states))
-            found.append((size, hooks(net), hooks(other[0])))
+            found.append((size, *(sum(map(hooks_of, m.modules())) for m in (net, other[0]))))
             objects.append(living())
             memory.append(resident())
     state = optimizer.engine._memory

@@ -14,18 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from bayesagg.errors import CaptureError, HeadError
-from tests.helpers.data import make_batch
 from tests.helpers.settings import EPOCH, QUICK
 from tests.helpers.states import assert_finite, assert_near
 from tests.helpers.training import make_heads, wrap
-from tests.loops.clients import CLIENTS, plain, state_of
+from tests.loops.clients import CLIENTS, batches_of, plain, state_of
 from tests.loops.networks import NETWORKS
 from tests.loops.runs import assert_equal_runs, batch_of, half, result
 
 # Of the clients, about speed, themselves and their own dependencies; of torch.compile's parts.
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 2 * EPOCH
-BATCHES = [{"x": x, **y} for x, y in (make_batch(seed=index) for index in range(STEPS))]
+BATCHES = batches_of(STEPS)
 
 
 def start(name, rule):

@@ -6,23 +6,17 @@ from torch.nn import functional as F
 
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import plain_net
-from tests.helpers.settings import EPOCH, GRADIENT, OPTIMIZERS, QUICK
+from tests.helpers.settings import EPOCH, FOREVER, GRADIENT, OPTIMIZERS, QUICK
 from tests.helpers.states import assert_finite, assert_same, difference, snapshot
 from tests.helpers.training import make_engine, train, wrap
-from tests.loops.clients import CLIENTS, lightning, state_of
+from tests.loops.clients import CLIENTS, batches_of, lightning, losses_of, state_of
 
-# Linear scalarization for good.
-FOREVER = {"likelihood": {"warmup": 99}, "paper": {"pretrain_epochs": 99}}
 STEPS = 3 * EPOCH
 # The paper's rule has no towers.
 BUILDS = pytest.mark.parametrize(
     ("rule", "towers"), [("likelihood", False), ("likelihood", True), ("paper", False)]
 )
-BATCHES = [{"x": x, **y} for x, y in (make_batch(seed=index) for index in range(EPOCH))]
-
-
-def losses_of(net, batch):
-    return make_losses(net(batch["x"]), batch)
+BATCHES = batches_of(EPOCH)
 
 
 # --- closures ------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_a_run_with_most_labels_missing_learns(rule, device, dtype):
     labels["cls"] = x[:, :3].argmax(1)
     holes = drop(labels, 0.7, 2)
     before = make_losses(net(x), labels), losses_over(net(x), holes)
-    for index in range(300):
+    for index in range(150):
         rows = torch.arange(index % 10, 80, 10, device=device)
         optimizer.zero_grad()
         optimizer.step(losses_over(net(x[rows]), {name: y[rows] for name, y in holes.items()}))
@@ -154,25 +154,6 @@ def test_alternating_tasks_gather_their_evidence_alone(name, rule, device):
         optimizer.end_epoch()
         found.append([evidence_of(optimizer, name), snapshot(net.heads[name])["parameters"]])
     assert_near(*found)
-
-
-def test_alternating_tasks_do_not_touch_each_other(rule, device, dtype):
-    """One task at a time: it has all of the weight, and the heads of the others stay."""
-    net = plain_net(device, dtype)
-    kwargs = {"steps_per_epoch": 6} if rule == "paper" else {}
-    optimizer = wrap(net, "adam", rule, settings=QUICK, **kwargs)
-    alternate(net, optimizer, list(OUTPUTS), range(12))
-    for index, name in enumerate(list(OUTPUTS), start=12):
-        before = copy.deepcopy(net.heads.state_dict())
-        alternate(net, optimizer, list(OUTPUTS), [index])
-        weights = optimizer.task_weights
-        total = sum(float(part.sum()) for part in weights.values())
-        assert total == pytest.approx(1) and float(weights[name].sum()) == pytest.approx(1)
-        for key, value in net.heads.state_dict().items():
-            # Between the ends of epochs nothing moves a head that the paper's rule infers.
-            own = key.startswith(name) and (rule == "likelihood" or name != "reg")
-            assert torch.equal(value, before[key]) != own, key
-    assert_finite(snapshot(net, optimizer))
 
 
 # --- a whole task without labels -----------------------------------------------------------------
