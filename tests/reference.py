@@ -119,11 +119,6 @@ def regression_moments(h: Array, y: Any, m: Array, s: Array, d: int) -> tuple[Ar
 # --- Eq. 11: moments of a cross-entropy, by sampling and on fine grids ---------------------------
 
 
-def regression_gradient(h: Array, y: float, d: int) -> Callable[[Array], Array]:
-    """Eq. 3 for weights ``[J, D]``."""
-    return lambda w: 2 * (w @ h - y)[:, None] * w[:, :d]
-
-
 def binary_gradient(h: Array, y: float, d: int) -> Callable[[Array], Array]:
     """``∂ℓ/∂h`` of the binary cross-entropy, for weights ``[J, D]``."""
     return lambda w: (sigmoid(w @ h) - y)[:, None] * w[:, :d]

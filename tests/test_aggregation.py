@@ -27,30 +27,19 @@ def tensor(array, device, dtype=torch.float64):
     return torch.tensor(np.asarray(array), dtype=dtype, device=device)
 
 
-def diagonal(device, means, variances, s, present=None, scale="mean"):
-    """The library's Eq. 7 on arrays."""
-    results = aggregate_diagonal(
-        tensor(means, device),
-        tensor(variances, device).log(),
-        tensor(s, device),
-        None if present is None else tensor(present, device, torch.bool),
-        scale,
-    )
-    return tuple(map(reference.numpy, results))
+def on_arrays(aggregate, second_of):
+    """An aggregation of the library as a function of arrays."""
+
+    def call(device, means, second, s, present=None, scale="mean"):
+        given = tensor(means, device), second_of(tensor(second, device)), tensor(s, device)
+        mask = None if present is None else tensor(present, device, torch.bool)
+        return tuple(map(reference.numpy, aggregate(*given, mask, scale)))
+
+    return call
 
 
-def full(device, means, covariances, s, present=None, scale="mean"):
-    """The library's Eq. 6 on arrays."""
-    results = aggregate_full(
-        tensor(means, device),
-        tensor(covariances, device),
-        tensor(s, device),
-        None if present is None else tensor(present, device, torch.bool),
-        scale,
-    )
-    return tuple(map(reference.numpy, results))
-
-
+diagonal = on_arrays(aggregate_diagonal, torch.log)  # Eq. 7
+full = on_arrays(aggregate_full, lambda covariances: covariances)  # Eq. 6
 EXPONENTS = st.sampled_from([0.0, 5e-4, 0.25, 0.85, 1.0])
 
 

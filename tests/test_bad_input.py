@@ -23,7 +23,6 @@ from bayesagg.errors import (
     CheckpointError,
     FeatureError,
     LossError,
-    TargetError,
 )
 from tests.helpers.data import LOSSES, make_batch, make_losses
 from tests.helpers.nets import Net, make_net
@@ -107,7 +106,7 @@ def bad(
     return register
 
 
-# --- losses and targets: a few of the many in ``reading/test_bad_losses.py`` ----------------------
+# --- losses; others, and targets, are in ``reading/test_bad_losses.py`` --------------------------
 
 
 @bad(LossError, "task 'bin'", "not finite", nan=torch.nan, inf=torch.inf)
@@ -143,42 +142,6 @@ def losses_are_no_collection(bench, change):
 def loss_is_a_number(bench):
     losses = bench.losses()
     return bench.step({**losses, "reg": 1.0}), bench.step(losses)
-
-
-def one_hot(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Classes as probabilities."""
-    return F.one_hot(y, z.shape[1]).to(z.dtype)
-
-
-@bad(
-    LossError,
-    "task '(reg|bin|cls)'",
-    "pass `targets=`",
-    huber=("reg", lambda z, y: F.huber_loss(z, y, delta=0.3)),
-    focal=("bin", lambda z, y: ((z.sigmoid() - y).square() * F.softplus(z - 2 * y * z)).mean()),
-    class_weight=("cls", lambda z, y: F.cross_entropy(z, y, weight=torch.arange(3.0).to(z) + 1)),
-    one_against_rest=("cls", lambda z, y: F.binary_cross_entropy_with_logits(z, one_hot(y, z))),
-)
-def loss_is_not_the_likelihood(bench, choice):
-    """With ``targets=`` it is taken."""
-    name, loss = choice
-    out = bench.net(bench.x)
-    losses = {**bench.losses(out), name: loss(out[name], bench.labels[name])}
-    return bench.step(losses), bench.step(losses, targets={name: bench.labels[name]})
-
-
-@bad(
-    TargetError,
-    "task 'reg'.*one target per output|task 'bin'.*in .0, 1.|task 'cls'.*points away",
-    shape=("reg", lambda y: y[:-1]),
-    range=("bin", lambda y: y + 1),
-    other=("cls", lambda y: (y + 1) % 3),
-)
-def targets_are_wrong(bench, choice):
-    name, change = choice
-    losses = bench.losses()
-    targets = {**bench.labels, name: change(bench.labels[name])}
-    return bench.step(losses, targets=targets), bench.step(losses, targets=bench.labels)
 
 
 # --- forward passes ------------------------------------------------------------------------------

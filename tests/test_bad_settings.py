@@ -10,10 +10,9 @@ from torch.nn.utils import parametrizations
 from bayesagg import BayesAggWrapper, BinaryHead, LossTask, MulticlassHead, RegressionHead
 from bayesagg.errors import HeadError
 from bayesagg.rules import PaperRule
-from tests.helpers.data import make_losses
 from tests.helpers.settings import QUICK, RULES, WIDTH
 from tests.helpers.states import assert_finite, assert_same, snapshot
-from tests.helpers.training import make_heads, train, wrap
+from tests.helpers.training import make_heads, train, train_step, wrap
 
 REG, BIN, CLS = RegressionHead, BinaryHead, MulticlassHead
 LINEAR = nn.Linear(WIDTH, 2)
@@ -139,8 +138,7 @@ def test_bad_arguments_of_a_wrapper(rule, error, patterns, options, net, batch):
     assert type(caught.value) is error
     says(caught, patterns)
     assert_same(before, snapshot(net, optimizer))
-    x, labels = batch
-    optimizer.step(make_losses(net(x), labels))
+    train_step(net, optimizer, batch)
     assert_finite(snapshot(net, optimizer))
 
 

@@ -9,14 +9,13 @@ import functools
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from bayesagg import LossTask
 from bayesagg.checkpoint import PosteriorState
 from bayesagg.errors import CheckpointError
-from tests.helpers.data import make_batch, make_losses
-from tests.helpers.nets import make_net
+from tests.helpers.data import losses_over, make_batch, without
+from tests.helpers.nets import make_net, plain_trunk
 from tests.helpers.settings import EPOCH, OPTIMIZERS, SAMPLED
 from tests.helpers.states import difference, snapshot
 from tests.helpers.training import make_heads, train, wrap
@@ -40,16 +39,12 @@ NUMBERS = int | float
 
 def build(case, rule, base, seed=0):
     """Network, wrapper, and a function that takes a training step."""
-    if case == "wide":
-        outputs = {"reg": 2, "bin": 2}
-        net = make_net(
-            seed=seed,
-            outputs=outputs,
-            width=WIDE,
-            trunk=lambda: nn.Sequential(nn.Linear(5, WIDE), nn.Tanh()),
-        )
-    else:
-        net = make_net(seed=seed)
+    wide = {
+        "outputs": {"reg": 2, "bin": 2},
+        "width": WIDE,
+        "trunk": lambda: plain_trunk(width=WIDE),
+    }
+    net = make_net(seed=seed, **(wide if case == "wide" else {}))
     heads = make_heads(net, rule, **SAMPLED)
     if case == "other_losses":
         heads["aux"] = LossTask()
@@ -58,20 +53,14 @@ def build(case, rule, base, seed=0):
     def step(index):
         outputs = {n: m.out_features for n, m in net.heads.items()}
         x, labels = make_batch(seed=index, outputs=outputs)
-        targets = None
-        losses = make_losses(net(x), labels)
         if case == "missing":
-            gaps = torch.arange(len(x)) % 3 == 0
-            out = net(x)
-            losses = make_losses(
-                {n: z[~gaps] for n, z in out.items()}, {n: y[~gaps] for n, y in labels.items()}
-            )
-            targets = {n: labels[n].masked_fill(gaps[:, None], torch.nan) for n in ("reg", "bin")}
-            targets["cls"] = labels["cls"].masked_fill(gaps, -100)
+            for name in labels:
+                labels = without(labels, name, torch.arange(len(x)) % 3 == 0)
+        losses = losses_over(net(x), labels)
         if case == "other_losses":
             losses["aux"] = F.softplus(net.trunk(x)).mean()
         optimizer.zero_grad()
-        optimizer.step(losses, targets=targets)
+        optimizer.step(losses, targets=labels if case == "missing" else None)
 
     return net, optimizer, step
 
@@ -238,47 +227,40 @@ def test_every_damage_of_an_engine_is_refused(case, rule):
     assert_refuses((net, optimizer), state, load_engine)
 
 
+def refused(net, optimizer, load, state, match=None):
+    """As damage is, with nothing changed."""
+    before = snapshot(net, optimizer)
+    with pytest.raises(CheckpointError, match=match):
+        load(state)
+    assert difference(before, snapshot(net, optimizer)) is None
+
+
 @pytest.mark.parametrize("wrong", [{}, {"state": b"damaged"}, {"state": None}, None], ids=str)
 def test_damage_of_a_distributed_checkpoint_is_refused(wrong, rule):
     net, optimizer, _ = trained("mixture", rule, "adam")
-    before = snapshot(net, optimizer)
-    with pytest.raises(CheckpointError):
-        PosteriorState(optimizer).load_state_dict(wrong)
-    assert difference(before, snapshot(net, optimizer)) is None
+    refused(net, optimizer, PosteriorState(optimizer).load_state_dict, wrong)
 
 
 @pytest.mark.parametrize("wrong", [None, [], "text", 3], ids=str)
 def test_what_is_no_state_is_refused(wrong, rule):
     net, optimizer, _ = trained("mixture", rule, "adam")
-    before, state = snapshot(net, optimizer), optimizer.state_dict()
+    state = optimizer.state_dict()
     for missing in state:
-        with pytest.raises(CheckpointError):
-            optimizer.load_state_dict({k: v for k, v in state.items() if k != missing})
-    with pytest.raises(CheckpointError):
-        optimizer.load_state_dict(wrong)
-    assert difference(before, snapshot(net, optimizer)) is None
+        some = {key: part for key, part in state.items() if key != missing}
+        refused(net, optimizer, optimizer.load_state_dict, some)
+    refused(net, optimizer, optimizer.load_state_dict, wrong)
 
 
-def test_a_state_of_the_other_rule_is_refused(rule):
+def test_a_state_of_the_other_rule_is_refused(rule, net):
     other = {"paper": "likelihood", "likelihood": "paper"}[rule]
-    net = make_net()
     optimizer = wrap(net, "adam", rule)
     state = trained("mixture", other, "adam")[1].state_dict()
-    before = snapshot(net, optimizer)
-    with pytest.raises(CheckpointError, match=f"rule '{other}'.*'{rule}'"):
-        optimizer.load_state_dict(state)
-    assert difference(before, snapshot(net, optimizer)) is None
+    refused(net, optimizer, optimizer.load_state_dict, state, f"rule '{other}'.*'{rule}'")
 
 
-def test_a_state_of_another_optimizer_is_refused(rule):
-    net = make_net()
+def test_a_state_of_another_optimizer_is_refused(rule, net):
     optimizer = wrap(net, "adam", rule)
     state = trained("mixture", rule, "adam")[1].state_dict()
-    for other in ("momentum", "adamw"):
-        state |= OPTIMIZERS[other](make_net().parameters()).state_dict()
-        before = snapshot(net, optimizer)
-        if other == "momentum":
-            with pytest.raises(CheckpointError, match="Adam"):
-                optimizer.load_state_dict(state)
-            assert difference(before, snapshot(net, optimizer)) is None
+    state |= OPTIMIZERS["momentum"](make_net().parameters()).state_dict()
+    refused(net, optimizer, optimizer.load_state_dict, state, "Adam")
     train(net, optimizer, 1)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.test_docs import hook
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples" / "notebooks"
 FIGURES = {"qm9": 4, "cifar_mtl": 2, "chestxray14": 2, "utkface": 3}
@@ -175,14 +177,6 @@ def test_the_full_protocol_runs(name, monkeypatch, tmp_path):
 # --- as pages ------------------------------------------------------------------------------------
 
 
-def renderer():
-    pytest.importorskip("mkdocs")
-    spec = importlib.util.spec_from_file_location("hook", ROOT / "docs" / "hooks" / "notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.render
-
-
 def test_a_page_has_text_code_outputs_and_figures():
     png = base64.b64encode(b"\x89PNG figure").decode()
     table = (
@@ -207,7 +201,8 @@ def test_a_page_has_text_code_outputs_and_figures():
             },
         ]
     }
-    page, figures = renderer()(notebook, "some")
+    pytest.importorskip("mkdocs")
+    page, figures = hook("notebooks").render(notebook, "some")
     assert figures == {"some-1.png": b"\x89PNG figure"}
     assert page.startswith("# Title\n\n[The notebook](some.ipynb)")
     assert "$x$ [a](../a.md)" in page

@@ -73,9 +73,8 @@ def test_add_param_group_reaches_the_base_and_trains(rule, net, batch):
     assert len(base.param_groups) == 1
     optimizer.add_param_group({"params": list(net.heads.parameters()), "lr": 0.5})
     assert [group["lr"] for group in base.param_groups] == [0.1, 0.5]
-    x, labels = batch
     before = net.heads["cls"].weight.detach().clone()
-    optimizer.step(make_losses(net(x), labels))
+    train_step(net, optimizer, batch)
     torch.testing.assert_close(
         net.heads["cls"].weight, before - 0.5 * net.heads["cls"].weight.grad, rtol=0, atol=0
     )
@@ -205,8 +204,7 @@ def test_a_closure_without_gradients_is_given_some(rule, net, batch):
 def test_a_step_without_anything_new_teaches_nothing(rule, net, batch):
     """``step()`` alone is the base's step: no evidence, no end of an epoch."""
     optimizer = wrap(net, rule=rule)
-    x, labels = batch
-    optimizer.step(make_losses(net(x), labels))
+    train_step(net, optimizer, batch)
     before = optimizer.state_dict()["bayesagg"]
     for _ in range(EPOCH):
         optimizer.step()

@@ -12,11 +12,18 @@ from tests.helpers.nets import plain_net
 from tests.predicting.cases import heads_of, loader
 
 
+def fitted(batches=1, size=20, **kwargs):
+    net = plain_net()
+    return Predictor.fit(net, heads_of(net), loader(batches=batches, size=size), **kwargs)
+
+
+def new(size):
+    return make_batch(seed=3, size=size)[0]
+
+
 @pytest.fixture(scope="module")
 def predictions():
-    net = plain_net()
-    predictor = Predictor.fit(net, heads_of(net), loader(batches=3, size=20)).calibrate(loader())
-    return predictor(make_batch(seed=3, size=5)[0])
+    return fitted(batches=3).calibrate(loader())(new(5))
 
 
 def test_variance(predictions):
@@ -55,9 +62,7 @@ def test_bald_of_a_classification(predictions, task):
 
 
 def test_joint_bald_of_one_datum_is_its_own():
-    net = plain_net()
-    predictor = Predictor.fit(net, heads_of(net), loader(batches=1, size=10), prior_variance=20.0)
-    p = predictor(make_batch(seed=3, size=1)[0])["cls"]
+    p = fitted(size=10, prior_variance=20.0)(new(1))["cls"]
     generator = torch.Generator().manual_seed(0)
     alone = acquisition.bald(p, samples=4000, generator=generator)
     joint = acquisition.bald(p, joint=True, samples=4000, generator=generator)
@@ -67,10 +72,9 @@ def test_joint_bald_of_one_datum_is_its_own():
 @pytest.mark.parametrize("nu", [5.0, math.inf])
 @pytest.mark.parametrize("maximize", [True, False])
 def test_expected_improvement(nu, maximize):
-    net = plain_net()
-    predictor = Predictor.fit(net, heads_of(net), loader(batches=1, size=20))
+    predictor = fitted()
     predictor.posteriors[0].dof.fill_(nu)
-    p = predictor(make_batch(seed=3, size=5)[0])["reg"]
+    p = predictor(new(5))["reg"]
     found = acquisition.expected_improvement(p, 0.1, maximize=maximize)
     drawn = p.sample(400_000, generator=torch.Generator().manual_seed(0))
     gain = (drawn - 0.1) if maximize else (0.1 - drawn)
@@ -84,9 +88,8 @@ def test_expected_improvement_is_for_regressions(predictions):
 
 @pytest.mark.parametrize("task", ["reg", "bin"])
 def test_a_greedy_batch_is_the_formulas(task):
-    net = plain_net()
-    predictor = Predictor.fit(net, heads_of(net), loader(batches=1, size=20))
-    p = predictor(make_batch(seed=3, size=12)[0])[task]
+    predictor = fitted()
+    p = predictor(new(12))[task]
     posterior = p.posterior
     weight = p.mean * (1 - p.mean) if task == "bin" else torch.ones(12, 2) / posterior.noise
     covariance = posterior.covariance(p.rows)

@@ -1,5 +1,6 @@
 """Posteriors and predictions against naive formulas and against sampling."""
 
+import functools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from bayesagg import RegressionHead
 from bayesagg.diagnostics import interval_coverage
-from bayesagg.predicting import Predictor
+from bayesagg.predicting import Predictor, predictor
 from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
 from bayesagg.predicting.student import (
     half_widths,
@@ -320,24 +321,14 @@ def test_missing_classes_and_binary_labels_are_left_out():
     torch.testing.assert_close(predictor(new)["bin"].mean[:, 1], alone(new)["bin"].mean[:, 1])
 
 
-def test_features_that_do_not_fit_the_cache_give_the_same():
+def test_features_that_do_not_fit_the_cache_give_the_same(monkeypatch):
     data, net = loader(), plain_net()
-    from bayesagg.predicting import predictor as module
-
     whole = fitted(data, net=net)[1]
-    source = module.Source
-
-    def without(*args, **kwargs):
-        return source(*args, **{**kwargs, "cache": 10})
-
-    module.Source = without
-    try:
-        again = fitted(data, net=net)[1]
-    finally:
-        module.Source = source
+    monkeypatch.setattr(predictor, "Source", functools.partial(predictor.Source, cache=10))
+    again = fitted(data, net=net)[1].state_dict()
     for key, value in whole.state_dict().items():
         if isinstance(value, torch.Tensor):
-            assert torch.equal(value, again.state_dict()[key]), key
+            assert torch.equal(value, again[key]), key
 
 
 # --- quadrature ----------------------------------------------------------------------------------

@@ -145,15 +145,6 @@ def test_another_loss_goes_by_its_own_gradient(device, dtype, kind, name):
         bench.reader = bench.reader.loaded(json.loads(json.dumps(bench.reader.state_dict())))
 
 
-@pytest.mark.parametrize(("kind", "name"), sorted(WEIGHTED))
-def test_weights_alone_are_the_likelihood(device, dtype, kind, name):
-    bench = single(kind, device, dtype)
-    for seed in range(3):
-        _, z, y = data(kind, bench, seed=seed)
-        found = labels_by_task(bench.read({"a": ALL[kind][name](z, y)}, {"a": y}))
-        assert found["a"] is not None
-
-
 def test_own_gradients_are_announced_once(device, dtype):
     bench = single("reg", device, dtype)
     with pytest.warns(UserWarning, match=r"'a'.*own gradient"):
