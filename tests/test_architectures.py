@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.helpers.data import LOSSES, make_batch, make_losses
+from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import Net, make_net, plain_net, plain_trunk
 from tests.helpers.settings import EPOCH, HEADS, OUTPUTS, PHASES, WIDTH
 from tests.helpers.states import assert_finite, assert_same, difference, snapshot
-from tests.helpers.training import make_heads, train, wrap
+from tests.helpers.training import make_heads, run, train, train_step, wrap
 
 # --- towers, widths, backbones -------------------------------------------------------------------
 
@@ -27,9 +27,7 @@ def test_a_tower_is_its_last_layer(device, dtype):
     for whole in (True, False):
         net = plain_net(device, dtype, towers=True)
         heads = {n: HEADS[n](tower if whole else tower[-1]) for n, tower in net.heads.items()}
-        optimizer = wrap(net, "sgd", "likelihood", heads=heads, shared_rep_hook=None)
-        train(net, optimizer, 6)
-        results.append(snapshot(net, optimizer))
+        results.append(run(net, "likelihood", "sgd", 6, heads=heads, shared_rep_hook=None))
         for tower in net.heads.values():
             assert all(p.grad is None for p in tower[-1].parameters())
             assert all(p.grad.any() for p in tower[:-1].parameters())
@@ -60,25 +58,18 @@ def test_networks_that_share_nothing_are_trained_as_by_wrappers_of_their_own(dev
             for seed, (name, width) in enumerate({"reg": 4, "bin": 7, "cls": 4}.items())
         ]
 
-    together, apart = networks(), networks()
-    both = nn.ModuleList(together)
+    def all_of(both, x):
+        return {name: z for net in both for name, z in net(x).items()}
+
+    together, apart = nn.ModuleList(networks()), networks()
     heads = {name: HEADS[name](net.heads[name]) for net in together for name in net.heads}
     settings = {"keep_length": False, "shared_rep_hook": None}  # lengths are those of all gradients
-    one = wrap(both, "momentum", "likelihood", heads=heads, **settings)
-    each = [wrap(net, "momentum", "likelihood", **settings) for net in apart]
-    for index in range(EPOCH + 4):
-        x, labels = make_batch(device, dtype, seed=index)
-        losses = {}
-        for net in together:
-            losses |= make_losses(net(x), {name: labels[name] for name in net.heads})
-        one.zero_grad()
-        one.step(losses)
-        for net, optimizer in zip(apart, each, strict=True):
-            optimizer.zero_grad()
-            optimizer.step(make_losses(net(x), {name: labels[name] for name in net.heads}))
-    for ours, theirs in zip(together, apart, strict=True):
+    how = ("likelihood", "momentum", EPOCH + 4)
+    run(together, *how, forward=all_of, heads=heads, **settings)
+    for ours, net in zip(together, apart, strict=True):
+        theirs = run(net, *how, **settings)
         for key in ("parameters", "gradients"):
-            torch.testing.assert_close(snapshot(ours)[key], snapshot(theirs)[key])
+            torch.testing.assert_close(snapshot(ours)[key], theirs[key])
 
 
 class Between(Net):
@@ -102,9 +93,7 @@ def test_the_module_that_is_named_does_not_matter(hook, rule, device, dtype):
     for named in ("none", hook):
         net = Between(lambda h: torch.relu(h) + 0.5).to(device, dtype)
         module = {"trunk": net.trunk, "none": None, "a stranger": nn.Tanh()}[named]
-        optimizer = wrap(net, "adam", rule, shared_rep_hook=module)
-        train(net, optimizer, 5)
-        results.append(snapshot(net, optimizer))
+        results.append(run(net, rule, steps=5, shared_rep_hook=module))
     assert_same(*results, ignore=["hooks", "training"])
 
 
@@ -112,31 +101,27 @@ def test_a_module_that_returns_a_tuple_may_be_named(rule, device, dtype):
     """As recurrent layers do."""
     net = Between(lambda pair: pair[0]).to(device, dtype)
     net.trunk = nn.GRU(5, WIDTH, batch_first=True).to(device, dtype)
-    optimizer = wrap(net, "adam", rule)
-    train(net, optimizer, 5)
+    assert_finite(run(net, rule, steps=5))
     assert net.trunk.weight_ih_l0.grad.any()
-    assert_finite(snapshot(net, optimizer))
 
 
 # --- heads that run several times, or not at all -------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["recovered", "targets"])
-def test_a_siamese_head_is_a_larger_batch(given, rule, device, dtype):
+def test_a_siamese_head_is_a_larger_batch(given, rule, like):
     """Two calls of the network, whose outputs share their losses, are one call on both batches."""
-    results = []
-    for calls in (1, 2):
-        net = plain_net(device, dtype)
-        optimizer = wrap(net, "sgd", rule)
-        for index in range(EPOCH + 3):
-            x, labels = make_batch(device, dtype, seed=index, size=8)
-            parts = [net(part) for part in x.split(8 // calls)]
-            out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            optimizer.zero_grad()
-            optimizer.step(make_losses(out, labels), targets=labels if given else None)
-        results.append(snapshot(net, optimizer))
+
+    def twice(net, x):
+        parts = [net(part) for part in x.chunk(2)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def step(optimizer, losses, labels):
+        optimizer.step(losses, targets=labels if given else None)
+
+    ends = [run(plain_net(*like), rule, "sgd", forward=f, step=step) for f in (None, twice)]
     for key in ("parameters", "gradients"):
-        torch.testing.assert_close(results[0][key], results[1][key])
+        torch.testing.assert_close(*(end[key] for end in ends))
 
 
 def test_some_heads_run_more_often_than_others(device, dtype):
@@ -158,20 +143,20 @@ def test_some_heads_run_more_often_than_others(device, dtype):
 
 
 @PHASES
-def test_a_head_that_does_not_run_is_left_alone(steps, rule, device, dtype, batch):
+def test_a_head_that_does_not_run_is_left_alone(steps, rule, like, batch):
     """It neither runs nor has a loss; as one that runs without."""
-    x, labels = batch
+
+    def some(net, x):
+        h = net.trunk(x)
+        return {name: net.heads[name](h) for name in ("reg", "bin")}
+
     results = []
-    for runs in (False, True):
-        net = plain_net(device, dtype)
+    for forward in (None, some):
+        net = plain_net(*like)
         optimizer = wrap(net, "sgd", rule)
         train(net, optimizer, steps)
         before = net.heads["cls"].weight.detach().clone()
-        h = net.trunk(x)
-        out = {n: head(h) for n, head in net.heads.items() if runs or n != "cls"}
-        losses = {n: LOSSES[n](out[n], labels[n]) for n in ("reg", "bin")}
-        optimizer.zero_grad()
-        optimizer.step(losses)
+        train_step(net, optimizer, batch, forward=forward, tasks=("reg", "bin"))
         assert torch.equal(net.heads["cls"].weight, before)
         results.append(snapshot(net, optimizer))
     assert_same(*results)
@@ -181,20 +166,17 @@ def test_a_head_that_does_not_run_is_left_alone(steps, rule, device, dtype, batc
 
 
 @pytest.mark.parametrize("part", ["both", "weight", "bias"])
-def test_a_frozen_head_is_never_written(part, rule, device, dtype):
+def test_a_frozen_head_is_never_written(part, rule, like, batch):
     """What of it is frozen stays as it is; its loss reaches the trunk, and the others go on."""
-    net = plain_net(device, dtype)
+    net = plain_net(*like)
     for name, p in net.heads["reg"].named_parameters():
         p.requires_grad_(part not in ("both", name))
-    frozen = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
     optimizer = wrap(net, "sgd", rule)
     start = snapshot(net)["parameters"]
     train(net, optimizer, 2 * EPOCH)
     for name, p in net.named_parameters():
-        assert torch.equal(p, frozen[name]) if name in frozen else not torch.equal(p, start[name])
-    x, labels = make_batch(device, dtype, seed=9)
-    optimizer.zero_grad()
-    optimizer.step({"reg": F.mse_loss(net(x)["reg"], labels["reg"])})
+        assert torch.equal(p, start[name]) != p.requires_grad
+    train_step(net, optimizer, batch, tasks=["reg"])
     assert net.trunk[0].weight.grad.any()
     assert_finite(snapshot(net, optimizer))
 
@@ -237,24 +219,21 @@ def test_a_parametrized_head_keeps_its_own_gradient(device, dtype):
     assert_finite(snapshot(net, optimizer))
 
 
-def test_a_probe_sends_nothing_back(device, dtype, batch):
+def test_a_probe_sends_nothing_back(like):
     """A head on detached features learns, and the trunk does not hear of it."""
-    found = []
+
+    def detached(net, x):
+        h = net.trunk(x)
+        return {n: head(h.detach() if n == "reg" else h) for n, head in net.heads.items()}
+
+    found, how = [], {"forward": detached, "keep_length": False}
     for probed in (False, True):
-        net = plain_net(device, dtype)
+        net = plain_net(*like)
         heads = make_heads(net, "likelihood")
         if not probed:
             del heads["reg"]
-        optimizer = wrap(net, "sgd", "likelihood", heads=heads, keep_length=False)
-        for index in range(EPOCH + 2):
-            x, labels = make_batch(device, dtype, seed=index)
-            h = net.trunk(x)
-            losses = {n: LOSSES[n](net.heads[n](h), labels[n]) for n in ("bin", "cls")}
-            if probed:
-                losses["reg"] = F.mse_loss(net.heads["reg"](h.detach()), labels["reg"])
-            optimizer.zero_grad()
-            optimizer.step(losses)
-        found.append(snapshot(net.trunk)["gradients"])
+        end = run(net, "likelihood", "sgd", 5, heads=heads, tasks=heads, **how)
+        found.append([value for name, value in end["gradients"].items() if "trunk" in name])
     torch.testing.assert_close(*found)
 
 

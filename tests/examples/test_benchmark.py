@@ -137,8 +137,6 @@ def test_the_methods_of_a_case_have_its_preset():
     assert ours == catalogue("cifar_mtl")["bayesagg-paper"]
     names = ["ls", "uw", "ensemble-networks"]
     assert list(methods.chosen(_tiny("mixture"), names[1:])) == names
-    with pytest.raises(ValueError, match="unknown method 'sgd'"):
-        methods.chosen(_tiny("mixture"), ["sgd"])
 
 
 def test_interleave_gives_every_arm_its_rounds():

@@ -38,10 +38,10 @@ def edited(file, old, new):
     return change
 
 
-def written(file, content):
+def written(file, content, named=None):
     def change(folder):
         (folder / file).write_bytes(content)
-        return folder / file
+        return folder / (file if named is None else named)
 
     return change
 
@@ -88,7 +88,7 @@ BROKEN = {
         (written(TABLE, b""), "cannot be read as a table"),
         (edited(LISTS[0], "00000003_001.png", ""), r"1 images \(00000003_001.png\)"),
         (
-            written(LISTS[1], b"00000001_000.png\n" * 2),
+            written(LISTS[1], b"00000001_000.png\n" * 2, named=""),
             r"12 images \(.*, …\) of .* in neither train_val_list.txt nor",
         ),
         (

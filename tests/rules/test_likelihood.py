@@ -15,11 +15,11 @@ from bayesagg import (
     MulticlassHead,
     RegressionHead,
 )
+from tests.helpers.data import LOSSES
 
 D, N = 4, 9
 RULE = LikelihoodRule(memory=30, warmup=0, lag=5, prior_variance=0.2, keep_length=False)
 KINDS = {"reg": (RegressionHead, 2), "bin": (BinaryHead, 1), "cls": (MulticlassHead, 3)}
-LOSSES = {"reg": F.mse_loss, "bin": F.binary_cross_entropy_with_logits, "cls": F.cross_entropy}
 
 
 def network(kinds, bias=True, seed=0):

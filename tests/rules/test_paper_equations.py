@@ -11,17 +11,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
-from bayesagg import BayesAgg, BinaryHead, MulticlassHead, PaperRule, RegressionHead
+from bayesagg import BayesAgg, PaperRule
 from tests import reference
+from tests.helpers.data import LOSSES
+from tests.helpers.settings import HEADS, OUTPUTS
 
 DATA, SHARED = 12, 3
 EPOCH = [slice(0, 5), slice(5, 9), slice(9, 12)]
 STEP = [1, 3, 4, 8, 11]
 
-HEADS = {"reg": RegressionHead, "bin": BinaryHead, "cls": MulticlassHead}
-OUTPUTS = {"reg": 2, "bin": 2, "cls": 3}
 SETTINGS = {
     "reg": {"s": 0.85, "noise_variance": 0.5, "prior_variance": 2.0},
     "bin": {"s": 0.5, "prior_variance": 3.0},
@@ -74,12 +73,7 @@ class Study:
         losses = {}
         for name, out in self.model(rows).items():
             y, mask = self.labels[name][rows], self.present[name][rows]
-            criterion = {
-                "reg": F.mse_loss,
-                "bin": F.binary_cross_entropy_with_logits,
-                "cls": F.cross_entropy,
-            }[name]
-            value = criterion(out[mask], y[mask], reduction=reduction)
+            value = LOSSES[name](out[mask], y[mask], reduction=reduction)
             losses[name] = value * (weights or {}).get(name, 1.0)
         return losses
 
