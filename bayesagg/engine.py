@@ -21,6 +21,7 @@ from bayesagg.presets import check_rule
 from bayesagg.reading import Batch, Reader
 from bayesagg.reading.hooks import Call, Capture
 from bayesagg.rules import Plan, Rule
+from bayesagg.rules.base import uniform_weights
 from bayesagg.scalar import Step
 
 __all__ = ["BayesAgg", "Losses"]
@@ -98,13 +99,9 @@ class BayesAgg(nn.Module):
         self._modules_of_ranks = (*modules, *([shared_rep_hook] if shared_rep_hook else []))
         self._exchange.start(None, self._modules_of_ranks)  # sharding shows before a forward pass
         self._optimizer_known = False
-        self._weights = self._uniform()
+        self._weights = uniform_weights(self.heads)
         self._weigh: Callable[[], Mapping[str, Tensor]] | None = None
         _meet_optimizer(self)
-
-    def _uniform(self) -> dict[str, Tensor]:
-        share = 1 / sum(head.num_tasks for head in self.heads.values())
-        return {name: torch.full((head.num_tasks,), share) for name, head in self.heads.items()}
 
     @property
     def task_weights(self) -> dict[str, Tensor]:

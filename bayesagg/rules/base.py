@@ -14,7 +14,7 @@ from bayesagg.heads import Head, LossTask
 from bayesagg.parallel import Exchange
 from bayesagg.reading import Batch
 
-__all__ = ["Key", "Memory", "Plan", "Rule"]
+__all__ = ["Key", "Memory", "Plan", "Rule", "uniform_weights"]
 
 Key = tuple[int, ...]  # identity of what a head reads in a step, see bayesagg.reading.Part
 Tasks = Mapping[str, Head | LossTask]
@@ -87,3 +87,10 @@ class Rule(Protocol):
 
     def plan(self, memory: Any, batch: Batch, flags: list[bool], exchange: Exchange) -> Plan:
         """What the backward pass of a batch will do; neither batch nor memory change."""
+
+
+def uniform_weights(heads: Mapping[str, Head], like: Tensor | None = None) -> dict[str, Tensor]:
+    """The same share for every output of every head; ``like`` has the dtype and the device."""
+    like = torch.zeros(()) if like is None else like
+    share = 1 / sum(head.num_tasks for head in heads.values())
+    return {name: like.new_full((head.num_tasks,), share) for name, head in heads.items()}

@@ -30,7 +30,7 @@ from bayesagg.parallel import Exchange
 from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
 from bayesagg.rules.arrange import arrange
-from bayesagg.rules.base import Plan, Tasks
+from bayesagg.rules.base import Plan, Tasks, uniform_weights
 from bayesagg.rules.gradients import Exact, exact_gradients, gradients, totals
 from bayesagg.rules.inferred import of_fading
 from bayesagg.rules.settings import Settings
@@ -136,7 +136,7 @@ class LikelihoodRule(Settings):
         scales = self._scales(memory, misses)
         plan = Plan(update=Update(idle + units, scales, length, memory.steps, before, self.decay))
         if memory.steps < self.warmup:
-            plan.weights = _uniform(memory, like)
+            plan.weights = uniform_weights(memory.heads, like)
             return plan
         own = {name: ratios[name] for name in parts if name not in here}
         frames = [one.frame for one in found]
@@ -231,12 +231,6 @@ def _warn_of_unused(name: str, head: Head) -> None:
 def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:
     """A running sum whose normalisation cancels from ratios."""
     return value * (1 - decay) if state is None else torch.lerp(value, state, decay)
-
-
-def _uniform(memory: FadingMemory, like: Tensor) -> dict[str, Tensor]:
-    """The same share for every output of every head."""
-    share = 1 / sum(head.num_tasks for head in memory.heads.values())
-    return {n: like.new_full((h.num_tasks,), share) for n, h in memory.heads.items()}
 
 
 def _shares(

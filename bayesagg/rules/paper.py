@@ -22,7 +22,7 @@ from bayesagg.posterior import Gaussian
 from bayesagg.predicting.regression import Prior
 from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
-from bayesagg.rules.base import Plan, Tasks
+from bayesagg.rules.base import Plan, Tasks, uniform_weights
 from bayesagg.rules.combine import combine
 from bayesagg.rules.epochs import PaperMemory, Update
 from bayesagg.rules.groups import make_groups
@@ -143,7 +143,7 @@ class PaperRule:
         found = {name for name, flag in zip(memory.heads, flags[1::2], strict=True) if flag}
         own = memory.owning | found
         kept = {name for name in own if memory.heads[name].writable}  # not those frozen for now
-        plan = Plan(weights=_uniform(memory), update=Update(owning=kept))
+        plan = Plan(weights=uniform_weights(memory.heads), update=Update(owning=kept))
         if not memory.collects:
             return plan
         generator = torch.Generator(batch.total.device).manual_seed(memory.seed + memory.draws)
@@ -240,11 +240,6 @@ def _check_one_tensor(batch: Batch) -> None:
                 f"tasks {batch.parts[0].names[0]!r} and {part.names[0]!r}: their heads received "
                 f"different tensors. {_ONE_TENSOR}"
             )
-
-
-def _uniform(memory: PaperMemory) -> dict[str, Tensor]:
-    tasks = sum(group.num_tasks for group in memory.groups)
-    return {name: torch.full((h.num_tasks,), 1 / tasks) for name, h in memory.heads.items()}
 
 
 def _dtype_of_moments(h: Tensor, dtype: torch.dtype) -> torch.dtype:
