@@ -51,9 +51,9 @@ class _Values(Reading):
 class RegressionPrediction(Prediction):
     """Student-t (normal where the noise is given) with location ``h̃ᵀm``, squared scale τ² + h̃ᵀSh̃.
 
-    Calibration multiplies the scale, and intervals reach as far as its residuals say
-    (:func:`bayesagg.predicting.student.half_widths`). The variances are those of the distribution:
-    the squared scale times ``ν / (ν - 2)``, split in proportion. Units are those of the labels.
+    Calibration multiplies the scale, and lets intervals reach as far as its residuals do (split
+    conformal prediction). The variances are those of the distribution: the squared scale times
+    ``ν / (ν - 2)``, split in proportion. Units are those of the labels.
     """
 
     reading = _Values
