@@ -113,10 +113,14 @@ class _Logits(Reading):
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``E[p]``, ``p (1 - p)`` with it, and ``Var[p]``."""
+        """``E[p]``, ``E[1 - p]`` and ``Var[p]``."""
         each = 64 * self.output.shape[1]
         p, q, variance = by_rows(sigmoid_moments, each, self.output, self.output_variance.sqrt())
-        return p, p * q, variance
+        return p, q, variance
+
+    @property
+    def total(self) -> Tensor:
+        return self.moments[0] * self.moments[1]
 
     @property
     def mean(self) -> Tensor:
@@ -128,15 +132,15 @@ class _Logits(Reading):
 
     @cached_property
     def aleatoric(self) -> Tensor:
-        return (self.moments[1] - self.moments[2]).clamp_min(0)
+        return (self.total - self.moments[2]).clamp_min(0)
 
     @cached_property
     def stddev(self) -> Tensor:
-        return self.moments[1].clamp_min(0).sqrt()
+        return self.total.clamp_min(0).sqrt()
 
     @cached_property
     def logits(self) -> Tensor:
-        return 2 * self.moments[0].log() - self.moments[1].log()  # p (1 - p) has the digits
+        return self.moments[0].log() - self.moments[1].log()  # either may be nothing
 
 
 class BinaryPrediction(Prediction):
@@ -179,7 +183,7 @@ class _Classes(_Logits):
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
         mean = self.logits.exp()
-        return mean, mean * (1 - mean), self.integrals[1]
+        return mean, 1 - mean, self.integrals[1]
 
     @property
     def logits(self) -> Tensor:

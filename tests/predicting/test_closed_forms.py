@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import RegressionHead
+from bayesagg import BinaryHead, RegressionHead
 from bayesagg.diagnostics import interval_coverage
 from bayesagg.predicting import Predictor, predictor
 from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
@@ -332,6 +332,21 @@ def test_features_that_do_not_fit_the_cache_give_the_same(monkeypatch):
 
 
 # --- quadrature ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logit", [20.0, 95.0, 300.0, 1e5])
+def test_logits_of_probabilities_that_underflow_are_numbers(logit):
+    net = nn.Linear(1, 1, bias=False)
+    x = torch.tensor([[1.0], [-1.0]])
+    predictor = Predictor.fit(net, {"bin": BinaryHead(net)}, [(x, {"bin": (x > 0).float()})])
+    predictor.posteriors[0].mean.fill_(logit)
+    predictor.posteriors[0].variances.fill_(1e-12)
+    p = predictor(x)["bin"]
+    found = p.distribution.logits
+    assert not found.isnan().any() and (found * x >= min(logit, 80) * 0.99).all()
+    torch.testing.assert_close(p.mean, (x > 0).float(), rtol=0, atol=1e-8)
+    for part in (p.stddev, p.epistemic, p.aleatoric, *p.interval()):
+        assert part.isfinite().all()
 
 
 def test_sigmoid_moments_at_every_width():
