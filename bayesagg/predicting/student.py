@@ -80,14 +80,18 @@ def student_quantile(probability: float | Tensor, dof: Tensor) -> Tensor:
 def half_widths(residuals: Tensor, dof: float) -> Tensor:
     """Half-widths of central intervals that hold their share of the residuals, ``[LEVELS - 1]``.
 
-    Of split conformal prediction: an interval of level p reaches to the ``p (n + 1)``-th smallest
-    of n absolute residuals, so that it holds the next one with probability p, whatever their
-    distribution. Levels ``1 / LEVELS, 2 / LEVELS, …``; beyond the largest residual they grow as
-    those of a Student-t variable.
+    Of split conformal prediction (Lei et al. 2018): an interval of level p reaches to the
+    ``p (n + 1)``-th smallest of n absolute residuals, so that it holds the next one with a
+    probability within ``1 / (n + 1)`` of p, whatever their distribution. Levels ``1 / LEVELS,
+    2 / LEVELS, …``; beyond the largest residual, above ``n / (n + 1)``, they grow as those of a
+    Student-t variable, and without any they are those of it.
 
     Args:
         residuals: in units of the predicted scale, ``[n]``.
-        dof: ν.
+        dof: ν; infinite: normal.
+
+    Returns:
+        in the same units, not decreasing.
     """
     n, levels = len(residuals), torch.arange(1, LEVELS, dtype=residuals.dtype) / LEVELS
     levels = levels.to(residuals.device)

@@ -86,12 +86,10 @@ class Labels:
         """The labels of data ``start`` to ``stop``."""
         if start == 0 and stop >= len(self.outputs):
             return self
-        factor = self.factor if len(self.factor) == 1 else self.factor[start:stop]
-        present = None if self.present is None else self.present[start:stop]
-        return Labels(self.outputs[start:stop], self.targets[start:stop], factor, present)
+        return self.at(slice(start, stop))
 
-    def at(self, index: Tensor) -> Labels:
-        """The labels of the data ``index``, ``[n]``."""
+    def at(self, index: Tensor | slice) -> Labels:
+        """The labels of the data ``index``, ``[n]`` or a slice."""
         factor = self.factor if len(self.factor) == 1 else self.factor[index]
         present = None if self.present is None else self.present[index]
         return Labels(self.outputs[index], self.targets[index], factor, present)

@@ -19,7 +19,6 @@ from bayesagg.heads import Head
 from bayesagg.likelihoods import Evidence
 from bayesagg.parallel import Exchange
 from bayesagg.posterior import Gaussian
-from bayesagg.predicting.regression import Prior
 from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
 from bayesagg.rules.base import Plan, Tasks, uniform_weights
@@ -104,10 +103,6 @@ class PaperRule:
             )
         groups = make_groups(heads)
         return PaperMemory(groups, dtype, seed, self.pretrain_epochs, steps_per_epoch)
-
-    def prior_of(self, head: Head) -> Prior:
-        """Of the weights of a head, for predictions."""
-        return Prior(head.prior_variance or 1.0)
 
     def inferred(self, memory: PaperMemory) -> dict[str, Inferred]:
         """Posteriors of all heads of which there is evidence, for predictions."""
