@@ -137,7 +137,7 @@ def main() -> None:
     case("QM9 proxy", RegressionHead, elu_layers(274, (256, 256, 64)), [1] * 11, x, 120)
     images = torch.randn(1024, 3, 32, 32)
     case("CIFAR-MTL, ResNet-18", BinaryHead, resnet(), [20], images, 64)
-    images = torch.randn(128, 3, 128, 128)
+    images = torch.randn(512, 3, 128, 128)
     case("larger images, ResNet-18", MulticlassHead, resnet(), [5], images, 16)
 
 

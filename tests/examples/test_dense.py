@@ -1,4 +1,4 @@
-"""The dense example: its scenes, its measures, and a run in the small."""
+"""The dense example: its scenes, and a run in the small."""
 
 import re
 from argparse import Namespace
@@ -6,17 +6,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from examples.dense import (
-    CLASSES,
-    IGNORED,
-    METHODS,
-    SIZE,
-    depth_error,
-    losses_of,
-    main,
-    make_scenes,
-    train,
-)
+from examples.data.scenes import CLASSES, IGNORED, SIZE, make_scenes
+from examples.dense import METHODS, losses_of, main, train
 
 
 def test_scenes_depend_on_the_seed_and_hang_together():
@@ -30,11 +21,6 @@ def test_scenes_depend_on_the_seed_and_hang_together():
     assert known.min() >= 0 and known.max() <= 1
     with pytest.raises(AssertionError):
         torch.testing.assert_close(scenes.depth, other.depth, equal_nan=True)
-
-
-def test_the_error_of_depth_leaves_out_what_has_no_label():
-    depth = torch.tensor([0.5, torch.nan])
-    assert depth_error(torch.tensor([0.75, 9.0]), depth) == 0.25
 
 
 @pytest.mark.parametrize("method", METHODS)
