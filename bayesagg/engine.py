@@ -222,16 +222,17 @@ class BayesAgg(nn.Module):
         """
         return Predictor.of_rule(model, self.heads, self.rule, self._memory, data, **settings)
 
-    def _adopt(self, plan: Plan, known: Mapping[str, Any]) -> None:
-        """The backward pass has run: learn, keep the weights, set the heads."""
-        self._reader.known.update(known)
-        if plan.update is not None:
-            self._memory.commit(plan.update)
-        if callable(plan.weights):
-            self._weigh = plan.weights
-        elif plan.weights:
-            self._weigh = lambda found=plan.weights: found
-        self._write(plan.heads)
+    def _adopt(self, plan: Plan, known: Mapping[str, Any] | None) -> None:
+        """The backward pass has run: learn, keep the weights, set the heads; not if run again."""
+        if known is not None:
+            self._reader.known.update(known)
+            if plan.update is not None:
+                self._memory.commit(plan.update)
+            if callable(plan.weights):
+                self._weigh = plan.weights
+            elif plan.weights:
+                self._weigh = lambda found=plan.weights: found
+            self._write(plan.heads)
         for name in plan.spared:
             for parameter in self.heads[name].parameters():
                 parameter.grad = None  # the optimizer leaves these weights alone

@@ -17,14 +17,14 @@ from bayesagg.rules.base import Key
 
 __all__ = ["Step"]
 
-Adopt = Callable[[Plan, Mapping[str, Any]], None]
+Adopt = Callable[[Plan, Mapping[str, Any] | None], None]
 
 
 class Step:
     """A plan on its way from the losses to the backward pass, as a scalar or at once.
 
     Args:
-        adopt: called with plan and ``known`` once the pass has run.
+        adopt: called with plan and ``known`` when the pass has run, with ``None`` if again.
         plan: of the rule.
         batch: whose calls receive the planned gradients.
         known: what reading it has verified of the losses.
@@ -50,6 +50,7 @@ class Step:
         self.adopt, self.plan, self.known = adopt, plan, known
         self.total = batch.total.detach()
         self.planned: list[tuple[Slot, Tensor | None]] = []
+        self._passed: list[Tensor] = []  # parameters of heads that it goes around
         direct: list[tuple[Tensor, Tensor]] = []
         losses = dict(batch.losses)
         kept = plan.gradients if watched else _kept(plan, batch)
@@ -64,8 +65,9 @@ class Step:
                 carried.add(part.key)
                 rows = _rows(gradient, calls, part.heads[0])
             if part.key not in kept:
-                for name in part.names:
+                for name, head in zip(part.names, part.heads, strict=True):
                     del losses[name]
+                    self._passed += [p for p in head.parameters() if p.requires_grad]
                 if rows[0] is not None:
                     direct += zip([call.features for call in calls], rows, strict=True)
                 continue
@@ -82,6 +84,8 @@ class Step:
 
     def scalar(self) -> Tensor:
         """The sum of the losses, whose backward pass carries the plan."""
+        # Nothing is learned from the gradients of inferred heads, but they may be asked for.
+        self.roots += [(parameter, torch.zeros_like(parameter)) for parameter in self._passed]
         scalar: Tensor = _Scalar.apply(self, *[root for root, _ in self.roots])
         return scalar
 
@@ -113,9 +117,8 @@ class Step:
         """The backward pass has run; a second one through the same graph teaches nothing new."""
         for slot, _ in self.planned:
             slot.planned, slot.gradient, slot.factor = False, None, None
-        if not self._done:
-            self._done = True
-            self.adopt(self.plan, self.known)
+        self.adopt(self.plan, None if self._done else self.known)
+        self._done = True
 
 
 def _kept(plan: Plan, batch: Batch) -> set[Key]:
