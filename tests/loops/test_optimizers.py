@@ -52,11 +52,12 @@ def test_a_closure_in_linear_scalarization_is_the_plain_one(rule):
 
 @BUILDS
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_lbfgs_with_the_whole_data(line_search, towers, rule):
-    """With heads that it owns; every evaluation is a batch to the evidence."""
+@pytest.mark.parametrize("settings", [{}, GRADIENT], ids=["default", "gradient_readout"])
+def test_lbfgs_with_the_whole_data(settings, line_search, towers, rule):
+    """With heads that are set, and that it owns; every evaluation is a batch to the evidence."""
     net = plain_net(towers=towers)
     base = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3, line_search_fn=line_search)
-    optimizer = wrap(net, base, rule, settings=GRADIENT)
+    optimizer = wrap(net, base, rule, settings=settings)
     x, labels = make_batch(size=48)
     seen = []
 
@@ -77,7 +78,7 @@ def test_lightning_hands_lbfgs_its_closure(rule, tmp_path):
     results = []
     for own in (True, False):
         net = plain_net()
-        wrapper = wrap(net, "lbfgs", rule, settings=GRADIENT)
+        wrapper = wrap(net, "lbfgs", rule)
         if own:
             lightning(net, wrapper, BATCHES, losses_of, tmp_path, 3)
         else:
