@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from bayesagg.constants import kept
 from bayesagg.errors import NumericalError, NumericalWarning
 
 __all__ = [
@@ -230,7 +231,7 @@ def contrast_basis(num_classes: int, like: Tensor) -> Tensor:
     return _contrasts(num_classes, like.dtype, like.device)
 
 
-@lru_cache
+@kept
 def _contrasts(num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     rows = torch.arange(1, num_classes, dtype=dtype, device=device)
     basis = torch.ones(num_classes - 1, num_classes, dtype=dtype, device=device).tril()
@@ -238,7 +239,7 @@ def _contrasts(num_classes: int, dtype: torch.dtype, device: torch.device) -> Te
     return basis / (rows * (rows + 1)).sqrt()[:, None]
 
 
-@lru_cache
+@kept
 def _blocks(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Rows and columns of an upper triangle, and which of them every entry is, ``[E, E]``."""
     row, column = torch.triu_indices(size, size, device=device)

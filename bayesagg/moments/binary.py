@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesagg.constants import kept
 from bayesagg.moments.log_moments import LogMoments, variance_of
 from bayesagg.moments.whitened import whitened
 from bayesagg.posterior import Gaussian
@@ -35,7 +36,7 @@ def _legendre(nodes: int) -> tuple[list[float], list[float]]:
     return ((x + 1) / 2).tolist(), (w / 2).tolist()
 
 
-@lru_cache
+@kept
 def _constants(
     rule: Callable[[int], tuple[list[float], list[float]]],
     nodes: int,

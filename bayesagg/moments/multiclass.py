@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from bayesagg.constants import kept
 from bayesagg.moments.binary import gaussian_nodes, hermite_rule
 from bayesagg.moments.log_moments import LogMoments, variance_of
 from bayesagg.posterior import Gaussian, contrast_basis
@@ -24,7 +25,7 @@ _MAX_NODES = 8192
 _CHUNK = 1 << 20  # elements of the largest intermediate
 
 
-@lru_cache
+@kept
 def standard_normal_nodes(
     dimensions: int, count: int, sobol: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -201,6 +201,11 @@ class Predictor(nn.Module):
             PredictionError: if there is nothing to predict with yet.
         """
         self._check_known()
+        for _, posterior in self._named():  # nodes of a cubature are made once, outside of graphs
+            head, kind = posterior.head, KINDS[posterior.head.kind]
+            shape = 1, head.in_features, *[1] * head.channels_first
+            features = head.linear.weight.new_zeros(shape)
+            kind(kind.reading(features, [posterior]), 0).stddev.detach()
         return MeanAndStddev(self)
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from bayesagg.constants import kept
 from bayesagg.moments.binary import gaussian_nodes, panel_nodes
 from bayesagg.moments.multiclass import standard_normal_nodes
 
@@ -38,7 +37,7 @@ def sigmoid_moments(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, other, ((p - first[..., None]).square() * w).sum(-1)
 
 
-@lru_cache
+@kept
 def _plain_nodes(
     dimensions: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -105,6 +105,10 @@ class Call:
     versions: tuple[int, int]
 
 
+# Before torch 2.7 nothing tells an exporting dynamo from a compiling one.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
 class _Hook:
     """A hook that does not keep its capture alive, and is inert in any copy of its module.
 
@@ -120,6 +124,9 @@ class _Hook:
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         """Tell the capture, if it still exists."""
         if torch.compiler.is_compiling():
+            exporting = _is_exporting() or not torch.compiler.is_dynamo_compiling()
+            if exporting or not module.training:
+                return None  # nothing is noted, so that nothing has to break the graph
             return self._untraced(self, module, *args)
         capture = self._capture()
         return None if capture is None else self._method(capture, self._name, module, *args)

@@ -120,6 +120,22 @@ def test_a_graph_without_breaks_around_a_head_is_refused(towers, rule, device, d
     train(net, optimizer, 4)
 
 
+@pytest.mark.parametrize("way", ["compiled", "exported", "exported by dynamo"])
+def test_a_trained_network_is_one_graph(way, rule, device, dtype):
+    """In evaluation mode, where nothing is noted; it trains on afterwards."""
+    net = plain_net(device, dtype)
+    optimizer = wrap(net, "adam", rule, settings=QUICK)
+    train(net, optimizer, 5)
+    x = make_batch(device, dtype)[0]
+    expected = net.eval()(x)
+    if way == "compiled":
+        graph = torch.compile(net, backend="eager", fullgraph=True)
+    else:
+        graph = torch.export.export(net, (x,), strict=way == "exported by dynamo").module()
+    torch.testing.assert_close(graph(x), expected)
+    train(net.train(), optimizer, 2)
+
+
 def test_a_compiled_loss_is_read_by_its_targets(rule, device, dtype):
     """It cannot be differentiated twice: the error says so, and ``targets=`` does not need it."""
     results = []

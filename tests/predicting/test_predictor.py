@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.moments.multiclass import standard_normal_nodes
 from bayesagg.predicting import Predictor
 from tests.helpers.data import losses_over, make_batch, without
 from tests.helpers.nets import make_net, plain_net
@@ -204,9 +205,14 @@ def test_the_device_is_that_of_the_module():
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own exporter warns of its parts
-def test_an_exported_graph_gives_mean_and_standard_deviation():
-    net = plain_net()
-    predictor = Predictor.fit(net, heads_of(net), loader()).calibrate(loader())
+@pytest.mark.parametrize("source", ["of training", "calibrated fit"])
+def test_an_exported_graph_gives_mean_and_standard_deviation(source, rule):
+    """Of a network that an engine watches too, and before anything was predicted with it."""
+    net, optimizer = trained(rule)
+    predictor = optimizer.predictor(net)
+    if source == "calibrated fit":
+        predictor = Predictor.fit(net, heads_of(net), loader()).calibrate(loader())
+    standard_normal_nodes.cache_clear()
     x = make_batch(seed=9, size=7)[0]
     batch = torch.export.Dim("batch", min=2, max=512)
     program = torch.export.export(predictor.exportable(), (x,), dynamic_shapes=(({0: batch},),))
