@@ -188,8 +188,7 @@ class Posteriors(nn.ModuleList):
 
     def __init__(self, posteriors: Iterable[HeadPosterior]) -> None:
         super().__init__(posteriors)
-        after = self.register_load_state_dict_post_hook
-        after(lambda module, _: module.share())  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_share)  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[HeadPosterior]:
         return super().__iter__()  # type: ignore[return-value]
@@ -210,6 +209,10 @@ class Posteriors(nn.ModuleList):
         for key, posterior in zip(before, self, strict=True):
             posterior.vectors = first.setdefault(key, posterior.vectors)
         return self
+
+
+def _share(posteriors: Posteriors, _: object) -> None:
+    posteriors.share()
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -186,10 +186,12 @@ def test_a_saved_predictor_needs_neither_engine_nor_data(rule, exact, tmp_path):
     other = plain_net(seed=5)
     again = Predictor(other, heads_of(other))
     again.load_state_dict(torch.load(tmp_path / "predictor.pt", weights_only=True))
+    torch.save(predictor, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
     for task, p in predictor(x).items():
-        q = again(x)[task]
-        assert torch.equal(p.mean, q.mean) and torch.equal(p.stddev, q.stddev)
-        assert torch.equal(p.epistemic, q.epistemic)
+        for q in (again(x)[task], whole(x)[task]):
+            assert torch.equal(p.mean, q.mean) and torch.equal(p.stddev, q.stddev)
+            assert torch.equal(p.epistemic, q.epistemic)
     copied = copy.deepcopy(predictor)
     assert torch.equal(copied(x)["cls"].mean, predictor(x)["cls"].mean)
     assert copied.model is not predictor.model
