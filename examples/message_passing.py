@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 NODE_FEATURES, EDGE_FEATURES = 11, 5
-_HIDDEN = 128
 
 Messages = Callable[[Tensor], Tensor]
 
@@ -25,13 +24,14 @@ class MessagePassing(nn.Module):
     Args:
         dim: Dimensions of nodes, messages and output.
         geometric: The module ``torch_geometric.nn``.
+        hidden: Units of the edge network's hidden layer.
     """
 
-    def __init__(self, dim: int, geometric: ModuleType) -> None:
+    def __init__(self, dim: int, geometric: ModuleType, hidden: int = 128) -> None:
         super().__init__()
         self.embed = nn.Linear(NODE_FEATURES, dim)
-        edge = nn.Sequential(nn.Linear(EDGE_FEATURES, _HIDDEN), nn.ReLU())
-        edge.append(nn.Linear(_HIDDEN, dim * dim))
+        edge = nn.Sequential(nn.Linear(EDGE_FEATURES, hidden), nn.ReLU())
+        edge.append(nn.Linear(hidden, dim * dim))
         self.message = geometric.NNConv(dim, dim, edge, aggr="mean")
         self.update = nn.GRU(dim, dim)
         self.pool = geometric.Set2Set(dim, processing_steps=3)
@@ -55,7 +55,7 @@ class MessagePassing(nn.Module):
 class FactoredMessagePassing(MessagePassing):
     """The same network, computed in another order: the same parameters give the same output.
 
-    A message is x_j (Σ_k a_jik W_k + W_0), where a are the 128 hidden units of the edge network and
+    A message is x_j (Σ_k a_jik W_k + W_0), where a are the hidden units of the edge network and
     W_k, W_0 the weights and biases of its last layer, as matrices. NNConv computes the matrix in
     the brackets, 64 × 64, for every edge. Here the outer products of a and x are summed over the
     edges of a node first and multiplied by W once per node, which takes a thirteenth of the
@@ -77,7 +77,7 @@ class FactoredMessagePassing(MessagePassing):
         neighbours = own.clone().index_put_((target, slot), source).flatten()
         units = torch.cat([torch.relu(hidden(edges)), edges.new_ones(len(edges), 1)], 1)
         units = units / degree[target, None]  # the mean over a node's edges
-        units = edges.new_zeros(*shape, _HIDDEN + 1).index_put((target, slot), units)
+        units = edges.new_zeros(*shape, last.in_features + 1).index_put((target, slot), units)
         units = units.transpose(1, 2)
         weight = torch.cat([last.weight.T, last.bias[None]]).view(-1, dim)
 

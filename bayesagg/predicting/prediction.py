@@ -73,7 +73,7 @@ class Reading:
     def variance(self) -> Tensor:
         """Variance of all outputs, ``[N, o]``."""
         first = self.posteriors[0]
-        if not first.shared or any(p.vectors is not first.vectors for p in self.posteriors):
+        if not first.shared or len({id(p._buffers["vectors"]) for p in self.posteriors}) > 1:
             parts = [by_rows(p.variance, p.per_row(), self.h)[0] for p in self.posteriors]
             return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         square = (self.h @ first.vectors[0].to(self.h.dtype)).square()

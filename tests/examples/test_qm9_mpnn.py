@@ -34,7 +34,7 @@ def quick(frame):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(molecules, "read_frame", lambda *columns: frame)
         patch.delenv(DATA_VARIABLE, raising=False)
-        patch.setattr(qm9_mpnn, "_DIM", 8)
+        patch.setattr(qm9_mpnn, "_SIZES", (8, 128))
         yield
 
 
@@ -266,7 +266,7 @@ def test_the_network_ignores_the_order_of_atoms_and_rotation(frame, geometric, e
 # --- benchmark -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qm9-mpnn", "qm9-mpnn-bonds"])
+@pytest.mark.parametrize("name", ["qm9-mpnn", "qm9-mpnn-bonds", "qm9-mpnn-small"])
 def test_benchmark(name, geometric):
     data = SOURCES[name].load(MOLECULES, 100)
     assert [len(part) for part in (data.train, data.val, data.test)] == [100, 20, 20]
@@ -274,9 +274,11 @@ def test_benchmark(name, geometric):
     x, y = data.train.batch(torch.arange(100))
     torch.testing.assert_close(y.mean(0), torch.zeros(11), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.std(0), torch.ones(11), atol=1e-5, rtol=0)
-    assert (x.edge_index.shape[1] > 10_000) == (name == "qm9-mpnn")
+    assert (x.edge_index.shape[1] > 10_000) == (name != "qm9-mpnn-bonds")
     assert data.version != SOURCES[name].load(MOLECULES, None).version
     assert name.endswith("bonds") == ("bonds graphs" in data.network)
+    assert name.endswith("small") == ("32 dimensions" in data.network)
+    assert data.model()(x)["regression"].shape == (100, 11)
 
 
 def test_parts_of_the_full_protocol_are_the_paper_s(some, monkeypatch):

@@ -21,6 +21,7 @@ SOURCES: dict[str, Source] = {
     "qm9-experts": tables.EXPERTS,
     "qm9-mpnn": qm9_mpnn.SOURCE,
     "qm9-mpnn-bonds": qm9_mpnn.BONDS,
+    "qm9-mpnn-small": qm9_mpnn.SMALL,
     "mnist": tables.MNIST,
     "multi-mnist": multi_mnist.SOURCE,
     "yeast": tables.YEAST,

@@ -24,7 +24,7 @@ from examples.message_passing import FactoredMessagePassing
 from examples.training import TrainSettings
 
 Edges = Literal["complete", "bonds"]
-_DIM = 64
+_SIZES = 64, 128  # dimensions, and the hidden layer of the edge network: the paper's
 _MOLECULES, _HELD_OUT = 2_000, 10_000  # default; largest validation and test part, the paper's
 _TASKS = tuple(Task(t.name, "regression", "mae", unit_of(t.name)) for t in TARGETS)
 
@@ -89,18 +89,22 @@ class GraphPart:
         ), self.y[rows]
 
 
-def network(tasks: Sequence[Task]) -> TaskNet:
+def network(tasks: Sequence[Task], sizes: tuple[int, int] | None = None) -> TaskNet:
     """Build the message-passing network with a linear head."""
     geometric = importlib.import_module("torch_geometric.nn")  # takes seconds
-    return TaskNet(FactoredMessagePassing(_DIM, geometric), _DIM, tasks)
+    dim, hidden = sizes or _SIZES
+    return TaskNet(FactoredMessagePassing(dim, geometric, hidden), dim, tasks)
 
 
 def load(
-    count: int | None = None, max_train: int | None = None, edges: Edges = "complete"
+    count: int | None = None,
+    max_train: int | None = None,
+    edges: Edges = "complete",
+    sizes: tuple[int, int] | None = None,
 ) -> Benchmark:
     """Read random molecules; validation and test part are a tenth each, at most 10,000.
 
-    Graphs are complete, as in the paper, or of the bonds.
+    Graphs are complete, as in the paper, or of the bonds. Sizes are those of the network.
     """
     count = count or _MOLECULES
     found = load_molecules(count)
@@ -118,9 +122,12 @@ def load(
         _TASKS,
         *map(part, (train, val, test)),
         scale=scale.float(),
-        model=partial(network, _TASKS),
-        single_task=lambda: SeparateNets([network([task]) for task in _TASKS], _TASKS),
-        network=f"message passing (NNConv, GRU, Set2Set), {_DIM} dimensions, {edges} graphs",
+        model=partial(network, _TASKS, sizes),
+        single_task=lambda: SeparateNets([network([task], sizes) for task in _TASKS], _TASKS),
+        network=(
+            f"message passing (NNConv, GRU, Set2Set), {(sizes or _SIZES)[0]} dimensions, "
+            f"{edges} graphs"
+        ),
         version={
             "source": found.source,
             "molecules": count,
@@ -144,6 +151,6 @@ SOURCE = Source(
     size_range=(100, TOTAL_MOLECULES),
     code=(message_passing, molecules),
 )
-BONDS = replace(
-    SOURCE, title="QM9, bonds only", load=partial(load, edges="bonds"), paper=None, paper_size=None
-)
+_OWN = replace(SOURCE, paper=None, paper_size=None)
+BONDS = replace(_OWN, title="QM9, bonds only", load=partial(load, edges="bonds"))
+SMALL = replace(_OWN, title="QM9, a small network", load=partial(load, sizes=(32, 32)))
