@@ -10,6 +10,8 @@ import torch
 
 __all__ = ["kept"]
 
+_MANY = 128  # values of one function
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -30,6 +32,8 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
             return found[key]
         if torch.compiler.is_compiling():
             return make(*args, **kwargs)
+        if len(found) >= _MANY:
+            found.clear()
         with torch.inference_mode(False):
             found[key] = make(*args, **kwargs)
         return found[key]

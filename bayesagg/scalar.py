@@ -50,7 +50,7 @@ class Step:
         self.adopt, self.plan, self.known = adopt, plan, known
         self.total = batch.total.detach()
         self.planned: list[tuple[Slot, Tensor | None]] = []
-        self._passed: list[Tensor] = []  # parameters of heads that it goes around
+        self._passed: list[Head] = []  # that it goes around
         direct: list[tuple[Tensor, Tensor]] = []
         losses = dict(batch.losses)
         kept = plan.gradients if watched else _kept(plan, batch)
@@ -65,9 +65,9 @@ class Step:
                 carried.add(part.key)
                 rows = _rows(gradient, calls, part.heads[0])
             if part.key not in kept:
-                for name, head in zip(part.names, part.heads, strict=True):
+                self._passed += part.heads
+                for name in part.names:
                     del losses[name]
-                    self._passed += [p for p in head.parameters() if p.requires_grad]
                 if rows[0] is not None:
                     direct += zip([call.features for call in calls], rows, strict=True)
                 continue
@@ -85,7 +85,9 @@ class Step:
     def scalar(self) -> Tensor:
         """The sum of the losses, whose backward pass carries the plan."""
         # Nothing is learned from the gradients of inferred heads, but they may be asked for.
-        self.roots += [(parameter, torch.zeros_like(parameter)) for parameter in self._passed]
+        for head in self._passed:
+            own = [parameter for parameter in head.parameters() if parameter.requires_grad]
+            self.roots += [(parameter, torch.zeros_like(parameter)) for parameter in own]
         scalar: Tensor = _Scalar.apply(self, *[root for root, _ in self.roots])
         return scalar
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from bayesagg.constants import kept
 from bayesagg.heads import Head
 from bayesagg.reading.hooks import Call, flatten
 
@@ -199,7 +199,7 @@ class Found:
     weighted: Tensor | None = None
 
 
-@kept
+@functools.lru_cache(maxsize=64)
 def _owners(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Head of every column; kept, so that no step waits for a copy to the device."""
     index = [i for i, size in enumerate(sizes) for _ in range(size)]
