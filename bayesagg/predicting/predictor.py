@@ -201,11 +201,6 @@ class Predictor(nn.Module):
             PredictionError: if there is nothing to predict with yet.
         """
         self._check_known()
-        for _, posterior in self._named():  # nodes of a cubature are made once, outside of graphs
-            head, kind = posterior.head, KINDS[posterior.head.kind]
-            shape = 1, head.in_features, *[1] * head.channels_first
-            features = head.linear.weight.new_zeros(shape)
-            kind(kind.reading(features, [posterior]), 0).stddev.detach()
         return MeanAndStddev(self)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -284,6 +279,12 @@ class MeanAndStddev(nn.Module):
         super().__init__()
         self.predictor = predictor
         predictor.model.eval()  # an exported graph has one mode
+        # The nodes of a cubature cannot be traced: they are made here, by a prediction.
+        for _, posterior in predictor._named():
+            head, kind = posterior.head, KINDS[posterior.head.kind]
+            shape = 1, head.in_features, *[1] * head.channels_first
+            features = head.linear.weight.new_zeros(shape)
+            kind(kind.reading(features, [posterior]), 0).stddev.detach()
 
     def forward(self, *inputs: Any, **keywords: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """``(mean, stddev)`` by task, in the shape of the head's output."""
