@@ -49,6 +49,7 @@ class FadingMemory:
     Args:
         tasks: heads, and losses without one, by name.
         dtype: of the evidence.
+        counting: whether its units find out how many data there are.
 
     Attributes:
         units: evidence of all heads that were seen.
@@ -59,8 +60,10 @@ class FadingMemory:
         frames: of stacks of units, which the rule makes once; no state.
     """
 
-    def __init__(self, tasks: Mapping[str, Head | LossTask], dtype: torch.dtype) -> None:
-        self.tasks, self.dtype = dict(tasks), dtype
+    def __init__(
+        self, tasks: Mapping[str, Head | LossTask], dtype: torch.dtype, counting: bool
+    ) -> None:
+        self.tasks, self.dtype, self.counting = dict(tasks), dtype, counting
         self.heads = {name: head for name, head in tasks.items() if isinstance(head, Head)}
         self.units: list[Unit] = []
         self.others: dict[str, Tensor] = {}
@@ -138,7 +141,7 @@ class FadingMemory:
         check_keys(
             state, ("units", "others", "length", "steps", "invariant"), "the default rule's memory"
         )
-        memory = type(self)(self.tasks, self.dtype)
+        memory = type(self)(self.tasks, self.dtype, self.counting)
         memory.steps = scalar_leaf(state["steps"], int, "the number of steps", minimum=0)
         check(isinstance(state["invariant"], bool), "the mark of the optimizer is not a boolean")
         memory.invariant = state["invariant"]
@@ -146,7 +149,7 @@ class FadingMemory:
         check(isinstance(state["units"], list), "the units of evidence are not a list")
         seen: set[str] = set()
         for part in state["units"]:
-            unit = load_unit(part, self.heads, like)
+            unit = load_unit(part, self.heads, self.counting, like)
             check(not seen.intersection(unit.names), f"task {unit.names[0]!r} has evidence twice")
             seen.update(unit.names)
             memory.units.append(unit)

@@ -16,6 +16,8 @@ from torch import Tensor
 from bayesagg.checking import check, check_keys, scalar_leaf, tensor_leaf
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head
+from bayesagg.likelihoods.bounds import BOUNDS
+from bayesagg.repeats import Repeats, load_repeats
 
 __all__ = ["Basis", "Frame", "Unit", "load_unit", "means_of", "running_mean"]
 
@@ -55,6 +57,7 @@ class Unit:
         scale: running means of every task's scale and of the level of its labels (their mean
             square; 1 where they have no unit), ``[G, 3, T]``; ``T`` is 1 if wide.
         basis: of the evidence; ``None``: the next step makes one.
+        repeats: how many data there are; ``None``: nobody asks, or no label tells.
     """
 
     names: tuple[str, ...]
@@ -65,18 +68,32 @@ class Unit:
     shift: Tensor
     scale: Tensor
     basis: Basis | None = None
+    repeats: Repeats | None = None
 
     @staticmethod
     def empty(
-        names: Sequence[str], heads: Mapping[str, Head], weighted: bool, like: Tensor
+        names: Sequence[str],
+        heads: Mapping[str, Head],
+        weighted: bool,
+        counting: bool,
+        like: Tensor,
     ) -> Unit:
-        """Before any evidence; ``like`` has the device and the dtype."""
+        """Before any evidence.
+
+        Args:
+            names: of its heads.
+            heads: by name.
+            weighted: labels may be missing or have weights.
+            counting: whether to find out how many data there are, if labels tell.
+            like: device and dtype.
+        """
         first = heads[names[0]]
         width = first.in_features + first.has_bias
         outputs = sum(heads[name].out_features for name in names)
         tasks = sum(heads[name].num_tasks for name in names)
         wide = weighted and len(names) == 1 and tasks == outputs > 1
         groups, columns = (outputs, 1) if wide else (1, outputs)
+        counting = counting and any(BOUNDS[heads[name].kind].exact for name in names)
         return Unit(
             tuple(names),
             wide,
@@ -85,6 +102,7 @@ class Unit:
             like.new_zeros(groups, width, width),
             like.new_zeros(groups, columns, width),
             like.new_zeros(groups, 3, 1 if wide else tasks),
+            repeats=Repeats.empty(groups, like) if counting else None,
         )
 
     def alone(self, heads: Mapping[str, Head]) -> list[Unit]:
@@ -96,16 +114,14 @@ class Unit:
             outputs, tasks = heads[name].out_features, heads[name].num_tasks
             shift = self.shift[:, column : column + outputs]
             scale = self.scale[:, :, task : task + tasks]
-            wide = tasks == outputs > 1
+            unit = Unit.empty([name], heads, True, self.repeats is not None, self.gram)
+            wide = unit.wide
             units.append(
-                Unit(
-                    (name,),
-                    wide,
-                    True,
-                    False,
-                    self.gram.expand(outputs, -1, -1) if wide else self.gram,
-                    shift.transpose(0, 1) if wide else shift,
-                    scale.permute(2, 1, 0) if wide else scale,
+                replace(
+                    unit,
+                    gram=self.gram.expand(outputs, -1, -1) if wide else self.gram,
+                    shift=shift.transpose(0, 1) if wide else shift,
+                    scale=scale.permute(2, 1, 0) if wide else scale,
                 )
             )
             column, task = column + outputs, task + tasks
@@ -122,6 +138,7 @@ class Unit:
             "basis": None
             if basis is None
             else {"left": basis.left, **{key: getattr(basis, key).clone() for key in _BASIS}},
+            "repeats": None if self.repeats is None else self.repeats.state_dict(),
         }
 
 
@@ -184,13 +201,14 @@ def means_of(state: Tensor, otherwise: Sequence[Tensor]) -> list[Tensor]:
     return [torch.where(known, s / weight, o) for s, o in zip(sums, otherwise, strict=True)]
 
 
-def load_unit(state: Any, heads: Mapping[str, Head], like: Tensor) -> Unit:
+def load_unit(state: Any, heads: Mapping[str, Head], counting: bool, like: Tensor) -> Unit:
     """A unit of a checkpoint.
 
     Raises:
         CheckpointError: if any part of the state does not fit the heads.
     """
-    check_keys(state, ("names", "weighted", "started", "basis", *_TENSORS), "a unit of evidence")
+    keys = ("names", "weighted", "started", "basis", "repeats", *_TENSORS)
+    check_keys(state, keys, "a unit of evidence")
     names = state["names"]
     check(
         isinstance(names, list)
@@ -208,7 +226,7 @@ def load_unit(state: Any, heads: Mapping[str, Head], like: Tensor) -> Unit:
         ),
         f"tasks {names!r} cannot share evidence",
     )
-    blank = Unit.empty(names, heads, state["weighted"], like)
+    blank = Unit.empty(names, heads, state["weighted"], counting, like)
     what = "tasks " + ", ".join(map(repr, names))
     found = {
         key: tensor_leaf(
@@ -223,10 +241,18 @@ def load_unit(state: Any, heads: Mapping[str, Head], like: Tensor) -> Unit:
     if bool((found["gram"].diagonal(dim1=-2, dim2=-1) < 0).any()):
         raise CheckpointError(f"{what}: the evidence in the checkpoint is not a Gram matrix.")
     basis = None if state["basis"] is None else _basis(state["basis"], blank, like, what)
+    repeats = state["repeats"]
+    check(
+        (repeats is None) == (blank.repeats is None),
+        f"{what}: `memory` of the rule was set when it was saved, or is set now, but not both",
+    )
+    if blank.repeats is not None:
+        repeats = load_repeats(repeats, blank.repeats, what)
     return replace(
         blank,
         started=state["started"],
         basis=basis,
+        repeats=repeats,
         gram=found["gram"],
         shift=found["shift"],
         scale=found["scale"],

@@ -75,6 +75,11 @@ class Exchange:
         """Number of ranks."""
         return 1 if self.ranks is None else dist.get_world_size(self.ranks)
 
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return 0 if self.ranks is None else dist.get_rank(self.ranks)
+
     def agree(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
         """Flags of this step that any rank has raised; every rank must call.
 
@@ -100,7 +105,7 @@ class Exchange:
             device: of the model.
         """
         if self.ranks is not None:
-            self._vote([1.0, dist.get_rank(self.ranks) + 1.0, *[0.0] * flags], device)
+            self._vote([1.0, self.rank + 1.0, *[0.0] * flags], device)
 
     def _vote(self, values: list[float], device: torch.device) -> list[float]:
         found: list[float] = self.sum([torch.tensor(values, device=device)])[0].tolist()

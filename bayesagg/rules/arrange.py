@@ -21,6 +21,7 @@ def arrange(
     heads: Mapping[str, Head],
     here: Mapping[str, Part],
     alone: set[str],
+    counting: bool,
     like: Tensor,
 ) -> tuple[list[Unit], list[Unit]]:
     """Units of the heads that take part in a step; a unit is split where its heads differ.
@@ -31,6 +32,7 @@ def arrange(
         here: the part of every head that is inferred in this step.
         alone: heads that cannot share Gram matrices in this step, because labels are missing or
             have weights, or that have none at all on some rank.
+        counting: whether new units find out how many data there are.
         like: device and dtype of new units.
 
     Returns:
@@ -58,7 +60,7 @@ def arrange(
         groups.setdefault(what, []).append(name)
     for key, names in groups.items():
         exact_first = sorted(names, key=lambda name: not BOUNDS[heads[name].kind].exact)
-        found.append(Unit.empty(exact_first, heads, key[-1] is not None, like))
+        found.append(Unit.empty(exact_first, heads, key[-1] is not None, counting, like))
     return found, idle
 
 

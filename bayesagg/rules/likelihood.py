@@ -2,7 +2,8 @@
 
 See docs/theory.md for the derivation. One step, for the heads that read one tensor:
 
-1. ``Λ ← exp(-n/N) Λ + H̃ᵀH̃`` and ``η_k ← exp(-n/N) η_k + H̃ᵀt_k``: evidence that fades by the datum.
+1. ``Λ ← exp(-n/N) Λ + H̃ᵀH̃`` and ``η_k ← exp(-n/N) η_k + H̃ᵀt_k``: evidence that fades by the datum,
+   and has none twice.
 2. ``m_k = (Λ + λ_k)⁻¹ η_k`` with the ridge ``λ_k = τ_k² / γ ȳ_k²`` of the prior ``N(0, γ ȳ_k²)``,
    in units of the labels (``1 / c γ`` for a classification of curvature bound c): the head once
    the backward pass is over.
@@ -49,7 +50,7 @@ class LikelihoodRule(Settings):
 
     Args:
         memory: N, data after which evidence has faded to 1/e; ``None``: twenty times the number
-            of weights of an output.
+            of weights of an output, but no more than there are data, as far as labels tell.
         warmup: steps of linear scalarization first, while evidence gathers.
         lag: steps that the running means of the scales go back.
         prior_variance: γ of the prior over the weights of every output, ``N(0, γ I)``, for
@@ -88,7 +89,7 @@ class LikelihoodRule(Settings):
         for name, head in tasks.items():
             if isinstance(head, Head):
                 _warn_of_unused(name, head)
-        memory = FadingMemory(tasks, dtype)
+        memory = FadingMemory(tasks, dtype, counting=self.memory is None)
         check_kinds(memory.heads, BOUNDS, "likelihoods.bounds.BOUNDS")
         return memory
 
@@ -117,7 +118,7 @@ class LikelihoodRule(Settings):
             for name in memory.heads
             if name in present and name not in owning
         }
-        active, idle = arrange(memory.units, memory.heads, here, alone, like)
+        active, idle = arrange(memory.units, memory.heads, here, alone, memory.counting, like)
         found = infer(self, memory, make_stacks(active, here, memory.dtype), exchange)
         exact = [exact_gradients(self, part) for part in found]
         others = self._others(memory, batch, owning, like, exchange)

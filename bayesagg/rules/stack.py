@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.reading import Part
+from bayesagg.repeats import Repeats
 from bayesagg.units import Unit
 
 __all__ = ["Columns", "Stack", "cat", "columns_of", "make_stacks", "runs"]
@@ -72,6 +73,12 @@ class Stack:
     def sizes(self) -> list[int]:
         """Gram matrices of every unit."""
         return [unit.gram.shape[0] for unit in self.units]
+
+    @property
+    def repeats(self) -> Repeats | None:
+        """Of all units; they have them all, or none."""
+        known = [unit.repeats for unit in self.units if unit.repeats is not None]
+        return Repeats.joined(known) if known else None
 
     def precision(self, most: torch.dtype) -> torch.dtype:
         """That of the features, if it is enough for arithmetic, and ``most`` is not less."""
@@ -193,6 +200,7 @@ def make_stacks(units: Sequence[Unit], here: Mapping[str, Part], dtype: torch.dt
             unit.wide,
             unit.started,
             unit.basis is not None and unit.basis.left > 0,
+            unit.repeats and (unit.repeats.counting, unit.repeats.blank),
             part.features.shape,
             columns.factor.shape[0],
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,9 @@ from bayesagg.likelihoods.bounds import floored
 from bayesagg.memory import FadingMemory
 from bayesagg.moments import Spectrum
 from bayesagg.parallel import Exchange
+from bayesagg.repeats import Repeats
 from bayesagg.rules.arrange import frame_of
+from bayesagg.rules.evidence import Evidence, evidence_of
 from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import Stack, cat
 from bayesagg.units import Basis, Frame, Unit, means_of, running_mean
@@ -44,6 +46,7 @@ class Inference:
         current: the scale of every task in this step, ``[G, T]``.
         posterior: of all columns.
         bases: of the units, where they are kept.
+        repeats: of the units.
         fade: what the evidence before was multiplied by, ``[G, 1]`` or a number.
     """
 
@@ -57,6 +60,7 @@ class Inference:
     current: Tensor
     posterior: Spectrum
     bases: list[Basis | None]
+    repeats: Sequence[Repeats | None]
     fade: Tensor | float
 
     def fades(self) -> Sequence[Tensor | float]:
@@ -84,10 +88,10 @@ class Inference:
         scale = running_mean(self.scale, (floored(values, levels), levels), known, decay)
         sizes = self.stack.sizes
         state = (_split(t, sizes) for t in (self.gram, self.shift, scale))
-        parts = zip(self.stack.units, *state, self.bases, strict=True)
+        parts = zip(self.stack.units, *state, self.bases, self.repeats, strict=True)
         return [
-            Unit(unit.names, unit.wide, unit.weighted, not unit.weighted, gram, shift, own, basis)
-            for unit, gram, shift, own, basis in parts
+            Unit(unit.names, unit.wide, unit.weighted, not unit.weighted, *own)
+            for unit, *own in parts
         ]
 
     def module_weights(self, heads: Mapping[str, Head]) -> dict[str, Tensor]:
@@ -108,70 +112,24 @@ class Inference:
         return found
 
 
-@dataclass
-class Evidence:
-    """Sums over the data of a step.
-
-    Attributes:
-        gram: ``Σ w h̃h̃ᵀ``, ``[G, D, D]``.
-        shift: ``Σ w t h̃``, ``[G, P, D]``.
-        misfit: ``Σ w misfit``, ``[G, T]``, or of fewer tasks; at the start also ``Σ w y²``.
-        seen: ``Σ w``, ``[G]``, or the number of data where no label is missing on one rank.
-        squares: ``Σ w (h̃ᵀQ)²``, ``[G, D]``, in a basis that is kept; ``None``: it is not.
-    """
-
-    gram: Tensor
-    shift: Tensor
-    misfit: Tensor
-    seen: Tensor | float
-    squares: Tensor | None
-
-    def over(self) -> Iterator[Tensor]:
-        """What ranks add up, in a fixed order."""
-        parts = (self.gram, self.shift, self.misfit, self.seen, self.squares)
-        return (part for part in parts if isinstance(part, Tensor))
-
-    def replaced(self, sums: Iterator[Tensor]) -> Evidence:
-        """With the sums over ranks in place of this rank's."""
-        parts = (self.gram, self.shift, self.misfit, self.seen, self.squares)
-        return Evidence(*(next(sums) if isinstance(p, Tensor) else p for p in parts))  # type: ignore[arg-type]
-
-
 def infer(
     rule: Settings, memory: FadingMemory, stacks: Sequence[Stack], exchange: Exchange
 ) -> list[Inference]:
     """Posteriors of all stacks from the memory and the evidence of all ranks' batches."""
-    found = [_evidence(stack, memory.dtype, exchange.ranks is not None) for stack in stacks]
+    found = [evidence_of(stack, memory.dtype, exchange) for stack in stacks]
     if exchange.ranks is not None:
         sums = iter(exchange.sum([part for one in found for part in one.over()]))
         found = [one.replaced(sums) for one in found]
     return [_posterior(rule, memory, s, one) for s, one in zip(stacks, found, strict=True)]
 
 
-def _evidence(stack: Stack, dtype: torch.dtype, counted: bool) -> Evidence:
-    sums: list[Tensor] = []
-    vectors = stack.kept_vectors(dtype)
-    for rows in stack.chunks():
-        h, t = stack.features(rows, dtype), stack.of(stack.responses, rows)
-        weights = None if stack.weights is None else stack.of(stack.weights, rows)
-        weighted = h if weights is None else h * weights
-        new = [weighted.mT.bmm(h), t.mT.bmm(weighted)]
-        if vectors is not None:
-            rotated = stack.rotated(rows, dtype, vectors)
-            squares = rotated * rotated
-            new.append((squares if weights is None else squares * weights).sum(1, dtype=dtype))
-        sums = [old + one for old, one in zip(sums, new, strict=True)] if sums else new
-    gram, shift, *rest = sums
-    total, seen = stack.misfit, float(stack.responses.shape[1])
-    if not stack.units[0].started and stack.exact:  # and the level of the labels
-        total = torch.cat([total, stack.responses[:, :, : stack.exact].square()], 2)
-    if stack.weights is not None:
-        total = total * stack.weights
-    total = total.sum(1) if total.shape[2] else total[:, 0]
-    if stack.weights is not None:
-        return Evidence(gram, shift, total, stack.weights.sum((1, 2)), rest[0] if rest else None)
-    number = gram.new_full((len(gram),), seen) if counted else seen
-    return Evidence(gram, shift, total, number, rest[0] if rest else None)
+def _fade(seen: Tensor | float, lengths: Sequence[float], like: Tensor) -> Tensor | float:
+    """What the evidence before is multiplied by, ``[G, 1]`` or a number."""
+    one = len(set(lengths)) == 1
+    if one and isinstance(seen, float):
+        return math.exp(-seen / lengths[0])
+    length = lengths[0] if one else like.new_tensor(lengths)
+    return torch.exp(torch.as_tensor(-seen / length))[:, None]
 
 
 def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence) -> Inference:
@@ -179,24 +137,27 @@ def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence
     frame = frame_of(rule, memory, units, exact, new.shift[..., 0])
     before = [*map(cat, zip(*[(u.gram, u.shift, u.scale) for u in units], strict=True))]
     misfit, length = new.misfit, rule.memory_of(new.gram.shape[-1])
-    fade: Tensor | float
-    if isinstance(seen, Tensor):
-        fade = torch.exp(seen / -length)[:, None]
+    repeats = stack.repeats
+    if repeats is not None and new.marks is not None:
+        repeats = repeats.after(new.marks, seen, length)
+    lengths = [length] if repeats is None else repeats.lengths(length)
+    fade = _fade(seen, lengths, new.gram)
+    if isinstance(fade, Tensor):
         gram = torch.addcmul(new.gram, before[0], fade[..., None])
         shift = torch.addcmul(new.shift, before[1], fade[..., None])
-        misfit = misfit / _at_least_one(seen)
     else:
-        fade = math.exp(-seen / length)
         gram = new.gram.add_(before[0], alpha=fade)
         shift = new.shift.add_(before[1], alpha=fade)
-        misfit = misfit / seen if misfit.shape[1] else misfit
+    if misfit.shape[1]:
+        misfit = misfit / (_at_least_one(seen) if isinstance(seen, Tensor) else seen)
     levels = misfit
     if not units[0].started:
         misfit, levels = misfit.tensor_split([before[2].shape[2]], 1)
     current, ridge = scales_and_ridges(frame, exact, units[0].started, before[2], misfit, levels)
     posterior, bases = _spectrum(stack, before[0], gram, shift, ridge, new.squares, fade, length)
     state = (gram, shift, seen, misfit, before[2], current)
-    return Inference(stack, frame, *state, posterior, bases, fade)
+    split = [None] * len(units) if repeats is None else repeats.split(stack.sizes)
+    return Inference(stack, frame, *state, posterior, bases, split, fade)
 
 
 def scales_and_ridges(

@@ -26,9 +26,13 @@ EPOCH = 3
 
 
 RULES: dict[str, Rule] = {
-    "likelihood": LikelihoodRule(memory=60, warmup=EPOCH, lag=5),
+    "likelihood": LikelihoodRule(warmup=EPOCH, lag=5),
     "paper": PaperRule(),
 }
+
+
+# A memory that no count of the data shortens.
+MEMORY: dict[str, dict[str, int]] = {"likelihood": {"memory": 60}, "paper": {}}
 
 
 # Linear scalarization for good.

@@ -245,15 +245,23 @@ def counted(rank, rule, kwargs, missing):
 # Votes: refusals, the rank that refused, overflows, and what a rule asks of each of three heads.
 VOTES = {"likelihood": 3 + 3 * 3, "paper": 3 + 3 * 2}
 # By hand, with 4 + 1 weights an output. The default rule: one Gram matrix, seven columns, the
-# losses of three classifications and the number of data; then squared residuals and labels of two
-# regressions, and two lengths. The paper's: halves of matrices, vectors and counts by kind.
+# losses of three classifications, the numbers of data and of marks met; then squared residuals and
+# labels of two regressions, and two lengths. The paper's: halves of matrices, vectors and counts by
+# kind.
 SUMS = {
-    "likelihood": [25 + 7 * 5 + 3 + 1, 2 * 2 + 2],
+    "likelihood": [25 + 7 * 5 + 3 + 1 + 1, 2 * 2 + 2],
     "paper": [(15 + 2 * (5 + 1)) + (2 * 15 + 2 * (5 + 1)) + (55 + 10 + 1)],
 }
 # Of labels that are missing: five matrices, columns as before, losses and counts of all outputs; a
-# matrix for the second regression.
-GAPS = {"likelihood": [5 * 25 + 7 * 5 + 5 + 5 + 2, 2 * 2 + 2], "paper": [SUMS["paper"][0] + 15]}
+# matrix for the second regression. Two regressions make marks of their own at first.
+GAPS = {
+    "likelihood": [5 * 25 + 7 * 5 + 5 + 5 + 2 + 2 * 64, 2 * 2 + 2],
+    "paper": [SUMS["paper"][0] + 15],
+}
+AFTER = {
+    "likelihood": [GAPS["likelihood"][0] - 2 * 64 + 2, 2 * 2 + 2],
+    "paper": SUMS["paper"],
+}
 
 
 def said_of(rule, sums, size=8):
@@ -263,7 +271,7 @@ def said_of(rule, sums, size=8):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_exchange_is_of_the_stated_size(dtype, rule, ranks):
-    """After the first step, in which scales are those of the batch."""
+    """After the first step, in which scales are those of the batch, while data are counted."""
     expected = said_of(rule, SUMS[rule], dtype.itemsize)
     for sent, said in ranks.run(counted, rule, {"dtype": dtype}, False):
         assert sent[1:] == [expected] * 5
@@ -283,7 +291,7 @@ def test_missing_labels_take_a_matrix_for_every_task(rule, ranks):
     for sent, said in ranks.run(counted, rule, {}, True):
         assert sent[3] == said_of(rule, SUMS[rule])
         assert sent[4] == said_of(rule, GAPS[rule])
-        assert sent[5] == said_of(rule, GAPS[rule] if rule == "likelihood" else SUMS[rule])
+        assert sent[5] == said_of(rule, AFTER[rule])
         assert said[4] == sum(n * size for n, size in sent[4])
 
 

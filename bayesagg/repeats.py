@@ -1,0 +1,201 @@
+"""How many data there are, found out from labels that come again.
+
+Evidence that fades over ``N`` data has every datum ``N / M`` times in it where there are only
+``M``: posteriors would be too sure of themselves, and heads over-fitted. Nobody says how many there
+are. But labels of regressions tell data apart, so some are kept as *marks*: if ``n`` of them were
+met ``m`` times in ``s`` data, then ``M ≈ s n / m``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesagg.checking import check, check_keys, scalar_leaf, tensor_leaf
+
+__all__ = ["Repeats", "load_repeats", "make_marks", "meetings", "prints_of"]
+
+_MARKS = 64
+_MOST = 1 << 16  # data of a step that are looked at: more than any memory has
+_ROUNDING = 2e-6  # of labels that a loss in single precision tells
+_WINDOW = 2.0  # memories of data, after which sizes are told anew
+_AGAIN = 1.25  # how often marks must have been met before the first of these tells anything
+_LISTS = ("number", "met", "seen", "sizes")
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What is known of the number of data of a unit, by Gram matrix (G).
+
+    Attributes:
+        marks: prints of labels, ``[G, n]``, the largest number where there is none; ``[G, 0]``
+            once there are more data than the memory is long. Made anew in every window.
+        number: of marks.
+        met: how often they were met in this window.
+        seen: data of this window.
+        sizes: data that there are, as the last window has told; 0 before.
+    """
+
+    marks: Tensor
+    number: Sequence[float]
+    met: Sequence[float]
+    seen: Sequence[float]
+    sizes: Sequence[float]
+
+    @property
+    def counting(self) -> bool:
+        """There are marks to be made, or met."""
+        return self.marks.shape[1] > 0
+
+    @property
+    def blank(self) -> bool:
+        """There were no data in this window yet."""
+        return not any(self.seen)
+
+    def after(self, found: Tensor, seen: Tensor | float, length: float) -> Repeats:
+        """With the data of a step, of all ranks; looks at the device.
+
+        Args:
+            found: how often marks are met among them, ``[G]``; the first data of a window: their
+                marks, ``[G, n]``.
+            seen: how many they are, ``[G]`` or a number.
+            length: of the memory.
+        """
+        data = seen.tolist() if isinstance(seen, Tensor) else [seen] * len(found)
+        now = self._marked(found) if self.blank else self._met(found.tolist())
+        now = replace(now, seen=[a + b for a, b in zip(self.seen, data, strict=True)])
+        return now._told(length) if max(now.seen) >= _WINDOW * length else now
+
+    def _marked(self, marks: Tensor) -> Repeats:
+        """With marks. Where labels repeat, but for a pair by chance, they do not tell data apart.
+
+        If epochs are shuffled, a mark is met ``s/M`` times in ``s`` data from the start of an
+        epoch, itself the first time, and half a time more from somewhere in it.
+        """
+        tied = _near(marks, marks).sum(2) > 1
+        tied |= tied.sum(1, keepdim=True) > 2
+        marks = marks.masked_fill(tied, _nothing(marks)).sort(1).values
+        number = [float(n) for n in (marks < _nothing(marks)).sum(1).tolist()]
+        met = [n / 2 if any(self.sizes) else n for n in number]
+        return replace(self, marks=marks, number=number, met=met)
+
+    def _met(self, found: Sequence[float]) -> Repeats:
+        return replace(self, met=[a + b for a, b in zip(self.met, found, strict=True)])
+
+    def _told(self, length: float) -> Repeats:
+        """At the end of a window; of the second in which data were new, nobody counts on."""
+        sizes = [self._size(i) or length for i in range(len(self.sizes))]
+        many = min(sizes) >= length and min(self.sizes) >= length
+        zeros = [0.0] * len(sizes)
+        marks = self.marks[:, :0] if many else self.marks
+        return Repeats(marks, zeros, zeros, zeros, sizes)
+
+    def _size(self, index: int) -> float:
+        """Data of a Gram matrix, as this window tells; 0 where too few marks have come again."""
+        number, met = self.number[index], self.met[index]
+        return self.seen[index] * number / met if met >= _AGAIN * max(number, 1.0) else 0.0
+
+    def lengths(self, length: float) -> list[float]:
+        """The memory of every Gram matrix: no datum is in it more than once."""
+        first = not any(self.sizes)
+        sizes = [self._size(i) if first else size for i, size in enumerate(self.sizes)]
+        return [min(length, size or length) for size in sizes]
+
+    def split(self, sizes: Sequence[int]) -> list[Repeats]:
+        """By unit, of so many Gram matrices each."""
+        if len(sizes) == 1:
+            return [self]
+        found, start = [], 0
+        for size, marks in zip(sizes, self.marks.split(list(sizes)), strict=True):
+            own = slice(start, start + size)
+            found.append(Repeats(marks, *(getattr(self, key)[own] for key in _LISTS)))
+            start += size
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers, lists and dicts."""
+        return {"marks": self.marks.clone(), **{key: list(getattr(self, key)) for key in _LISTS}}
+
+    @staticmethod
+    def joined(parts: Sequence[Repeats]) -> Repeats:
+        """Side by side."""
+        if len(parts) == 1:
+            return parts[0]
+        lists = ([x for part in parts for x in getattr(part, key)] for key in _LISTS)
+        return Repeats(torch.cat([part.marks for part in parts]), *lists)
+
+    @staticmethod
+    def empty(groups: int, like: Tensor) -> Repeats:
+        """Before any data."""
+        zeros = [0.0] * groups
+        return Repeats(like.new_full((groups, _MARKS), _nothing(like)), zeros, zeros, zeros, zeros)
+
+
+def prints_of(labels: Tensor, weights: Tensor | None) -> Tensor:
+    """One number a datum, ``[G, N]``, from the labels of its regressions, ``[G, N, R]``.
+
+    Data without any weight, ``[G, N, 1]``, have none.
+    """
+    tasks = labels.shape[2]
+    mix = torch.linspace(1, 2, tasks, dtype=labels.dtype, device=labels.device)
+    prints = labels @ mix
+    if weights is None:
+        return prints
+    return prints.masked_fill(weights[..., 0] == 0, _nothing(prints))
+
+
+def make_marks(prints: Tensor, rank: int, ranks: int) -> Tensor:
+    """Marks of one rank, ``[G, n]``, in its own places; those of all ranks are their sum."""
+    own = max(1, _MARKS // ranks)
+    places = slice(rank * own, (rank + 1) * own)
+    marks = prints.new_zeros(len(prints), _MARKS)
+    if rank == 0:  # and those of nobody
+        marks[:, ranks * own :] = _nothing(prints)
+    mine = marks[:, places]
+    mine.fill_(_nothing(prints))
+    width = min(mine.shape[1], prints.shape[1])
+    mine[:, :width] = prints[:, :width]
+    return marks
+
+
+def meetings(marks: Tensor, prints: Tensor) -> Tensor:
+    """How often marks are met among data, ``[G]``, or the first of very many."""
+    return _near(marks, prints[:, :_MOST]).sum((1, 2)).to(prints.dtype)
+
+
+def load_repeats(state: Any, blank: Repeats, what: str) -> Repeats:
+    """Those of a checkpoint; ``blank`` has their shape.
+
+    Raises:
+        CheckpointError: if any part of the state does not fit.
+    """
+    check_keys(state, ("marks", *_LISTS), f"{what}: the count of repeats")
+    marks, groups = state["marks"], len(blank.marks)
+    width = 0 if isinstance(marks, Tensor) and not marks.numel() else _MARKS
+    marks = tensor_leaf(marks, (groups, width), blank.marks, f"{what}: the marks")
+    for key in _LISTS:
+        values = state[key]
+        check(
+            isinstance(values, list) and len(values) == groups,
+            f"{what}: {key} of the repeats is not a list of {groups}",
+        )
+        for value in values:
+            scalar_leaf(value, float, f"{what}: {key} of the repeats", 0.0)
+    return Repeats(marks, *(list(state[key]) for key in _LISTS))
+
+
+def _near(marks: Tensor, prints: Tensor) -> Tensor:
+    """Which data, ``[G, n, N]``, have the print of a mark, up to rounding."""
+    there = marks < _nothing(marks)
+    size = marks.abs().where(there, 0.0)
+    level = size.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
+    apart = (prints[:, None] - marks[..., None]).abs()
+    return (apart <= _ROUNDING * (size + level)[..., None]) & there[..., None]
+
+
+def _nothing(like: Tensor) -> float:
+    return torch.finfo(like.dtype).max

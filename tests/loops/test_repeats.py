@@ -1,0 +1,220 @@
+"""The default rule finds out how many data there are, and has none in its evidence twice.
+
+The paper's rule has epochs, or a memory of its own. In the bias of a head's evidence, whose feature
+is 1, stands the number of data that it is from.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bayesagg import BayesAggWrapper, LikelihoodRule, RegressionHead
+from tests.loops.runs import half
+
+INPUTS, WIDTH = 3, 7  # eight weights an output: a memory of 160 data
+LENGTH = 20 * (WIDTH + 1)
+
+
+class Towers(nn.Module):
+    """Regressions on one tensor, or one each on two."""
+
+    def __init__(self, outputs=2, apart=False):
+        super().__init__()
+        self.trunks = nn.ModuleList(nn.Linear(INPUTS, WIDTH) for _ in range(1 + apart))
+        self.a, self.b = nn.Linear(WIDTH, outputs), nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        h = [trunk(x) for trunk in self.trunks]
+        return {"a": self.a(h[0]), "b": self.b(h[-1])}
+
+
+def start(rule=None, dtype=torch.float32, lr=0.0, **kwargs):
+    torch.manual_seed(0)
+    net = Towers(**kwargs).to(dtype)
+    heads = {"a": RegressionHead(net.a), "b": RegressionHead(net.b)}
+    base = torch.optim.SGD(net.parameters(), lr=lr)
+    return net, BayesAggWrapper(base, None, heads, rule=rule or LikelihoodRule())
+
+
+def draw(size, seed=0, outputs=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"x": INPUTS, "a": outputs, "b": 1}
+    return {n: torch.randn(size, w, generator=generator).to(dtype) for n, w in shapes.items()}
+
+
+def rows_of(size, batch, data, seed=0, replacement=False):
+    """Rows of every step: epochs, each in an order of its own, or at random."""
+    generator, left = torch.Generator().manual_seed(seed), data
+    while left > 0:
+        if replacement:
+            order = torch.randint(size, (size,), generator=generator)
+        else:
+            order = torch.randperm(size, generator=generator)
+        yield from order.split(batch)
+        left -= size
+
+
+def run(net, optimizer, data, rows, *, change=lambda y, name: y, targets=False, tasks="ab"):
+    for some in rows:
+        out = net(data["x"][some])
+        labels = {name: change(data[name][some], name) for name in tasks}
+        losses = {n: (out[n] - y)[~y.isnan()].square().mean() for n, y in labels.items()}
+        optimizer.zero_grad()
+        optimizer.step(losses, targets=labels if targets else None)
+
+
+def counts(optimizer):
+    """Data in the evidence of every unit, by task."""
+    units = optimizer.engine._memory.units
+    return {name: unit.gram[:, -1, -1] for unit in units for name in unit.names}
+
+
+def assert_counts(optimizer, expected, slack=0.15):
+    for name, found in counts(optimizer).items():
+        low, high = (1 - slack) * expected, (1 + slack) * expected
+        assert bool(((found > low) & (found < high)).all()), (name, found)
+
+
+def steady(length, batch):
+    """What evidence comes to that fades over ``length`` data."""
+    return batch / (1 - torch.tensor(-batch / length).exp().item())
+
+
+@pytest.mark.parametrize("batch", [1, 7, 20])
+@pytest.mark.parametrize("size", [40, 75, 120])
+def test_no_datum_is_in_the_evidence_more_than_once(size, batch):
+    """One mark, of a batch of one, tells that only roughly."""
+    net, optimizer = start()
+    run(net, optimizer, draw(size), rows_of(size, batch, 8 * LENGTH))
+    assert_counts(optimizer, steady(size, batch), 0.1 if batch > 1 else 0.4)
+
+
+@pytest.mark.parametrize("size", [60, 100])
+def test_data_that_are_drawn_at_random(size):
+    """Marks come again at random, too."""
+    net, optimizer = start()
+    run(net, optimizer, draw(size), rows_of(size, 7, 8 * LENGTH, replacement=True))
+    assert_counts(optimizer, steady(size, 7), 0.4)
+
+
+@pytest.mark.parametrize("size", [200, 2000])
+def test_many_data_have_the_whole_memory(size):
+    """And nobody looks for repeats any more."""
+    net, optimizer = start()
+    run(net, optimizer, draw(size), rows_of(size, 20, 6 * LENGTH))
+    assert_counts(optimizer, steady(LENGTH, 20), 0.01)
+    assert all(not unit.repeats.counting for unit in optimizer.engine._memory.units)
+
+
+@pytest.mark.parametrize("targets", [False, True], ids=["recovered", "targets"])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_unit_of_the_labels_has_no_say(dtype, scale, targets):
+    net, optimizer = start(dtype=dtype)
+    data = draw(60, dtype=dtype)
+    data["a"] = data["a"] * scale + 10 * scale
+    run(net, optimizer, data, rows_of(60, 10, 6 * LENGTH), targets=targets)
+    assert_counts(optimizer, steady(60, 10))
+
+
+def ratings(y, name):
+    return y.sign()
+
+
+def noise(y, name):
+    return y + 0.01 * torch.randn_like(y)
+
+
+@pytest.mark.parametrize("change", [ratings, noise])
+def test_labels_that_do_not_tell_data_apart_limit_nothing(change):
+    net, optimizer = start()
+    run(net, optimizer, draw(60), rows_of(60, 20, 6 * LENGTH), change=change)
+    assert_counts(optimizer, steady(LENGTH, 20), 0.01)
+
+
+def test_a_memory_that_is_given_is_kept():
+    net, optimizer = start(LikelihoodRule(memory=300))
+    run(net, optimizer, draw(60), rows_of(60, 20, 3000))
+    assert_counts(optimizer, steady(300, 20), 1e-3)
+    assert all(unit.repeats is None for unit in optimizer.engine._memory.units)
+
+
+def test_every_output_with_gaps_counts_its_own():
+    """Of its labels: the first output has a half, the second all."""
+    net, optimizer = start()
+    data = draw(80)
+    data["a"][::2, 0] = torch.nan
+    data["b"][::4] = torch.nan
+    run(net, optimizer, data, rows_of(80, 20, 10 * LENGTH), targets=True)
+    found = {name: value.tolist() for name, value in counts(optimizer).items()}
+    assert found["a"] == pytest.approx([steady(40, 10), steady(80, 20)], rel=0.2)
+    assert found["b"] == pytest.approx([steady(60, 15)], rel=0.2)
+
+
+def test_tasks_have_data_sets_of_their_own():
+    """Steps of one and the other in turns, of few and of many data."""
+    net, optimizer = start(apart=True)
+    few, many = draw(40, seed=1), draw(5000, seed=2)
+    pairs = zip(rows_of(40, 10, 6 * LENGTH), rows_of(5000, 10, 6 * LENGTH), strict=False)
+    for one, other in pairs:
+        run(net, optimizer, few, [one], tasks="a")
+        run(net, optimizer, many, [other], tasks="b")
+    found = counts(optimizer)
+    assert found["a"].item() == pytest.approx(steady(40, 10), rel=0.15)
+    assert found["b"].item() == pytest.approx(steady(LENGTH, 10), rel=0.01)
+
+
+def test_a_data_set_may_grow():
+    """As in active learning: a window later the memory is as long as it may be."""
+    net, optimizer = start()
+    data = draw(3000)
+    run(net, optimizer, data, rows_of(40, 10, 6 * LENGTH))
+    assert_counts(optimizer, steady(40, 10))
+    run(net, optimizer, data, rows_of(3000, 10, 8 * LENGTH))
+    assert_counts(optimizer, steady(LENGTH, 10), 0.02)
+
+
+def counted(rank, size):
+    """Data in the evidence after some epochs, each dealt out to the ranks."""
+    net, optimizer = start()
+    model = net if rank is None else nn.parallel.DistributedDataParallel(net)
+    run(model, optimizer, draw(size), (rows[half(rank)] for rows in rows_of(size, 12, 1500)))
+    return counts(optimizer)
+
+
+def test_ranks_count_together(ranks):
+    """A datum comes again on any rank."""
+    expected = counted(None, 60)
+    for found in ranks.run(counted, 60):
+        assert found == expected
+
+
+def test_the_count_resumes_in_the_same_bits():
+    whole, kept = start(lr=1e-3), start(lr=1e-3)
+    data, rows = draw(60), list(rows_of(60, 10, 6 * LENGTH))
+    run(*whole, data, rows)
+    run(*kept, data, rows[:31])
+    net, optimizer = start(lr=1e-3)
+    net.load_state_dict(kept[0].state_dict())
+    optimizer.load_state_dict(kept[1].state_dict())
+    run(net, optimizer, data, rows[31:])
+    for one, other in zip(net.parameters(), whole[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_few_data_are_not_over_fitted():
+    """Heads on fifty noisy data: those of a long memory have twice the error on others."""
+    errors = []
+    for rule in (LikelihoodRule(), LikelihoodRule(memory=20 * (WIDTH + 1) * 50)):
+        torch.manual_seed(1)
+        net, optimizer = start(rule, lr=1e-3)
+        data, clean = draw(50), draw(500, seed=3)
+        mix = torch.randn(INPUTS, 3)
+        for part in (data, clean):
+            part["a"], part["b"] = (part["x"] @ mix).split([2, 1], 1)
+        noisy = {**data, "a": data["a"] + 5 * draw(50, seed=4)["a"]}
+        run(net, optimizer, noisy, rows_of(50, 10, 60 * 50))
+        with torch.no_grad():
+            errors.append(F.mse_loss(net(clean["x"])["a"], clean["a"]).item())
+    assert errors[0] < errors[1]
