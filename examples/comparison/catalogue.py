@@ -202,6 +202,6 @@ def ablations() -> dict[str, Method]:
         "without-prior-in-labels": bayesagg("prior in units of the noise", rule=PriorInNoiseRule()),
         **{
             f"memory-{factor}": bayesagg(f"memory of {factor} D", memory=factor)
-            for factor in (2, 5, 10, 40)
+            for factor in (2, 5, 10, 20, 40)
         },
     }

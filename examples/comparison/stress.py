@@ -118,6 +118,7 @@ TRIALS: dict[str, tuple[Callable[[int], Data], dict[str, Any]]] = {
     "sgd-0.1": (regressions, {"learning_rate": 0.1, "optimizer": "sgd"}),
     "rare-class": (rare, {"epochs": 10}),
     "100-data": (lambda seed: regressions(seed, size=100), {"epochs": 100}),
+    "300-data": (lambda seed: regressions(seed, size=300), {"epochs": 60}),
 }
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bayesagg import BayesAggWrapper, LikelihoodRule, RegressionHead
 from tests.loops.runs import half
 
-INPUTS, WIDTH = 3, 7  # eight weights an output: a memory of 160 data
+INPUTS, WIDTH = 3, 3  # four weights an output: a memory of 80 data
 LENGTH = 20 * (WIDTH + 1)
 
 
@@ -81,29 +81,28 @@ def steady(length, batch):
     return batch / (1 - torch.tensor(-batch / length).exp().item())
 
 
-@pytest.mark.parametrize("batch", [1, 7, 20])
-@pytest.mark.parametrize("size", [40, 75, 120])
+@pytest.mark.parametrize(("size", "batch"), [(20, 7), (20, 20), (38, 1), (38, 8), (60, 10)])
 def test_no_datum_is_in_the_evidence_more_than_once(size, batch):
     """One mark, of a batch of one, tells that only roughly."""
     net, optimizer = start()
     run(net, optimizer, draw(size), rows_of(size, batch, 8 * LENGTH))
-    assert_counts(optimizer, steady(size, batch), 0.1 if batch > 1 else 0.4)
+    assert_counts(optimizer, steady(size, batch), 0.2 if batch > 1 else 0.4)
 
 
-@pytest.mark.parametrize("size", [60, 100])
+@pytest.mark.parametrize("size", [30, 50])
 def test_data_that_are_drawn_at_random(size):
     """Marks come again at random, too."""
     net, optimizer = start()
-    run(net, optimizer, draw(size), rows_of(size, 7, 8 * LENGTH, replacement=True))
-    assert_counts(optimizer, steady(size, 7), 0.4)
+    run(net, optimizer, draw(size), rows_of(size, 5, 8 * LENGTH, replacement=True))
+    assert_counts(optimizer, steady(size, 5), 0.4)
 
 
-@pytest.mark.parametrize("size", [200, 2000])
+@pytest.mark.parametrize("size", [100, 1000])
 def test_many_data_have_the_whole_memory(size):
     """And nobody looks for repeats any more."""
     net, optimizer = start()
     run(net, optimizer, draw(size), rows_of(size, 20, 6 * LENGTH))
-    assert_counts(optimizer, steady(LENGTH, 20), 0.01)
+    assert_counts(optimizer, steady(LENGTH, 20), 0.05)
     assert all(not unit.repeats.counting for unit in optimizer.engine._memory.units)
 
 
@@ -112,10 +111,10 @@ def test_many_data_have_the_whole_memory(size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_unit_of_the_labels_has_no_say(dtype, scale, targets):
     net, optimizer = start(dtype=dtype)
-    data = draw(60, dtype=dtype)
+    data = draw(30, dtype=dtype)
     data["a"] = data["a"] * scale + 10 * scale
-    run(net, optimizer, data, rows_of(60, 10, 6 * LENGTH), targets=targets)
-    assert_counts(optimizer, steady(60, 10))
+    run(net, optimizer, data, rows_of(30, 10, 6 * LENGTH), targets=targets)
+    assert_counts(optimizer, steady(30, 10))
 
 
 def ratings(y, name):
@@ -129,14 +128,14 @@ def noise(y, name):
 @pytest.mark.parametrize("change", [ratings, noise])
 def test_labels_that_do_not_tell_data_apart_limit_nothing(change):
     net, optimizer = start()
-    run(net, optimizer, draw(60), rows_of(60, 20, 6 * LENGTH), change=change)
-    assert_counts(optimizer, steady(LENGTH, 20), 0.01)
+    run(net, optimizer, draw(30), rows_of(30, 20, 6 * LENGTH), change=change)
+    assert_counts(optimizer, steady(LENGTH, 20), 0.05)
 
 
 def test_a_memory_that_is_given_is_kept():
     net, optimizer = start(LikelihoodRule(memory=300))
-    run(net, optimizer, draw(60), rows_of(60, 20, 3000))
-    assert_counts(optimizer, steady(300, 20), 1e-3)
+    run(net, optimizer, draw(30), rows_of(30, 20, 3000))
+    assert_counts(optimizer, steady(300, 20), 0.01)
     assert all(unit.repeats is None for unit in optimizer.engine._memory.units)
 
 
@@ -148,8 +147,8 @@ def test_every_output_with_gaps_counts_its_own():
     data["b"][::4] = torch.nan
     run(net, optimizer, data, rows_of(80, 20, 10 * LENGTH), targets=True)
     found = {name: value.tolist() for name, value in counts(optimizer).items()}
-    assert found["a"] == pytest.approx([steady(40, 10), steady(80, 20)], rel=0.2)
-    assert found["b"] == pytest.approx([steady(60, 15)], rel=0.2)
+    assert found["a"] == pytest.approx([steady(40, 10), steady(80, 20)], rel=0.3)
+    assert found["b"] == pytest.approx([steady(60, 15)], rel=0.3)
 
 
 def test_tasks_have_data_sets_of_their_own():
@@ -179,20 +178,20 @@ def counted(rank, size):
     """Data in the evidence after some epochs, each dealt out to the ranks."""
     net, optimizer = start()
     model = net if rank is None else nn.parallel.DistributedDataParallel(net)
-    run(model, optimizer, draw(size), (rows[half(rank)] for rows in rows_of(size, 12, 1500)))
+    run(model, optimizer, draw(size), (rows[half(rank)] for rows in rows_of(size, 12, 400)))
     return counts(optimizer)
 
 
 def test_ranks_count_together(ranks):
     """A datum comes again on any rank."""
-    expected = counted(None, 60)
-    for found in ranks.run(counted, 60):
+    expected = counted(None, 36)
+    for found in ranks.run(counted, 36):
         assert found == expected
 
 
 def test_the_count_resumes_in_the_same_bits():
     whole, kept = start(lr=1e-3), start(lr=1e-3)
-    data, rows = draw(60), list(rows_of(60, 10, 6 * LENGTH))
+    data, rows = draw(30), list(rows_of(30, 10, 6 * LENGTH))
     run(*whole, data, rows)
     run(*kept, data, rows[:31])
     net, optimizer = start(lr=1e-3)
@@ -204,17 +203,17 @@ def test_the_count_resumes_in_the_same_bits():
 
 
 def test_few_data_are_not_over_fitted():
-    """Heads on fifty noisy data: those of a long memory have twice the error on others."""
+    """Heads on 20 noisy data, which a memory of four times as many makes too sure."""
     errors = []
-    for rule in (LikelihoodRule(), LikelihoodRule(memory=20 * (WIDTH + 1) * 50)):
+    for rule in (LikelihoodRule(), LikelihoodRule(memory=LENGTH)):
         torch.manual_seed(1)
         net, optimizer = start(rule, lr=1e-3)
-        data, clean = draw(50), draw(500, seed=3)
+        data, clean = draw(20), draw(500, seed=3)
         mix = torch.randn(INPUTS, 3)
         for part in (data, clean):
             part["a"], part["b"] = (part["x"] @ mix).split([2, 1], 1)
-        noisy = {**data, "a": data["a"] + 5 * draw(50, seed=4)["a"]}
-        run(net, optimizer, noisy, rows_of(50, 10, 60 * 50))
+        noisy = {**data, "a": data["a"] + 5 * draw(20, seed=4)["a"]}
+        run(net, optimizer, noisy, rows_of(20, 10, 1500))
         with torch.no_grad():
             errors.append(F.mse_loss(net(clean["x"])["a"], clean["a"]).item())
     assert errors[0] < errors[1]
