@@ -19,7 +19,7 @@ from bayesagg.checking import check, check_keys, scalar_leaf, tensor_leaf
 
 __all__ = ["Repeats", "load_repeats", "make_marks", "meetings", "prints_of"]
 
-_MARKS = 64
+_MARKS = 128
 _MOST = 1 << 16  # data of a step that are looked at: more than any memory has
 _ROUNDING = 2e-6  # of labels that a loss in single precision tells
 _WINDOW = 2.0  # memories of data, after which sizes are told anew
@@ -71,13 +71,12 @@ class Repeats:
         return now._told(length) if max(now.seen) >= _WINDOW * length else now
 
     def _marked(self, marks: Tensor) -> Repeats:
-        """With marks. Where labels repeat, but for a pair by chance, they do not tell data apart.
+        """With marks; none in this window where labels repeat: they do not tell data apart.
 
         If epochs are shuffled, a mark is met ``s/M`` times in ``s`` data from the start of an
         epoch, itself the first time, and half a time more from somewhere in it.
         """
-        tied = _near(marks, marks).sum(2) > 1
-        tied |= tied.sum(1, keepdim=True) > 2
+        tied = (_near(marks, marks).sum(2) > 1).any(1, keepdim=True)
         marks = marks.masked_fill(tied, _nothing(marks)).sort(1).values
         number = [float(n) for n in (marks < _nothing(marks)).sum(1).tolist()]
         met = [n / 2 if any(self.sizes) else n for n in number]
@@ -88,7 +87,8 @@ class Repeats:
 
     def _told(self, length: float) -> Repeats:
         """At the end of a window; of the second in which data were new, nobody counts on."""
-        sizes = [self._size(i) or length for i in range(len(self.sizes))]
+        found = [self._size(i) if n else self.sizes[i] for i, n in enumerate(self.number)]
+        sizes = [size or length for size in found]
         many = min(sizes) >= length and min(self.sizes) >= length
         zeros = [0.0] * len(sizes)
         marks = self.marks[:, :0] if many else self.marks

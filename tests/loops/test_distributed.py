@@ -255,11 +255,11 @@ SUMS = {
 # Of labels that are missing: five matrices, columns as before, losses and counts of all outputs; a
 # matrix for the second regression. Two regressions make marks of their own at first.
 GAPS = {
-    "likelihood": [5 * 25 + 7 * 5 + 5 + 5 + 2 + 2 * 64, 2 * 2 + 2],
+    "likelihood": [5 * 25 + 7 * 5 + 5 + 5 + 2 + 2 * 128, 2 * 2 + 2],
     "paper": [SUMS["paper"][0] + 15],
 }
 AFTER = {
-    "likelihood": [GAPS["likelihood"][0] - 2 * 64 + 2, 2 * 2 + 2],
+    "likelihood": [GAPS["likelihood"][0] - 2 * 128 + 2, 2 * 2 + 2],
     "paper": SUMS["paper"],
 }
 
