@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.checking import check, check_keys, scalar_leaf, tensor_leaf
+from bayesagg.constants import kept
 
 __all__ = ["Repeats", "load_repeats", "make_marks", "meetings", "prints_of"]
 
@@ -32,8 +33,9 @@ class Repeats:
     """What is known of the number of data of a unit, by Gram matrix (G).
 
     Attributes:
-        marks: prints of labels, ``[G, n]``, the largest number where there is none; ``[G, 0]``
-            once there are more data than the memory is long. Made anew in every window.
+        marks: prints of labels, and how far from them others may be by rounding, ``[G, 2, n]``,
+            less than zero where there is no mark; ``[G, 2, 0]`` once there are more data than the
+            memory is long. Made anew in every window.
         number: of marks.
         met: how often they were met in this window.
         seen: data of this window.
@@ -49,7 +51,7 @@ class Repeats:
     @property
     def counting(self) -> bool:
         """There are marks to be made, or met."""
-        return self.marks.shape[1] > 0
+        return self.marks.shape[2] > 0
 
     @property
     def blank(self) -> bool:
@@ -60,8 +62,8 @@ class Repeats:
         """With the data of a step, of all ranks; looks at the device.
 
         Args:
-            found: how often marks are met among them, ``[G]``; the first data of a window: their
-                marks, ``[G, n]``.
+            found: how often marks are met among them, ``[G]``; the first data of a window: prints
+                for marks, ``[G, n]``.
             seen: how many they are, ``[G]`` or a number.
             length: of the memory.
         """
@@ -76,11 +78,16 @@ class Repeats:
         If epochs are shuffled, a mark is met ``s/M`` times in ``s`` data from the start of an
         epoch, itself the first time, and half a time more from somewhere in it.
         """
-        tied = (_near(marks, marks).sum(2) > 1).any(1, keepdim=True)
-        marks = marks.masked_fill(tied, _nothing(marks)).sort(1).values
-        number = [float(n) for n in (marks < _nothing(marks)).sum(1).tolist()]
+        marks = marks.sort(1).values  # the same whatever rank they are of
+        there = marks < _nothing(marks)
+        size = marks.abs().where(there, 0.0)
+        level = size.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
+        near = torch.stack([marks, (_ROUNDING * (size + level)).where(there, -1.0)], 1)
+        tied = _near(near, marks).sum((1, 2)) > there.sum(1)
+        near[:, 1] = near[:, 1].masked_fill(tied[:, None], -1.0)
+        number = [float(n) for n in (near[:, 1] >= 0).sum(1).tolist()]
         met = [n / 2 if any(self.sizes) else n for n in number]
-        return replace(self, marks=marks, number=number, met=met)
+        return replace(self, marks=near, number=number, met=met)
 
     def _met(self, found: Sequence[float]) -> Repeats:
         return replace(self, met=[a + b for a, b in zip(self.met, found, strict=True)])
@@ -91,7 +98,7 @@ class Repeats:
         sizes = [size or length for size in found]
         many = min(sizes) >= length and min(self.sizes) >= length
         zeros = [0.0] * len(sizes)
-        marks = self.marks[:, :0] if many else self.marks
+        marks = self.marks[..., :0] if many else self.marks
         return Repeats(marks, zeros, zeros, zeros, sizes)
 
     def _size(self, index: int) -> float:
@@ -132,7 +139,7 @@ class Repeats:
     def empty(groups: int, like: Tensor) -> Repeats:
         """Before any data."""
         zeros = [0.0] * groups
-        return Repeats(like.new_full((groups, _MARKS), _nothing(like)), zeros, zeros, zeros, zeros)
+        return Repeats(like.new_full((groups, 2, _MARKS), -1.0), zeros, zeros, zeros, zeros)
 
 
 def prints_of(labels: Tensor, weights: Tensor | None) -> Tensor:
@@ -140,16 +147,20 @@ def prints_of(labels: Tensor, weights: Tensor | None) -> Tensor:
 
     Data without any weight, ``[G, N, 1]``, have none.
     """
-    tasks = labels.shape[2]
-    mix = torch.linspace(1, 2, tasks, dtype=labels.dtype, device=labels.device)
-    prints = labels @ mix
+    prints = labels @ _mix(labels.shape[2], labels.dtype, labels.device)
     if weights is None:
         return prints
     return prints.masked_fill(weights[..., 0] == 0, _nothing(prints))
 
 
+@kept
+def _mix(tasks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Factors of labels, all different: those that add up to one also tell data apart."""
+    return torch.linspace(1, 2, tasks, dtype=dtype, device=device)
+
+
 def make_marks(prints: Tensor, rank: int, ranks: int) -> Tensor:
-    """Marks of one rank, ``[G, n]``, in its own places; those of all ranks are their sum."""
+    """Prints for marks of one rank, ``[G, n]``, in its places; those of all ranks are their sum."""
     own = max(1, _MARKS // ranks)
     places = slice(rank * own, (rank + 1) * own)
     marks = prints.new_zeros(len(prints), _MARKS)
@@ -164,7 +175,7 @@ def make_marks(prints: Tensor, rank: int, ranks: int) -> Tensor:
 
 def meetings(marks: Tensor, prints: Tensor) -> Tensor:
     """How often marks are met among data, ``[G]``, or the first of very many."""
-    return _near(marks, prints[:, :_MOST]).sum((1, 2)).to(prints.dtype)
+    return _near(marks, prints[:, :_MOST]).sum((1, 2), dtype=prints.dtype)
 
 
 def load_repeats(state: Any, blank: Repeats, what: str) -> Repeats:
@@ -176,7 +187,7 @@ def load_repeats(state: Any, blank: Repeats, what: str) -> Repeats:
     check_keys(state, ("marks", *_LISTS), f"{what}: the count of repeats")
     marks, groups = state["marks"], len(blank.marks)
     width = 0 if isinstance(marks, Tensor) and not marks.numel() else _MARKS
-    marks = tensor_leaf(marks, (groups, width), blank.marks, f"{what}: the marks")
+    marks = tensor_leaf(marks, (groups, 2, width), blank.marks, f"{what}: the marks")
     for key in _LISTS:
         values = state[key]
         check(
@@ -189,12 +200,8 @@ def load_repeats(state: Any, blank: Repeats, what: str) -> Repeats:
 
 
 def _near(marks: Tensor, prints: Tensor) -> Tensor:
-    """Which data, ``[G, n, N]``, have the print of a mark, up to rounding."""
-    there = marks < _nothing(marks)
-    size = marks.abs().where(there, 0.0)
-    level = size.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
-    apart = (prints[:, None] - marks[..., None]).abs()
-    return (apart <= _ROUNDING * (size + level)[..., None]) & there[..., None]
+    """Which data, ``[G, n, N]``, have the print of a mark."""
+    return (prints[:, None] - marks[:, 0, :, None]).abs_() <= marks[:, 1, :, None]
 
 
 def _nothing(like: Tensor) -> float:
