@@ -79,7 +79,7 @@ def evidence_of(stack: Stack, dtype: torch.dtype, exchange: Exchange) -> Evidenc
 def _marks(stack: Stack, exchange: Exchange) -> Tensor | None:
     """Marks of this rank, or how often the units' own are met."""
     known = stack.repeats
-    if known is None or not known.counting:
+    if known is None:
         return None
     found = prints_of(stack.responses[..., : stack.exact], stack.weights)
     if known.blank:

@@ -76,8 +76,8 @@ class Stack:
 
     @property
     def repeats(self) -> Repeats | None:
-        """Of all units; they have them all, or none."""
-        known = [unit.repeats for unit in self.units if unit.repeats is not None]
+        """Of the units that count how many data there are; all of them do, or none."""
+        known = [u.repeats for u in self.units if u.repeats is not None and u.repeats.counting]
         return Repeats.joined(known) if known else None
 
     def precision(self, most: torch.dtype) -> torch.dtype:

@@ -137,10 +137,10 @@ def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence
     frame = frame_of(rule, memory, units, exact, new.shift[..., 0])
     before = [*map(cat, zip(*[(u.gram, u.shift, u.scale) for u in units], strict=True))]
     misfit, length = new.misfit, rule.memory_of(new.gram.shape[-1])
-    repeats = stack.repeats
-    if repeats is not None and new.marks is not None:
-        repeats = repeats.after(new.marks, seen, length)
-    lengths = [length] if repeats is None else repeats.lengths(length)
+    repeats, lengths = [unit.repeats for unit in units], [length]
+    if new.marks is not None and stack.repeats is not None:
+        counted = stack.repeats.after(new.marks, seen, length)
+        repeats, lengths = [*counted.split(stack.sizes)], counted.lengths(length)
     fade = _fade(seen, lengths, new.gram)
     if isinstance(fade, Tensor):
         gram = torch.addcmul(new.gram, before[0], fade[..., None])
@@ -156,8 +156,7 @@ def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence
     current, ridge = scales_and_ridges(frame, exact, units[0].started, before[2], misfit, levels)
     posterior, bases = _spectrum(stack, before[0], gram, shift, ridge, new.squares, fade, length)
     state = (gram, shift, seen, misfit, before[2], current)
-    split = [None] * len(units) if repeats is None else repeats.split(stack.sizes)
-    return Inference(stack, frame, *state, posterior, bases, split, fade)
+    return Inference(stack, frame, *state, posterior, bases, repeats, fade)
 
 
 def scales_and_ridges(
