@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 __all__ = ["Advice", "advise"]
 
-_ALIKE, _OVERFIT = 0.8, 4.0  # measured: docs/when-to-use.md
+_ALIKE = 0.8  # measured: docs/when-to-use.md
 
 
 @dataclass(frozen=True)
@@ -24,45 +24,34 @@ class Advice:
         cosine: of the gradients of two tasks at the features, mean over all pairs, -1 to 1.
         agreement: cosine of the plain sum of the gradients with the sum in units of the scales,
             -1 to 1. At 1, weighing changes nothing but the length of the step.
-        overfit: geometric mean over tasks of the loss over that on the training data; ``None`` if
-            those were not given.
     """
 
     scales: dict[str, float]
     ratio: float
     cosine: float
     agreement: float
-    overfit: float | None
 
     @property
     def weigh(self) -> bool:
-        """Whether weighing is worth it: agreement below 0.8, and overfit below 4 where known."""
-        return self.agreement < _ALIKE and (self.overfit is None or self.overfit < _OVERFIT)
+        """Whether weighing is worth it: agreement below 0.8."""
+        return self.agreement < _ALIKE
 
     def __str__(self) -> str:
         """The advice, and the numbers that it follows from."""
         if self.weigh:
             says = "Weigh the tasks: the plain sum goes another way than the sum in equal units."
-        elif self.agreement >= _ALIKE:
-            says = "Use linear scalarization: weighing the tasks hardly changes the direction."
         else:
-            says = "Use linear scalarization: the network overfits, and so would inferred heads."
+            says = "Use linear scalarization: weighing the tasks hardly changes the direction."
         low, high = (f(self.scales, key=self.scales.__getitem__) for f in (min, max))
         numbers = (
-            f"scales {self.scales[low]:.3g} ({low}) to {self.scales[high]:.3g} ({high}), ratio "
-            f"{self.ratio:.3g}; cosine of two tasks {self.cosine:.2f}; agreement of plain and "
-            f"weighed gradient {self.agreement:.2f}"
+            f"scales {self.scales[low]:.3g} ({low}) to {self.scales[high]:.3g} ({high}), "
+            f"ratio {self.ratio:.3g}; cosine of two tasks {self.cosine:.2f}; "
+            f"agreement of plain and weighed gradient {self.agreement:.2f}"
         )
-        if self.overfit is not None:
-            numbers += f"; loss over training loss {self.overfit:.3g}"
         return f"{says}\n{numbers}"
 
 
-def advise(
-    features: Tensor,
-    losses: Mapping[str, Tensor],
-    training_losses: Mapping[str, Tensor] | None = None,
-) -> Advice:
+def advise(features: Tensor, losses: Mapping[str, Tensor]) -> Advice:
     """Whether weighing the tasks will matter, from one large batch after a short run.
 
     Train with the plain sum of the losses for some hundred steps, then pass what a batch of data
@@ -73,15 +62,13 @@ def advise(
     Args:
         features: what all heads read, of any shape, with the graph that the losses have.
         losses: of each task on the batch; scalars, or ``[o]`` for ``o`` outputs of one head.
-        training_losses: the same on data that were trained on, without a graph. With them the
-            advice knows of overfitting.
 
     Returns:
         the numbers and what follows from them.
 
     Raises:
-        ValueError: for fewer than two tasks, a loss that is not a positive number or does not
-            depend on the features, or training losses of other tasks.
+        ValueError: for fewer than two tasks, or a loss that is not a positive number or does not
+            depend on the features.
     """
     values = _by_output(losses)
     if len(values) < 2:
@@ -104,22 +91,11 @@ def advise(
     unit = F.normalize(gradients, eps=torch.finfo(torch.float64).tiny)
     pairs = len(unit) * (len(unit) - 1)
     plain, weighed = gradients.sum(0), (gradients / scales[:, None].to(gradients)).sum(0)
-    overfit = None
-    if training_losses is not None:
-        trained = _by_output(training_losses)
-        if trained.keys() != values.keys():
-            raise ValueError(
-                f"training losses are of {', '.join(trained)}, losses of {', '.join(values)}; "
-                f"both must have the same tasks"
-            )
-        below = torch.stack([value.detach() for value in trained.values()]).double()
-        overfit = float((scales.log() - below.to(scales).log()).mean().exp())
     return Advice(
         dict(zip(values, scales.tolist(), strict=True)),
         float(scales.max() / scales.min()),
         float(((unit @ unit.mT).sum() - unit.square().sum()) / pairs),
         float(F.cosine_similarity(plain, weighed, dim=0)),
-        overfit,
     )
 
 

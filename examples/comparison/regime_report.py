@@ -183,9 +183,8 @@ def advice_table(points: Sequence[Point], name: str = OURS) -> str:
         held += found.weigh == (verdict == "better")
         numbers = [f"{found.ratio:.3g}", f"{found.cosine:.2f}", f"{found.agreement:.2f}"]
         says = "weigh" if found.weigh else "LS"
-        own = [f"{found.overfit:.2f}", says, verdict, point.shown(name)]
-        rows.append([point.named(), *numbers, *own])
-    header = ["regime", "ratio of scales", "cosine", "agreement", "overfit", "advice"]
+        rows.append([point.named(), *numbers, says, verdict, point.shown(name)])
+    header = ["regime", "ratio of scales", "cosine", "agreement", "advice"]
     table = markdown([*header, "measured", "difference [%]"], rows)
     return f"{table}\n\nThe advice holds in {held} of {len(points)} regimes."
 

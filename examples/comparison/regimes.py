@@ -165,7 +165,7 @@ def advice(place: Place) -> Advice:
         h = model.backbone(x)
         return h, data.criterion({group.name: group.module(h) for group in model.groups}, y)
 
-    return advise(*look(data.val), look(data.train)[1])
+    return advise(*look(data.val))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

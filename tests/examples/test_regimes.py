@@ -134,7 +134,7 @@ def test_a_score_is_the_log_of_the_geometric_mean_error():
 def point(shift, line="tasks", value=2, weigh=True, **others):
     base = [-2.0, -1.9, -2.1]
     scores = {"ls": base, "bayesagg": [b + s for b, s in zip(base, shift, strict=True)], **others}
-    advice = Advice({"a": 1.0, "b": 2.0}, 2.0, 0.1, 0.5 if weigh else 0.9, 1.0)
+    advice = Advice({"a": 1.0, "b": 2.0}, 2.0, 0.1, 0.5 if weigh else 0.9)
     rates = dict.fromkeys(scores, 1e-3)
     return Point(line, value, f"{line} {value}", rates, scores, base, advice)
 
