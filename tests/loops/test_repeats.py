@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, LikelihoodRule, RegressionHead
+from bayesagg.errors import CheckpointError
 from tests.loops.runs import half
 
 INPUTS, WIDTH = 3, 3  # four weights an output: a memory of 80 data
@@ -203,6 +204,15 @@ def test_the_count_resumes_in_the_same_bits():
     run(net, optimizer, data, rows[31:])
     for one, other in zip(net.parameters(), whole[0].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("saved", [None, 100], ids=["counted", "given"])
+def test_a_checkpoint_of_the_other_memory_is_refused(saved):
+    net, optimizer = start(LikelihoodRule(memory=saved))
+    run(net, optimizer, draw(30), rows_of(30, 10, 60))
+    _, other = start(LikelihoodRule(memory=None if saved else 100))
+    with pytest.raises(CheckpointError, match="`memory` of the rule"):
+        other.load_state_dict(optimizer.state_dict())
 
 
 def test_few_data_are_not_over_fitted():
