@@ -68,6 +68,8 @@ class Repeats:
             length: of the memory.
         """
         data = seen.tolist() if isinstance(seen, Tensor) else [seen] * len(found)
+        if not any(data):
+            return self
         now = self._marked(found) if self.blank else self._met(found.tolist())
         now = replace(now, seen=[a + b for a, b in zip(self.seen, data, strict=True)])
         return now._told(length) if max(now.seen) >= _WINDOW * length else now
