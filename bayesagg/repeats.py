@@ -18,14 +18,15 @@ from torch import Tensor
 from bayesagg.checking import check, check_keys, scalar_leaf, tensor_leaf
 from bayesagg.constants import kept
 
-__all__ = ["Repeats", "load_repeats", "make_marks", "meetings", "prints_of"]
+__all__ = ["Repeats", "fingerprints", "load_repeats", "make_marks", "matches"]
 
 _MARKS = 128
-_MOST = 1 << 16  # data of a step that are looked at: more than any memory has
+_MOST = 1 << 16  # data of a step that are looked at; of more, many are new
 _ROUNDING = 2e-6  # of labels that a loss in single precision tells
 _WINDOW = 2.0  # memories of data, after which sizes are told anew
 _AGAIN = 1.25  # how often marks must have been met before the first of these tells anything
 _LISTS = ("number", "met", "seen", "sizes")
+_KEPT = _LISTS[1:]  # in a checkpoint: the marks say how many they are
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Repeats:
     """What is known of the number of data of a unit, by Gram matrix (G).
 
     Attributes:
-        marks: prints of labels, and how far from them others may be by rounding, ``[G, 2, n]``,
+        marks: fingerprints of labels, and how far off others may be by rounding, ``[G, 2, n]``,
             less than zero where there is no mark; ``[G, 2, 0]`` once there are more data than the
             memory is long. Made anew in every window.
         number: of marks.
@@ -62,8 +63,8 @@ class Repeats:
         """With the data of a step, of all ranks; looks at the device.
 
         Args:
-            found: how often marks are met among them, ``[G]``; the first data of a window: prints
-                for marks, ``[G, n]``.
+            found: how often marks are met among them, ``[G]``; the first data of a window: their
+                fingerprints, ``[G, n]``, for marks.
             seen: how many they are, ``[G]`` or a number.
             length: of the memory.
         """
@@ -87,7 +88,7 @@ class Repeats:
         near = torch.stack([marks, (_ROUNDING * (size + level)).where(there, -1.0)], 1)
         tied = _near(near, marks).sum((1, 2)) > there.sum(1)
         near[:, 1] = near[:, 1].masked_fill(tied[:, None], -1.0)
-        number = [float(n) for n in (near[:, 1] >= 0).sum(1).tolist()]
+        number = _number(near)
         met = [n / 2 if any(self.sizes) else n for n in number]
         return replace(self, marks=near, number=number, met=met)
 
@@ -100,7 +101,7 @@ class Repeats:
         sizes = [size or length for size in found]
         many = min(sizes) >= length and min(self.sizes) >= length
         zeros = [0.0] * len(sizes)
-        marks = self.marks[..., :0] if many else self.marks
+        marks = self.marks[..., :0] if many else torch.full_like(self.marks, -1.0)
         return Repeats(marks, zeros, zeros, zeros, sizes)
 
     def _size(self, index: int) -> float:
@@ -127,7 +128,7 @@ class Repeats:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, lists and dicts."""
-        return {"marks": self.marks.clone(), **{key: list(getattr(self, key)) for key in _LISTS}}
+        return {"marks": self.marks.clone(), **{key: list(getattr(self, key)) for key in _KEPT}}
 
     @staticmethod
     def joined(parts: Sequence[Repeats]) -> Repeats:
@@ -144,7 +145,7 @@ class Repeats:
         return Repeats(like.new_full((groups, 2, _MARKS), -1.0), zeros, zeros, zeros, zeros)
 
 
-def prints_of(labels: Tensor, weights: Tensor | None) -> Tensor:
+def fingerprints(labels: Tensor, weights: Tensor | None) -> Tensor:
     """One number a datum, ``[G, N]``, from the labels of its regressions, ``[G, N, R]``.
 
     Data without any weight, ``[G, N, 1]``, have none.
@@ -162,7 +163,13 @@ def _mix(tasks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def make_marks(prints: Tensor, rank: int, ranks: int) -> Tensor:
-    """Prints for marks of one rank, ``[G, n]``, in its places; those of all ranks are their sum."""
+    """Fingerprints for marks, ``[G, n]``; those of all ranks are the sum of what each gives.
+
+    Args:
+        prints: fingerprints of this rank's data, ``[G, N]``.
+        rank: of this process, whose places are its own.
+        ranks: how many share the places.
+    """
     own = max(1, _MARKS // ranks)
     places = slice(rank * own, (rank + 1) * own)
     marks = prints.new_zeros(len(prints), _MARKS)
@@ -175,8 +182,8 @@ def make_marks(prints: Tensor, rank: int, ranks: int) -> Tensor:
     return marks
 
 
-def meetings(marks: Tensor, prints: Tensor) -> Tensor:
-    """How often marks are met among data, ``[G]``, or the first of very many."""
+def matches(marks: Tensor, prints: Tensor) -> Tensor:
+    """How often marks, ``[G, 2, n]``, are met among data, ``[G, N]``: ``[G]``."""
     return _near(marks, prints[:, :_MOST]).sum((1, 2), dtype=prints.dtype)
 
 
@@ -186,11 +193,11 @@ def load_repeats(state: Any, blank: Repeats, what: str) -> Repeats:
     Raises:
         CheckpointError: if any part of the state does not fit.
     """
-    check_keys(state, ("marks", *_LISTS), f"{what}: the count of repeats")
+    check_keys(state, ("marks", *_KEPT), f"{what}: the count of repeats")
     marks, groups = state["marks"], len(blank.marks)
     width = 0 if isinstance(marks, Tensor) and not marks.numel() else _MARKS
     marks = tensor_leaf(marks, (groups, 2, width), blank.marks, f"{what}: the marks")
-    for key in _LISTS:
+    for key in _KEPT:
         values = state[key]
         check(
             isinstance(values, list) and len(values) == groups,
@@ -198,12 +205,16 @@ def load_repeats(state: Any, blank: Repeats, what: str) -> Repeats:
         )
         for value in values:
             scalar_leaf(value, float, f"{what}: {key} of the repeats", 0.0)
-    return Repeats(marks, *(list(state[key]) for key in _LISTS))
+    return Repeats(marks, _number(marks), *(list(state[key]) for key in _KEPT))
 
 
 def _near(marks: Tensor, prints: Tensor) -> Tensor:
-    """Which data, ``[G, n, N]``, have the print of a mark."""
+    """Which data, ``[G, n, N]``, have the fingerprint of a mark."""
     return (prints[:, None] - marks[:, 0, :, None]).abs_() <= marks[:, 1, :, None]
+
+
+def _number(marks: Tensor) -> list[float]:
+    return [float(n) for n in (marks[:, 1] >= 0).sum(1).tolist()]
 
 
 def _nothing(like: Tensor) -> float:

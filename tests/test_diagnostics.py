@@ -109,7 +109,7 @@ def test_interval_coverage_counts_labels_inside():
 # --- advice --------------------------------------------------------------------------------------
 
 
-def gradients_of(factors, count=60, noise=0.0):
+def gradients_of(factors, count=60):
     """Features, and losses of tasks whose gradients have these lengths, at right angles or not."""
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(count, 5, generator=generator, dtype=torch.float64).requires_grad_()

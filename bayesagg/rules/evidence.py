@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.parallel import Exchange
-from bayesagg.repeats import make_marks, meetings, prints_of
+from bayesagg.repeats import fingerprints, make_marks, matches
 from bayesagg.rules.stack import Stack
 
 __all__ = ["Evidence", "evidence_of"]
@@ -25,7 +25,8 @@ class Evidence:
         misfit: ``Σ w misfit``, ``[G, T]``, or of fewer tasks; at the start also ``Σ w y²``.
         seen: ``Σ w``, ``[G]``, or the number of data where no label is missing on one rank.
         squares: ``Σ w (h̃ᵀQ)²``, ``[G, D]``, in a basis that is kept; ``None``: it is not.
-        marks: of labels, ``[G, n]``, or how often they are met, ``[G]``; ``None``: nobody asks.
+        marks: fingerprints for them, ``[G, n]``, or how often they are met, ``[G]``; ``None``:
+            nobody asks.
     """
 
     gram: Tensor
@@ -77,11 +78,11 @@ def evidence_of(stack: Stack, dtype: torch.dtype, exchange: Exchange) -> Evidenc
 
 
 def _marks(stack: Stack, exchange: Exchange) -> Tensor | None:
-    """Marks of this rank, or how often the units' own are met."""
+    """This rank's fingerprints for marks, ``[G, n]``, or how often the units' are met, ``[G]``."""
     known = stack.repeats
     if known is None:
         return None
-    found = prints_of(stack.responses[..., : stack.exact], stack.weights)
+    found = fingerprints(stack.responses[..., : stack.exact], stack.weights)
     if known.blank:
         return make_marks(found, exchange.rank, exchange.size)
-    return meetings(known.marks, found)
+    return matches(known.marks, found)

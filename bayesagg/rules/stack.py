@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Stack:
         """Gram matrices of every unit."""
         return [unit.gram.shape[0] for unit in self.units]
 
-    @property
+    @cached_property
     def repeats(self) -> Repeats | None:
         """Of the units that count how many data there are; all of them do, or none."""
         known = [u.repeats for u in self.units if u.repeats is not None and u.repeats.counting]
