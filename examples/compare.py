@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,15 +12,14 @@ from typing import Any
 
 import torch
 
-from bayesagg import LikelihoodRule
 from examples.arguments import Parser, add_jobs, make_folder, positive, whole
 from examples.comparison import rates, report
+from examples.comparison.arms import add_methods, chosen_methods
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import (
     SINGLE_TASK,
     SINGLE_TASK_METHOD,
     Method,
-    bayesagg,
     methods,
     more_methods,
     unsuited,
@@ -77,13 +75,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         f"all, none or some of: {', '.join(methods('qm9'))} (default: all); or of "
         f"{', '.join(more_methods('qm9'))}, which all leaves out"
     )
-    add("--methods", text, str, "NAME", nargs="+", default=["all"])
-    text = (
-        "another arm; JSON gives settings of the default rule and of the heads of each kind, "
-        """as in '{"rule": {"lag": 30}, "regression": {"readout": "gradient"}}', or settings of """
-        """another method, as in '{"method": "uw", "rate": 10}'; may be repeated"""
-    )
-    add("--arm", text, str, ("NAME", "JSON"), nargs=2, action="append", default=[])
+    add_methods(parser, ["all"], text)
     for name in ("molecules", "patients"):
         sources = {key: s for key, s in SOURCES.items() if s.size_name == name}
         low, high = next(iter(sources.values())).size_range
@@ -183,45 +175,17 @@ def _plan(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Plan:
 
 
 def _methods(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Method]:
-    """Methods by name, the arms of the command line last."""
+    """Methods by name, of those that can train the networks of the benchmark."""
     source = SOURCES[options.benchmark]
     every = methods(source.preset)
-    known = every | more_methods(source.preset)
     lists = {"all": [n for n, m in every.items() if not unsuited(m, source)], "none": []}
-    first, *others = options.methods
-    names = dict.fromkeys([*lists.get(first, [first]), *others])
-    for name in names:
-        if name not in known:
-            parser.error(f"argument --methods: unknown method {name!r}; known: {', '.join(known)}")
-    chosen = {name: known[name] for name in names}
-    for name, text in options.arm:
-        if name in known or name == SINGLE_TASK:
-            parser.error(f"argument --arm: {name!r} is the name of a method; choose another")
-        try:
-            chosen[name] = _arm(name, json.loads(text), known)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            parser.error(f"argument --arm: {name}: {error}")
+    chosen = chosen_methods(options, parser, source.preset, lists)
     for name, method in chosen.items():
         if why := unsuited(method, source):
             parser.error(f"{name} {why}; {options.benchmark} has another: leave the method out")
     if not chosen:
         parser.error("no methods: name some with --methods or --arm")
     return chosen
-
-
-def _arm(name: str, given: dict[str, Any], known: dict[str, Method]) -> Method:
-    """An arm of the library, or a method of the catalogue with other settings."""
-    if "method" in given:
-        own = dict(given)
-        base = known[own.pop("method")]
-        return replace(base.with_settings(own), label=name, space={})
-    unknown = given.keys() - {"rule", "memory", "regression", "binary", "multiclass"}
-    if unknown:
-        raise ValueError(f"unknown part {sorted(unknown)[0]!r}")
-    rule = LikelihoodRule(**given.pop("rule")) if "rule" in given else None
-    arm = bayesagg(name, rule=rule, **given)
-    arm.described()
-    return arm
 
 
 def write_all(folder: Path, plan: Plan, outcome: Outcome, costs: dict[str, Cost]) -> list[Path]:

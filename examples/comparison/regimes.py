@@ -3,14 +3,15 @@
 A regime is QM9's descriptors with one thing changed, or another benchmark. In each of them every
 method has the learning rates 1e-3 to 1e-2 in half-decades, and the next beyond for as long as the
 best one, by the validation part of the first seed, is at the edge. Prints tables and draws the
-figures. A command that was stopped goes on where it was: finished runs are kept.
+figures. A command that was stopped goes on where it was: finished runs are kept, those of other
+lines and methods too.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,19 +20,19 @@ from torch import Tensor
 
 from bayesagg.diagnostics import Advice, advise
 from examples.arguments import Parser, add_jobs, make_folder, whole
+from examples.comparison.arms import add_methods, chosen_methods
 from examples.comparison.benchmark import trained
 from examples.comparison.benchmarks import SOURCES
-from examples.comparison.catalogue import methods, more_methods
+from examples.comparison.catalogue import Method
 from examples.comparison.pipeline import run_all
-from examples.comparison.regime_report import REFERENCE, Point, write
+from examples.comparison.regime_report import LINES, REFERENCE, Point, write
 from examples.comparison.runs import Data, Job, Run, Store, load
 from examples.comparison.search import FURTHEST, beyond
 from examples.data import DataUnavailableError
 from examples.methods import LinearScalarization
 from examples.training import Part, TrainSettings
 
-_KNOWN = methods("qm9") | more_methods("qm9")
-METHODS = {name: _KNOWN[name] for name in ("ls", "uw", "si", "si-readout", "bayesagg")}
+METHODS = ("ls", "uw", "si", "si-readout", "bayesagg")
 RATES, _FACTOR = (1e-3, 3.2e-3, 1e-2), math.sqrt(10)  # first, and from the edge to the next beyond
 _LINE = (1e-4, 3.2e-4, *RATES)  # of the lines "Adam" and "SGD", on which every seed has every one
 _MOLECULES, _TRAIN, _STEPS = 50_000, 2_000, 400
@@ -54,6 +55,7 @@ class Place:
     training: TrainSettings
 
 
+Methods = Mapping[str, Method]
 Tried = dict[tuple[Place, str], dict[float, Run]]  # first seed, by place, method and learning rate
 
 
@@ -91,11 +93,15 @@ def score(run: Run, part: str) -> float:
 
 
 def run_places(
-    wanted: Sequence[tuple[Place, str, float, int]], store: Store, workers: int, title: str
+    wanted: Sequence[tuple[Place, str, float, int]],
+    methods: Methods,
+    store: Store,
+    workers: int,
+    title: str,
 ) -> list[Run]:
     """Trainings by place, method, learning rate and seed."""
     jobs = [
-        Job(p.data, name, METHODS[name], replace(p.training, learning_rate=rate, seed=seed), True)
+        Job(p.data, name, methods[name], replace(p.training, learning_rate=rate, seed=seed), True)
         for p, name, rate, seed in wanted
     ]
     return run_all(jobs, store, workers, title)
@@ -106,13 +112,13 @@ def best(tried: dict[float, Run]) -> float:
     return min(tried, key=lambda rate: score(tried[rate], "val"))
 
 
-def search(where: Sequence[Place], store: Store, workers: int) -> Tried:
+def search(where: Sequence[Place], methods: Methods, store: Store, workers: int) -> Tried:
     """Every method at every learning rate with one seed, and beyond where the edge is best."""
-    found: Tried = {(place, name): {} for place in where for name in METHODS}
+    found: Tried = {(place, name): {} for place in where for name in methods}
     todo = [(*key, rate, 0) for key in found for rate in RATES]
     while todo:
         for (place, name, rate, _), run in zip(
-            todo, run_places(todo, store, workers, "search"), strict=True
+            todo, run_places(todo, methods, store, workers, "search"), strict=True
         ):
             found[place, name][rate] = run
         further = {
@@ -124,21 +130,28 @@ def search(where: Sequence[Place], store: Store, workers: int) -> Tried:
     return found
 
 
-def measure(store: Store, seeds: int, workers: int) -> list[Point]:
-    """All regimes; each method at its best learning rate, but at each of them on two lines."""
-    named = places()
-    tried = search(list(dict.fromkeys(named.values())), store, workers)
+def measure(
+    lines: Collection[str], methods: Methods, store: Store, seeds: int, workers: int
+) -> list[Point]:
+    """Regimes of some lines; each method at its best learning rate, but at each of them on two."""
+    named = {key: place for key, place in places().items() if key[0] in lines}
+    at_rates = {name: qm9(optimizer=name.lower()) for name in ("Adam", "SGD") if name in lines}
+    where = dict.fromkeys([*named.values(), *at_rates.values()])
+    tried = search(list(where), methods, store, workers)
     rates = {key: best(runs) for key, runs in tried.items()}
-    advised = {place: advice(place) for place in dict.fromkeys(named.values())}
-    lines = {"Adam": qm9(), "SGD": qm9(optimizer="sgd")}
-    at = [(s, v, p, {n: rates[p, n] for n in METHODS}) for (s, v), p in named.items()]
-    at += [(s, v, p, dict.fromkeys(METHODS, v)) for s, p in lines.items() for v in _LINE]
+    advised = {place: advice(place) for place in where}
+    at = [(s, v, p, {n: rates[p, n] for n in methods}) for (s, v), p in named.items()]
+    at += [(s, v, p, dict.fromkeys(methods, v)) for s, p in at_rates.items() for v in _LINE]
+    best_of_all = dict.fromkeys((p, REFERENCE, rates[p, REFERENCE]) for p in where)
+    pairs = best_of_all | dict.fromkeys(
+        (p, n, rate) for *_, p, own in at for n, rate in own.items()
+    )
     found: dict[tuple[Place, str, float], list[float]] = {}
     for seed in range(seeds):
-        wanted = dict.fromkeys((p, n, rate, seed) for *_, p, own in at for n, rate in own.items())
-        runs = run_places(list(wanted), store, workers, f"seed {seed}")
-        for (*key, _), run in zip(wanted, runs, strict=True):
-            found.setdefault(tuple(key), []).append(score(run, "test"))
+        wanted = [(*pair, seed) for pair in pairs]
+        runs = run_places(wanted, methods, store, workers, f"seed {seed}")
+        for pair, run in zip(pairs, runs, strict=True):
+            found.setdefault(pair, []).append(score(run, "test"))
     return [
         Point(
             line=line,
@@ -146,7 +159,7 @@ def measure(store: Store, seeds: int, workers: int) -> list[Point]:
             place=repr(place),
             advice=advised[place],
             rates=own,
-            scores={name: found[place, name, own[name]] for name in METHODS},
+            scores={name: found[place, name, own[name]] for name in methods},
             reference=found[place, REFERENCE, rates[place, REFERENCE]],
         )
         for line, value, place, own in at
@@ -171,19 +184,26 @@ def advice(place: Place) -> Advice:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all regimes; returns the exit status."""
     parser = Parser("comparison.regimes", __doc__)
+    text = f"of: {', '.join(LINES)} (default: all)"
+    own = {"choices": LINES, "metavar": "LINE", "help": text}
+    parser.add_argument("--lines", nargs="+", default=[*LINES], **own)
+    text = f"as of examples.compare; {REFERENCE} always (default: {' '.join(METHODS)})"
+    add_methods(parser, METHODS, text)
     parser.add_argument("--seeds", type=whole(2), default=3, metavar="N", help="(default: 3)")
     add_jobs(parser)
     parser.add_argument("--output", type=Path, default=Path("output/regimes"), metavar="FOLDER")
     options = parser.parse_args(arguments)
+    options.methods = [REFERENCE, *options.methods]
+    chosen = chosen_methods(options, parser, "qm9", {})
     make_folder(options.output, parser)
     torch.set_num_threads(1)
+    store = Store(options.output / "runs.jsonl")
     try:
-        points = measure(Store(options.output / "runs.jsonl"), options.seeds, options.jobs)
+        points = measure(options.lines, chosen, store, options.seeds, options.jobs)
     except DataUnavailableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    labels = {name: method.label for name, method in METHODS.items()}
-    print(write(options.output, points, labels))
+    print(write(options.output, points, {name: method.label for name, method in chosen.items()}))
     return 0
 
 

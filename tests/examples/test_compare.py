@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bayesagg.metrics import delta_m
 from examples import compare
 from examples import tables as paper_tables
-from examples.comparison import pipeline, runs
+from examples.comparison import arms, pipeline, runs
 from examples.comparison.benchmarks import SOURCES, tables
 from examples.comparison.catalogue import Method, methods
 from examples.comparison.runs import Store
@@ -234,7 +234,7 @@ class Exploding(LinearScalarization):
 def test_a_method_that_diverges_is_reported_and_left_out(tmp_path, monkeypatch, capsys):
     known = methods("utkface")
     broken = {"ls": known["ls"], "uw": Method("UW", Exploding)}
-    monkeypatch.setattr(compare, "methods", lambda preset: broken)
+    monkeypatch.setattr(arms, "methods", lambda preset: broken)
     arguments = ["--methods", "ls", "uw", "--seeds", "2", "--trials", "2"]
     found = compared(tmp_path, *SMALL, *arguments)
     assert "failed: 2 of 2 seeds" in capsys.readouterr().out

@@ -110,7 +110,8 @@ def test_the_search_goes_on_where_the_edge_is_best(monkeypatch, tmp_path):
         return [run(e, math.nan, r, "diverged" if r > 0.2 else "") for (_, r), e in pairs]
 
     monkeypatch.setattr(regimes, "run_all", run_all)
-    found = regimes.search([small()], None, 1)
+    methods = dict.fromkeys(regimes.METHODS)
+    found = regimes.search([small()], methods, None, 1)
     best = {name: regimes.best(tried) for (_, name), tried in found.items()}
     for name in ("ls", "uw", "si-readout", "bayesagg"):
         assert best[name] == pytest.approx(optimum[name])
@@ -186,10 +187,10 @@ def tiny(monkeypatch):
     monkeypatch.setattr(regimes, "RATES", (1e-3, 3.2e-3, 1e-2))
     monkeypatch.setattr(regimes, "_LINE", (1e-3, 3.2e-3, 1e-2))
     monkeypatch.setattr(regimes, "FURTHEST", 0)
-    few = {name: regimes.METHODS[name] for name in ("ls", "si", "bayesagg")}
-    monkeypatch.setattr(regimes, "METHODS", few)
+    monkeypatch.setattr(regimes, "METHODS", ("si", "bayesagg"))
     found = {("noise", value): small(noise=value) for value in (0.1, 0.4)}
     found = {("noise", 0.0): small(), **found, ("optimizer", "sgd"): small("sgd")}
+    found |= {("missing", value): small(missing=value) for value in (0.5, 0.9)}
     monkeypatch.setattr(regimes, "places", lambda: found)
 
 
@@ -206,6 +207,21 @@ def test_the_command_writes_tables_and_figures_and_runs_once(tiny, tmp_path, mon
     monkeypatch.setattr(pipeline, "run_job", lambda *_: pytest.fail("ran again"))
     assert regimes.main(arguments) == 0
     assert capsys.readouterr().out == page
+
+
+def test_some_lines_and_other_arms(tiny, tmp_path, capsys):
+    arm = ["--arm", "small prior", '{"rule": {"prior_variance": 0.005}}']
+    arguments = ["--lines", "noise", "--methods", "bayesagg", *arm, "--seeds", "2", "--jobs", "1"]
+    assert regimes.main([*arguments, "--output", str(tmp_path)]) == 0
+    page = capsys.readouterr().out
+    assert "| error of LS | BayesAgg | small prior |" in page
+    titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("##")]
+    assert titles == ["Noise in all labels", "Against linear scalarization", "What advise says"]
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| 0 |")]
+    assert len(rows) == 1 and rows[0][2] != rows[0][3].removesuffix(" |")
+    with pytest.raises(SystemExit):
+        regimes.main(["--lines", "noice"])
+    assert "invalid choice: 'noice'" in capsys.readouterr().err
 
 
 # --- advice --------------------------------------------------------------------------------------
