@@ -18,7 +18,7 @@ from scipy import stats
 from bayesagg.diagnostics import Advice
 from bayesagg.plots.style import line_style, polish
 from examples.comparison.report import markdown, p_value
-from examples.comparison.statistics import holm, paired_interval, paired_p_value
+from examples.comparison.statistics import holm, paired_p_value, relative_interval
 
 REFERENCE, OURS = "ls", "bayesagg"
 _STYLES = {"bayesagg": (0, "o"), "uw": (1, "s"), "si": (2, "^"), "si-readout": (3, "D")} | {
@@ -72,11 +72,7 @@ class Point:
         """
         if not all(map(math.isfinite, [*self.scores[name], *self.reference])):
             return None
-        middle, half = paired_interval(self.scores[name], self.reference)
-        low, middle, high = (
-            100 * math.expm1(value) for value in (middle - half, middle, middle + half)
-        )
-        return middle, low, high
+        return relative_interval(self.scores[name], self.reference)
 
     def p_value(self, name: str) -> float | None:
         """Of the paired t-test against the reference; ``None`` if a run failed."""

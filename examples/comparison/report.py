@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +17,19 @@ from examples.comparison.catalogue import SINGLE_TASK
 from examples.comparison.costs import Cost
 from examples.comparison.pipeline import AGAINST, Chosen, Outcome, Plan
 from examples.comparison.runs import Run, criteria, load
-from examples.comparison.statistics import paired_interval, task_means
+from examples.comparison.statistics import (
+    paired_interval,
+    paired_p_value,
+    relative_interval,
+    task_means,
+)
 
 CALIBRATION = ("ece", "brier")
+_ERRORS = (
+    "Errors: geometric mean over the tasks, which asks for no yardstick, with its 95 % interval, "
+    "and p of a paired t-test of the logarithms over the seeds, without a correction."
+)
+_SMALLEST = 1e-12  # an error of 0 has no logarithm
 _PARTS = {"val": "validation", "test": "test"}
 
 
@@ -111,6 +122,32 @@ def task_table(outcome: Outcome, labels: Mapping[str, str], data: Benchmark) -> 
     return markdown(["metric", *(task.title for task in data.tasks)], rows)
 
 
+def error_table(
+    outcome: Outcome, labels: Mapping[str, str], data: Benchmark, reference: str
+) -> str:
+    """A line per method: its errors over the reference's, geometric mean over the tasks.
+
+    Empty where a metric is no error, or the reference is at several learning rates.
+    """
+    if any(data.higher_is_better) or reference not in outcome.standings:
+        return ""
+    logs = {
+        name: [
+            mean(math.log(max(value, _SMALLEST)) for value in run)
+            for run in criteria(data, outcome.runs[name], "shown")
+        ]
+        for name in _order(outcome)
+        if name in outcome.standings
+    }
+    rows = []
+    for name, own in logs.items():
+        if name != reference:
+            shown = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*relative_interval(own, logs[reference]))
+            p = p_value(paired_p_value(own, logs[reference]))
+            rows.append([labels[name], shown, p])
+    return markdown([f"errors over those of {labels[reference]}", "[%]", "p"], rows)
+
+
 def page(
     title: str,
     plan: Plan,
@@ -146,6 +183,8 @@ def page(
     settings = "\n".join(f"- {name}: {json.dumps(v)}" for name, v in shared.items())
     parts = [f"# {title}", summary_table(outcome, labels, plan.reference), *notes]
     parts += [*filter(None, more), task_table(outcome, labels, data)]
+    if errors := error_table(outcome, labels, data, plan.reference):
+        parts += [errors, _ERRORS]
     if costs:
         parts.append(cost_table(costs, labels))
     parts += [f"Settings:\n\n{settings}"]

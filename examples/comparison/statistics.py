@@ -57,6 +57,15 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[fl
     return mean(differences), half
 
 
+def relative_interval(
+    first: Sequence[float], second: Sequence[float]
+) -> tuple[float, float, float]:
+    """Ratio of paired values less one with its 95 % interval, in percent, from their logarithms."""
+    middle, half = paired_interval(first, second)
+    low, middle, high = (100 * math.expm1(x) for x in (middle - half, middle, middle + half))
+    return middle, low, high
+
+
 def task_means(runs: Sequence[Sequence[float]]) -> list[float]:
     """Metric of each task, mean over runs."""
     return [mean(values) for values in zip(*runs, strict=True)]

@@ -156,6 +156,27 @@ def test_tables_and_figure_are_written(finished):
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_errors_are_compared_without_a_yardstick(tmp_path):
+    arguments = ["--methods", "ls", "si", "bayesagg", "--reference", "si", "--seeds", "2"]
+    size = ["qm9", "--molecules", "600", "--epochs", "2", "--warmup-steps", "1"]
+    compared(tmp_path, *size, *arguments)
+    logs = {}
+    for run in lines(tmp_path):
+        own = [math.log(task["mae"]) for task in run["test"]]
+        logs.setdefault(run["method"], []).append(statistics.mean(own))
+    pairs = [a - b for a, b in zip(logs["ls"], logs["si"], strict=True)]
+    interval = stats.t.interval(0.95, 1, statistics.mean(pairs), stats.sem(pairs))
+    values = [100 * math.expm1(x) for x in (statistics.mean(pairs), *interval)]
+    page = (tmp_path / "results.md").read_text()
+    table = page[page.index("| errors over those of SI |") :].splitlines()[2:4]
+    row = next(line for line in table if line.startswith("| LS |")).split(" | ")
+    assert row[1] == "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values)
+    assert float(row[2][:5]) == pytest.approx(
+        stats.ttest_rel(logs["ls"], logs["si"]).pvalue, abs=1e-3
+    )
+    assert {line.split(" | ")[0] for line in table} == {"| LS", "| BayesAgg"}
+
+
 def test_a_finished_comparison_is_not_run_again(finished, monkeypatch):
     folder, arguments = finished
     before = (folder / "runs.jsonl").read_text(), content(folder)
