@@ -10,7 +10,7 @@
 
 SHELL := /bin/sh
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup
+PYTEST_ARGS ?= -n auto --maxprocesses 8
 
 VENV := .venv
 # Tools are run as modules: a console script carries an absolute path, which a moved folder breaks.

@@ -6,6 +6,7 @@ HYPOTHESIS_PROFILE     "ci" (default: the same examples every time) or "explore"
 """
 
 import os
+import re
 
 import hypothesis
 import pytest
@@ -30,21 +31,24 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-# Fixtures and loops whose set-up is most of their time.
-COSTLY = ("ranks", "site", "wheel", "finished", "at_rates", "frame", "ratings")
-LOOPS = ("ddp", "huggingface")
+# Tests whose set-up is most of their time, by their names: one process runs those of a group.
+TOGETHER = re.compile(
+    r"(ddp|distributed|fsdp|ranks)|(huggingface)|(/test_site)|(packaging)|(/test_compare)"
+    r"|(/test_tables)|(_qm9\.)|(_qm9_mpnn)|(movielens)"
+)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
-def pytest_collection_modifyitems(items):
-    """Under ``--dist loadgroup`` one process sets up for all tests of a group."""
-    for item in items:
-        groups = [name for name in COSTLY if name in item.fixturenames]
-        groups += [name for name in LOOPS if name in item.nodeid]
-        if groups:
-            where = "" if groups[0] in ("ranks", *LOOPS) else item.path.stem
-            name = "ranks" if groups[0] == "ddp" else groups[0]
-            item.add_marker(pytest.mark.xdist_group(where + name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """By name, as marks of groups are lost between some versions of pytest and pytest-xdist."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            found = TOGETHER.search(nodeid)
+            return nodeid if found is None else str(found.lastindex)
+
+    return Scheduling(config, log)
 
 
 # Session-wide, so that hypothesis accepts them: it refuses fixtures made anew per test function.

@@ -191,12 +191,15 @@ def test_cifar_mtl_through_the_command(data, tmp_path, monkeypatch):
     assert settings["data"]["parts"] == [36, 4, 20]
 
 
+LESS = ["--train-size", "24", "--epochs", "1"]
+
+
 def test_utkface_through_the_command(data, tmp_path, monkeypatch):
     pytest.importorskip("timm")
     write_faces(data)
     monkeypatch.setattr(utkface, "_SIZE", 36)
     monkeypatch.setattr(utkface, "_CROP", 32)
-    for result in finished("utkface", tmp_path / "out", "--train-size", "24")[1]:
+    for result in finished("utkface", tmp_path / "out", *LESS)[1]:
         age, gender, ethnicity = result["test"]
         assert set(age) == {"mae", "rmse"} and age["mae"] > 1  # in years, from random pixels
         assert {"accuracy", "ece", "brier"} <= set(gender) and "brier" in ethnicity

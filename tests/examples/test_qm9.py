@@ -28,6 +28,11 @@ def frame():
     return qm9.read_frame()
 
 
+@pytest.fixture
+def read_once(frame, monkeypatch):
+    monkeypatch.setattr(qm9, "read_frame", lambda: frame)
+
+
 def padded(numbers, positions):
     z = np.zeros((len(numbers), MAX_ATOMS), dtype=np.int64)
     xyz = np.zeros((len(numbers), MAX_ATOMS, 3))
@@ -113,20 +118,19 @@ def test_descriptor_ignores_rotation_order_and_far_translation(frame):
     )
 
 
-def test_cache_serves_the_second_call(cache, monkeypatch):
+def test_cache_serves_the_second_call(cache, read_once, monkeypatch):
     features, targets = qm9.load_arrays(200)
     (file,) = cache.iterdir()  # no temporary file stays behind
-    monkeypatch.setattr(qm9, "read_frame", lambda: pytest.fail("the cache was not used"))
-    again = qm9.load_arrays(200)
+    with monkeypatch.context() as patch:
+        patch.setattr(qm9, "read_frame", lambda: pytest.fail("the cache was not used"))
+        again = qm9.load_arrays(200)
     np.testing.assert_array_equal(again[0], features)
     np.testing.assert_array_equal(again[1], targets)
-    monkeypatch.undo()
-    monkeypatch.setenv("BAYESAGG_CACHE", str(cache))
     file.write_bytes(b"not a cache")
     np.testing.assert_array_equal(qm9.load_arrays(200)[0], features)
 
 
-def test_cache_depends_on_number_and_seed(cache):
+def test_cache_depends_on_number_and_seed(cache, read_once):
     qm9.load_arrays(150)
     first = qm9.load_arrays(200)[1]
     second = qm9.load_arrays(200, seed=1)[1]
@@ -134,7 +138,7 @@ def test_cache_depends_on_number_and_seed(cache):
     assert not np.array_equal(first, second)
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, read_once, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("BAYESAGG_CACHE", str(blocked / "below"))

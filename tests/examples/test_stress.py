@@ -36,7 +36,8 @@ def test_what_is_unusual():
 
 
 def test_the_table_compares_with_linear_scalarization(monkeypatch, capsys):
-    monkeypatch.setattr(stress, "_SETTINGS", stress.replace(stress._SETTINGS, epochs=5))
+    monkeypatch.setattr(stress, "_SETTINGS", stress.replace(stress._SETTINGS, epochs=3))
+    monkeypatch.setitem(stress.TRIALS, "100-data", (stress.TRIALS["100-data"][0], {"epochs": 20}))
     arguments = ["--trials", "plain", "100-data", "--seeds", "2", "--jobs", "1"]
     assert stress.main([*arguments, "--methods", "bayesagg", "si-readout"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]

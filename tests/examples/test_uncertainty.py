@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from examples.comparison.benchmarks import SOURCES, tables
 from examples.comparison.tasks import Task
 from examples.uncertainty.scores import Belief, coverage, mixture, scores
 
@@ -57,13 +59,22 @@ def test_scores_and_coverage():
     assert coverage(beliefs, y) == [[0.5, 1.0, 1.0, 1.0]]
 
 
-@pytest.mark.slow
-def test_the_command_prints_and_saves(tmp_path, capsys):
-    pytest.importorskip("causaldata")
-    from examples.uncertainty.__main__ import main
+def few(*_):
+    data = tables.load_nhefs(None, 100)
+    rest = {n: getattr(data, n) for n in ("val", "test")}
+    return replace(data, **{n: replace(p, x=p.x[:60], y=p.y[:60]) for n, p in rest.items()})
 
+
+@pytest.mark.slow
+def test_the_command_prints_and_saves(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("causaldata")
+    from examples.uncertainty import __main__ as command
+
+    monkeypatch.setattr(command, "RATES", (1e-3, 4e-3))
+    monkeypatch.setitem(command.SOURCES, "nhefs", replace(SOURCES["nhefs"], load=few))
     out = tmp_path / "results.json"
-    main(["nhefs", "--seeds", "2", "--epochs", "2", "--only", "plain", "ours", "--out", str(out)])
+    arguments = ["nhefs", "--seeds", "2", "--epochs", "2", "--only", "plain", "ours"]
+    command.main([*arguments, "--out", str(out)])
     printed = capsys.readouterr().out
     saved = json.loads(out.read_text())["nhefs"]
     assert len(saved) == 2

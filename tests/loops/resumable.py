@@ -1,13 +1,12 @@
 """A training run for ``test_resume``: ``python -m tests.loops.resumable RULE FOLDER``.
 
-It saves a checkpoint every other step, goes on from the last one that it finds, and writes its end
-to ``end.pt``. With ``--halt-at STEP`` it says so at that step and waits to be killed; with
-``--halt-while-saving`` it does so with half of the next checkpoint on the disk.
+It saves a checkpoint every other step. With half of one on the disk, in the middle of an epoch, it
+says so and waits to be killed.
 """
 
-import argparse
 import io
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from torch.nn import functional as F
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import make_net
 from tests.helpers.settings import SAMPLED, WIDTH
-from tests.helpers.states import snapshot
 from tests.helpers.training import wrap
 
-EPOCHS, STEPS, BATCH, EVERY = 4, 5, 6, 2
+EPOCHS, STEPS, BATCH, EVERY, HALT = 4, 5, 6, 2, 14
 DATA = STEPS * BATCH
 
 
@@ -64,7 +62,7 @@ class Run:
         torch.set_rng_state(state["random"])
         self.step = state["step"]
 
-    def train(self, folder, halt_at=None, halt_while_saving=False, stop=EPOCHS * STEPS):
+    def train(self, folder, halt_at=None, stop=EPOCHS * STEPS):
         x, labels = make_batch(seed=1, size=DATA)
         while self.step < stop:
             # The order of an epoch follows from its number: the step is the position in the data.
@@ -76,10 +74,8 @@ class Run:
                 self.optimizer.step(losses)
                 self.scheduler.step()
                 self.step += 1
-                if self.step == halt_at:
-                    halt()
                 if self.step % EVERY == 0:
-                    write(folder / "last.pt", self.state(), halt_while_saving and self.step > 10)
+                    write(folder / "last.pt", self.state(), self.step == halt_at)
                 if self.step == stop:
                     return
 
@@ -94,33 +90,12 @@ def write(path, state, halfway):
         if halfway:
             file.write(data[: len(data) // 2])
             file.flush()
-            halt()
+            print("halted", flush=True)  # the parent kills this process now
+            time.sleep(600)
         file.write(data)
     os.replace(new, path)
 
 
-def halt():
-    """The parent kills this process now."""
-    print("halted", flush=True)
-    time.sleep(600)
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("rule")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--halt-at", type=int)
-    parser.add_argument("--halt-while-saving", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    run = Run(args.rule)
-    last = args.folder / "last.pt"
-    if last.exists():
-        run.load(torch.load(last, weights_only=True))
-        print(f"resumed at {run.step}", flush=True)
-    run.train(args.folder, args.halt_at, args.halt_while_saving)
-    torch.save(snapshot(run.net, run.optimizer), args.folder / "end.pt")
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    Run(sys.argv[1]).train(Path(sys.argv[2]), HALT)

@@ -9,45 +9,33 @@ from pathlib import Path
 import torch
 
 from tests.helpers.states import assert_same, difference, snapshot
-from tests.loops.resumable import Run
+from tests.loops.resumable import EPOCHS, EVERY, HALT, STEPS, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(rule, folder, *args):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.loops.resumable", rule, str(folder), *args],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_killed_run_ends_in_the_same_bits(tmp_path):
-    """SIGKILL: nothing is said and nothing is flushed. Step 13 is the third of its epoch.
+    """SIGKILL: nothing is said and nothing is flushed. What goes on from there is stopped as well.
 
     Of one rule: what the other's checkpoints hold is tested below, and processes know of neither.
     """
     rule = "paper"  # whose epochs are counted
-    resumed_at = ""
-    for args, last in ((["--halt-while-saving"], 10), (["--halt-at", "13"], 12)):
-        with start(rule, tmp_path, *args) as process:
-            try:
-                assert process.stdout.readline() == (resumed_at or "halted\n")
-                assert not resumed_at or process.stdout.readline() == "halted\n"
-            finally:
-                process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-        assert not (tmp_path / "end.pt").exists()
-        resumed_at = f"resumed at {last}\n"
-    with start(rule, tmp_path) as process:
-        assert process.stdout.read() == resumed_at
-    assert process.returncode == 0
+    command = [sys.executable, "-m", "tests.loops.resumable", rule, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "halted\n"
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    for last, stop in ((HALT - EVERY, 17), (16, EPOCHS * STEPS)):
+        run = Run(rule)
+        run.load(torch.load(tmp_path / "last.pt", weights_only=True))
+        assert run.step == last
+        run.train(tmp_path, stop=stop)
     whole = Run(rule)
     (tmp_path / "whole").mkdir()
     whole.train(tmp_path / "whole")
-    found = torch.load(tmp_path / "end.pt", weights_only=True)
-    assert_same(snapshot(whole.net, whole.optimizer), found)
+    assert_same(*(snapshot(one.net, one.optimizer) for one in (whole, run)))
 
 
 def test_the_end_depends_on_all_that_is_saved(rule, tmp_path):
