@@ -286,11 +286,8 @@ def saved_by(bench: Bench, heads: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint of a run with other heads, after an epoch under the same optimizer."""
     h = nn.Linear(bench.x.shape[1], next(iter(heads.values())).in_features).to(bench.x)
     net = nn.ModuleDict({"trunk": h})
-    engine = (
-        make_engine(net, bench.rule, heads=heads, shared_rep_hook=None, steps_per_epoch=1)
-        if (bench.rule == "paper")
-        else make_engine(net, bench.rule, heads=heads, shared_rep_hook=None)
-    )
+    epochs = {"steps_per_epoch": 1} if bench.rule == "paper" else {}
+    engine = make_engine(net, bench.rule, heads=heads, shared_rep_hook=None, **epochs)
     for _ in range(2):
         losses, shared = {}, h(bench.x)
         for name, head in heads.items():
@@ -299,6 +296,17 @@ def saved_by(bench: Bench, heads: dict[str, Any]) -> dict[str, Any]:
         engine.backward(losses)
         engine.stepped()
     return {**bench.optimizer.base_optimizer.state_dict(), "bayesagg": engine.get_extra_state()}
+
+
+def loading(bench: Bench, state: dict[str, Any], kind: str) -> Any:
+    """Into a run whose heads are all of one kind, after a step of it."""
+
+    def go_on() -> None:
+        y = bench.labels[kind]
+        bench.optimizer.step({name: LOSSES[kind](z, y) for name, z in bench.net(bench.x).items()})
+
+    go_on()
+    return functools.partial(bench.optimizer.load_state_dict, state), go_on
 
 
 REG, BIN, CLS = RegressionHead, BinaryHead, MulticlassHead
@@ -339,15 +347,7 @@ def checkpoint_is_of_other_moments(bench):
     saved = {"one": BIN(net.heads["one"]), "two": BIN(net.heads["two"])}
     ours = {"one": BIN(net.heads["one"]), "two": BIN(net.heads["two"], **sampled)}
     bench.use(net, heads=ours)
-    state = saved_by(bench, saved)
-
-    def go_on():
-        out = net(bench.x)
-        y = bench.labels["bin"]
-        bench.optimizer.step({n: F.binary_cross_entropy_with_logits(z, y) for n, z in out.items()})
-
-    go_on()
-    return functools.partial(bench.optimizer.load_state_dict, state), go_on
+    return loading(bench, saved_by(bench, saved), "bin")
 
 
 @bad_state(CheckpointError, "order")
@@ -356,15 +356,7 @@ def checkpoint_has_like_heads_in_another_order(bench):
     net = make_net(bench.x.device, bench.x.dtype, outputs={"one": 2, "two": 2})
     heads = {name: REG(module) for name, module in net.heads.items()}
     bench.use(net, heads=heads)
-    state = saved_by(bench, dict(reversed(heads.items())))
-
-    def go_on():
-        out = net(bench.x)
-        y = bench.labels["reg"]
-        bench.optimizer.step({n: F.mse_loss(z, y) for n, z in out.items()})
-
-    go_on()
-    return functools.partial(bench.optimizer.load_state_dict, state), go_on
+    return loading(bench, saved_by(bench, dict(reversed(heads.items()))), "reg")
 
 
 @bad_state(CheckpointError, "plain optimizer", r"base_optimizer\.load_state_dict")

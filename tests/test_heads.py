@@ -71,8 +71,6 @@ def test_a_parametrized_head_can_be_read(name):
     head = RegressionHead(linear)
     torch.testing.assert_close(head.weights(), linear.weight.detach())
     assert not head.writable
-    with pytest.raises(HeadError, match="parametrization"):
-        RegressionHead(linear, readout="posterior")
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
@@ -144,8 +142,6 @@ def test_settings_of_other_kinds_are_refused(kinds, others, settings):
 
 def test_a_head_that_is_initialised_by_a_forward_pass():
     lazy = nn.LazyLinear(3)
-    with pytest.raises(HeadError, match="lazy"):
-        BinaryHead(lazy)
     lazy(torch.zeros(2, 4))
     assert BinaryHead(lazy).in_features == 4
 

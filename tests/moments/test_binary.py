@@ -122,17 +122,6 @@ def test_nodes_integrate_like_adaptive_quadrature(device, logit, sd):
         assert float(value) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(("logit", "sd", "y"), [(0.5, 1.0, 1.0), (-2.0, 6.0, 0.0), (8.0, 3.0, 1.0)])
-def test_fine_rule_equals_sampling(logit, sd, y):
-    h, m, factor = problem(11, 3, True, 1.0, logit, sd)
-    s = np.linalg.inv(factor @ factor.T)
-    mean, covariance, _ = reference.binary_moments(h, y, m, s, 3)
-    gradients = reference.binary_gradient(h, y, 3)(reference.sample(m, s, 400_000, seed=2))
-    first, variance, first_se, variance_se = reference.sampled_moments(gradients)
-    assert np.all(np.abs(first - mean) < 5 * first_se)
-    assert np.all(np.abs(variance - np.diag(covariance)) < 5 * variance_se)
-
-
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("y", [0.0, 1.0])
 def test_without_uncertainty_it_is_the_gradient_at_the_mean(device, y, full):

@@ -189,7 +189,3 @@ def test_values_are_those_of_version_0_1_0(case):
             tolerance = {"rtol": 1e-6, "atol": 0} if uniform else CLOSE
             assert_close(found[key][step], value[step], f"{key} of step {step}", **tolerance)
     assert_close(found["trunk"], expected["trunk"], "trunk", **CLOSE)
-
-
-def test_every_case_has_values():
-    assert VALUES.keys() == {case.name for case in CASES}
