@@ -38,9 +38,8 @@ test: $(VENV)/installed-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+# These build the documentation too, strictly (tests/test_site.py).
 	$(PY) -m pytest $(PYTEST_ARGS)
-# After the tests, which execute the notebooks side by side: the site shows those copies.
-	$(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -42,7 +42,7 @@ def test_towers_learn(given, device, dtype):
     labels["reg"] = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], 1)
     labels["bin"], labels["cls"] = (x[:, :2] > 0).to(x), x[:, :3].argmax(1)
     first = {n: float(loss.detach()) for n, loss in make_losses(net(x), labels).items()}
-    for _ in range(250):
+    for _ in range(120):
         optimizer.zero_grad()
         optimizer.step(make_losses(net(x), labels), targets=labels if given else None)
     last = {n: float(loss.detach()) for n, loss in make_losses(net(x), labels).items()}

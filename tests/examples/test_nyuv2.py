@@ -260,7 +260,7 @@ def test_ensembles_have_no_maps():
 def test_it_trains(method, data, small):
     write_nyuv2(data, train=3, val=1)
     run = run_of("nyuv2", method, epochs=2, batch_size=1, warmup_steps=1, schedule="half")
-    assert len(run.weights) in (0, 2)
+    assert len(run.weights) in (0, 3)
     assert [len(values) for values in run.test] == [2, 5, 2]
 
 

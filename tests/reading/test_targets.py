@@ -145,15 +145,24 @@ def test_another_loss_goes_by_its_own_gradient(device, dtype, kind, name):
         bench.reader = bench.reader.loaded(json.loads(json.dumps(bench.reader.state_dict())))
 
 
-def test_own_gradients_are_announced_once(device, dtype):
+def test_own_gradients_are_announced_once_and_need_targets_in_every_step(device, dtype):
     bench = single("reg", device, dtype)
+    batches = [data("reg", bench, seed=seed)[2] for seed in range(4)]
+    losses = [F.l1_loss] * 3 + [F.mse_loss]
+
+    def read(seed, given):
+        z = data("reg", bench, seed=seed)[1]
+        loss = losses[seed](z, batches[seed])
+        return bench.read({"a": loss}, {"a": batches[seed]} if given else None)
+
     with pytest.warns(UserWarning, match=r"'a'.*own gradient"):
-        _, z, y = data("reg", bench)
-        bench.read({"a": F.l1_loss(z, y)}, {"a": y})
+        read(0, True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, z, y = data("reg", bench, seed=1)
-        bench.read({"a": F.l1_loss(z, y)}, {"a": y})
+        read(1, True)
+    with pytest.raises(LossError, match=r"'a'.*targets="):
+        read(2, False)
+    assert read(3, False).parts[0].labels is None
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -174,18 +183,6 @@ def test_a_loss_that_is_the_likelihood_at_first(device, dtype, given):
         assert (labels is None) == (given and seed >= 2)  # it stays so
         if labels is not None:
             torch.testing.assert_close(labels.targets, y)
-
-
-def test_an_own_gradient_needs_its_targets_in_every_step(device, dtype):
-    bench = single("reg", device, dtype)
-    _, z, y = data("reg", bench)
-    bench.read({"a": F.l1_loss(z, y)}, {"a": y})
-    _, z, y = data("reg", bench, seed=1)
-    with pytest.raises(LossError, match=r"'a'.*targets="):
-        bench.read({"a": F.l1_loss(z, y)})
-    _, z, y = data("reg", bench, seed=2)
-    (part,) = bench.read({"a": F.mse_loss(z, y)}).parts
-    assert part.labels is None
 
 
 # --- other paths ---------------------------------------------------------------------------------
