@@ -59,6 +59,13 @@ def test_every_page_has_its_place():
     ], "a page that no entry before the last matches"
 
 
+def rendered(tex):
+    pytest.importorskip("latex2mathml")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    content = f'<span class="arithmatex">\\({tex}\\)</span>'
+    return hook("mathml").on_page_content(content, page=page)
+
+
 @pytest.mark.parametrize(
     ("tex", "part"),
     [
@@ -68,19 +75,11 @@ def test_every_page_has_its_place():
     ],
 )
 def test_formulas_become_mathml(tex, part):
-    pytest.importorskip("latex2mathml")
-    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
-    content = f'<span class="arithmatex">\\({tex}\\)</span>'
-    rendered = hook("mathml").on_page_content(content, page=page)
-    assert rendered.startswith("<math") and part in rendered
+    assert rendered(tex).startswith("<math") and part in rendered(tex)
 
 
 def test_a_formula_that_cannot_be_converted_is_reported(caplog):
-    pytest.importorskip("latex2mathml")
-    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
-    hook("mathml").on_page_content(
-        '<span class="arithmatex">\\(\\nosuchcommand x\\)</span>', page=page
-    )
+    rendered(r"\nosuchcommand x")
     assert "nosuchcommand" in caplog.text
 
 
