@@ -48,6 +48,8 @@ def pytest_xdist_make_scheduler(config, log):
             found = TOGETHER.search(nodeid)
             return nodeid if found is None else str(found.lastindex)
 
+    # In the order of the files: the site shows the notebooks, which are executed side by side.
+    config.option.loadscopereorder = False
     return Scheduling(config, log)
 
 
