@@ -92,3 +92,26 @@ def test_saturated_logits(single, readout, right, size, rule, device):
         optimizer.step(make_losses(out, labels))
         assert_finite(snapshot(net, optimizer)["gradients"])
     assert_finite(snapshot(net, optimizer))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("noise", [None, 0.5])
+@pytest.mark.parametrize("zeros", [1, EPOCH + 2])
+def test_labels_that_are_zero_at_first(zeros, noise, masked, rule, device, dtype):
+    """Counts that are rare: no step has told yet how large labels are, nor how noisy."""
+    net = make_net(device, dtype, outputs={"reg": 2, "bin": 1})
+    optimizer = wrap(net, "adam", rule, settings={"reg": {"noise_variance": noise}})
+    for index in range(zeros + 2 * EPOCH):
+        # Of eight data a mean is exact, and so are labels that are read off it.
+        x, labels = make_batch(device, dtype, seed=index, size=8, outputs={"reg": 2, "bin": 1})
+        if index < zeros:
+            labels["reg"][:, 0] = 0
+        labels["reg"][:4, 0] = torch.nan if masked else 0
+        known = ~labels["reg"].isnan()
+        out = net(x)
+        losses = make_losses({"bin": out["bin"]}, labels)
+        losses["reg"] = (out["reg"] - labels["reg"])[known].square().mean()
+        optimizer.zero_grad()
+        optimizer.step(losses)
+        assert_finite(snapshot(net, optimizer))
+        assert sum(w.sum().item() for w in optimizer.task_weights.values()) == pytest.approx(1)

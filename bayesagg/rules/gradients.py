@@ -45,7 +45,8 @@ def exact_gradients(rule: Settings, found: Inference) -> Exact:
     dtype, d = stack.precision(found.gram.dtype), stack.rows[0].shape[1]
     light = found.posterior.first(r).to(dtype)
     current = found.current[:, :r] if r < found.current.shape[1] else found.current
-    tau2 = current.to(dtype).clamp_min(torch.finfo(dtype).tiny)
+    # Zero while all labels are; of the smallest numbers there are no reciprocals.
+    tau2 = current.to(dtype).clamp_min(torch.finfo(dtype).tiny / torch.finfo(dtype).eps)
     whole = r == stack.responses.shape[2]
     gradients, sums = [], []
     for rows in stack.chunks():

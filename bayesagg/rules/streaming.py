@@ -179,10 +179,11 @@ def scales_and_ridges(
     if started:
         total, level, weight = scale.unbind(1)
         current, relative = total / weight, total / level
+        relative = relative.nan_to_num_(1.0, math.inf)  # all labels so far were zero
     else:
         first = torch.cat([levels, torch.ones_like(misfit[:, r:])], 1)  # 1: they have no unit
         current, level = means_of(scale, (misfit, first))
-        relative = current / level.clamp_min(torch.finfo(level.dtype).tiny)
+        relative = (current / level).nan_to_num_(1.0, math.sqrt(torch.finfo(level.dtype).max))
     noise, ridge = frame.noise, frame.ridge
     if noise is not None:
         fixed = torch.where(noise > 0, noise, current[:, :r])
