@@ -4,10 +4,14 @@ Evidence that fades over ``N`` data has every datum ``N / M`` times in it where 
 ``M``: posteriors would be too sure of themselves, and heads over-fitted. Nobody says how many there
 are. But labels of regressions tell data apart, so some are kept as *marks*: if ``n`` of them were
 met ``m`` times in ``s`` data, then ``M ≈ s n / m``.
+
+Not all labels do: ages and ratings come again with other data. Then a mark is met several times in
+one step, at data of different features.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +29,10 @@ _MOST = 1 << 16  # data of a step that are looked at; of more, many are new
 _ROUNDING = 2e-6  # of labels that a loss in single precision tells
 _WINDOW = 2.0  # memories of data, after which sizes are told anew
 _AGAIN = 1.25  # how often marks must have been met before the first of these tells anything
-_LISTS = ("number", "met", "seen", "sizes")
+_ALIKE = 0.01  # of all meetings those of several data in a step, which labels do not tell apart
+_SAME = 1e-4  # relative variance of the features of a datum that is in a step several times
+_ENDLESS = sys.float_info.max  # the size where labels do not tell
+_LISTS = ("number", "met", "alike", "seen", "sizes")
 _KEPT = _LISTS[1:]  # in a checkpoint: the marks say how many they are
 
 
@@ -39,6 +46,7 @@ class Repeats:
             memory is long. Made anew in every window.
         number: of marks.
         met: how often they were met in this window.
+        alike: how often by several data of a step, of different features.
         seen: data of this window.
         sizes: data that there are, as the last window has told; 0 before.
     """
@@ -46,6 +54,7 @@ class Repeats:
     marks: Tensor
     number: Sequence[float]
     met: Sequence[float]
+    alike: Sequence[float]
     seen: Sequence[float]
     sizes: Sequence[float]
 
@@ -63,20 +72,20 @@ class Repeats:
         """With the data of a step, of all ranks; looks at the device.
 
         Args:
-            found: how often marks are met among them, ``[G]``; the first data of a window: their
-                fingerprints, ``[G, n]``, for marks.
+            found: what they meet of the marks, ``[G, n, 3]``, see :func:`matches`; the first data
+                of a window: their fingerprints, ``[G, n]``, for marks.
             seen: how many they are, ``[G]`` or a number.
             length: of the memory.
         """
         data = seen.tolist() if isinstance(seen, Tensor) else [seen] * len(found)
         if not any(data):
             return self
-        now = self._marked(found) if self.blank else self._met(found.tolist())
+        now = self._marked(found) if self.blank else self._met(found)
         now = replace(now, seen=[a + b for a, b in zip(self.seen, data, strict=True)])
         return now._told(length) if max(now.seen) >= _WINDOW * length else now
 
     def _marked(self, marks: Tensor) -> Repeats:
-        """With marks; none in this window where labels repeat: they do not tell data apart.
+        """With marks; none in this window where labels repeat, or of one datum.
 
         If epochs are shuffled, a mark is met ``s/M`` times in ``s`` data from the start of an
         epoch, itself the first time, and half a time more from somewhere in it.
@@ -86,14 +95,22 @@ class Repeats:
         size = marks.abs().where(there, 0.0)
         level = size.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
         near = torch.stack([marks, (_ROUNDING * (size + level)).where(there, -1.0)], 1)
-        tied = _near(near, marks).sum((1, 2)) > there.sum(1)
+        several = there.sum(1) > 1  # with one a step, nothing shows that labels do not tell
+        tied = (_near(near, marks).sum((1, 2)) > there.sum(1)) | ~several
         near[:, 1] = near[:, 1].masked_fill(tied[:, None], -1.0)
         number = _number(near)
         met = [n / 2 if any(self.sizes) else n for n in number]
         return replace(self, marks=near, number=number, met=met)
 
-    def _met(self, found: Sequence[float]) -> Repeats:
-        return replace(self, met=[a + b for a, b in zip(self.met, found, strict=True)])
+    def _met(self, found: Tensor) -> Repeats:
+        data, total, squares = found.unbind(2)
+        several = data * squares - total * total > _SAME * data * squares
+        pair = torch.stack([data.sum(1), several.sum(1).to(data.dtype)]).tolist()
+        met, alike = (
+            [a + b for a, b in zip(old, new, strict=True)]
+            for old, new in zip((self.met, self.alike), pair, strict=True)
+        )
+        return replace(self, met=met, alike=alike)
 
     def _told(self, length: float) -> Repeats:
         """At the end of a window; of the second in which data were new, nobody counts on."""
@@ -102,11 +119,13 @@ class Repeats:
         many = min(sizes) >= length and min(self.sizes) >= length
         zeros = [0.0] * len(sizes)
         marks = self.marks[..., :0] if many else torch.full_like(self.marks, -1.0)
-        return Repeats(marks, zeros, zeros, zeros, sizes)
+        return Repeats(marks, zeros, zeros, zeros, zeros, sizes)
 
     def _size(self, index: int) -> float:
         """Data of a Gram matrix, as this window tells; 0 where too few marks have come again."""
         number, met = self.number[index], self.met[index]
+        if self.sizes[index] == _ENDLESS or self.alike[index] > _ALIKE * met:
+            return _ENDLESS
         return self.seen[index] * number / met if met >= _AGAIN * max(number, 1.0) else 0.0
 
     def lengths(self, length: float) -> list[float]:
@@ -142,7 +161,7 @@ class Repeats:
     def empty(groups: int, like: Tensor) -> Repeats:
         """Before any data."""
         zeros = [0.0] * groups
-        return Repeats(like.new_full((groups, 2, _MARKS), -1.0), zeros, zeros, zeros, zeros)
+        return Repeats(like.new_full((groups, 2, _MARKS), -1.0), zeros, zeros, zeros, zeros, zeros)
 
 
 def fingerprints(labels: Tensor, weights: Tensor | None) -> Tensor:
@@ -182,9 +201,28 @@ def make_marks(prints: Tensor, rank: int, ranks: int) -> Tensor:
     return marks
 
 
-def matches(marks: Tensor, prints: Tensor) -> Tensor:
-    """How often marks, ``[G, 2, n]``, are met among data, ``[G, N]``: ``[G]``."""
-    return _near(marks, prints[:, :_MOST]).sum((1, 2), dtype=prints.dtype)
+def matches(marks: Tensor, prints: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """What data, ``[G, N]``, meet of the marks, ``[G, 2, n]``; adds up over ranks.
+
+    Args:
+        marks: of the units.
+        prints: fingerprints of the labels.
+        features: ``[N, d]`` each, of all Gram matrices or of each.
+
+    Returns:
+        by mark the number of data that it is met at, and the sums of a number that their features
+        give and of its square, ``[G, n, 3]``.
+    """
+    prints = prints[:, :_MOST]
+    near = _near(marks, prints).to(prints.dtype)
+    one = torch.stack([_projected(h[:_MOST]) for h in features]).to(prints.dtype)
+    return near @ torch.stack([torch.ones_like(one), one, one * one], 2)
+
+
+def _projected(features: Tensor) -> Tensor:
+    """One number a datum, ``[N]``, from its features, which their mean hardly moves."""
+    h = features.to(torch.promote_types(features.dtype, torch.float32))
+    return h @ torch.linspace(-1, 1, h.shape[1], dtype=h.dtype, device=h.device)
 
 
 def load_repeats(state: Any, blank: Repeats, what: str) -> Repeats:

@@ -25,7 +25,7 @@ class Evidence:
         misfit: ``Σ w misfit``, ``[G, T]``, or of fewer tasks; at the start also ``Σ w y²``.
         seen: ``Σ w``, ``[G]``, or the number of data where no label is missing on one rank.
         squares: ``Σ w (h̃ᵀQ)²``, ``[G, D]``, in a basis that is kept; ``None``: it is not.
-        marks: fingerprints for them, ``[G, n]``, or how often they are met, ``[G]``; ``None``:
+        marks: fingerprints for them, ``[G, n]``, or what is met of them, ``[G, n, 3]``; ``None``:
             nobody asks.
     """
 
@@ -78,11 +78,11 @@ def evidence_of(stack: Stack, dtype: torch.dtype, exchange: Exchange) -> Evidenc
 
 
 def _marks(stack: Stack, exchange: Exchange) -> Tensor | None:
-    """This rank's fingerprints for marks, ``[G, n]``, or how often the units' are met, ``[G]``."""
+    """This rank's fingerprints for marks, ``[G, n]``, or what it meets of them, ``[G, n, 3]``."""
     known = stack.repeats
     if known is None:
         return None
     found = fingerprints(stack.responses[..., : stack.exact], stack.weights)
     if known.blank:
         return make_marks(found, exchange.rank, exchange.size)
-    return matches(known.marks, found)
+    return matches(known.marks, found, stack.rows)

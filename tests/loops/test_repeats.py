@@ -82,12 +82,12 @@ def steady(length, batch):
     return batch / (1 - torch.tensor(-batch / length).exp().item())
 
 
-@pytest.mark.parametrize(("size", "batch"), [(20, 7), (20, 20), (38, 1), (38, 8), (60, 10)])
+@pytest.mark.parametrize(("size", "batch"), [(20, 7), (20, 20), (38, 2), (38, 8), (60, 10)])
 def test_no_datum_is_in_the_evidence_more_than_once(size, batch):
-    """One mark, of a batch of one, tells that only roughly."""
+    """Two marks, of a batch of two, tell that only roughly."""
     net, optimizer = start()
     run(net, optimizer, draw(size), rows_of(size, batch, 8 * LENGTH))
-    assert_counts(optimizer, steady(size, batch), 0.2 if batch > 1 else 0.4)
+    assert_counts(optimizer, steady(size, batch), 0.2 if batch > 2 else 0.4)
 
 
 def test_data_that_are_drawn_at_random():
@@ -134,6 +134,47 @@ def test_labels_that_do_not_tell_data_apart_limit_nothing(change):
     net, optimizer = start()
     run(net, optimizer, draw(30), rows_of(30, 20, 6 * LENGTH), change=change)
     assert_counts(optimizer, steady(LENGTH, 20), 0.05)
+
+
+def many_with_few_values(rank, batch, width):
+    """Data in the evidence from many data, of each task apart, whose labels are round numbers."""
+    net, optimizer = start(outputs=1, apart=True)
+    model = net if rank is None else nn.parallel.DistributedDataParallel(net)
+    data = draw(4000, outputs=1)
+    data["a"], data["b"] = (width * data["a"]).round(), (width * data["b"]).round()
+    rows = rows_of(4000, batch, 6 * LENGTH)
+    run(model, optimizer, data, rows if rank is None else (r[rank::2] for r in rows))
+    return counts(optimizer)
+
+
+@pytest.mark.parametrize("width", [0.7, 10.0], ids=["ratings", "ages"])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_data_that_share_labels_are_not_the_same(batch, width):
+    """Those of a small batch may all be different, and come again with other data."""
+    for found in many_with_few_values(None, batch, width).values():
+        assert found.item() == pytest.approx(steady(LENGTH, batch), rel=0.1)
+
+
+def test_data_that_share_labels_on_several_ranks(ranks):
+    """One datum a rank: they are compared with each other."""
+    for found in ranks.run(many_with_few_values, 2, 3.0):
+        for one in found.values():
+            assert one.item() == pytest.approx(steady(LENGTH, 2), rel=0.1)
+
+
+def test_a_single_datum_a_step_tells_nothing():
+    """Nothing would show that labels do not tell data apart."""
+    net, optimizer = start()
+    run(net, optimizer, draw(38), rows_of(38, 1, 6 * LENGTH))
+    assert_counts(optimizer, steady(LENGTH, 1), 0.05)
+
+
+def test_a_datum_may_be_in_a_step_twice():
+    """Its features are the same, so it is one."""
+    net, optimizer = start()
+    first, *others = rows_of(30, 10, 6 * LENGTH)
+    run(net, optimizer, draw(30), [first, *(rows.repeat(2) for rows in others)])
+    assert_counts(optimizer, steady(30, 20))
 
 
 def test_a_memory_that_is_given_is_kept():
