@@ -10,10 +10,9 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from bayesagg.errors import HeadError
-from bayesagg.layers import checked_linear, last_layer, sharded_like, unwrapped, whole
+from bayesagg.layers import checked_linear, computed, last_layer, sharded_like, unwrapped, whole
 
 __all__ = [
     "BinaryHead",
@@ -76,7 +75,7 @@ class Head:
         self._check("s", lambda s: _is_finite(s) and s >= 0, "a finite number >= 0")
         self._check("prior_variance", _is_positive, "a finite number > 0")
         self._check_choice("readout", get_args(Readout))
-        if self.readout == "posterior" and is_parametrized(module):
+        if self.readout == "posterior" and computed(module):
             raise HeadError(
                 f"{name}: readout='posterior' has to write the weights, which a parametrization "
                 f"computes. Use readout='gradient' or remove the parametrization."
@@ -105,9 +104,8 @@ class Head:
     def writable(self) -> bool:
         """Whether a posterior mean may be written: parameters that train, none of them computed."""
         linear = self.linear
-        if "parametrizations" in linear._modules:
-            return False
-        return all([p is None or p.requires_grad for p in linear._parameters.values()])
+        own = linear._parameters.values()
+        return not computed(linear) and all([p is None or p.requires_grad for p in own])
 
     @cached_property
     def channels_first(self) -> bool:
@@ -287,12 +285,13 @@ def named_heads(
                 f"heads[{name!r}] is a {type(head).__name__}: wrap the module in RegressionHead, "
                 f"BinaryHead or MulticlassHead, or pass LossTask() for a loss without a head."
             )
-        other = owners.setdefault(id(head.linear), name)
-        if other != name:
-            raise HeadError(
-                f"heads {other!r} and {name!r} share one module: give each task its own linear "
-                f"layer, or pass it once (every output of it is a task)."
-            )
+        for thing in (head.linear, *head.parameters()):
+            other = owners.setdefault(id(thing), name)
+            if other != name:
+                raise HeadError(
+                    f"heads {other!r} and {name!r} share one module, or weights: give each task "
+                    f"its own linear layer, or pass it once (every output of it is a task)."
+                )
     if not owners:
         raise HeadError(
             "`heads` has no head: pass one RegressionHead, BinaryHead or MulticlassHead a task."

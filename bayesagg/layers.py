@@ -9,8 +9,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from bayesagg.errors import HeadError
 
-__all__ = ["checked_linear", "last_layer", "sharded_like", "unwrapped", "whole"]
+__all__ = ["checked_linear", "computed", "last_layer", "sharded_like", "unwrapped", "whole"]
 
+_NAMES = ("weight", "bias")
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -42,7 +43,22 @@ def checked_linear(module: nn.Module, name: str) -> nn.Module:
             f"{name}: the lazy module is not initialised yet. Run one forward pass of the "
             f"model before wrapping the optimizer."
         )
+    others = [key for key in module._parameters if key not in _NAMES]
+    if others and not computed(module):
+        raise HeadError(
+            f"{name}: its {type(module).__name__} has parameters beside weight and bias (LoRA?): "
+            f"{', '.join(others)}. Give the task a plain linear layer of its own and train that, "
+            f"or make it a LossTask(): its head is then not inferred."
+        )
     return module
+
+
+def computed(linear: nn.Module) -> bool:
+    """Whether weight or bias are made of other parameters.
+
+    By a parametrization, or by the hooks of pruning and of the older weight and spectral norms.
+    """
+    return any(name not in linear._parameters for name in _NAMES)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from bayesagg.errors import LossError
 from bayesagg.heads import Head, LossTask
 from bayesagg.parallel import without_gathers
 from bayesagg.reading.batch import Batch, Labels, Part
+from bayesagg.reading.check import check_affine, check_own_weights
 from bayesagg.reading.diagnose import unreached
 from bayesagg.reading.form import form_of
 from bayesagg.reading.hooks import Call, Capture
@@ -47,6 +48,7 @@ class Reader:
         self.known: dict[str, Known] = {}
         self._new: dict[str, Known] = {}
         self._factors = Factors()
+        self._checked: set[str] = set()  # heads that were looked at
         self._layouts = {
             name: Layout.of(head) for name, head in self.tasks.items() if isinstance(head, Head)
         }
@@ -164,11 +166,27 @@ class Reader:
                     return None
                 _raise_invalid(groups, features)
             unread = [group for group in groups if group.read is None and not group.own]
+            self._check_heads(unread, saids, features)
             with torch.enable_grad() if unread else nullcontext():
                 verified = verify(unread, saids, scalars, total, self.known) if unread else {}
             parts = [part for group in groups for part in _made(group, verified, features)]
         self._remember(groups, verified)
         return parts
+
+    def _check_heads(
+        self, unread: Sequence[Group], saids: Sequence[Said], features: Features
+    ) -> None:
+        """Look once at heads whose losses are to be verified.
+
+        Raises:
+            HeadError: for one that is not linear in what it receives, or shares its weights.
+        """
+        new = [said for group in unread for said in group.saids if said.name not in self._checked]
+        for said in new:
+            check_affine(said, features.of(said))
+        if new:
+            check_own_weights(new, {output.grad_fn for said in saids for output in said.outputs})
+            self._checked.update(said.name for said in new)
 
     def _remember(self, groups: Sequence[Group], verified: Mapping[str, Verified]) -> None:
         """Keep what was found for :meth:`take`."""

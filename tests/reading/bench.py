@@ -69,6 +69,7 @@ class Free:
         self.out = out
         self.capture = Capture({"age": self.head})
         self.reader = Reader({"age": self.head})
+        self.reader._checked.add("age")  # the outputs are not those of its weights
 
     def read(self, loss, targets=None, out=None) -> Batch:
         out = self.out if out is None else out

@@ -1,0 +1,174 @@
+"""Linear layers that are more than ``W h + b``, or whose weights are not their own.
+
+What is inferred of a head goes by its weight and bias. Where these do not say what it returns, or
+where setting them would change another layer, an error says so before anything has changed.
+"""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+from bayesagg import BayesAggWrapper, MulticlassHead, RegressionHead
+from bayesagg.errors import HeadError
+from bayesagg.heads import named_heads
+from tests.helpers.settings import EPOCH, RULES
+from tests.helpers.states import assert_finite, assert_same, snapshot
+
+
+class Scaled(nn.Linear):
+    """As in networks of equalised learning rates."""
+
+    def forward(self, x):
+        return F.linear(x, 0.5 * self.weight, self.bias)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return 5 * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+class LowRank(nn.Linear):
+    """As in LoRA: what is learned is added to the weights."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lora_a = nn.Parameter(torch.randn(1, self.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, 1))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.lora_a.mT @ self.lora_b.mT
+
+
+def doubled_input(width, outputs):
+    head = nn.Linear(width, outputs)
+    head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    return head
+
+
+def doubled_output(width, outputs):
+    head = nn.Linear(width, outputs)
+    head.register_forward_hook(lambda module, args, output: 2 * output)
+    return head
+
+
+def start(head, rule, **settings):
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+    net = nn.Sequential(trunk, head)
+    base = torch.optim.Adam(net.parameters(), lr=0.01)
+    heads = {"age": RegressionHead(head, **settings)}
+    return net, BayesAggWrapper(base, trunk, heads, rule=RULES[rule])
+
+
+def step(net, optimizer):
+    x = torch.randn(8, 5)
+    optimizer.zero_grad()
+    optimizer.step({"age": F.mse_loss(net(x), x[:, :2])})
+
+
+@pytest.mark.parametrize("build", [Scaled, Cosine, doubled_input, doubled_output])
+def test_a_head_that_does_more_is_refused(build, rule):
+    net, optimizer = start(build(4, 2), rule)
+    before = snapshot(net, optimizer)
+    with pytest.raises(HeadError, match=r"task 'age'.*weight @ h \+ bias.*LossTask"):
+        step(net, optimizer)
+    assert_same(before, snapshot(net, optimizer))
+
+
+def test_what_follows_a_head_is_part_of_its_loss(rule):
+    """A hook that came after the engine's: the labels are those of the head's own output."""
+    head = nn.Linear(4, 2)
+    net, optimizer = start(head, rule)
+    head.register_forward_hook(lambda module, args, output: 2 * output)
+    for _ in range(EPOCH + 1):
+        step(net, optimizer)
+    assert_finite(snapshot(net, optimizer))
+
+
+@pytest.mark.parametrize("around", [lambda head: head, lambda head: nn.Sequential(head)])
+def test_parameters_beside_weight_and_bias_are_refused(around):
+    with pytest.raises(HeadError, match=r"LowRank.*lora_a, lora_b.*LossTask"):
+        RegressionHead(around(LowRank(4, 2)))
+
+
+def old(name):
+    """Weights that a hook makes of other parameters."""
+    head = nn.Linear(4, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        if name == "prune":
+            return prune.l1_unstructured(head, "weight", 0.5)
+        return getattr(nn.utils, name)(head)
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "prune"])
+def test_weights_that_a_hook_computes_are_left_to_the_optimizer(name, rule):
+    """As those of a parametrization."""
+    head = old(name)
+    assert not RegressionHead(head).writable
+    with pytest.raises(HeadError, match="parametrization"):
+        RegressionHead(head, readout="posterior")
+    net, optimizer = start(head, rule)
+    for _ in range(EPOCH + 2):
+        before = [parameter.clone() for parameter in head.parameters()]
+        step(net, optimizer)
+        assert all(parameter.grad is not None for parameter in head.parameters())
+    rate = 0.01 * 1.5
+    for one, other in zip(before, head.parameters(), strict=True):
+        assert 0 < (one - other).abs().max().item() < rate
+
+
+def test_heads_that_share_a_weight_are_refused():
+    one, other = nn.Linear(4, 2), nn.Linear(4, 2)
+    other.weight = one.weight
+    with pytest.raises(HeadError, match="'a' and 'b' share"):
+        named_heads({"a": RegressionHead(one), "b": RegressionHead(other)})
+
+
+class Words(nn.Module):
+    """A model of language whose head is its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(6, 4)
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, words):
+        return self.head(self.body(self.embedding(words)))
+
+    def losses(self):
+        words = torch.arange(6).repeat(3)
+        return {"next": F.cross_entropy(self(words), (words + 1) % 6)}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_head_that_is_an_embedding_is_refused(hooked, rule):
+    """Its posterior mean would overwrite the embedding, and its gradient be dropped."""
+    net = Words()
+    base = torch.optim.Adam(net.parameters(), lr=0.01)
+    hook = net.body if hooked else None
+    optimizer = BayesAggWrapper(base, hook, {"next": MulticlassHead(net.head)}, rule=RULES[rule])
+    before = snapshot(net, optimizer)
+    with pytest.raises(HeadError, match=r"task 'next'.*tied.*readout='gradient'"):
+        optimizer.step(net.losses())
+    assert_same(before, snapshot(net, optimizer))
+
+
+def test_an_embedding_that_keeps_its_gradient_may_be_a_head(rule):
+    net = Words()
+    heads = {"next": MulticlassHead(net.head, readout="gradient")}
+    base = torch.optim.Adam(net.parameters(), lr=0.01)
+    optimizer = BayesAggWrapper(base, net.body, heads, rule=RULES[rule])
+    first = net.losses()["next"].item()
+    for _ in range(20 * EPOCH):
+        optimizer.zero_grad()
+        optimizer.step(net.losses())
+        assert net.embedding.weight.grad.any()
+    assert net.losses()["next"].item() < 0.8 * first
