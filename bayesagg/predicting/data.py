@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -147,12 +148,14 @@ class Source:
         parts = zip(*batches, strict=True)
         features, *targets = (torch.cat(part) if len(part) > 1 else part[0] for part in parts)
         check_finite(tasks[0], features)
-        features = flatten(features, self.heads.by_task[tasks[0]].channels_first)
+        first = self.heads.by_task[tasks[0]].channels_first
+        places = (features.shape[0], *features.shape[2:]) if first else features.shape[:-1]
+        features = flatten(features, first)
         size = max(1, CHUNK // features.shape[1])
         pieces: list[dict[str, Rows]] = [{} for _ in features.split(size)]
         for task, target in zip(tasks, targets, strict=True):
             head = self.heads.by_task[task]
-            y, present = _labelled(task, head, features, target.to(features.device))
+            y, present = _labelled(task, head, features, target.to(features.device), places)
             seen = [None] * len(pieces) if present is None else present.split(size)
             rows = map(Rows, features.split(size), y.split(size), seen)
             for piece, own in zip(pieces, rows, strict=True):
@@ -190,22 +193,39 @@ def _pair(batch: Any, heads: Mapping[str, Head]) -> tuple[Any, dict[str, Tensor]
     return inputs, {task: torch.as_tensor(target) for task, target in targets.items()}
 
 
+def _laid(target: Tensor, places: tuple[int, ...], outputs: int, first: bool) -> Tensor | None:
+    """Targets as ``[N, outputs]``; ``None`` where their shape does not say which is whose.
+
+    Args:
+        target: as it was passed.
+        places: shape of the data: batch, and positions of tokens or pixels.
+        outputs: of the head for each; 1 for class indices.
+        first: outputs are dimension 1, as of a convolution.
+    """
+    data, shape = math.prod(places), tuple(target.shape)
+    if (first or outputs == 1) and len(places) > 1 and shape == (places[0], outputs, *places[1:]):
+        return target.movedim(1, -1).reshape(data, outputs)
+    known: list[tuple[int, ...]] = [(*places, outputs), (data, outputs)]
+    if outputs == 1:
+        known += [places, (data,)]
+    return target.reshape(data, outputs) if shape in known else None
+
+
 def _labelled(
-    task: str, head: Head, features: Tensor, target: Tensor
+    task: str, head: Head, features: Tensor, target: Tensor, places: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None]:
     """Labels of a head as of :class:`Rows`, checked.
 
     Raises:
         TargetError: for labels of another shape, or that are none of the head's.
     """
-    shape = len(features), head.out_features
-    each = target.numel() == shape[0] * shape[1]
-    if each and head.channels_first and target.dim() > 2 and target.shape[1] == shape[1]:
-        target = target.movedim(1, -1)
+    shape, first = (len(features), head.out_features), head.channels_first
+    laid = _laid(target, places, shape[1], first)
     if head.kind == "multiclass":
-        y, present = _classes(task, shape, target)
-    elif each:
-        y = target.reshape(shape).to(torch.promote_types(features.dtype, torch.float32))
+        index = _laid(target, places, 1, first)
+        y, present = _classes(task, shape, target, index, laid)
+    elif laid is not None:
+        y = laid.to(torch.promote_types(features.dtype, torch.float32))
         present = ~y.isnan()
         bad = y.isinf() if head.kind == "regression" else (y < 0) | (y > 1)
         if bool(bad.any()):
@@ -214,32 +234,45 @@ def _labelled(
     else:
         raise TargetError(
             f"task {task!r}: {list(target.shape)} targets for {shape[0]} data of {shape[1]} "
-            f"outputs. Pass one for each output, NaN where there is none."
+            f"outputs. Pass one for each output, in the shape of the head's output, NaN where "
+            f"there is none."
         )
     return (y, None) if bool(present.all()) else (y.nan_to_num(0.0), present)
 
 
-def _classes(task: str, shape: tuple[int, int], target: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities of the classes, ``[N, C]``, and which data have a label."""
+def _classes(
+    task: str, shape: tuple[int, int], target: Tensor, index: Tensor | None, laid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Probabilities of the classes, ``[N, C]``, and which data have a label.
+
+    Args:
+        task: for messages.
+        shape: ``N, C``.
+        target: as it was passed.
+        index: one number a datum, ``[N, 1]``, if it can be that.
+        laid: one a class, ``[N, C]``, if it can be that.
+    """
     data, classes = shape
-    if target.is_floating_point() and target.numel() == data * classes:
-        y = target.reshape(shape)
+    if laid is not None and laid.is_floating_point():
+        y = laid
         present = ~y.isnan().any(1)
-        valid = ((y >= 0) & (y <= 1)).all(1)
-    elif target.numel() == data:
-        index = target.reshape(data, 1).nan_to_num(-100).long()
+        rounding = max(1e-3, 8 * torch.finfo(y.dtype).eps)
+        valid = (y >= 0).all(1) & ((y.float().sum(1) - 1).abs() < rounding)
+    elif index is not None:
+        index = index.nan_to_num(-100)
         present = index[:, 0] != -100
-        label = index.clamp(0, classes - 1)
+        label = index.long().clamp(0, classes - 1)
         valid = (label == index)[:, 0]
         y = torch.zeros(shape, device=target.device).scatter_(1, label, 1.0)
     else:
         raise TargetError(
             f"task {task!r}: {list(target.shape)} targets for {data} data of {classes} classes. "
-            f"Pass class indices, -100 where there is none, or probabilities of all classes."
+            f"Pass class indices, -100 where there is none, or probabilities of all classes in the "
+            f"shape of the head's output."
         )
     if not bool((valid | ~present).all()):
         raise TargetError(
-            f"task {task!r}: class indices must lie in 0 to {classes - 1}, probabilities between "
-            f"0 and 1; -100 or NaN where there is none."
+            f"task {task!r}: class indices must lie in 0 to {classes - 1}, probabilities be "
+            f">= 0 and sum to one; -100 or NaN where there is none."
         )
     return y, present

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BayesAggWrapper, RegressionHead
+from bayesagg import BayesAggWrapper, MulticlassHead, RegressionHead
 from bayesagg.errors import (
     CaptureError,
     CheckpointError,
@@ -133,6 +133,49 @@ def test_bad_data(data, error, match):
     with pytest.raises(error, match=match):
         predictor.calibrate(data)
     assert all(torch.equal(before[k], predictor.state_dict()[k]) for k in before)
+
+
+class Tokens(nn.Module):
+    """Heads of values and of classes at every position."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.r, self.c = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return self.r(h), self.c(h)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        # As F.cross_entropy wants probabilities of tokens.
+        (
+            {"c": lambda y: y.movedim(-1, 1)},
+            r"'c': \[4, 3, 5\] targets.*shape of the head",
+        ),
+        (
+            {"r": lambda y: y.movedim(-1, 1)},
+            r"'r': \[4, 2, 5\] targets.*shape of the head",
+        ),
+        ({"r": lambda y: y.flatten(0, 1).mT}, r"'r': \[2, 20\] targets"),
+        ({"c": lambda y: y.argmax(-1).mT}, r"'c': \[5, 4\] targets"),
+        ({"c": lambda y: y / 2}, "'c'.*sum to one"),
+        ({"c": lambda y: y.argmax(-1) + 0.5}, "'c'.*class indices"),
+    ],
+)
+def test_targets_in_another_order(change, match):
+    """As many as there are outputs, but it is not to be seen which is whose."""
+    net, x = Tokens(), torch.randn(4, 5, 3)
+    targets = {"r": torch.randn(4, 5, 2), "c": torch.randn(4, 5, 3).softmax(-1)}
+    heads = {"r": RegressionHead(net.r), "c": MulticlassHead(net.c)}
+    for same in (lambda y: y, lambda y: y.flatten(0, 1)):
+        Predictor.fit(net, heads, [(x, {task: same(y) for task, y in targets.items()})])
+    for task, new in change.items():
+        targets[task] = new(targets[task])
+    with pytest.raises(TargetError, match=match):
+        Predictor.fit(net, heads, [(x, targets)])
 
 
 def test_an_output_that_the_loader_lacks():
