@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.distributions import StudentT
 
+from bayesagg.errors import NumericalWarning
 from bayesagg.predicting.data import Rows
 from bayesagg.predicting.prediction import Reading, by_rows
 from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
@@ -53,8 +55,15 @@ class Calibration:
             self.parts = [tuple(t[::2] for t in part) for part in self.parts]
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Set scale, degrees of freedom and intervals, or temperature, of the posterior."""
+    def finish(self, name: str) -> None:
+        """Set scale, degrees of freedom and intervals, or temperature, of the posterior.
+
+        Args:
+            name: of the task.
+
+        Warns:
+            NumericalWarning: of labels of one class, which tell no temperature: it is one then.
+        """
         posterior = self.posterior
         rows = [torch.cat(parts) for parts in zip(*self.parts, strict=True)]
         if posterior.head.kind == "regression":
@@ -63,7 +72,24 @@ class Calibration:
         else:
             binary = posterior.head.kind == "binary"
             scale = (_binary_temperature if binary else _class_temperature)(*rows)
+            lost = _of_one_class(rows[2], rows[3] if binary else None)
+            if bool(lost.any()):
+                which = f" of output {int(lost.nonzero()[0])}" if len(lost) > 1 else ""
+                warnings.warn(
+                    f"task {name!r}: all labels{which} to calibrate with are of one class, which "
+                    f"tells no temperature: it is one. Calibrate with labels of several classes.",
+                    NumericalWarning,
+                    stacklevel=3,
+                )
+                scale = torch.where(lost, 1.0, scale)
         posterior.scale = scale.to(posterior.scale)
+
+
+def _of_one_class(y: Tensor, present: Tensor | None) -> Tensor:
+    """Whether all labels are of one class, by binary output, ``[o]``, or of classes, ``[1]``."""
+    if present is None:
+        return (y.amax(0) > 0).sum(0, keepdim=True) == 1
+    return ((y == 0) | ~present).all(0) | ((y == 1) | ~present).all(0)
 
 
 def _student(

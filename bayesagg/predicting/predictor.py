@@ -172,7 +172,7 @@ class Predictor(nn.Module):
         freedom of a Student-t are set to those of its residuals; logits are divided by it, those
         of binary outputs one by one. Intervals of regressions reach to order statistics of the
         residuals (split conformal prediction), so that they hold their share of new labels
-        whatever the residuals' distribution.
+        whatever the residuals' distribution. Labels of one class tell no temperature.
 
         Args:
             data: as of :meth:`fit`.
@@ -188,8 +188,8 @@ class Predictor(nn.Module):
         for piece in Source(self.model, self._heads, data, cache=0).pieces():
             for name, rows in piece.items():
                 calibrations[name].add(rows)
-        for calibration in calibrations.values():
-            calibration.finish()
+        for name, calibration in calibrations.items():
+            calibration.finish(name)
         return self
 
     def exportable(self) -> MeanAndStddev:

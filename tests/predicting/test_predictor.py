@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg.errors import NumericalWarning
 from bayesagg.moments.multiclass import standard_normal_nodes
 from bayesagg.predicting import Predictor
 from tests.helpers.data import losses_over, make_batch, without
@@ -314,6 +315,21 @@ def test_calibration_finds_scale_shape_and_temperature():
             post.scale.mul_(factor)
             assert loss(task) > best
             post.scale.div_(factor)
+
+
+def test_labels_of_one_class_tell_no_temperature():
+    """However sure the predictions are, surer ones would be likelier."""
+    net = plain_net()
+    predictor = Predictor.fit(net, heads_of(net), loader())
+    data = loader(batches=2)
+    for _, labels in data:
+        labels["bin"][:, 1], labels["cls"][:] = 1, 2
+    with pytest.warns(NumericalWarning) as caught:
+        predictor.calibrate(data)
+    said = [str(one.message) for one in caught]
+    assert len(said) == 2 and "'bin': all labels of output 1" in said[0] and "'cls'" in said[1]
+    scales = {task: posterior.scale.tolist() for task, posterior in predictor._named()}
+    assert scales["bin"][0] != 1 and scales["bin"][1] == 1 and scales["cls"] == [1]
 
 
 # --- dense heads ---------------------------------------------------------------------------------
