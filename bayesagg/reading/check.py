@@ -14,6 +14,8 @@ from bayesagg.reading.observed import Said
 
 __all__ = ["check_affine", "check_own_weights"]
 
+_ROWS = 1 << 12  # data that are looked at; maps have many
+
 
 def check_affine(said: Said, features: Tensor) -> None:
     """Whether the outputs are those of weight and bias, which all that is inferred goes by.
@@ -28,9 +30,9 @@ def check_affine(said: Said, features: Tensor) -> None:
     head = said.head
     if head._sharded:  # to gather weights takes all ranks, of which some may lack the task
         return
-    output = said.rows([call.output.detach() for call in said.calls])
-    weights, bias = stacked(head).double(), features.new_ones(len(features), head.has_bias)
-    h = torch.cat([features, bias], 1).double()
+    output = said.rows([call.output.detach() for call in said.calls])[:_ROWS]
+    h, weights = features[:_ROWS].double(), stacked(head).double()
+    h = torch.cat([h, h.new_ones(len(h), head.has_bias)], 1)
     off = (output.double() - h @ weights.mT).abs()
     # Rounding, that of the weights under autocast too.
     rounding = max(16 * torch.finfo(output.dtype).eps, 1e-2)
