@@ -245,11 +245,11 @@ def counted(rank, rule, kwargs, missing):
 # Votes: refusals, the rank that refused, overflows, and what a rule asks of each of three heads.
 VOTES = {"likelihood": 3 + 3 * 3, "paper": 3 + 3 * 2}
 # By hand, with 4 + 1 weights an output. The default rule: one Gram matrix, seven columns, the
-# losses of three classifications, the numbers of data and of marks met; then squared residuals and
-# labels of two regressions, and two lengths. The paper's: halves of matrices, vectors and counts by
-# kind.
+# losses of three classifications, the number of data, three numbers for each of 128 marks; then
+# squared residuals and labels of two regressions, and two lengths. The paper's: halves of matrices,
+# vectors and counts by kind.
 SUMS = {
-    "likelihood": [25 + 7 * 5 + 3 + 1 + 1, 2 * 2 + 2],
+    "likelihood": [25 + 7 * 5 + 3 + 1 + 3 * 128, 2 * 2 + 2],
     "paper": [(15 + 2 * (5 + 1)) + (2 * 15 + 2 * (5 + 1)) + (55 + 10 + 1)],
 }
 # Of labels that are missing: five matrices, columns as before, losses and counts of all outputs; a
@@ -259,7 +259,7 @@ GAPS = {
     "paper": [SUMS["paper"][0] + 15],
 }
 AFTER = {
-    "likelihood": [GAPS["likelihood"][0] - 2 * 128 + 2, 2 * 2 + 2],
+    "likelihood": [GAPS["likelihood"][0] - 2 * 128 + 2 * 3 * 128, 2 * 2 + 2],
     "paper": SUMS["paper"],
 }
 
