@@ -104,8 +104,8 @@ class Repeats:
 
     def _met(self, found: Tensor) -> Repeats:
         data, total, squares = found.unbind(2)
-        several = data * squares - total * total > _SAME * data * squares
-        pair = torch.stack([data.sum(1), several.sum(1).to(data.dtype)]).tolist()
+        several = total.square() < (1 - _SAME) * data * squares
+        pair = torch.stack([data, several.to(data.dtype)]).sum(2).tolist()
         met, alike = (
             [a + b for a, b in zip(old, new, strict=True)]
             for old, new in zip((self.met, self.alike), pair, strict=True)
@@ -213,16 +213,21 @@ def matches(marks: Tensor, prints: Tensor, features: Sequence[Tensor]) -> Tensor
         by mark the number of data that it is met at, and the sums of a number that their features
         give and of its square, ``[G, n, 3]``.
     """
-    prints = prints[:, :_MOST]
-    near = _near(marks, prints).to(prints.dtype)
-    one = torch.stack([_projected(h[:_MOST]) for h in features]).to(prints.dtype)
-    return near @ torch.stack([torch.ones_like(one), one, one * one], 2)
+    near = _near(marks, prints[:, :_MOST]).to(prints.dtype)
+    dtype = torch.promote_types(features[0].dtype, torch.float32)
+    probe, powers = _probe(features[0].shape[1], dtype, prints.device)
+    one = [h[:_MOST].to(dtype) @ probe for h in features]
+    sums = (one[0][None] if len(one) == 1 else torch.stack(one))[..., None].pow(powers)
+    return torch.bmm(near, sums.to(near.dtype).expand(len(near), -1, -1))
 
 
-def _projected(features: Tensor) -> Tensor:
-    """One number a datum, ``[N]``, from its features, which their mean hardly moves."""
-    h = features.to(torch.promote_types(features.dtype, torch.float32))
-    return h @ torch.linspace(-1, 1, h.shape[1], dtype=h.dtype, device=h.device)
+@kept
+def _probe(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What makes one number of a datum's features, which their mean hardly moves; and 0, 1, 2."""
+    return (
+        torch.linspace(-1, 1, width, dtype=dtype, device=device),
+        torch.arange(3, dtype=dtype, device=device),
+    )
 
 
 def load_repeats(state: Any, blank: Repeats, what: str) -> Repeats:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, LikelihoodRule, PaperRule
+from bayesagg.rules import Rule
 from examples import image_models
 from examples.benchmark.cases import Case, Task
 from examples.comparison.tasks import HeadGroup
@@ -192,9 +193,6 @@ NETWORKS: dict[str, Callable[[Case], Network]] = {
     "mpnn": _mpnn,
 }
 
-# Past linear scalarization at once, which is over after 50 steps out of the box.
-RULES = {"likelihood": LikelihoodRule(warmup=2), "paper": PaperRule(pretrain_epochs=0)}
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -215,6 +213,18 @@ def arms(case: Case) -> list[Arm]:
     return [Arm(), *(Arm(rule, targets) for rule in case.rules for targets in passed)]
 
 
+def rule_of(case: Case, name: str) -> Rule:
+    """Past linear scalarization at once, which is over after 50 steps out of the box.
+
+    The memory is the default's: given, the default rule does not count the data, as it does not
+    once it has seen that there are more of them than the batches here.
+    """
+    if name == "paper":
+        return PaperRule(pretrain_epochs=0)
+    width = TOWER if case.network == "mmoe" else case.dim
+    return LikelihoodRule(warmup=2, memory=20 * (width + 1))
+
+
 @dataclass(frozen=True)
 class Step:
     """A network, its optimizer and the training step that is measured."""
@@ -231,7 +241,7 @@ def make_step(case: Case, arm: Arm) -> Step:
     if arm.rule is not None:
         modules = workload.model.heads
         heads = {task.name: HEADS[task.kind](modules[task.name]) for task in case.tasks}
-        backbone, rule = workload.model.backbone, RULES[arm.rule]
+        backbone, rule = workload.model.backbone, rule_of(case, arm.rule)
         optimizer = BayesAggWrapper(optimizer, backbone, heads, rule=rule)
     batches = itertools.cycle(workload.batches)
 

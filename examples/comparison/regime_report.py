@@ -21,10 +21,15 @@ from examples.comparison.report import markdown, p_value
 from examples.comparison.statistics import holm, paired_p_value, relative_interval
 
 REFERENCE, OURS = "ls", "bayesagg"
-_STYLES = {"bayesagg": (0, "o"), "uw": (1, "s"), "si": (2, "^"), "si-readout": (3, "D")} | {
-    REFERENCE: (6, "v")
+_STYLES = {
+    REFERENCE: (6, "v"),
+    "uw": (1, "s"),
+    "ntkmtl-sr": (4, "P"),
+    "si": (2, "^"),
+    "si-readout": (3, "D"),
+    "bayesagg": (0, "o"),
 }  # colour and marker
-_OTHERS = ((4, "P"), (5, "X"), (1, "*"), (2, "p"))  # of further methods, in turn
+_OTHERS = ((5, "X"), (1, "*"), (2, "p"))  # of further methods, in turn
 _WORDS = ("better", "level", "worse", "failed")
 _FEWEST = 6  # regimes that a test by signed ranks can tell two methods apart from, at 5 %
 _FONT = 13  # points: legible where a figure of 6.4 inches is 400 pixels wide

@@ -32,7 +32,7 @@ from examples.data import DataUnavailableError
 from examples.methods import LinearScalarization
 from examples.training import Part, TrainSettings
 
-METHODS = ("ls", "uw", "si", "si-readout", "bayesagg")
+METHODS = ("ls", "uw", "ntkmtl-sr", "si", "si-readout", "bayesagg")
 RATES, _FACTOR = (1e-3, 3.2e-3, 1e-2), math.sqrt(10)  # first, and from the edge to the next beyond
 _LINE = (1e-4, 3.2e-4, *RATES)  # of the lines "Adam" and "SGD", on which every seed has every one
 _MOLECULES, _TRAIN, _STEPS = 50_000, 2_000, 400

@@ -99,7 +99,14 @@ def run(val, test, rate, failure=""):
 
 
 def test_the_search_goes_on_where_the_edge_is_best(monkeypatch, tmp_path):
-    optimum = {"ls": 0.1, "uw": 3.2e-3, "si": 1e-5, "si-readout": 3.2e-3, "bayesagg": 3.2e-3}
+    optimum = {
+        "ls": 0.1,
+        "uw": 3.2e-3,
+        "ntkmtl-sr": 3.2e-3,
+        "si": 1e-5,
+        "si-readout": 3.2e-3,
+        "bayesagg": 3.2e-3,
+    }
     jobs = []
 
     def run_all(wanted, *_):
@@ -113,7 +120,7 @@ def test_the_search_goes_on_where_the_edge_is_best(monkeypatch, tmp_path):
     methods = dict.fromkeys(regimes.METHODS)
     found = regimes.search([small()], methods, None, 1)
     best = {name: regimes.best(tried) for (_, name), tried in found.items()}
-    for name in ("ls", "uw", "si-readout", "bayesagg"):
+    for name in ("ls", "uw", "ntkmtl-sr", "si-readout", "bayesagg"):
         assert best[name] == pytest.approx(optimum[name])
     for (_, name), tried in found.items():
         assert set(regimes.RATES) <= set(tried)
