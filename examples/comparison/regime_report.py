@@ -32,6 +32,7 @@ _STYLES = {
 _OTHERS = ((5, "X"), (1, "*"), (2, "p"))  # of further methods, in turn
 _WORDS = ("better", "level", "worse", "failed")
 _FEWEST = 6  # regimes that a test by signed ranks can tell two methods apart from, at 5 %
+_HIGHEST = 600.0  # percent, in figures
 _FONT = 13  # points: legible where a figure of 6.4 inches is 400 pixels wide
 
 
@@ -152,6 +153,8 @@ def plot_line(path: Path, points: Sequence[Point], labels: Mapping[str, str]) ->
     axes.set_xticks(places, [_text(point.value, line.percent) for point in points])
     axes.set_yscale("symlog", linthresh=40)
     low, high = axes.get_ylim()
+    high = min(high, _HIGHEST)  # a method that diverged leaves the picture
+    axes.set_ylim(max(low, -100), high)
     axes.set_yticks(
         [t for t in (-90, -60, -40, -20, -10, 0, 10, 20, 50, 100, 200, 500) if low < t < high]
     )
