@@ -79,7 +79,7 @@ class Calibration:
                     f"task {name!r}: all labels{which} to calibrate with are of one class, which "
                     f"tells no temperature: it is one. Calibrate with labels of several classes.",
                     NumericalWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 scale = torch.where(lost, 1.0, scale)
         posterior.scale = scale.to(posterior.scale)

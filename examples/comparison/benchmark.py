@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 
 from bayesagg.presets import PAPER
 from examples.comparison.networks import mlp, single_task
+from examples.comparison.statistics import logarithm
 from examples.comparison.tasks import Outputs, Task, criterion, measure, primary
 from examples.data import Moved, Split
 from examples.training import Criterion, Part, TrainSettings, train
 
 _CLIP = 6.0  # standard deviations: rare columns would give inputs of 100
 _CHUNK = 4096  # data at once in evaluation, where the part has no number of its own
-_SMALLEST = 1e-12  # a metric of 0 has no logarithm
 _WIDTHS = (128, 64)  # of the MLP of changed benchmarks: small, as there are many runs
 _SEED = 7  # of mixtures, noise and gaps: the same for all methods and seeds
 
@@ -146,7 +145,7 @@ def validation_scores(model: nn.Module, data: Benchmark) -> list[float]:
     else:
         measured = measure(data.tasks, *predict(model, data.val), data.scale)
     return [
-        (-1 if task.higher_is_better else 1) * math.log(max(value, _SMALLEST))
+        (-1 if task.higher_is_better else 1) * logarithm(value)
         for task, value in zip(data.tasks, primary(data.tasks, measured), strict=True)
     ]
 

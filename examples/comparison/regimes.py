@@ -28,6 +28,7 @@ from examples.comparison.pipeline import run_all
 from examples.comparison.regime_report import LINES, REFERENCE, Point, write
 from examples.comparison.runs import Data, Job, Run, Store, load
 from examples.comparison.search import FURTHEST, beyond
+from examples.comparison.statistics import logarithm
 from examples.data import DataUnavailableError
 from examples.methods import LinearScalarization
 from examples.training import Part, TrainSettings
@@ -88,7 +89,7 @@ def score(run: Run, part: str) -> float:
     logs = []
     for values in getattr(run, part):
         error = values["mae"] if "mae" in values else 1 - values.get("auroc", values["accuracy"])
-        logs.append(math.log(max(error, 1e-9)))
+        logs.append(logarithm(error))
     return sum(logs) / len(logs)
 
 

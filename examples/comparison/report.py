@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from examples.comparison.costs import Cost
 from examples.comparison.pipeline import AGAINST, Chosen, Outcome, Plan
 from examples.comparison.runs import Run, criteria, load
 from examples.comparison.statistics import (
+    logarithm,
     paired_interval,
     paired_p_value,
     relative_interval,
@@ -29,7 +29,6 @@ _ERRORS = (
     "Errors: geometric mean over the tasks, which asks for no yardstick, with its 95 % interval, "
     "and p of a paired t-test of the logarithms over the seeds, without a correction."
 )
-_SMALLEST = 1e-12  # an error of 0 has no logarithm
 _PARTS = {"val": "validation", "test": "test"}
 
 
@@ -132,10 +131,7 @@ def error_table(
     if any(data.higher_is_better) or reference not in outcome.standings:
         return ""
     logs = {
-        name: [
-            mean(math.log(max(value, _SMALLEST)) for value in run)
-            for run in criteria(data, outcome.runs[name], "shown")
-        ]
+        name: [mean(map(logarithm, run)) for run in criteria(data, outcome.runs[name], "shown")]
         for name in _order(outcome)
         if name in outcome.standings
     }

@@ -11,6 +11,9 @@ from scipy import stats
 
 from bayesagg.metrics import delta_m, mean_rank
 
+_SMALLEST = 1e-12  # an error of 0 has no logarithm
+_LARGEST = 700.0  # logarithms beyond have no number: of runs that all but diverged
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -62,8 +65,15 @@ def relative_interval(
 ) -> tuple[float, float, float]:
     """Ratio of paired values less one with its 95 % interval, in percent, from their logarithms."""
     middle, half = paired_interval(first, second)
-    low, middle, high = (100 * math.expm1(x) for x in (middle - half, middle, middle + half))
+    low, middle, high = (
+        100 * math.expm1(min(x, _LARGEST)) for x in (middle - half, middle, middle + half)
+    )
     return middle, low, high
+
+
+def logarithm(error: float) -> float:
+    """Of an error; of none, that of a very small one."""
+    return math.log(max(error, _SMALLEST))
 
 
 def task_means(runs: Sequence[Sequence[float]]) -> list[float]:

@@ -154,6 +154,7 @@ def test_differences_are_paired_and_in_percent():
     expected = [100 * math.expm1(value) for value in (-0.11, *interval)]
     assert [middle, low, high] == pytest.approx(expected)
     assert point(shift).p_value("bayesagg") == pytest.approx(stats.ttest_1samp(shift, 0).pvalue)
+    assert point([200.0, 0.0, 600.0]).against("bayesagg")[2] > 1e300  # all but diverged
 
 
 def test_wins_and_losses_are_counted_and_losses_are_said():

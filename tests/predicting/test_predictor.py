@@ -326,6 +326,7 @@ def test_labels_of_one_class_tell_no_temperature():
         labels["bin"][:, 1], labels["cls"][:] = 1, 2
     with pytest.warns(NumericalWarning) as caught:
         predictor.calibrate(data)
+    assert {one.filename for one in caught} == {__file__}
     said = [str(one.message) for one in caught]
     assert len(said) == 2 and "'bin': all labels of output 1" in said[0] and "'cls'" in said[1]
     scales = {task: posterior.scale.tolist() for task, posterior in predictor._named()}
