@@ -56,7 +56,7 @@ def regression_log_moments(
     dtype = posterior.mean.dtype if dtype is None else dtype
     tiny = torch.finfo(dtype).tiny
     m = posterior.mean[:, None, :d].to(dtype)
-    r = torch.addmm(targets.mT, posterior.mean, features.mT, beta=-1).to(dtype)[..., None]
+    r = _residuals(features, targets, posterior).to(dtype)
     sd, rho, variance = whitened(features, posterior, d, dtype)
     sd = sd.to(dtype)
     mean = torch.addcmul(rho * (2 * sd), m, 2 * r)
@@ -74,7 +74,7 @@ def _covariances(
     features: Tensor, targets: Tensor, posterior: Gaussian, d: int
 ) -> tuple[Tensor, Tensor]:
     m = posterior.mean[:, None, :d]
-    r = (features @ posterior.mean.mT - targets).mT[..., None]
+    r = _residuals(features, targets, posterior)
     sd, rho, _ = whitened(features, posterior, d, posterior.mean.dtype)
     s, u = posterior.covariance[:, None, :d, :d], sd * rho
     mu = (m * r)[..., :, None] * u[..., None, :]
@@ -82,3 +82,8 @@ def _covariances(
     cov = cov + (r.square() + sd.square())[..., None] * s + u[..., :, None] * u[..., None, :]
     mean = torch.addcmul(rho * (2 * sd), m, 2 * r)
     return mean.transpose(0, 1), (4 * cov).transpose(0, 1)
+
+
+def _residuals(features: Tensor, targets: Tensor, posterior: Gaussian) -> Tensor:
+    """``r``, ``[K, N, 1]``; worked out once, so that means agree in every bit."""
+    return torch.addmm(targets.mT, posterior.mean, features.mT, beta=-1)[..., None]
