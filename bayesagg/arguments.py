@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayesagg.heads import Head, LossTask
 from bayesagg.rules import LikelihoodRule, PaperRule, Rule
 
-__all__ = ["check_arguments", "passthrough_of", "rule_of"]
+__all__ = ["check_arguments", "device_of", "passthrough_of", "rule_of"]
 
 _RULES: dict[str, Callable[[], Rule]] = {"likelihood": LikelihoodRule, "paper": PaperRule}
 
@@ -57,6 +57,16 @@ def check_arguments(
             f"steps_per_epoch must be a positive integer, such as len(train_loader), or None; got "
             f"{steps!r}."
         )
+
+
+def device_of(tasks: Mapping[str, Head | LossTask], losses: object = None) -> torch.device:
+    """Where the first head is; where there is none, the first loss; else the CPU."""
+    for task in tasks.values():
+        if isinstance(task, Head):
+            return task.linear.weight.device
+    given = losses.values() if isinstance(losses, Mapping) else losses
+    some = given if isinstance(given, Iterable) else ()
+    return next((one.device for one in some if isinstance(one, Tensor)), torch.device("cpu"))
 
 
 def passthrough_of(names: Collection[str], tasks: Mapping[str, Head | LossTask]) -> frozenset[str]:

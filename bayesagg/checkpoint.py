@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bayesagg.arguments import device_of
 from bayesagg.checking import check, check_keys, tensor_leaf
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head, LossTask
@@ -71,21 +72,20 @@ def read_state(
             f"the wrapper or engine with the rule it was saved with."
         )
     check(isinstance(state["optimizer_known"], bool), "the mark of the optimizer is no boolean")
-    device = next(h for h in tasks.values() if isinstance(h, Head)).linear.weight.device
+    device = device_of(tasks)
     weights = state["task_weights"]
     check(
-        isinstance(weights, dict)
-        and weights.keys() == {n for n, task in tasks.items() if isinstance(task, Head)},
-        "the task weights are not those of the heads",
+        isinstance(weights, dict) and weights.keys() == tasks.keys(),
+        "the task weights are not those of the tasks",
     )
     shares = {}
     for name, value in weights.items():
-        task = tasks[name]
-        shape = (task.num_tasks,) if isinstance(task, Head) else (1,)
         what = f"task {name!r}: its weight"
         check(isinstance(value, torch.Tensor), f"{what} is no tensor")
         check(value.is_floating_point(), f"{what} is of type {value.dtype}")
-        shares[name] = tensor_leaf(value, shape, value.to(device), what, minimum=0.0)
+        shares[name] = tensor_leaf(
+            value, (tasks[name].num_tasks,), value.to(device), what, minimum=0.0
+        )
     return {
         "memory": memory.loaded(state["memory"], device),
         "reader": reader.loaded(state["reader"]),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bayesagg.arguments import check_arguments, passthrough_of, rule_of
+from bayesagg.arguments import check_arguments, device_of, passthrough_of, rule_of
 from bayesagg.checkpoint import describe, read_state
 from bayesagg.heads import Head, LossTask, named_heads
 from bayesagg.parallel import Exchange, ProcessGroup
@@ -99,7 +99,7 @@ class BayesAgg(nn.Module):
         self._modules_of_ranks = (*modules, *([shared_rep_hook] if shared_rep_hook else []))
         self._exchange.start(None, self._modules_of_ranks)  # sharding shows before a forward pass
         self._optimizer_known = False
-        self._weights = uniform_weights(self.heads)
+        self._weights = uniform_weights(self.tasks)
         self._weigh: Callable[[], Mapping[str, Tensor]] | None = None
         _meet_optimizer(self)
 
@@ -145,8 +145,8 @@ class BayesAgg(nn.Module):
 
     def _step(self, losses: Losses, targets: Losses | None) -> Step:
         """What the backward pass of some losses will do; nothing has changed yet."""
-        device = next(iter(self.heads.values())).linear.weight.device
-        self._exchange.start(self._capture.group, self._modules_of_ranks)
+        device = device_of(self.heads, losses)
+        self._exchange.start(self._capture.group, self._modules_of_ranks, bool(self.heads))
         under = torch.is_autocast_enabled(device.type)
         with torch.autocast(device.type, enabled=False) if under else nullcontext():
             try:
@@ -220,7 +220,7 @@ class BayesAgg(nn.Module):
             PredictionError: without data, if a head has no evidence.
             BayesAggError: for bad data, as of :meth:`bayesagg.predicting.Predictor.fit`.
         """
-        return Predictor.of_rule(model, self.heads, self.rule, self._memory, data, **settings)
+        return Predictor.of_rule(model, self.tasks, self.rule, self._memory, data, **settings)
 
     def _adopt(self, plan: Plan, known: Mapping[str, Any] | None) -> None:
         """The backward pass has run: learn, keep the weights, set the heads; not if run again."""

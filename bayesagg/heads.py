@@ -33,10 +33,11 @@ Readout = Literal["posterior", "gradient"]
 class LossTask:
     """A loss without a head to infer, weighed by its learned scale: its gradient over its mean.
 
-    Contrastive terms, an adversary, a detection loss, a loss that pools a head's outputs: under an
-    entry of ``heads`` its gradient reaches all that it depends on, divided by a running mean of
-    the loss (which should therefore be positive; one that is not is taken as it is).
+    Contrastive terms, a detection loss, one that pools outputs: its gradient reaches all that it
+    depends on, over a running mean of the loss (one that is not positive is taken as it is).
     """
+
+    num_tasks: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,8 +273,7 @@ def named_heads(
     """Tasks by name (``"0"``, ``"1"``, … for a sequence), checked against each other.
 
     Raises:
-        HeadError: if there is no head, an entry is neither head nor :class:`LossTask`, or one
-            module is given twice.
+        HeadError: for no task at all, what is neither head nor loss, or one module given twice.
     """
     named = dict(heads) if isinstance(heads, Mapping) else {str(i): h for i, h in enumerate(heads)}
     owners: dict[int, str] = {}
@@ -292,8 +292,9 @@ def named_heads(
                     f"heads {other!r} and {name!r} share one module, or weights: give each task "
                     f"its own linear layer, or pass it once (every output of it is a task)."
                 )
-    if not owners:
+    if not named:
         raise HeadError(
-            "`heads` has no head: pass one RegressionHead, BinaryHead or MulticlassHead a task."
+            "`heads` is empty: pass a RegressionHead, BinaryHead or MulticlassHead a task, or "
+            "LossTask() for a loss without a head."
         )
     return named

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from bayesagg import BayesAggWrapper, BinaryHead, LossTask, MulticlassHead, RegressionHead
+from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.errors import HeadError
 from bayesagg.rules import PaperRule
 from tests.helpers.settings import QUICK, RULES, WIDTH
@@ -95,10 +95,7 @@ WRAPPERS = [
         (r"heads\['reg'\] is a Linear", "wrap the module in RegressionHead"),
         lambda net, rule: {"heads": dict(net.heads)},
     ),
-    *(
-        (HeadError, ("`heads` has no head", "pass one"), {"heads": heads})
-        for heads in ({}, [], {"aux": LossTask()})
-    ),
+    *((HeadError, ("`heads` is empty", "pass a"), {"heads": heads}) for heads in ({}, [])),
     *(
         (ValueError, ("`shared_rep_hook` must be", "Pass the module"), {"shared_rep_hook": hook})
         for hook in ("trunk", 3)

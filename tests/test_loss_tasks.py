@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bayesagg import LossTask
+from bayesagg import BayesAgg, BayesAggWrapper, LikelihoodRule, LossTask
+from bayesagg.errors import HeadError
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import plain_net
 from tests.helpers.settings import EPOCH, PHASES, WIDTH
@@ -114,3 +115,92 @@ def test_targets_of_losses_without_a_head_are_of_no_use(rule, device, dtype, bat
         optimizer.step(losses, targets={**labels, **more})
         results.append(snapshot(net, optimizer))
     assert_same(*results)
+
+
+def two_losses(net, x):
+    """Of one network, neither with a head."""
+    h = net.trunk(x)
+    return {"long": 1 + h.square().mean(), "near": 100 * (h - 1).abs().mean()}
+
+
+@pytest.mark.parametrize("decay_of", [1, 20])
+def test_losses_without_heads_alone_are_divided_by_their_running_means(decay_of, device, dtype):
+    """The default rule's only: the paper's weighs heads. The first step has its own values."""
+    rule = LikelihoodRule(warmup=0, lag=decay_of)
+    net = plain_net(device, dtype)
+    engine = BayesAgg(None, {"long": LossTask(), "near": LossTask()}, rule=rule)
+    values = []
+    for index in range(4):
+        losses = two_losses(net, make_batch(device, dtype, seed=index)[0])
+        now = torch.stack([*losses.values()]).detach().double()
+        past = torch.stack(values or [now])
+        ages = torch.arange(len(past), device=device).flip(0)[:, None]
+        means = (rule.decay**ages * past).sum(0) / (rule.decay**ages).sum(0)
+        values.append(now)
+
+        own = [p for p in net.trunk.parameters()]
+        each = [torch.autograd.grad(loss, own, retain_graph=True) for loss in losses.values()]
+        net.zero_grad()
+        engine(losses).backward()
+        for parameter, *gradients_of_losses in zip(own, *each, strict=True):
+            pairs = zip(gradients_of_losses, means, strict=True)
+            torch.testing.assert_close(parameter.grad, sum(g / m.to(g) for g, m in pairs))
+        shares = torch.cat([*engine.task_weights.values()])
+        torch.testing.assert_close(shares, (1 / means) / (1 / means).sum())
+        with torch.no_grad():
+            for parameter in own:
+                parameter -= 0.01 * parameter.grad
+
+
+def test_losses_without_heads_alone_resume(device, dtype):
+    ends = []
+    for stop in (None, 60):
+        net, steps = plain_net(device, dtype), 0
+        tasks = {"long": LossTask(), "near": LossTask()}
+        optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters()), None, tasks)
+        while steps < 70:  # beyond the warm-up
+            if steps == stop:
+                saved = optimizer.state_dict()
+                optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters()), None, tasks)
+                optimizer.load_state_dict(saved)
+            optimizer.zero_grad()
+            optimizer.step(two_losses(net, make_batch(device, dtype, seed=steps)[0]))
+            steps += 1
+        ends.append(snapshot(net, optimizer))
+    assert_same(*ends)
+
+
+def test_without_heads_there_is_nothing_to_predict_with(device, dtype, batch):
+    net = plain_net(device, dtype)
+    engine = BayesAgg(None, {"long": LossTask()})
+    for data in (None, [batch]):
+        with pytest.raises(HeadError, match=r"nothing but LossTask.*no posterior"):
+            engine.predictor(net, data)
+
+
+def test_the_paper_s_rule_needs_a_head(device, dtype):
+    with pytest.raises(HeadError, match=r"nothing but LossTask.*default rule"):
+        BayesAgg(None, {"long": LossTask()}, rule="paper")
+
+
+@PHASES
+def test_weights_of_losses_without_heads_are_what_multiplies_them(
+    steps, rule, device, dtype, batch
+):
+    """As shares of the sum over all tasks; they are uniform while training is that of the sum."""
+    x, labels = batch
+    net = plain_net(device, dtype)
+    optimizer = other_losses(net, rule, "task")
+    free = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+    for index in range(steps + 1):
+        optimizer.zero_grad()
+        losses = make_losses(net(make_batch(device, dtype, seed=index)[0]), labels)
+        optimizer.step({**losses, "aux": 3 * free})
+    weights = optimizer.task_weights
+    assert weights["aux"].shape == (1,)
+    torch.testing.assert_close(sum(w.sum() for w in weights.values()).item(), 1.0)
+    if rule == "paper" and steps > 1:  # sums of its weights over the tasks are their number
+        outputs = sum(len(w) for name, w in weights.items() if name != "aux")
+        torch.testing.assert_close(weights["aux"].item(), 1 / (1 + outputs))
+    optimizer.step(make_losses(net(x), labels))
+    assert (optimizer.task_weights["aux"].item() == 0.0) == (steps > 1)  # not in that step

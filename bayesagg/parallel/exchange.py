@@ -53,12 +53,19 @@ class Exchange:
     def __reduce__(self) -> tuple[type[Exchange], tuple[Any]]:
         return Exchange, (self.setting,)
 
-    def start(self, seen: ProcessGroup | None, modules: Sequence[nn.Module]) -> None:
+    def start(
+        self, seen: ProcessGroup | None, modules: Sequence[nn.Module], watching: bool = True
+    ) -> None:
         """Find the ranks of a step.
 
         Args:
             seen: the group of the DistributedDataParallel module that ran the forward pass.
             modules: whose parameters FSDP2 may have sharded.
+            watching: whether there is a head, which sees such a module.
+
+        Raises:
+            BayesAggError: if nothing is watched, and nobody says which of several processes train
+                one model.
         """
         self.ranks, self.sent = None, 0
         if not (dist.is_available() and dist.is_initialized()):
@@ -68,6 +75,11 @@ class Exchange:
             if seen is None and self._sharded is None:  # gathered parameters do not show it
                 self._sharded = sharding_group(modules)
             group = self._sharded if seen is None else seen
+            if group is None and not watching and dist.get_world_size() > 1:
+                raise BayesAggError(
+                    "no task has a head, so nothing shows which ranks train one model: pass "
+                    "`process_group=torch.distributed.group.WORLD`, or None if each trains its own."
+                )
         self.ranks = None if group is None or dist.get_world_size(group) == 1 else group
 
     @property

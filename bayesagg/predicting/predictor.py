@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesagg.errors import CheckpointError, PredictionError
+from bayesagg.errors import CheckpointError, HeadError, PredictionError
 from bayesagg.heads import Head, LossTask, check_kinds, named_heads
 from bayesagg.predicting.calibration import Calibration
 from bayesagg.predicting.classification import MAX_PARAMETERS, laplace
@@ -56,6 +56,11 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
+        if not named:
+            raise HeadError(
+                "`heads` has nothing but LossTask(): there is no posterior to predict with. Pass "
+                "the heads of the tasks that have one."
+            )
         check_kinds(named, KINDS, "prediction")
         self._heads = Heads(model, named)
         self.model, self.tasks = model, tuple(named)
@@ -99,7 +104,7 @@ class Predictor(nn.Module):
     def of_rule(
         cls,
         model: nn.Module,
-        heads: Mapping[str, Head],
+        heads: Mapping[str, Head | LossTask],
         rule: object,
         memory: object,
         data: Iterable[Any] | None = None,
@@ -122,7 +127,7 @@ class Predictor(nn.Module):
                 f"in predictor(model, train_loader)."
             )
         found = inferred(memory)
-        for name in heads:
+        for name in predictor.tasks:
             if name not in found:
                 raise PredictionError(
                     f"task {name!r}: there is no evidence of training for its head. The engine has "

@@ -22,8 +22,8 @@ class Binary(PerOutput):
     needs_factor: ClassVar[bool] = True
     loss_name: ClassVar[str] = "a binary cross-entropy of constant weight on logits"
     hints: ClassVar[str] = (
-        "outputs that are pooled, class or example weights, a focal term, or a regulariser in the "
-        "loss"
+        "outputs that are pooled or interpolated (do so to the features instead), class or "
+        "example weights, a focal term, or a regulariser in the loss"
     )
 
     other_labels: ClassVar[str] = (

@@ -23,9 +23,9 @@ class Multiclass:
     needs_factor: ClassVar[bool] = False
     loss_name: ClassVar[str] = "a cross-entropy of constant weight on logits"
     hints: ClassVar[str] = (
-        "outputs that are pooled, class or example weights, a temperature, a regulariser in the "
-        "loss, or soft or smoothed labels, whose targets are the probabilities that the loss "
-        "compares with, one per class"
+        "outputs that are pooled or interpolated (do so to the features instead), class or "
+        "example weights, a temperature, a regulariser in the loss, or soft or smoothed labels, "
+        "whose targets are the probabilities that the loss compares with, one per class"
     )
 
     other_labels: ClassVar[str] = (

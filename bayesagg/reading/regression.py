@@ -21,8 +21,8 @@ class Regression(PerOutput):
     loss_name: ClassVar[str] = "a squared error of constant weight"
     hints: ClassVar[str] = (
         "labels of another shape than the output (they broadcast), an activation on the output, "
-        "outputs that are pooled, weights, a regulariser in the loss, or a classification, which "
-        "needs a BinaryHead or MulticlassHead"
+        "outputs that are pooled or interpolated (do so to the features instead), weights, a "
+        "regulariser in the loss, or a classification, which needs a BinaryHead or MulticlassHead"
     )
 
     other_labels: ClassVar[str] = (

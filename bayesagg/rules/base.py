@@ -89,8 +89,8 @@ class Rule(Protocol):
         """What the backward pass of a batch will do; neither batch nor memory change."""
 
 
-def uniform_weights(heads: Mapping[str, Head], like: Tensor | None = None) -> dict[str, Tensor]:
-    """The same share for every output of every head; ``like`` has the dtype and the device."""
+def uniform_weights(tasks: Tasks, like: Tensor | None = None) -> dict[str, Tensor]:
+    """The same share for every output of every task; ``like`` has the dtype and the device."""
     like = torch.zeros(()) if like is None else like
-    share = 1 / sum(head.num_tasks for head in heads.values())
-    return {name: like.new_full((head.num_tasks,), share) for name, head in heads.items()}
+    share = 1 / sum(task.num_tasks for task in tasks.values())
+    return {name: like.new_full((task.num_tasks,), share) for name, task in tasks.items()}

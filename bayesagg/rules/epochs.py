@@ -15,6 +15,7 @@ from bayesagg.checking import check, check_keys, scalar_leaf
 from bayesagg.heads import Head
 from bayesagg.likelihoods import Evidence
 from bayesagg.posterior import Gaussian
+from bayesagg.rules.base import Tasks
 from bayesagg.rules.groups import Group
 from bayesagg.rules.state import State
 
@@ -60,6 +61,7 @@ class PaperMemory:
     """The state of :class:`bayesagg.rules.PaperRule`.
 
     Attributes:
+        tasks: all, by name.
         groups: of heads.
         dtype: of the evidence.
         seed: of the first step's samples.
@@ -75,6 +77,7 @@ class PaperMemory:
         pending: there was a backward pass since the last step.
     """
 
+    tasks: Tasks
     groups: Sequence[Group]
     dtype: torch.dtype
     seed: int

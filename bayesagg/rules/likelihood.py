@@ -137,16 +137,16 @@ class LikelihoodRule(Settings):
         scales = self._scales(memory, misses)
         plan = Plan(update=Update(idle + units, scales, length, memory.steps, before, self.decay))
         if memory.steps < self.warmup:
-            plan.weights = uniform_weights(memory.heads, like)
+            plan.weights = uniform_weights(memory.tasks, like)
             return plan
+        beside = [name for name in others if name in batch.losses and name not in memory.heads]
         own = {name: ratios[name] for name in parts if name not in here}
+        own |= {name: others[name][0] for name in beside}
         frames = [one.frame for one in found]
-        plan.weights = partial(_shares, list(parts), frames, values, own)
+        plan.weights = partial(_shares, [*parts, *beside], frames, values, own)
         scale = self._length_scale(memory, length)
         plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
-        plan.loss_weights = {
-            n: ratio * scale for n, (ratio, _) in others.items() if n not in memory.heads
-        }
+        plan.loss_weights = {name: others[name][0].squeeze() * scale for name in beside}
         for one in found:
             plan.heads |= one.module_weights(memory.heads)
         plan.spared = tuple(plan.heads)
@@ -170,7 +170,7 @@ class LikelihoodRule(Settings):
         like: Tensor,
         exchange: Exchange,
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of tasks without inference: ratio ``[o]`` or scalar, and value and number of the loss."""
+        """Of tasks without inference: ratio ``[o]``, and value and number of the loss."""
         values = {}
         for name in [n for n in memory.tasks if n in owning or n not in memory.heads]:
             loss = batch.losses.get(name)
@@ -186,18 +186,17 @@ class LikelihoodRule(Settings):
             if name in first:
                 scale = first[name][0] / first[name][1].clamp(min=1)
             else:
-                scale = means_of(memory.others[name][:, None], (value[:1],))[0][0]
+                known = memory.others[name].to(value.device)
+                scale = means_of(known[:, None], (value[:1],))[0][0]
             ratio = torch.where(scale > 0, scale.reciprocal(), 1.0)
-            task = memory.tasks[name]
-            outputs = (task.num_tasks,) if isinstance(task, Head) else ()
-            found[name] = (ratio.expand(outputs), value)
+            found[name] = (ratio.expand(memory.tasks[name].num_tasks), value)
         return found
 
     def _scales(self, memory: FadingMemory, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Running means of the losses of tasks without inference, ``[2]`` each."""
         return {
             name: running_mean(
-                memory.others.get(name, torch.zeros_like(value))[:, None],
+                memory.others.get(name, torch.zeros_like(value)).to(value.device)[:, None],
                 ((value[0] / value[1].clamp(min=1))[None],),
                 value[1] > 0,
                 self.decay,
@@ -231,7 +230,7 @@ def _warn_of_unused(name: str, head: Head) -> None:
 
 def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:
     """A running sum whose normalisation cancels from ratios."""
-    return value * (1 - decay) if state is None else torch.lerp(value, state, decay)
+    return value * (1 - decay) if state is None else torch.lerp(value, state.to(value), decay)
 
 
 def _shares(
@@ -243,10 +242,10 @@ def _shares(
     """Ratios of the tasks of this rank's batch as shares of their sum; 0 without any label.
 
     Args:
-        names: of the heads in the batch.
+        names: of the tasks in the batch.
         frames: of the stacks.
         values: ratios by stack, ``[G, T]``.
-        others: ratios by head that is in no stack, ``[o]``.
+        others: ratios by task that is in no stack, ``[o]``.
     """
     found = dict(others)
     for frame, value in zip(frames, values, strict=True):

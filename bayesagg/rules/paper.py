@@ -94,6 +94,11 @@ class PaperRule:
             HeadError: if heads of different widths cannot receive one tensor.
         """
         heads = {name: head for name, head in tasks.items() if isinstance(head, Head)}
+        if not heads:
+            raise HeadError(
+                "`heads` has nothing but LossTask(), and the paper's rule weighs heads alone: pass "
+                "one of a task, or use the default rule."
+            )
         widths = {head.in_features: name for name, head in heads.items()}
         if len(widths) > 1:
             (one, first), (other, second) = list(widths.items())[:2]
@@ -102,7 +107,7 @@ class PaperRule:
                 f"{_ONE_TENSOR}"
             )
         groups = make_groups(heads)
-        return PaperMemory(groups, dtype, seed, self.pretrain_epochs, steps_per_epoch)
+        return PaperMemory(tasks, groups, dtype, seed, self.pretrain_epochs, steps_per_epoch)
 
     def inferred(self, memory: PaperMemory) -> dict[str, Inferred]:
         """Posteriors of all heads of which there is evidence, for predictions."""
@@ -138,7 +143,7 @@ class PaperRule:
         found = {name for name, flag in zip(memory.heads, flags[1::2], strict=True) if flag}
         own = memory.owning | found
         kept = {name for name in own if memory.heads[name].writable}  # not those frozen for now
-        plan = Plan(weights=uniform_weights(memory.heads), update=Update(owning=kept))
+        plan = Plan(weights=uniform_weights(memory.tasks), update=Update(owning=kept))
         if not memory.collects:
             return plan
         generator = torch.Generator(batch.total.device).manual_seed(memory.seed + memory.draws)
@@ -159,7 +164,8 @@ class PaperRule:
         whole = {name: head.weights() for name, head in memory.heads.items() if name in own}
         if batch.parts:
             gradient, weights = self._gradient(memory, data, sample, posteriors, generator)
-            gradient, plan.weights = self._with_own(batch, whole, gradient, weights)
+            gradient, weights = self._with_own(batch, whole, gradient, weights)
+            plan.weights = self._with_others(memory, batch, weights)
             plan.gradients = {batch.parts[0].key: gradient}
         return plan
 
@@ -217,6 +223,19 @@ class PaperRule:
             gradient = gradient + (rows / tasks if mean else rows)
             weights[name] = torch.full_like(weights[name], 1 / tasks)
         return gradient, weights
+
+    def _with_others(
+        self, memory: PaperMemory, batch: Batch, weights: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Shares among losses without a head too, whose gradients are multiplied by one."""
+        others = [name for name in memory.tasks if name in batch.losses and name not in weights]
+        if not others:
+            return weights
+        mean = self.gradient_scale == "mean"  # what the weights of heads are multiplied by
+        heads = 1 if mean else sum(memory.heads[name].num_tasks for name in batch.tasks)
+        share, like = 1 / (heads + len(others)), next(iter(weights.values()))
+        found = {name: weight * heads * share for name, weight in weights.items()}
+        return found | {name: like.new_full((1,), share) for name in others}
 
 
 def _by_head(batch: Batch) -> dict[str, Part]:

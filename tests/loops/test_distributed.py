@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from bayesagg.errors import RankError
+from bayesagg import BayesAgg, LikelihoodRule, LossTask
+from bayesagg.errors import BayesAggError, RankError
 from tests.helpers.data import losses_over, make_losses, without
 from tests.helpers.nets import plain_net
 from tests.helpers.settings import EPOCH, GRADIENT, OPTIMIZERS, READOUT, SAMPLED
@@ -311,6 +312,34 @@ def on_their_own(rank, rule):
 
 def test_ranks_with_models_of_their_own_are_left_alone(rule, ranks):
     assert ranks.run(on_their_own, rule) == [None, None]
+
+
+def without_heads(rank, group):
+    """One step of a loss without a head, of another value on every rank."""
+    engine = BayesAgg(
+        None, {"only": LossTask()}, rule=LikelihoodRule(warmup=0), process_group=group
+    )
+    free = torch.ones((), requires_grad=True)
+    try:
+        engine({"only": (1 + rank) * free}).backward()
+    except BayesAggError as error:
+        return str(error)
+    return engine.get_extra_state()["memory"]["others"]["only"], free.grad
+
+
+def test_ranks_without_any_head_have_to_be_told(ranks):
+    """The default rule's, which alone takes no head."""
+    for said in ranks.run(without_heads, "auto"):
+        assert "pass `process_group=" in said
+    (one, first), (other, second) = ranks.run(without_heads, None)
+    assert not torch.equal(one, other)
+    (one, first), (other, second) = ranks.run(with_world)
+    assert torch.equal(one, other)
+    assert torch.equal(2 * first, second)  # both over the mean of both losses
+
+
+def with_world(rank):
+    return without_heads(rank, dist.group.WORLD)
 
 
 def by_hand(rank, rule):
