@@ -126,7 +126,7 @@ def two_losses(net, x):
 @pytest.mark.parametrize("decay_of", [1, 20])
 def test_losses_without_heads_alone_are_divided_by_their_running_means(decay_of, device, dtype):
     """The default rule's only: the paper's weighs heads. The first step has its own values."""
-    rule = LikelihoodRule(warmup=0, lag=decay_of)
+    rule = LikelihoodRule(warmup=0, lag=decay_of, keep_length=False)
     net = plain_net(device, dtype)
     engine = BayesAgg(None, {"long": LossTask(), "near": LossTask()}, rule=rule)
     values = []
@@ -150,6 +150,25 @@ def test_losses_without_heads_alone_are_divided_by_their_running_means(decay_of,
         with torch.no_grad():
             for parameter in own:
                 parameter -= 0.01 * parameter.grad
+
+
+@pytest.mark.parametrize(("keeps", "adam"), [(False, False), (True, False), (True, True)])
+def test_one_loss_without_a_head_under_sgd_is_trained_as_it_is(keeps, adam, device, dtype):
+    """The default rule's. Under Adam, whose step is the same, it may be five times as long."""
+    net = plain_net(device, dtype)
+    base = (torch.optim.Adam if adam else torch.optim.SGD)(net.parameters(), lr=1e-4)
+    rule = LikelihoodRule(warmup=3, keep_length=keeps)
+    optimizer = BayesAggWrapper(base, None, {"only": LossTask()}, rule=rule)
+    factors = []
+    for index in range(8):
+        loss = 1e-3 * two_losses(net, make_batch(device, dtype, seed=index)[0])["long"]
+        (own,) = torch.autograd.grad(loss, net.trunk[0].weight, retain_graph=True)
+        optimizer.zero_grad()
+        optimizer.step({"only": loss})
+        factors.append((net.trunk[0].weight.grad.norm() / own.norm()).item())
+    assert factors[:3] == pytest.approx([1.0] * 3)
+    mean = 1.0 if keeps and not adam else 5.0 if adam else 1 / loss.item()
+    assert factors[3:] == pytest.approx([mean] * 5, rel=0.1)
 
 
 def test_losses_without_heads_alone_resume(device, dtype):

@@ -17,7 +17,7 @@ from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import Stack, cat
 from bayesagg.rules.streaming import Inference
 
-__all__ = ["Exact", "exact_gradients", "gradients", "totals"]
+__all__ = ["Exact", "exact_gradients", "gradients", "squared_lengths", "squared_sums", "totals"]
 
 
 @dataclass
@@ -136,13 +136,10 @@ def gradients(
 def totals(
     exact: Sequence[Exact],
     others: Mapping[str, tuple[Tensor, Tensor]],
-    planned: Mapping[Key, Tensor],
-    plain: Mapping[Key, Tensor],
-    like: Tensor,
+    lengths: Tensor,
     exchange: Exchange,
 ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
     """Sums over all ranks: squared residuals by stack, squared lengths, values of losses."""
-    lengths = _square([*planned.values()], [*plain.values()], like)
     if exchange.size > 1:  # the gradients of ranks are averaged
         lengths = lengths / exchange.size**2
     parts = [one.sums for one in exact] + [lengths] + [value for _, value in others.values()]
@@ -151,10 +148,20 @@ def totals(
     return sums[:n], sums[n], dict(zip(others, sums[n + 1 :], strict=True))
 
 
-def _square(planned: list[Tensor], plain: list[Tensor], like: Tensor) -> Tensor:
-    """Squared lengths of the gradients, of both kinds at the same keys, ``[2]``."""
+def squared_lengths(
+    planned: Mapping[Key, Tensor], plain: Mapping[Key, Tensor], like: Tensor
+) -> Tensor:
+    """Of the gradients of both kinds, at the same keys, ``[2]``; nothing where there are none."""
     if not planned:
         return like.expand(2)
-    norms = torch.stack([torch.linalg.vector_norm(g) for g in planned + plain])
+    every = [*planned.values(), *plain.values()]
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in every])
     squares = norms.to(like.dtype).square_()
     return squares if len(plain) == 1 else squares.view(2, -1).sum(1)
+
+
+def squared_sums(others: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """Of losses, weighed and as they are, ``[2]``: lengths where no head shows a gradient."""
+    pairs = [torch.stack([ratio[0], torch.ones_like(ratio[0])]) for ratio, _ in others.values()]
+    values = torch.stack([value[0] for _, value in others.values()])
+    return (torch.stack(pairs, 1) @ values).square_()

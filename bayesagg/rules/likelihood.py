@@ -32,7 +32,14 @@ from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
 from bayesagg.rules.arrange import arrange
 from bayesagg.rules.base import Plan, Tasks, uniform_weights
-from bayesagg.rules.gradients import Exact, exact_gradients, gradients, totals
+from bayesagg.rules.gradients import (
+    Exact,
+    exact_gradients,
+    gradients,
+    squared_lengths,
+    squared_sums,
+    totals,
+)
 from bayesagg.rules.inferred import of_fading
 from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import make_stacks
@@ -61,6 +68,7 @@ class LikelihoodRule(Settings):
         keep_length: keep the length of the aggregate within a factor of the running length of the
             plain gradient: 5 under an optimizer whose step does not depend on the scale of the
             gradient (Adam without weight decay in the gradient), else 1. ``False``: as it comes.
+            Without any head, of the sum of the weighed losses to that of the losses.
 
     Raises:
         ValueError: for a setting out of range.
@@ -130,7 +138,8 @@ class LikelihoodRule(Settings):
         # Of all heads on every rank: weights that are sharded are gathered.
         weights = {n: h.weights() for n, h in memory.heads.items() if n in present}
         planned, plain = gradients(batch.parts, here, exact, ratios, weights)
-        squares, lengths, misses = totals(exact, others, planned, plain, like, exchange)
+        seen = squared_lengths(planned, plain, like) if memory.heads else squared_sums(others)
+        squares, lengths, misses = totals(exact, others, seen, exchange)
         length = _moved(memory.length, lengths, self.decay)
         units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
         before = [pair for one in found for pair in zip(one.stack.units, one.fades(), strict=True)]
