@@ -13,11 +13,12 @@ from bayesagg.moments import leave_one_out, student_gradient
 from bayesagg.parallel import Exchange
 from bayesagg.reading import Part
 from bayesagg.rules.base import Key
+from bayesagg.rules.others import Others
 from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import Stack, cat
 from bayesagg.rules.streaming import Inference
 
-__all__ = ["Exact", "exact_gradients", "gradients", "squared_lengths", "squared_sums", "totals"]
+__all__ = ["Exact", "exact_gradients", "gradients", "squared_lengths", "totals"]
 
 
 @dataclass
@@ -134,18 +135,15 @@ def gradients(
 
 
 def totals(
-    exact: Sequence[Exact],
-    others: Mapping[str, tuple[Tensor, Tensor]],
-    lengths: Tensor,
-    exchange: Exchange,
-) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-    """Sums over all ranks: squared residuals by stack, squared lengths, values of losses."""
+    exact: Sequence[Exact], lengths: Tensor, others: Others | None, exchange: Exchange
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Sums over all ranks: squared residuals by stack, squared lengths, other losses if any."""
     if exchange.size > 1:  # the gradients of ranks are averaged
         lengths = lengths / exchange.size**2
-    parts = [one.sums for one in exact] + [lengths] + [value for _, value in others.values()]
-    sums = exchange.sum(parts)
+    values = [] if others is None else [others.values]
+    sums = exchange.sum([*[one.sums for one in exact], lengths, *values])
     n = len(exact)
-    return sums[:n], sums[n], dict(zip(others, sums[n + 1 :], strict=True))
+    return sums[:n], sums[n], sums[n + 1 :]
 
 
 def squared_lengths(
@@ -158,10 +156,3 @@ def squared_lengths(
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in every])
     squares = norms.to(like.dtype).square_()
     return squares if len(plain) == 1 else squares.view(2, -1).sum(1)
-
-
-def squared_sums(others: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """Of losses, weighed and as they are, ``[2]``: lengths where no head shows a gradient."""
-    pairs = [torch.stack([ratio[0], torch.ones_like(ratio[0])]) for ratio, _ in others.values()]
-    values = torch.stack([value[0] for _, value in others.values()])
-    return (torch.stack(pairs, 1) @ values).square_()

@@ -32,19 +32,13 @@ from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
 from bayesagg.rules.arrange import arrange
 from bayesagg.rules.base import Plan, Tasks, uniform_weights
-from bayesagg.rules.gradients import (
-    Exact,
-    exact_gradients,
-    gradients,
-    squared_lengths,
-    squared_sums,
-    totals,
-)
+from bayesagg.rules.gradients import Exact, exact_gradients, gradients, squared_lengths, totals
 from bayesagg.rules.inferred import of_fading
+from bayesagg.rules.others import others_of
 from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import make_stacks
 from bayesagg.rules.streaming import Inference, infer
-from bayesagg.units import Frame, means_of, running_mean
+from bayesagg.units import Frame
 
 __all__ = ["LikelihoodRule"]
 
@@ -129,33 +123,34 @@ class LikelihoodRule(Settings):
         active, idle = arrange(memory.units, memory.heads, here, alone, memory.counting, like)
         found = infer(self, memory, make_stacks(active, here, memory.dtype), exchange)
         exact = [exact_gradients(self, part) for part in found]
-        others = self._others(memory, batch, owning, like, exchange)
-        values = [self._ratios(one, own) for one, own in zip(found, exact, strict=True)]
-        ratios = {name: ratio for name, (ratio, _) in others.items() if name in memory.heads}
+        others = others_of(memory, batch, owning, like, exchange)
+        own = {} if others is None else others.ratios(memory)
+        values = [self._ratios(one, said) for one, said in zip(found, exact, strict=True)]
+        ratios = dict(own)
         for one, value in zip(found, values, strict=True):
             if one.stack.exact < value.shape[1]:
                 ratios |= one.frame.by_head(value, True)
         # Of all heads on every rank: weights that are sharded are gathered.
         weights = {n: h.weights() for n, h in memory.heads.items() if n in present}
         planned, plain = gradients(batch.parts, here, exact, ratios, weights)
-        seen = squared_lengths(planned, plain, like) if memory.heads else squared_sums(others)
-        squares, lengths, misses = totals(exact, others, seen, exchange)
+        lengths = squared_lengths(planned, plain, like)
+        if others is not None and not memory.heads:
+            lengths = others.squared_sums()
+        squares, lengths, sums = totals(exact, lengths, others, exchange)
         length = _moved(memory.length, lengths, self.decay)
         units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
         before = [pair for one in found for pair in zip(one.stack.units, one.fades(), strict=True)]
-        scales = self._scales(memory, misses)
+        scales = {} if others is None else others.scales(sums[0], self.decay)
         plan = Plan(update=Update(idle + units, scales, length, memory.steps, before, self.decay))
         if memory.steps < self.warmup:
             plan.weights = uniform_weights(memory.tasks, like)
             return plan
-        beside = [name for name in others if name in batch.losses and name not in memory.heads]
-        own = {name: ratios[name] for name in parts if name not in here}
-        own |= {name: others[name][0] for name in beside}
+        beside = [name for name in own if name in batch.losses and name not in memory.heads]
         frames = [one.frame for one in found]
         plan.weights = partial(_shares, [*parts, *beside], frames, values, own)
         scale = self._length_scale(memory, length)
         plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
-        plan.loss_weights = {name: others[name][0].squeeze() * scale for name in beside}
+        plan.loss_weights = {name: own[name].squeeze() * scale for name in beside}
         for one in found:
             plan.heads |= one.module_weights(memory.heads)
         plan.spared = tuple(plan.heads)
@@ -170,48 +165,6 @@ class LikelihoodRule(Settings):
         if found.stack.weights is not None:  # a task without a label in this batch has none
             inverse = inverse * (found.stack.weights.sum((1, 2)) > 0)[:, None]
         return torch.cat([exact.ratio, inverse], 1) if r else inverse
-
-    def _others(
-        self,
-        memory: FadingMemory,
-        batch: Batch,
-        owning: set[str],
-        like: Tensor,
-        exchange: Exchange,
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of tasks without inference: ratio ``[o]``, and value and number of the loss."""
-        values = {}
-        for name in [n for n in memory.tasks if n in owning or n not in memory.heads]:
-            loss = batch.losses.get(name)
-            value = like if loss is None else loss.detach().to(like.dtype)
-            values[name] = torch.stack([value, torch.full_like(like, float(loss is not None))])
-        if not values:
-            return {}
-        new = [name for name in values if name not in memory.others]
-        # Their first scale is that of the batch, which all ranks have to share.
-        first = dict(zip(new, exchange.sum([values[name] for name in new]), strict=True))
-        found = {}
-        for name, value in values.items():
-            if name in first:
-                scale = first[name][0] / first[name][1].clamp(min=1)
-            else:
-                known = memory.others[name].to(value.device)
-                scale = means_of(known[:, None], (value[:1],))[0][0]
-            ratio = torch.where(scale > 0, scale.reciprocal(), 1.0)
-            found[name] = (ratio.expand(memory.tasks[name].num_tasks), value)
-        return found
-
-    def _scales(self, memory: FadingMemory, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Running means of the losses of tasks without inference, ``[2]`` each."""
-        return {
-            name: running_mean(
-                memory.others.get(name, torch.zeros_like(value)).to(value.device)[:, None],
-                ((value[0] / value[1].clamp(min=1))[None],),
-                value[1] > 0,
-                self.decay,
-            )[:, 0]
-            for name, value in values.items()
-        }
 
     def _length_scale(self, memory: FadingMemory, length: Tensor) -> Tensor:
         """What the aggregate is multiplied by."""
