@@ -75,23 +75,26 @@ class Binary(PerOutput):
                 f"to {float(y.max()):g}. Use NaN for a missing label."
             )
 
-    def read(self, observed: Observed, factor: Tensor | None) -> Read:
+    def read(
+        self, observed: Observed, factor: Tensor | None, present: Tensor | None = None
+    ) -> Read:
         """``y = σ(z) - g / f``."""
         assert factor is not None
         z, g = observed.output, observed.gradient
         p = z.sigmoid()
         y = p - g / factor
         # A saturated datum on the right side has no gradient; others without one have no label.
-        shown = torch.logical_or(g, torch.addcmul(p, p, p, value=-1) <= observed.eps)
+        saturated = torch.addcmul(p, p, p, value=-1) <= observed.eps
+        shown = torch.logical_or(g, saturated if present is None else ~saturated)
         tol = tolerance(observed.eps)
         least, largest = y.aminmax()
         checks = (shown.all(0), (least > -4 * tol).view(1), (largest < 1 + 4 * tol).view(1))
         y = _snapped(y, observed.eps)
         nll, noise = self.value(z, y), None
-        value = (nll * factor).sum(0)
+        value = (nll * factor if present is None else nll * factor * present).sum(0)
         if observed.eps > 1e-6:  # else it is nothing beside the tolerance
             noise = (factor * self.value_noise(z, observed.eps)).sum(0)
-        return Read(y, factor, None, (*checks, observed.agrees(value, 8 * tol, noise)), nll)
+        return Read(y, factor, present, (*checks, observed.agrees(value, 8 * tol, noise)), nll)
 
     def recover(self, observed: Observed) -> Found:
         """The second derivative ``f σ(1-σ)`` gives the factor, as far as it can be seen."""

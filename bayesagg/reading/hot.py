@@ -64,6 +64,10 @@ def read_group(group: Group, factors: Factors) -> None:
     factor = None if any_factor and first.masked else factors.of(group)
     if given and factor is not None:
         group.read = fit_constant(group.likelihood, group.observed, factor)
+    elif first.by_label and factor is not None:
+        present = group.observed.gradient != 0
+        share = group.observed.count(present).clamp(min=1) / len(present)
+        group.read = group.likelihood.read(group.observed, factor / share, present)
     elif not given and (factor is not None or any_factor):
         group.read = group.likelihood.read(group.observed, factor)
 

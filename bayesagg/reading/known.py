@@ -46,8 +46,14 @@ class Known:
         """
         if self.own or self.weighted or not self.factor:
             return None
-        ratios = [self.count(one) / _count(one, rows, rows) for one in self.reductions]
+        reductions = ("labels",) if self.by_label else self.reductions
+        ratios = [self.count(one) / _count(one, rows, rows) for one in reductions]
         return ratios[0] if max(ratios) <= min(ratios) * (1 + 1e-9) else None
+
+    @property
+    def by_label(self) -> bool:
+        """Labels may be missing, and the factor can be a number over those that are not."""
+        return self.masked and "labels" in self.reductions
 
     def count(self, reduction: str) -> float:
         """What the factor was a number over."""

@@ -75,12 +75,16 @@ class Likelihood(Protocol):
             TargetError: if something is.
         """
 
-    def read(self, observed: Observed, factor: Tensor | None) -> Read:
+    def read(
+        self, observed: Observed, factor: Tensor | None, present: Tensor | None = None
+    ) -> Read:
         """Labels from the gradient alone, for a loss whose form and factor are known.
 
         Args:
             observed: without targets.
             factor: ``[1, K]``.
+            present: where the gradient is not zero, ``[N, K]``: elsewhere labels are missing.
+                ``None``: none is.
         """
 
     def recover(self, observed: Observed) -> Found:

@@ -104,7 +104,9 @@ class Multiclass:
             f"ignore index {IGNORE_INDEX})."
         )
 
-    def read(self, observed: Observed, factor: Tensor | None) -> Read:
+    def read(
+        self, observed: Observed, factor: Tensor | None, present: Tensor | None = None
+    ) -> Read:
         """``y = p - g / f``, which must be one class."""
         if factor is None:
             return self._read_any(observed)

@@ -138,6 +138,13 @@ class Observed:
             return values
         return values.new_zeros(len(self.losses)).index_add_(0, self.owners, values)
 
+    def count(self, present: Tensor) -> Tensor:
+        """Labels of every head, on average over its columns, ``[K]``."""
+        labels = present.sum(0, dtype=self.output.dtype)
+        if self.owners is None:
+            return labels
+        return (self.per_head(labels) / self.per_head(torch.ones_like(labels)))[self.owners]
+
     def all_of_head(self, holds: Tensor) -> Tensor:
         """Whether ``holds``, ``[K]``, in every column of each head, ``[H]``."""
         if self.owners is None:

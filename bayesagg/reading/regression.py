@@ -60,7 +60,9 @@ class Regression(PerOutput):
         total = target.sum()
         return (total - total).logical_not()
 
-    def read(self, observed: Observed, factor: Tensor | None) -> Read:
+    def read(
+        self, observed: Observed, factor: Tensor | None, present: Tensor | None = None
+    ) -> Read:
         """``y = z - g / 2f``, if no derivative vanishes and the loss has the value ``Σ g²/4f``."""
         assert factor is not None
         z, g = observed.output, observed.gradient
@@ -68,6 +70,8 @@ class Regression(PerOutput):
         y = torch.add(z, r, alpha=-0.5)
         squares = g * r
         agrees = observed.agrees(squares.sum(0), value_tolerance(observed.eps), times=4)
+        if present is not None:  # a label without a residual would be missing in the value
+            return Read(y, factor, present, (agrees,))
         # Without a derivative there is no label, or no residual: second derivatives tell.
         return Read(y, factor, None, (agrees, squares.amin(0).bool()))
 

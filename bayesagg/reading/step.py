@@ -82,7 +82,7 @@ def group_heads(saids: Sequence[Said], known: Mapping[str, Known]) -> list[Group
         some = form or _NEW
         what = (
             *(layout.kind, layout.classes, output.dtype, output.shape[0] if plain else said.key),
-            *(said.target is not None, some.own, some.weighted, some.masked),
+            *(said.target is not None, some.own, some.weighted, some.masked, some.by_label),
         )
         here, forms = groups.setdefault(what, ([], []))
         here.append(said)

@@ -81,6 +81,16 @@ def missing(losses, out, labels):
     }, labels
 
 
+def varying(losses, out, labels):
+    """Other labels are missing in every step, and of another number."""
+    some = torch.arange(8) % (2 + int(1000 * losses["a"]) % 3) > 0
+    return {
+        **losses,
+        "b": LOSSES["bin"](out["b"][some], labels["b"][some]),
+        "d": F.mse_loss(out["d"][some], labels["d"][some]),
+    }, labels
+
+
 def other(losses, out, labels):
     return {**losses, "a": F.l1_loss(out["a"], labels["a"])}, labels
 
@@ -88,7 +98,10 @@ def other(losses, out, labels):
 @pytest.mark.filterwarnings("ignore:task")
 @pytest.mark.parametrize(
     ("given", "change"),
-    [(False, None), (True, None), (True, weighted), (True, missing), (True, other)],
+    [
+        *[(False, None), (True, None), (True, weighted), (True, missing), (True, other)],
+        *[(False, missing), (False, varying)],
+    ],
 )
 def test_a_known_step_looks_once(device, dtype, given, change, looks, monkeypatch):
     bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)

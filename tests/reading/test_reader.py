@@ -203,6 +203,39 @@ def test_a_residual_of_zero_is_a_label(device, dtype):
             torch.testing.assert_close(found.targets, y)
 
 
+MASKED = {
+    "of those known": lambda each, known: each[known].mean(),
+    "over their number": lambda each, known: (each * known).sum() / known.sum(),
+    "over all": lambda each, known: (each * known).mean(),
+    "summed": lambda each, known: each[known].sum(),
+}
+
+
+@pytest.mark.parametrize("reduction", MASKED)
+@pytest.mark.parametrize("kind", ["reg", "bin"])
+def test_without_a_gradient_a_label_is_not_missing(device, dtype, kind, reduction):
+    """A residual of zero and a saturated logit beside labels that are missing, in known steps."""
+    bench = Bench({"a": kind}, 2, device=device, dtype=dtype)
+    for seed, quiet in enumerate([0, 0, 0, 0, 1, 2, 0, 7]):
+        h = bench.features(12, seed)
+        out = bench.outputs(h)["a"]
+        y = labels_for({"a": kind}, {"a": out}, seed)["a"]
+        known = torch.rand(12, 2, generator=torch.Generator().manual_seed(seed)) < 0.7
+        known[:8] = True
+        known = known.to(device)
+        if kind == "reg":
+            y[:quiet, 0] = out.detach()[:quiet, 0]
+        elif quiet:  # logits of 800, whose sigmoid is 1
+            with torch.no_grad():
+                h[:quiet] *= 800 / out[:quiet, :1].abs()
+            out = bench.outputs(h)["a"]
+            y[:quiet] = (out[:quiet] > 0).to(y)
+        each = LOSSES[kind](out, y, reduction="none")
+        found = labels_by_task(bench.read({"a": MASKED[reduction](each, known)}))["a"]
+        assert torch.equal(found.present, known)
+        torch.testing.assert_close(found.targets[known], y[known])
+
+
 # --- half precision ------------------------------------------------------------------------------
 
 
