@@ -54,7 +54,7 @@ class CheckpointError(BayesAggError, ValueError):
 
 
 class NumericalError(BayesAggError, ArithmeticError):
-    """A posterior precision could not be factorized."""
+    """A posterior precision could not be factorized, or its posterior is beyond all numbers."""
 
 
 class PredictionError(BayesAggError, RuntimeError):

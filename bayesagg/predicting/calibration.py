@@ -62,27 +62,32 @@ class Calibration:
             name: of the task.
 
         Warns:
-            NumericalWarning: of labels of one class, which tell no temperature: it is one then.
+            NumericalWarning: of labels of one class, or that are all predicted right, which tell
+                no temperature: it is one then.
         """
         posterior = self.posterior
         rows = [torch.cat(parts) for parts in zip(*self.parts, strict=True)]
         if posterior.head.kind == "regression":
             scale, dof, halves = _student(posterior, *rows)
-            posterior.dof, posterior.halves = dof.to(posterior.dof), halves.to(posterior.halves)
+            posterior.keep(dof=dof, halves=halves)
         else:
             binary = posterior.head.kind == "binary"
             scale = (_binary_temperature if binary else _class_temperature)(*rows)
-            lost = _of_one_class(rows[2], rows[3] if binary else None)
+            present = rows[3] if binary else None
+            one = _of_one_class(rows[2], present)
+            lost = one | (_all_right(rows[0], rows[2], present) & (scale < 1))
             if bool(lost.any()):
-                which = f" of output {int(lost.nonzero()[0])}" if len(lost) > 1 else ""
+                place = int(lost.nonzero()[0])
+                which = f" of output {place}" if len(lost) > 1 else ""
+                what = "of one class" if bool(one[place]) else "predicted right"
                 warnings.warn(
-                    f"task {name!r}: all labels{which} to calibrate with are of one class, which "
-                    f"tells no temperature: it is one. Calibrate with labels of several classes.",
+                    f"task {name!r}: all labels{which} to calibrate with are {what}, which tells "
+                    f"no temperature: it is one. Calibrate with more data, of several classes.",
                     NumericalWarning,
                     stacklevel=4,
                 )
                 scale = torch.where(lost, 1.0, scale)
-        posterior.scale = scale.to(posterior.scale)
+        posterior.keep(scale=scale)
 
 
 def _of_one_class(y: Tensor, present: Tensor | None) -> Tensor:
@@ -90,6 +95,17 @@ def _of_one_class(y: Tensor, present: Tensor | None) -> Tensor:
     if present is None:
         return (y.amax(0) > 0).sum(0, keepdim=True) == 1
     return ((y == 0) | ~present).all(0) | ((y == 1) | ~present).all(0)
+
+
+def _all_right(location: Tensor, y: Tensor, present: Tensor | None) -> Tensor:
+    """Whether the likeliest class is the label of all data; shapes as of :func:`_of_one_class`.
+
+    No label is between two classes: then colder is likelier without end.
+    """
+    if present is None:
+        own = y.gather(1, location.argmax(1, keepdim=True))
+        return (own == 1).all(0)
+    return ((y == (location > 0).to(y.dtype)) | ~present).all(0)
 
 
 def _student(

@@ -66,9 +66,14 @@ def laplace(
         passes: at most so many over the data, for each value of a prior that is learned.
         max_parameters: rows of an exact curvature.
 
+    Raises:
+        ValueError: for a negative number of passes.
+
     Warns:
         NumericalWarning: if the mode was not reached.
     """
+    if passes < 0:
+        raise ValueError(f"passes must be an integer >= 0, got {passes!r}.")
     weights, basis = stacked(head).double(), None
     if head.kind == "multiclass":
         basis = contrast_basis(len(weights), weights)

@@ -37,7 +37,9 @@ class Rows:
     @property
     def labelled(self) -> Tensor:
         """Whether any datum has a label, by output."""
-        return torch.tensor(True) if self.present is None else self.present.any(0).cpu()
+        if self.present is None:
+            return torch.tensor(len(self.targets) > 0)
+        return self.present.any(0).cpu()
 
 
 class Source:

@@ -216,6 +216,8 @@ class MulticlassPrediction(Prediction):
 
     def _interval(self, level: float) -> tuple[Tensor, Tensor]:
         def quantiles(logs: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+            if not len(logs):  # torch has no quantiles of no data
+                return logs[..., 0], logs[..., 0]
             ends = logs.new_tensor([(1 - level) / 2, (1 + level) / 2])
             return torch.quantile(logs.exp(), ends, -1).unbind()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import ClassVar
@@ -146,8 +148,12 @@ class Prediction:
         Raises:
             ValueError: for a level out of range.
         """
+        try:
+            level = float(level)
+        except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several
+            level = math.nan
         if not 0 < level < 1:
-            raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
+            raise ValueError("level must be one number between 0 and 1, such as 0.9 for 90 %.")
         low, high = self._interval(level)
         return self._back(low), self._back(high)
 
@@ -169,7 +175,13 @@ class Prediction:
 
         Returns:
             ``n`` in front of the shape of the head's output.
+
+        Raises:
+            TypeError: for a number that is no integer.
+            ValueError: for a negative one.
         """
+        if operator.index(number) < 0:
+            raise ValueError(f"the number of draws must not be negative, got {number!r}.")
         return self._sample(number, noise, generator)
 
     def covariance(self) -> Tensor:

@@ -114,12 +114,18 @@ class Predictor(nn.Module):
 
         Raises:
             PredictionError: without data, if a head has no evidence.
+            ValueError: without data, for settings of a fit.
             BayesAggError: as of :meth:`fit`.
         """
         predictor = cls(model, heads)
         if data is not None:
             prior_of = getattr(rule, "prior_of", Prior.of)
             return predictor._fit(data, prior_of, **settings)
+        if settings:
+            raise ValueError(
+                f"{', '.join(settings)}: settings of a fit to data. Pass data too, as in "
+                f"predictor(model, train_loader, …), or leave them out."
+            )
         inferred = getattr(rule, "inferred", None)
         if inferred is None:
             raise PredictionError(
@@ -177,7 +183,8 @@ class Predictor(nn.Module):
         freedom of a Student-t are set to those of its residuals; logits are divided by it, those
         of binary outputs one by one. Intervals of regressions reach to order statistics of the
         residuals (split conformal prediction), so that they hold their share of new labels
-        whatever the residuals' distribution. Labels of one class tell no temperature.
+        whatever the residuals' distribution. Labels of one class, or that are all predicted right,
+        tell no temperature.
 
         Args:
             data: as of :meth:`fit`.
@@ -268,7 +275,7 @@ class Predictor(nn.Module):
 
     def _set(self, found: Mapping[str, Inferred]) -> Predictor:
         for name, posterior in self._named():
-            posterior.set(found[name])
+            posterior.set(name, found[name])
         self.posteriors.share()
         return self
 

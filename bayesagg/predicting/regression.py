@@ -27,6 +27,7 @@ PriorVariance = float | Literal["marginal_likelihood"] | None
 
 _ITERATIONS, _TOLERANCE = 300, 1e-8
 _LEAST = 1e-10  # of the labels' mean square: what a mean of squared residuals is known to
+_OF_ZEROS = 1e-20  # taken for the mean square of labels that are all zero
 _LEAST_DOF = 3.0  # a variance exists from 2 on
 
 
@@ -96,7 +97,7 @@ def sums_of(pieces: Iterable[dict[str, Rows]], heads: Mapping[str, Head]) -> dic
                 h = augment(rows.features.double(), bias)
                 known[bias] = h, (h.mT @ h)[None]
             h, gram = known[bias]
-            count = torch.full_like(y[0], len(y))
+            count = y.new_full(y.shape[1:], len(y))
             if rows.present is not None:
                 gram, count = weighted_gram(h, rows.present.double()), rows.present.double().sum(0)
             new = Sums(gram, y.mT @ h, y.square().sum(0), count)
@@ -155,7 +156,7 @@ def _solve(sums: Sums, prior: Prior, gamma: Tensor, noise: Tensor | None) -> Inf
     shift = sums.shift[:, None] if len(vectors) > 1 else sums.shift[None]
     along = shift @ vectors
     count, square = (part.view(along.shape[:2]) for part in (sums.labels, sums.square))
-    level = (square / count).clamp_min(torch.finfo(square.dtype).tiny)
+    level = torch.where(square > 0, square / count, _OF_ZEROS)
     gamma = gamma.view_as(level) * (level if prior.relative else 1.0)
 
     def updated(log: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def _solve(sums: Sums, prior: Prior, gamma: Tensor, noise: Tensor | None) -> Inf
         mean, known = along * inverse, (omega * inverse).sum(-1)
         if noise is None:
             rest = square - 2 * (along * mean).sum(-1) + (omega * mean.square()).sum(-1)
-            tau2 = torch.maximum(rest, _LEAST * square) / (count - known).clamp_min(1.0)
+            tau2 = torch.maximum(rest, _LEAST * level * count) / (count - known).clamp_min(1.0)
         if prior.learned:
             gamma = mean.square().sum(-1) / known.clamp_min(1e-12)
             gamma = torch.minimum(torch.maximum(gamma, 1e-12 * level), 1e12 * level)

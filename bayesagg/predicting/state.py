@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayesagg.errors import CheckpointError
+from bayesagg.errors import CheckpointError, NumericalError
 from bayesagg.heads import Head
 
 __all__ = ["HeadPosterior", "Inferred", "Posteriors"]
@@ -95,16 +95,30 @@ class HeadPosterior(nn.Module):
         """Whether all outputs have one set of eigenvectors."""
         return len(self.vectors) == 1 and not self.rotation.numel()
 
-    def set(self, inferred: Inferred) -> HeadPosterior:
-        """Take over a posterior; what calibration found is forgotten."""
-        for name in _INFERRED:
-            value = getattr(inferred, name)
+    def set(self, name: str, inferred: Inferred) -> HeadPosterior:
+        """Take over a posterior of a task; what calibration found is forgotten.
+
+        Raises:
+            NumericalError: if it has infinite numbers here, or no noise.
+        """
+        self.keep(**{name: getattr(inferred, name) for name in _INFERRED})
+        self.keep(scale=torch.ones(self.head.num_tasks), halves=None)
+        finite = all(bool(getattr(self, part).isfinite().all()) for part in _INFERRED[:-1])
+        if not finite or not bool((self.noise > 0).all()):
+            raise NumericalError(
+                f"task {name!r}: the posterior of its head is beyond the numbers of "
+                f"{self.mean.dtype}. Bring the labels, or what the head reads, nearer to one, or "
+                f"convert the model by .double()."
+            )
+        return self
+
+    @torch.inference_mode(False)  # buffers outlive a context that the caller may be in
+    def keep(self, **values: Tensor | None) -> None:
+        """Take over buffers, contiguous as they would be once loaded."""
+        for name, value in values.items():
             own = getattr(self, name)
             value = own.new_empty(0) if value is None else value.detach().to(own)
-            setattr(self, name, value.contiguous())  # as it would be once loaded
-        self.scale = torch.ones_like(self.mean[: self.head.num_tasks, 0])
-        self.halves = self.mean.new_empty(0)
-        return self
+            setattr(self, name, value.clone(memory_format=torch.contiguous_format))
 
     def augmented(self, features: Tensor) -> Tensor:
         """``h̃`` of flattened features, ``[N, d]`` to ``[N, D]``, in the precision of predictions.
@@ -113,6 +127,17 @@ class HeadPosterior(nn.Module):
         """
         h = features.to(torch.promote_types(features.dtype, self.mean.dtype))
         return F.pad(h, (0, 1), value=1.0) if self.head.has_bias else h
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadPosterior:
+        """As of a module, but ``.half()`` and the like leave float32: half has too few digits."""
+
+        def applied(own: Tensor) -> Tensor:
+            new = fn(own)
+            dtype = torch.promote_types(new.dtype, torch.float32)
+            return new if new.dtype == dtype else own.to(new.device, dtype)
+
+        super()._apply(applied, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def variance(self, h: Tensor) -> Tensor:
         """Variance of every output, ``h̃ᵀ S h̃``, ``[N, o]``."""
@@ -169,10 +194,6 @@ class HeadPosterior(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Buffers take the shapes of the state, which depend on how it was fitted."""
-        for name in _BUFFERS:
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor):
-                setattr(self, name, getattr(self, name).new_empty(value.shape))
         expected = (self.head.out_features, self.head.in_features + self.head.has_bias)
         found = state_dict.get(prefix + "mean")
         if isinstance(found, Tensor) and found.numel() and tuple(found.shape) != expected:
@@ -180,6 +201,10 @@ class HeadPosterior(nn.Module):
                 f"the predictor was saved from a head of {tuple(found.shape)} weights, here it "
                 f"has {expected}: build the model and its heads as they were."
             )
+        for name in _BUFFERS:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor):
+                self.keep(**{name: value})
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -11,6 +11,7 @@ from bayesagg.errors import (
     CheckpointError,
     FeatureError,
     HeadError,
+    NumericalError,
     NumericalWarning,
     PredictionError,
     TargetError,
@@ -188,6 +189,26 @@ def test_an_output_that_the_loader_lacks():
     fit(data)
 
 
+def test_batches_without_data_have_no_labels():
+    [(x, y)] = loader(batches=1)
+    nothing = x[:0], {task: labels[:0] for task, labels in y.items()}
+    with pytest.raises(TargetError, match=r"'reg'.*no label"):
+        fit([nothing])
+    predictor = fit([nothing, (x, y), nothing])
+    with pytest.raises(TargetError, match=r"'reg'.*no label"):
+        predictor.calibrate([nothing])
+    whole = fit([(x, y)])
+    assert all(torch.equal(predictor(x)[task].stddev, whole(x)[task].stddev) for task in y)
+
+
+def test_labels_that_are_all_zero():
+    [(x, y)] = loader(batches=1)
+    predictor = fit([(x, {**y, "reg": torch.zeros_like(y["reg"])})])
+    assert (predictor(x)["reg"].mean == 0).all() and (predictor(x)["reg"].stddev > 0).all()
+    predictor.calibrate([(x, {**y, "reg": torch.zeros_like(y["reg"])})])
+    assert all(end.isfinite().all() for end in predictor(x)["reg"].interval(0.9))
+
+
 def test_values_that_are_not_finite():
     predictor = fit(loader())
     x = make_batch()[0]
@@ -213,8 +234,11 @@ def test_a_state_of_other_heads():
     with pytest.raises(CheckpointError, match="tasks"):
         fewer.load_state_dict(state, strict=False)
     wider = plain_net(width=6)
+    predictor = Predictor(wider, heads_of(wider))
     with pytest.raises(CheckpointError, match="weights"):
-        Predictor(wider, heads_of(wider)).load_state_dict(state)
+        predictor.load_state_dict(state)
+    with pytest.raises(PredictionError, match="no posterior yet"):  # nothing of it was taken
+        predictor(make_batch()[0])
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), "ml"])
@@ -228,3 +252,40 @@ def test_too_few_passes_are_told():
     net = plain_net()
     with pytest.warns(NumericalWarning, match=r"'(bin|cls)'.*passes="):
         Predictor.fit(net, heads_of(net), loader(), passes=1)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_labels_beyond_the_numbers_of_the_model(unit):
+    """Their square is."""
+    net = plain_net().float()
+    [(x, y)] = loader(batches=1, dtype=torch.float32)
+    data = [(x, {**y, "reg": unit * y["reg"]})]
+    with pytest.raises(NumericalError, match=r"'reg'.*float32.*labels"):
+        Predictor.fit(net, {"reg": heads_of(net)["reg"]}, [(x, {"reg": data[0][1]["reg"]})])
+
+
+@pytest.mark.parametrize("level", [0, 1.0, 95, float("nan"), "most", torch.tensor([0.5, 0.9])])
+def test_a_level_out_of_range(level):
+    [(x, y)] = loader(batches=1)
+    with pytest.raises(ValueError, match="level must be one number"):
+        fit([(x, y)])(x)["reg"].interval(level)
+
+
+def test_numbers_of_draws_and_passes():
+    [(x, y)] = loader(batches=1)
+    found = fit([(x, y)])(x)["bin"]
+    with pytest.raises(ValueError, match="-1"):
+        found.sample(-1)
+    with pytest.raises(TypeError, match="integer"):
+        found.sample(2.5)
+    net = plain_net()
+    with pytest.raises(ValueError, match="passes"):
+        Predictor.fit(net, heads_of(net), [(x, y)], passes=-1)
+
+
+def test_settings_of_a_fit_need_data(rule):
+    net = plain_net()
+    optimizer = wrap(net, rule=rule)
+    train(net, optimizer, 5)
+    with pytest.raises(ValueError, match=r"prior_variance.*Pass data"):
+        optimizer.predictor(net, prior_variance=3.0)
