@@ -66,4 +66,4 @@ class RankError(BayesAggError, RuntimeError):
 
 
 class NumericalWarning(UserWarning):
-    """Jitter was added to a matrix; the message states the amount."""
+    """Numbers to look at: jitter in a matrix, a mode not reached, a prior far from the labels."""

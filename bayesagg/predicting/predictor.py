@@ -90,7 +90,8 @@ class Predictor(nn.Module):
                 passed by keyword. ``NaN`` or class -100 marks a missing label.
             prior_variance: γ of the prior ``N(0, γ I)`` of all weights, bias included; in squared
                 units of the labels over those of the features. ``"marginal_likelihood"``: learned,
-                by output (by head of classes). ``None``: that of each head, or 1.
+                by output (by head of classes). ``None``: that of each head, or 1, of regressions
+                times the mean square of their labels.
             passes: over the features, to the modes of classifications, at most.
             max_parameters: rows of an exact curvature, K D of binary outputs and (C - 1) D of
                 classes; beyond, a Kronecker product.
@@ -98,7 +99,7 @@ class Predictor(nn.Module):
         Raises:
             BayesAggError: a specific subclass for each kind of bad data, which names the task.
         """
-        return cls(model, heads)._fit(data, Prior.of, prior_variance, passes, max_parameters)
+        return cls(model, heads)._fit(data, Prior.alone, prior_variance, passes, max_parameters)
 
     @classmethod
     def of_rule(

@@ -9,6 +9,7 @@ freedom. A prior on request: ``γ = |m|² / Σ ω / (ω + λ)``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -16,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesagg.errors import NumericalWarning
 from bayesagg.heads import Head
 from bayesagg.posterior import augment, weighted_gram
 from bayesagg.predicting.data import Rows
@@ -27,6 +29,7 @@ PriorVariance = float | Literal["marginal_likelihood"] | None
 
 _ITERATIONS, _TOLERANCE = 300, 1e-8
 _LEAST = 1e-10  # of the labels' mean square: what a mean of squared residuals is known to
+_FAR = 100.0  # variances of the outputs under a prior, from which labels contradict it
 _OF_ZEROS = 1e-20  # taken for the mean square of labels that are all zero
 _LEAST_DOF = 3.0  # a variance exists from 2 on
 
@@ -47,8 +50,13 @@ class Prior:
 
     @staticmethod
     def of(head: Head) -> Prior:
-        """That of a head under no rule."""
+        """That of a head under a rule that has none for predictions."""
         return Prior(head.prior_variance or 1.0)
+
+    @staticmethod
+    def alone(head: Head) -> Prior:
+        """That of a head under no rule: its own, or one that suits labels of any unit."""
+        return Prior(head.prior_variance or 1.0, relative=head.prior_variance is None)
 
     def given(self, variance: PriorVariance) -> Prior:
         """This one, unless a variance is given.
@@ -117,7 +125,12 @@ def solve(
 
     Returns:
         by task, with degrees of freedom, infinite where the noise is given.
+
+    Warns:
+        NumericalWarning: of a prior that expects labels of another order of magnitude.
     """
+    for name in sums:
+        _compare(name, sums[name], priors[name])
     noises = {name: getattr(heads[name], "noise_variance", None) for name in sums}
     noises = {name: None if noise == "learned" else noise for name, noise in noises.items()}
 
@@ -146,6 +159,24 @@ def solve(
         for name, width in zip(names, widths.tolist(), strict=True):
             found[name] = together.part(slice(start, start := start + width))
     return found
+
+
+def _compare(name: str, sums: Sums, prior: Prior) -> None:
+    """Warn of labels some ten standard deviations of the prior's outputs from zero."""
+    trace = sums.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    expected, level = prior.variance * trace / sums.labels, sums.square / sums.labels
+    if prior.relative or prior.learned or not bool((level > _FAR * expected).any()):
+        return
+    place = int((level / expected).argmax())
+    expected = expected.expand_as(level)
+    warnings.warn(
+        f"task {name!r}: a prior variance of {prior.variance:g} expects outputs of about "
+        f"{float(expected[place].sqrt()):.2g}, the labels are of about "
+        f"{float(level[place].sqrt()):.2g}: predictions may be close to zero. It is in squared "
+        f"units of the labels; leave it out, or pass prior_variance='marginal_likelihood'.",
+        NumericalWarning,
+        stacklevel=6,
+    )
 
 
 def _solve(sums: Sums, prior: Prior, gamma: Tensor, noise: Tensor | None) -> Inferred:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bayesagg import BinaryHead, RegressionHead
 from bayesagg.diagnostics import interval_coverage
+from bayesagg.errors import NumericalWarning
 from bayesagg.predicting import Predictor, predictor
 from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
 from bayesagg.predicting.student import (
@@ -85,6 +86,22 @@ def test_a_prior_by_marginal_likelihood_is_better_than_its_neighbours():
         gamma = float(1 / (1 / variances - omega).mean())
         best = evidence(h, own, gamma, 1.0)
         assert best > max(evidence(h, own, gamma * factor, 1.0) for factor in (1.1, 1 / 1.1))
+
+
+def test_without_a_prior_the_unit_of_the_labels_does_not_matter():
+    net, data = plain_net(), loader()
+    heads, x = heads_of(net), data[0][0]
+    plain = Predictor.fit(net, heads, data)(x)["reg"]
+    prices = [(x, {**y, "reg": 1e5 * y["reg"]}) for x, y in data]
+    found = Predictor.fit(net, heads, prices)(x)["reg"]
+    torch.testing.assert_close(found.mean, 1e5 * plain.mean)
+    torch.testing.assert_close(found.stddev, 1e5 * plain.stddev)
+    with pytest.warns(NumericalWarning, match="'reg'.*prior variance of 1 expects") as caught:
+        Predictor.fit(net, heads, prices, prior_variance=1.0)
+    own = heads_of(net, reg={"prior_variance": 1.0})
+    with pytest.warns(NumericalWarning, match="squared units of the labels") as other:
+        Predictor.fit(net, own, prices)
+    assert {one.filename for one in [*caught, *other]} == {__file__}
 
 
 def test_missing_labels_are_left_out():
