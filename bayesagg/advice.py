@@ -68,7 +68,7 @@ def advise(features: Tensor, losses: Mapping[str, Tensor]) -> Advice:
 
     Raises:
         ValueError: for fewer than two tasks, or a loss that is not a positive number or does not
-            depend on the features.
+            depend on the features, or has no gradient there.
     """
     values = _by_output(losses)
     if len(values) < 2:
@@ -84,6 +84,11 @@ def advise(features: Tensor, losses: Mapping[str, Tensor]) -> Advice:
             raise ValueError(
                 f"the loss of task {name!r} does not depend on the features: pass the tensor that "
                 f"its head reads, and compute both with gradients"
+            )
+        if not bool((row != 0).any()):
+            raise ValueError(
+                f"the gradient of task {name!r} is zero at the features, so it has no direction: "
+                f"train for some steps first, or leave the task out"
             )
         rows.append(row.detach().flatten().double())
     gradients = torch.stack(rows)  # [K, N d]

@@ -124,16 +124,19 @@ def reliability(probabilities: Tensor, targets: Tensor, bins: int = 15) -> Relia
     """Accuracy against confidence, the probability of the predicted class (Naeini et al., 2015).
 
     Args:
-        probabilities: of all classes, ``[N, C]``, or of the second of two, ``[N]``.
-        targets: class indices, ``[N]``.
+        probabilities: of all classes, ``[N, C]``, or of the second of two, ``[N]`` or ``[N, 1]``.
+        targets: class indices, ``[N]``, or of the shape of such probabilities.
         bins: number of bins of equal width on [0, 1].
 
     Returns:
         the diagram.
 
     Raises:
-        ValueError: for shapes that do not fit, values outside of [0, 1] or no data.
+        ValueError: for shapes that do not fit, values that are no probabilities or no classes, no
+            data, or no bins.
     """
+    if bins < 1:
+        raise ValueError(f"bins must be a positive number, got {bins!r}")
     p, y = _predictions(probabilities, targets)
     confidence, predicted = p.max(1)
     right = (predicted == y).to(p.dtype)
@@ -178,16 +181,29 @@ def _check_moments(mean: Tensor) -> None:
 
 def _predictions(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities of all classes ``[N, C]`` in float64, and class indices ``[N]``."""
-    p, y = probabilities.detach().double(), targets.detach().long()
+    p, given = (torch.as_tensor(t).detach() for t in (probabilities, targets))
+    shapes = f"{tuple(p.shape)} and {tuple(given.shape)}"
+    p = p.double()
+    if p.dim() == 2 and p.shape[1] == 1:  # of a head with one binary output
+        p, given = p[:, 0], given[:, 0] if given.dim() == 2 else given
     if p.dim() == 1:
         p = torch.stack([1 - p, p], dim=1)
-    if p.dim() != 2 or y.shape != p.shape[:1] or len(p) == 0:
+    if p.dim() != 2 or given.shape != p.shape[:1] or len(p) == 0:
         raise ValueError(
-            f"expected probabilities [N] or [N, C] and class indices [N], got "
-            f"{tuple(probabilities.shape)} and {tuple(targets.shape)}"
+            f"expected probabilities [N] or [N, C] and class indices [N], got {shapes}; of several "
+            f"binary outputs pass one at a time"
         )
     if not bool(((p >= 0) & (p <= 1)).all()):
         raise ValueError("probabilities must lie in [0, 1]; pass them after the softmax or sigmoid")
-    if not bool(((y >= 0) & (y < p.shape[1])).all()):
-        raise ValueError(f"class indices must lie in 0 to {p.shape[1] - 1}")
+    if not bool(((p.sum(1) - 1).abs() < 0.05).all()):
+        raise ValueError(
+            "probabilities of the classes must sum to one; of several binary outputs pass one at "
+            "a time, [N]"
+        )
+    y = given.nan_to_num(-1).long()
+    if not bool(((y == given) & (y >= 0) & (y < p.shape[1])).all()):
+        raise ValueError(
+            f"class indices must be whole numbers from 0 to {p.shape[1] - 1}; leave data without "
+            f"a label out"
+        )
     return p, y.to(p.device)

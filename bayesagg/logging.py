@@ -34,12 +34,21 @@ def task_weight_scalars(source: HasTaskWeights, prefix: str = "task_weights/") -
     Args:
         source: engine or wrapper.
         prefix: of every name.
+
+    Raises:
+        ValueError: if an output of a task has the name of another task.
     """
     scalars: dict[str, float] = {}
     for name, weights in source.task_weights.items():
         values = weights.tolist()
         for i, value in enumerate(values):
-            scalars[f"{prefix}{name}" if len(values) == 1 else f"{prefix}{name}/{i}"] = value
+            key = f"{prefix}{name}" if len(values) == 1 else f"{prefix}{name}/{i}"
+            if key in scalars:
+                raise ValueError(
+                    f"two weights would be logged as {key!r}: an output of one task has the name "
+                    f"of another. Rename one of the tasks."
+                )
+            scalars[key] = value
     return scalars
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -98,8 +99,8 @@ def _values(values: Tensor | npt.ArrayLike, dimensions: int) -> Tensor:
 
 def _flags(higher_is_better: bool | Sequence[bool], tasks: int) -> Tensor:
     """Turn one flag or one per task into a boolean tensor of shape ``(tasks,)``."""
-    if isinstance(higher_is_better, bool):
-        return torch.full((tasks,), higher_is_better)
+    if isinstance(higher_is_better, bool | np.bool_):
+        return torch.full((tasks,), bool(higher_is_better))
     if len(higher_is_better) != tasks:
         raise ValueError(
             f"higher_is_better has {len(higher_is_better)} entries for {tasks} tasks; "

@@ -67,6 +67,13 @@ def test_a_binary_probability_is_that_of_class_one():
     assert expected_calibration_error(p, y) == expected_calibration_error(both, y)
 
 
+def test_one_binary_output_is_taken_as_a_head_predicts_it():
+    p, y = torch.rand(40, 1), torch.randint(0, 2, (40, 1)).float()
+    expected = brier_score(p[:, 0], y[:, 0])
+    assert brier_score(p, y) == brier_score(p, y[:, 0]) == expected
+    assert brier_score(p.numpy(), y.numpy()) == expected
+
+
 def test_perfect_and_worst_scores():
     y = torch.tensor([0, 1])
     assert brier_score(torch.eye(2), y) == expected_calibration_error(torch.eye(2), y) == 0
@@ -83,6 +90,12 @@ def test_perfect_and_worst_scores():
         (lambda: brier_score(torch.tensor([2.0]), torch.tensor([1])), r"\[0, 1\]"),
         (lambda: brier_score(torch.tensor([0.5]), torch.tensor([2])), "0 to 1"),
         (lambda: brier_score(torch.ones(2, 2), torch.tensor([1])), "class indices"),
+        (lambda: brier_score(torch.rand(3, 2), torch.zeros(3)), "sum to one.* one at a time"),
+        (lambda: brier_score(torch.rand(2, 3), torch.zeros(2, 3)), "binary outputs pass one"),
+        (lambda: brier_score(torch.rand(3), torch.rand(3)), "whole numbers from 0 to 1"),
+        (lambda: brier_score(torch.rand(2), torch.tensor([1, torch.nan])), "leave.* out"),
+        (lambda: brier_score(torch.rand(2), torch.tensor([1, -100])), "leave.* out"),
+        (lambda: reliability(torch.rand(2), torch.tensor([1, 0]), 0), "bins must be a positive"),
     ],
 )
 def test_wrong_shapes_are_refused(call, message):
@@ -168,6 +181,7 @@ def test_advice_needs_tasks_and_positive_losses_of_the_features():
         ({"a": losses[0], "b": torch.ones(()).requires_grad_()}, "'b' does not depend"),
         ({"a": losses[0], "b": losses[1].detach()}, "'b' does not depend.* with gradients"),
         ({"a": losses[:, None]}, "'a' has shape"),
+        ({"a": losses[0], "b": losses[1] * 0 + 1}, "'b' is zero at the features"),
     ):
         with pytest.raises(ValueError, match=message):
             advise(h, given)

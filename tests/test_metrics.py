@@ -49,6 +49,12 @@ def test_mean_rank_agrees_with_scipy():
     np.testing.assert_allclose(mean_rank(table).numpy(), expected)
 
 
+def test_a_flag_of_numpy():
+    values = [1.0, 2.0], [2.0, 2.0]
+    for flag in (True, False):
+        assert delta_m(*values, np.bool_(flag)) == delta_m(*values, flag)
+
+
 @pytest.mark.parametrize(
     ("metric", "arguments", "message"),
     [

@@ -154,6 +154,23 @@ def test_many_tasks_are_told_apart():
     assert {colour for colour, _ in styles} == {colour.lower() for colour in COLOURS}
 
 
+def test_in_a_dark_style_all_lines_can_be_seen():
+    with pyplot.style.context("dark_background"):
+        lines = plot_conflict(torch.rand(3, 28)).lines
+        colours = {to_hex(line.get_color()) for line in lines}
+        update = plot_update(MEAN, VARIANCE)
+        colours |= {to_hex(arrow.get_facecolor()[0]) for arrow in update.collections}
+    assert "#000000" not in colours and "#ffffff" in colours
+
+
+def test_names_with_an_underscore_are_in_the_legend():
+    """Matplotlib would leave them out."""
+    history = [{"_age": torch.tensor([0.5]), "b_c": torch.tensor([0.5])}]
+    for ax in (plot_task_weights(history), plot_coverage({"_age": [0.1], "b_c": [0.2]}, [0.1])):
+        texts = [text.get_text().strip() for text in ax.get_legend().get_texts()]
+        assert {"_age", "b_c"} <= set(texts)
+
+
 # --- calibration ---------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from bayesagg.plots.style import (
     line_style,
     new_axes,
     polish,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def plot_coverage(
         shares = array(values, "levels")
         if shares.shape != nominal.shape:
             raise ValueError(f"{name!r}: {len(shares)} shares for {len(nominal)} levels")
-        ax.plot(nominal, shares, label=name, **line_style(index, len(nominal)))
+        ax.plot(nominal, shares, label=shown(name), **line_style(index, len(nominal)))
     ax.set(xlabel="nominal level of the interval [0 to 1]", xlim=(0, 1), ylim=(0, 1))
     ax.set_ylabel("share of the truth inside [0 to 1]")
     ax.legend(loc="upper left", frameon=False)

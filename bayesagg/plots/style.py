@@ -13,14 +13,25 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["BLUE", "COLOURS", "VERMILLION", "Values", "array", "line_style", "new_axes", "polish"]
+__all__ = [
+    "BLUE",
+    "COLOURS",
+    "VERMILLION",
+    "Values",
+    "array",
+    "foreground",
+    "line_style",
+    "new_axes",
+    "polish",
+    "shown",
+]
 
 Values = Tensor | npt.ArrayLike
 Floats = npt.NDArray[np.float64]
 
 # Okabe and Ito without yellow, which is too light for lines on white.
 BLUE, VERMILLION = "#0072B2", "#D55E00"
-COLOURS = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", VERMILLION, "#000000")
+COLOURS = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", VERMILLION, "#000000")  # last: text
 _STYLES: tuple[tuple[str, str], ...] = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 _FONT = 13  # points; legible where a figure of 6.4 inches is shown at half its size
 
@@ -57,10 +68,23 @@ def polish(ax: Axes, own: bool) -> Axes:
     return ax
 
 
+def foreground() -> Any:
+    """The colour of text: black, or what can be seen in a dark style."""
+    from matplotlib import rcParams
+
+    return rcParams["text.color"]
+
+
+def shown(name: str) -> str:
+    """A name for the legend, which leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def line_style(index: int, points: int) -> dict[str, Any]:
     """Colour and dashes of line ``index``: 28 that differ; with markers where points are few."""
     dashes, marker = _STYLES[index // len(COLOURS) % len(_STYLES)]
-    style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes, "lw": 2}
+    colour = (*COLOURS[:-1], foreground())[index % len(COLOURS)]
+    style: dict[str, Any] = {"color": colour, "linestyle": dashes, "lw": 2}
     return {**style, "marker": marker, "ms": 6} if points <= 30 else style
 
 

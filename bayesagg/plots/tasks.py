@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesagg.plots.style import Floats, Values, array, line_style, new_axes, polish
+from bayesagg.plots.style import Floats, Values, array, line_style, new_axes, polish, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -193,7 +193,7 @@ def _lines(
         )
     ax = new_axes(ax, (7.2, max(4.4, 0.26 * tasks)))  # room for the legend beside it
     for k in range(tasks):
-        ax.plot(x, values[:, k], label=labels[k], **line_style(k, times))
+        ax.plot(x, values[:, k], label=shown(labels[k]), **line_style(k, times))
     ax.locator_params(axis="x", integer=True)
     ax.set_xlabel(f"{unit} of training")
     return ax

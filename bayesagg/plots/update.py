@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from bayesagg.aggregation import aggregate_diagonal, aggregate_full
-from bayesagg.plots.style import BLUE, COLOURS, VERMILLION, Floats, Values, array, new_axes, polish
+from bayesagg.plots.style import (
+    BLUE,
+    COLOURS,
+    VERMILLION,
+    Floats,
+    Values,
+    array,
+    foreground,
+    new_axes,
+    polish,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +69,7 @@ def plot_update(
     labels = list(names) if names is not None else [f"task {k + 1}" for k in range(count)]
     for k in range(count):
         _ellipses(ax, means[k], covariances[k], COLOURS[1 + k % (len(COLOURS) - 1)])
-        _arrow(ax, means[k], "black", labels[k], 0.012)
+        _arrow(ax, means[k], foreground(), labels[k], 0.012)
         ax.annotate(labels[k], means[k], (6, 6), textcoords="offset points", fontsize=12)
     _arrow(ax, _aggregate(means, spread, s, full), BLUE, "aggregate", 0.018)
     _arrow(ax, means.mean(0), VERMILLION, "average", 0.009)  # thin and last: both can be seen
@@ -94,7 +104,7 @@ def _ellipses(ax: Axes, centre: Floats, covariance: Floats, colour: str) -> None
         ax.plot(x, y, color=colour, lw=1.5)
 
 
-def _arrow(ax: Axes, tip: Floats, colour: str, label: str, width: float) -> None:
+def _arrow(ax: Axes, tip: Floats, colour: Any, label: str, width: float) -> None:
     ax.quiver(
         *(0.0, 0.0, *tip),
         angles="xy",

@@ -1,5 +1,7 @@
 """Task weights in TensorBoard, without Lightning."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -40,3 +42,10 @@ def test_weights_in_tensorboard(rule, tmp_path, device, dtype):
     assert [event.step for event in found] == list(range(6))
     assert len(set(expected)) > 1
     torch.testing.assert_close(torch.tensor([e.value for e in found]), torch.tensor(expected))
+
+
+def test_an_output_under_the_name_of_a_task_is_refused():
+    """One of the two would be lost."""
+    weights = {"a": torch.tensor([0.2, 0.3]), "a/0": torch.tensor([0.5])}
+    with pytest.raises(ValueError, match=r"'task_weights/a/0'.*Rename"):
+        task_weight_scalars(SimpleNamespace(task_weights=weights))
