@@ -25,8 +25,12 @@ def variance(prediction: Prediction) -> Tensor:
 
     Returns:
         a number for each datum (position), in squared units of the labels.
+
+    Raises:
+        TypeError: for what is no prediction of one task.
     """
-    return prediction.epistemic.sum(_outputs(prediction))
+    dimension = _outputs(prediction)
+    return prediction.epistemic.sum(dimension)
 
 
 def bald(
@@ -52,11 +56,18 @@ def bald(
 
     Returns:
         a number for each datum (position), summed over outputs, or a scalar.
+
+    Raises:
+        TypeError: for what is no prediction of one task.
+        ValueError: for no samples.
     """
+    dimension = _outputs(prediction)
+    if samples < 1:
+        raise ValueError(f"samples must be a positive number, got {samples!r}.")
     if isinstance(prediction, RegressionPrediction):
         return _regression_information(prediction, joint)
     p = prediction.sample(samples, generator=generator)
-    p = p.movedim(2, -1) if _outputs(prediction) == 1 else p
+    p = p.movedim(2, -1) if dimension == 1 else p
     # Drawn probabilities of the classes of every output, [n, …, outputs, classes].
     many = isinstance(prediction, MulticlassPrediction)
     p = p[..., None, :] if many else torch.stack([1 - p, p], -1)
@@ -86,14 +97,24 @@ def expected_improvement(
 
     Raises:
         TypeError: for a classification.
+        ValueError: for a best value that is neither one number nor one for each output.
     """
+    _outputs(prediction)
     if not isinstance(prediction, RegressionPrediction):
         raise TypeError(
             f"expected_improvement needs a regression, got a {type(prediction).__name__}: rank "
             f"candidates of a classification by its mean."
         )
     scale = prediction.output_variance.sqrt().clamp_min(torch.finfo(prediction.mean.dtype).tiny)
-    gain = prediction.mean - best
+    outputs = prediction.posterior.head.out_features
+    mean = prediction.mean
+    known = torch.as_tensor(best, dtype=mean.dtype, device=mean.device)
+    if known.dim() > 1 or known.numel() not in (1, outputs):
+        raise ValueError(
+            f"best must be one number or one for each output, [{outputs}], got shape "
+            f"{list(known.shape)}: pass the best label so far, such as y.max(0).values."
+        )
+    gain = mean - known.expand(outputs).view_as(prediction.dof)
     u = (gain if maximize else -gain) / scale
     nu = prediction.dof.expand_as(u)
     tail = torch.where(nu < NORMAL, (nu + u.square()) / (nu - 1), 1.0)
@@ -118,6 +139,7 @@ def select(prediction: Prediction, count: int) -> Tensor:
         TypeError: for a head of classes.
         ValueError: for a count out of range.
     """
+    dimension = _outputs(prediction)
     if isinstance(prediction, MulticlassPrediction):
         raise TypeError("select needs a regression or binary outputs: rank classes by bald().")
     if not 0 < count <= len(prediction.rows):
@@ -126,7 +148,7 @@ def select(prediction: Prediction, count: int) -> Tensor:
     if isinstance(prediction, RegressionPrediction):
         weight = (1 / posterior.noise.to(prediction.rows))[:, None]
     else:
-        p = prediction.mean.movedim(_outputs(prediction), 0).flatten(1)
+        p = prediction.mean.movedim(dimension, 0).flatten(1)
         weight = p * (1 - p) / posterior.scale.to(p).square()[:, None]
     a = posterior.whitened(prediction.rows)  # [o, N, D], whose inner products are h̃ᵢᵀSh̃ⱼ
     chosen: list[int] = []
@@ -145,7 +167,16 @@ def select(prediction: Prediction, count: int) -> Tensor:
 
 
 def _outputs(prediction: Prediction) -> int:
-    """The dimension of the outputs."""
+    """The dimension of the outputs.
+
+    Raises:
+        TypeError: for what is no prediction of one task.
+    """
+    if not isinstance(prediction, Prediction):
+        raise TypeError(
+            f"expected the prediction of one task, as in predictor(x)['age'], got a "
+            f"{type(prediction).__name__}."
+        )
     return 1 if prediction.posterior.head.channels_first else -1
 
 

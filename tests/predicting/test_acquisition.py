@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bayesagg import acquisition
+from bayesagg import RegressionHead, acquisition
 from bayesagg.predicting import Predictor
 from tests.helpers.data import make_batch
 from tests.helpers.nets import plain_net
@@ -84,6 +84,40 @@ def test_expected_improvement(nu, maximize):
 def test_expected_improvement_is_for_regressions(predictions):
     with pytest.raises(TypeError, match="regression"):
         acquisition.expected_improvement(predictions["bin"], 0.5)
+
+
+def test_the_best_value_is_one_or_one_for_each_output(predictions):
+    p = predictions["reg"]
+    known = torch.tensor([0.1, -2.0], dtype=torch.float64)
+    both = acquisition.expected_improvement(p, known)
+    for k in range(2):
+        alone = acquisition.expected_improvement(p, float(known[k]))
+        assert torch.equal(both[:, k], alone[:, k])
+    for wrong in (torch.zeros(5), torch.zeros(5, 2), torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"one for each output, \[2\].*y\.max"):
+            acquisition.expected_improvement(p, wrong)
+
+
+def test_the_best_values_of_maps_are_along_the_channels():
+    """Not along the last dimension, which here has as many."""
+    net = torch.nn.Conv2d(3, 2, 1).double()
+    x, y = torch.randn(4, 3, 2, 2).double(), torch.randn(4, 2, 2, 2).double()
+    p = Predictor.fit(net, {"reg": RegressionHead(net)}, [(x, {"reg": y})])(x)["reg"]
+    both = acquisition.expected_improvement(p, torch.tensor([0.0, 3.0]))
+    assert torch.equal(both[:, 1], acquisition.expected_improvement(p, 3.0)[:, 1])
+
+
+def test_predictions_of_all_tasks_are_not_one(predictions):
+    for call in (
+        lambda: acquisition.variance(predictions),
+        lambda: acquisition.bald(predictions),
+        lambda: acquisition.expected_improvement(predictions, 0.0),
+        lambda: acquisition.select(predictions, 1),
+    ):
+        with pytest.raises(TypeError, match=r"one task, as in predictor\(x\)"):
+            call()
+    with pytest.raises(ValueError, match="samples"):
+        acquisition.bald(predictions["bin"], samples=0)
 
 
 @pytest.mark.parametrize("task", ["reg", "bin"])
