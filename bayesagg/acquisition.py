@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.predicting import MulticlassPrediction, Prediction, RegressionPrediction
+from bayesagg.predicting.prediction import in_full_precision
 from bayesagg.predicting.student import NORMAL, student_cdf, student_density
 
 __all__ = ["bald", "expected_improvement", "select", "variance"]
@@ -150,7 +151,12 @@ def select(prediction: Prediction, count: int) -> Tensor:
     else:
         p = prediction.mean.movedim(dimension, 0).flatten(1)
         weight = p * (1 - p) / posterior.scale.to(p).square()[:, None]
-    a = posterior.whitened(prediction.rows)  # [o, N, D], whose inner products are h̃ᵢᵀSh̃ⱼ
+    with in_full_precision(prediction.rows):
+        return _greedy(posterior.whitened(prediction.rows), weight, count)
+
+
+def _greedy(a: Tensor, weight: Tensor, count: int) -> Tensor:
+    """The choice, given rows ``[o, N, D]`` whose inner products are ``h̃ᵢᵀSh̃ⱼ``."""
     chosen: list[int] = []
     for _ in range(count):
         spread = a.square().sum(2)
@@ -187,7 +193,8 @@ def _regression_information(prediction: RegressionPrediction, joint: bool) -> Te
         # The calibration scales either alike.
         ratio = prediction.epistemic / prediction.aleatoric
         return 0.5 * ratio.log1p().sum(_outputs(prediction))
-    ratio = posterior.covariance(prediction.rows) / noise[:, None, None]
+    with in_full_precision(prediction.rows):
+        ratio = posterior.covariance(prediction.rows) / noise[:, None, None]
     identity = torch.eye(ratio.shape[1], dtype=ratio.dtype, device=ratio.device)
     return 0.5 * torch.logdet(identity + ratio).sum()
 

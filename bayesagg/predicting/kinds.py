@@ -211,7 +211,7 @@ class MulticlassPrediction(Prediction):
     @property
     def distribution(self) -> Distribution:
         """As of :class:`Prediction`."""
-        logits = self._reading.logits.view(*self._reading.shape, -1)
+        logits = self._rows("logits").view(*self._reading.shape, -1)
         return Categorical(logits=logits, validate_args=False)
 
     def _interval(self, level: float) -> tuple[Tensor, Tensor]:

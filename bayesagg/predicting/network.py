@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -103,8 +104,11 @@ def _in_training(model: nn.Module) -> list[nn.Module]:
 
 
 def _noting(calls: list[Tensor]) -> Any:
+    own = threading.get_ident()  # another thread may predict with the same network meanwhile
+
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(args[0] if args else kwargs["input"])
+        if threading.get_ident() == own:
+            calls.append(args[0] if args else kwargs["input"])
 
     return note
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.distributions import Distribution
 from bayesagg.predicting.state import HeadPosterior
 from bayesagg.reading.hooks import flatten
 
-__all__ = ["CHUNK", "Prediction", "Reading", "by_rows"]
+__all__ = ["CHUNK", "Prediction", "Reading", "by_rows", "in_full_precision"]
 
 CHUNK = 1 << 22  # elements of the largest intermediate; bounds the extra memory of dense heads
 
@@ -31,6 +32,12 @@ def by_rows(
     found = [function(*part) for part in parts]
     pieces = [(one,) if isinstance(one, Tensor) else one for one in found]
     return tuple(p[0] if whole else torch.cat(p) for p in zip(*pieces, strict=True))
+
+
+def in_full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast, which would take most digits of products; ``like``: of the device."""
+    under = torch.is_autocast_enabled(like.device.type)
+    return torch.autocast(like.device.type, enabled=False) if under else nullcontext()
 
 
 class Reading:
@@ -61,7 +68,8 @@ class Reading:
     def part(self, name: str, place: int) -> Tensor:
         """What one of the heads has of a member."""
         if name not in self._parts:
-            whole: Tensor = getattr(self, name)
+            with in_full_precision(self.h):
+                whole: Tensor = getattr(self, name)
             widths = [posterior.head.out_features for posterior in self.posteriors]
             self._parts[name] = (whole,) if len(widths) == 1 else whole.split(widths, -1)
         return self._parts[name][place]
@@ -154,7 +162,8 @@ class Prediction:
             level = math.nan
         if not 0 < level < 1:
             raise ValueError("level must be one number between 0 and 1, such as 0.9 for 90 %.")
-        low, high = self._interval(level)
+        with in_full_precision(self.rows):
+            low, high = self._interval(level)
         return self._back(low), self._back(high)
 
     def sample(
@@ -182,7 +191,8 @@ class Prediction:
         """
         if operator.index(number) < 0:
             raise ValueError(f"the number of draws must not be negative, got {number!r}.")
-        return self._sample(number, noise, generator)
+        with in_full_precision(self.rows):
+            return self._sample(number, noise, generator)
 
     def covariance(self) -> Tensor:
         """Epistemic covariance of every output (logit) between the data, ``[o, N, N]``.
@@ -194,7 +204,8 @@ class Prediction:
             raise TypeError(
                 "covariance() is for values and binary outputs: draw classes, sample()."
             )
-        return self.posterior.covariance(self.rows) * self._rows("factor")[:, None, None]
+        with in_full_precision(self.rows):
+            return self.posterior.covariance(self.rows) * self._rows("factor")[:, None, None]
 
     @property
     def output(self) -> Tensor:

@@ -201,38 +201,6 @@ def test_a_saved_predictor_needs_neither_engine_nor_data(rule, exact, tmp_path):
     torch.testing.assert_close(single.double(), predictor(x)["reg"].stddev, rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_is_for_the_network_alone():
-    """Its digits are too few for variances."""
-    net = plain_net().float()
-    data = loader(dtype=torch.float32)
-    predictor, x = Predictor.fit(net, heads_of(net), data).calibrate(data), data[0][0]
-    expected = predictor(x)
-    for dtype in (torch.bfloat16, torch.float16):
-        low = copy.deepcopy(predictor).to(dtype)
-        assert {p.dtype for p in low.model.parameters()} == {dtype}
-        assert {b.dtype for b in low.posteriors.buffers()} == {torch.float32}
-        for task, p in low(x.to(dtype)).items():
-            assert p.stddev.dtype == torch.float32
-            torch.testing.assert_close(p.stddev, expected[task].stddev, rtol=0.05, atol=0.02)
-
-
-@pytest.mark.parametrize("exact", [False, True])
-def test_made_in_a_context_of_inference(rule, exact):
-    """It can be differentiated through, loaded and moved outside of it."""
-    net, optimizer = trained(rule)
-    data, x = loader(), make_batch(seed=9)[0].requires_grad_()
-    expected = optimizer.predictor(net, data if exact else None).calibrate(data)
-    with torch.inference_mode():
-        predictor = optimizer.predictor(net, data if exact else None).calibrate(data)
-        loaded = Predictor(net, heads_of(net))
-        loaded.load_state_dict(predictor.state_dict())
-    for one in (predictor, loaded):
-        sum(p.stddev.sum() for p in one(x, differentiable=True).values()).backward()
-        assert (one(x)["cls"].stddev == expected(x)["cls"].stddev).all()
-        one.load_state_dict(expected.state_dict())
-    assert (x.grad != 0).any()
-
-
 def test_the_device_is_that_of_the_module():
     net = plain_net()
     predictor = Predictor.fit(net, heads_of(net), loader()).to("meta")
@@ -383,17 +351,6 @@ def test_labels_that_are_all_predicted_right_tell_no_temperature():
     predictor.calibrate([(x, soft)])  # without a warning
     for task in ("bin", "cls"):
         torch.testing.assert_close(predictor(x)[task].mean, found[task].mean, rtol=1e-3, atol=1e-3)
-
-
-def test_no_data_have_no_predictions():
-    net = plain_net()
-    predictor = Predictor.fit(net, heads_of(net), loader())
-    x, _ = make_batch(size=3)
-    for task, p in predictor(x[:0]).items():
-        width = predictor(x)[task].mean.shape[1]
-        members = p.mean, p.stddev, p.epistemic, *p.interval(0.9)
-        assert all(member.shape == (0, width) for member in members)
-        assert p.sample(5).shape == (5, 0, width)
 
 
 # --- dense heads ---------------------------------------------------------------------------------
