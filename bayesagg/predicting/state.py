@@ -107,8 +107,9 @@ class HeadPosterior(nn.Module):
         if not finite or not bool((self.noise > 0).all()):
             raise NumericalError(
                 f"task {name!r}: the posterior of its head is beyond the numbers of "
-                f"{self.mean.dtype}. Bring the labels, or what the head reads, nearer to one, or "
-                f"convert the model by .double()."
+                f"{self.mean.dtype}, or all labels that training saw were zero to rounding. Bring "
+                f"the labels, or what the head reads, nearer to one, or convert the model by "
+                f".double()."
             )
         return self
 

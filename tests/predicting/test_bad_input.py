@@ -289,3 +289,15 @@ def test_settings_of_a_fit_need_data(rule):
     train(net, optimizer, 5)
     with pytest.raises(ValueError, match=r"prior_variance.*Pass data"):
         optimizer.predictor(net, prior_variance=3.0)
+
+
+def test_training_on_labels_that_are_all_zero_tells_no_noise():
+    net = plain_net(outputs={"reg": 1})
+    heads = {"reg": RegressionHead(net.heads["reg"])}
+    optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters()), None, heads)
+    for i in range(3):
+        out = net(make_batch(seed=i, outputs={"reg": 1})[0])["reg"]
+        zeros = torch.zeros_like(out)
+        optimizer.step({"reg": F.mse_loss(out, zeros)}, targets={"reg": zeros})
+    with pytest.raises(NumericalError, match=r"'reg'.*labels.*were zero"):
+        optimizer.predictor(net)
