@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class Advice:
         return f"{says}\n{numbers}"
 
 
-def advise(features: Tensor, losses: Mapping[str, Tensor]) -> Advice:
+def advise(features: Tensor, losses: Mapping[str, Tensor] | Sequence[Tensor]) -> Advice:
     """Whether weighing the tasks will matter, from one large batch after a short run.
 
     Train with the plain sum of the losses for some hundred steps, then pass what a batch of data
@@ -62,6 +62,7 @@ def advise(features: Tensor, losses: Mapping[str, Tensor]) -> Advice:
     Args:
         features: what all heads read, of any shape, with the graph that the losses have.
         losses: of each task on the batch; scalars, or ``[o]`` for ``o`` outputs of one head.
+            Those of a sequence are tasks ``"0"``, ``"1"``, ….
 
     Returns:
         the numbers and what follows from them.
@@ -70,7 +71,8 @@ def advise(features: Tensor, losses: Mapping[str, Tensor]) -> Advice:
         ValueError: for fewer than two tasks, or a loss that is not a positive number or does not
             depend on the features, or has no gradient there.
     """
-    values = _by_output(losses)
+    named = losses if isinstance(losses, Mapping) else {str(i): v for i, v in enumerate(losses)}
+    values = _by_output(named)
     if len(values) < 2:
         raise ValueError(
             "advice needs at least two tasks, got one: pass a loss for each, [o] for o outputs"
@@ -108,6 +110,11 @@ def _by_output(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A scalar for each output."""
     found: dict[str, Tensor] = {}
     for name, value in losses.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the loss of task {name!r} is a {type(value).__name__}: pass the tensor, with its "
+                f"graph"
+            )
         if value.dim() > 1:
             raise ValueError(
                 f"the loss of task {name!r} has shape {tuple(value.shape)}; pass a scalar, or one "

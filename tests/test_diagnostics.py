@@ -182,6 +182,9 @@ def test_advice_needs_tasks_and_positive_losses_of_the_features():
         ({"a": losses[0], "b": losses[1].detach()}, "'b' does not depend.* with gradients"),
         ({"a": losses[:, None]}, "'a' has shape"),
         ({"a": losses[0], "b": losses[1] * 0 + 1}, "'b' is zero at the features"),
+        ({"a": losses[0], "b": 1.0}, "'b' is a float: pass the tensor"),
     ):
         with pytest.raises(ValueError, match=message):
             advise(h, given)
+    named = advise(h, {"0": losses[0], "1": losses[1]})
+    assert advise(h, [losses[0], losses[1]]) == named  # a sequence, as of heads

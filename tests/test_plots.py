@@ -249,6 +249,8 @@ ONES = torch.ones(2, 2)
         (lambda: plot_predictions(np.ones(3), *[np.ones(4)] * 3), "3 targets"),
         (lambda: plot_coverage({"a": [0.1, 0.2]}, [0.5, 0.8, 0.9]), "'a': 2 shares for 3 levels"),
         (lambda: plot_coverage({}, [0.5, 0.8, 0.9]), "no coverage"),
+        (lambda: plot_predictions(*[np.ones((3, 1))] * 4), r"pass one output, \[:, 0\]"),
+        (lambda: plot_predictions(np.full(3, np.nan), *[np.ones(3)] * 3), "leave them out"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(draw, message):

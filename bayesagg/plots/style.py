@@ -100,7 +100,8 @@ def array(values: Values | Sequence[Any], shape: str) -> Floats:
         values = values.detach().to("cpu", torch.float64).numpy()
     result = np.asarray(values, dtype=np.float64)
     if result.ndim != len(shape.split(",")) or result.size == 0:
-        raise ValueError(f"expected values of shape [{shape}], got {list(result.shape)}")
+        one = "; pass one output, [:, 0]" if "," not in shape and result.ndim == 2 else ""
+        raise ValueError(f"expected values of shape [{shape}], got {list(result.shape)}{one}")
     if not np.isfinite(result).all():
-        raise ValueError(f"the values [{shape}] have entries that are not finite")
+        raise ValueError(f"the values [{shape}] have entries that are not finite: leave them out")
     return result
