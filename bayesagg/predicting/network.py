@@ -103,11 +103,16 @@ def _in_training(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _thread() -> int:
+    """Which one this is; a traced graph has none."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
 def _noting(calls: list[Tensor]) -> Any:
-    own = threading.get_ident()  # another thread may predict with the same network meanwhile
+    own = _thread()  # another may predict with the same network meanwhile
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == own:
+        if _thread() == own:
             calls.append(args[0] if args else kwargs["input"])
 
     return note
