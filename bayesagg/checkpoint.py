@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from bayesagg.rules.base import Memory
 
 __all__ = ["PosteriorState", "describe", "load_optimizer", "read_state"]
 
+_LARGEST = 1 << 22  # parameters with states that an optimizer is asked for
 _KEYS = ("rule", "heads", "memory", "reader", "optimizer_known", "task_weights")
 
 
@@ -121,10 +122,13 @@ def _check_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         isinstance(groups, list) and len(groups) == len(own["param_groups"]),
         f"{what} has other parameter groups",
     )
-    sizes: dict[Any, Any] = {}
-    for mine, group, real in zip(own["param_groups"], groups, optimizer.param_groups, strict=True):
+    owners: dict[Any, tuple[int, torch.Tensor]] = {}
+    pairs = zip(own["param_groups"], groups, optimizer.param_groups, strict=True)
+    for number, (mine, group, real) in enumerate(pairs):
+        # Schedulers add settings of their own, and there may be one now, or none any more.
+        needed = {"params", *mine.keys() & optimizer.defaults.keys()}
         check(
-            isinstance(group, dict) and mine.keys() <= group.keys(),
+            isinstance(group, dict) and needed <= group.keys(),
             f"{what} has a parameter group that is incomplete",
         )
         params = group["params"]
@@ -134,27 +138,48 @@ def _check_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
             and params == mine["params"],
             f"{what} has a group with other parameters",
         )
-        sizes.update(zip(mine["params"], real["params"], strict=True))
+        some = ((number, parameter) for parameter in real["params"])
+        owners.update(zip(mine["params"], some, strict=True))
         for key, value in mine.items():
-            if key != "params":
+            if key != "params" and key in group:
                 _check_like(group[key], value, f"{what}: {key}")
-    template = _template(optimizer)
-    for index, entries in state["state"].items():
-        check(index in sizes and isinstance(entries, dict), f"{what} has a state of no parameter")
+    _check_states(optimizer, state["state"], owners, what)
+
+
+def _check_states(
+    optimizer: Optimizer,
+    states: Mapping[Any, Any],
+    owners: Mapping[Any, tuple[int, torch.Tensor]],
+    what: str,
+) -> None:
+    """States of parameters; ``owners``: number of the group and parameter of every index."""
+    templates: dict[Any, dict[str, Any] | None] = {}
+    for index, entries in states.items():
+        check(index in owners and isinstance(entries, dict), f"{what} has a state of no parameter")
+        number, parameter = owners[index]
+        key = number, tuple(parameter.shape)
+        if key not in templates:
+            templates[key] = _template(optimizer, *key)
+        template = templates[key]
         check(
-            template is None or template.keys() == entries.keys(),
+            template is None or template.keys() <= entries.keys(),
             f"{what} of parameter {index} is incomplete",
         )
-        for key, value in entries.items():
-            like = None if template is None else template[key]
-            _check_leaf(value, like, sizes[index], f"{what}: {key} of parameter {index}")
+        for name, value in entries.items():
+            like = None if template is None else template.get(name)
+            _check_leaf(value, like, f"{what}: {name} of parameter {index}")
 
 
-def _template(optimizer: Optimizer) -> dict[str, Any] | None:
-    """What one step leaves for a parameter of two dimensions; ``None``: it cannot be asked."""
-    parameter = torch.nn.Parameter(torch.ones(2, 3))
+def _template(optimizer: Optimizer, group: int, shape: Sequence[int]) -> dict[str, Any] | None:
+    """What one step leaves for a parameter of this shape; ``None``: it cannot be asked.
+
+    The shape matters: some optimizers (Adafactor, Muon) treat matrices by rows and columns.
+    """
+    if math.prod(shape) > _LARGEST:
+        return None
+    parameter = torch.nn.Parameter(torch.ones(shape, device="cpu"))
     try:
-        copy = alike(optimizer, parameter)
+        copy = alike(optimizer, parameter, group)
         parameter.grad = torch.ones_like(parameter)
         copy.step()
     except Exception:  # of whatever library
@@ -174,7 +199,9 @@ def _check_like(value: Any, mine: Any, what: str) -> None:
         single = not isinstance(value, torch.Tensor) or (
             value.dim() == 0 and not value.is_complex()
         )
-        check(single and math.isfinite(float(value)) and float(value) >= 0, f"{what} is {value!r}")
+        check(single and math.isfinite(float(value)), f"{what} is {value!r}")
+        positive = float(mine) >= 0  # some settings are exponents, as Adafactor's beta2_decay
+        check(float(value) >= 0 or not positive, f"{what} is {value!r}")
     elif isinstance(mine, tuple | list):
         same = isinstance(value, tuple | list) and len(value) == len(mine)
         check(same, f"{what} is {value!r}")
@@ -182,14 +209,13 @@ def _check_like(value: Any, mine: Any, what: str) -> None:
             _check_like(one, other, what)
 
 
-def _check_leaf(value: Any, like: Any, parameter: torch.Tensor, what: str) -> None:
+def _check_leaf(value: Any, like: Any, what: str) -> None:
     """An entry of a parameter's state: of the kind that ``like`` is, and finite."""
     if isinstance(value, torch.Tensor):
         check(bool(torch.isfinite(value).all()) and not value.is_complex(), f"{what} is damaged")
     if isinstance(like, torch.Tensor):
         check(isinstance(value, torch.Tensor), f"{what} is a {type(value).__name__}")
-        shape = tuple(parameter.shape) if like.dim() == 2 else tuple(like.shape)
-        check(tuple(value.shape) == shape, f"{what} has shape {tuple(value.shape)}")
+        check(value.shape == like.shape, f"{what} has shape {tuple(value.shape)}")
         check(value.is_floating_point() == like.is_floating_point(), f"{what} is {value.dtype}")
         positive = like.dim() == 0 or any(part in what for part in ("_sq", "square", "sum"))
         check(not positive or bool((value >= 0).all()), f"{what} is negative")

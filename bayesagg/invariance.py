@@ -13,11 +13,11 @@ _PARAMETER, _GRADIENT, _SCALE = 0.05, 1e-3, 16.0  # of the order of those of net
 _TOLERANCE = 0.05
 
 
-def alike(optimizer: Optimizer, parameter: torch.nn.Parameter) -> Optimizer:
-    """An optimizer of the same kind and settings, those of the first group, for one parameter."""
+def alike(optimizer: Optimizer, parameter: torch.nn.Parameter, group: int = 0) -> Optimizer:
+    """An optimizer of the same kind and settings, those of a group, for one parameter."""
     known = inspect.signature(type(optimizer).__init__).parameters
-    group = optimizer.param_groups[0]
-    settings = {k: v for k, v in {**optimizer.defaults, **group}.items() if k in known}
+    own = optimizer.param_groups[group]
+    settings = {k: v for k, v in {**optimizer.defaults, **own}.items() if k in known}
     settings.pop("params", None)
     if "lr" in settings:
         settings["lr"] = 1e-3  # a schedule may start at 0

@@ -80,6 +80,36 @@ def test_a_loaded_run_goes_on_in_the_same_bits(rule, base, settings, stop, kwarg
     assert_resumes((device, dtype), rule, base, settings, stop, **kwargs)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Adafactor"), reason="before torch 2.5")
+def test_states_by_rows_and_columns_are_loaded(rule, net, device, dtype):
+    """Of Adafactor, which has other entries for vectors; one of its settings is negative."""
+
+    def start(net):
+        return wrap(net, torch.optim.Adafactor(net.parameters(), lr=1e-3), rule)
+
+    optimizer = start(net)
+    train(net, optimizer, 4)
+    state = saved_and_loaded({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+    other_net = make_net(device, dtype, seed=1)
+    other = start(other_net)
+    other_net.load_state_dict(state["net"])
+    other.load_state_dict(state["optimizer"])
+    for one, wrapper in ((net, optimizer), (other_net, other)):
+        train(one, wrapper, range(4, 6))
+    assert_same(snapshot(net, optimizer), snapshot(other_net, other), ignore=["defaults"])
+
+
+@pytest.mark.parametrize("scheduled", ["before", "after"])
+def test_a_scheduler_that_comes_or_goes_with_a_checkpoint(scheduled, rule, net):
+    """It leaves settings of its own in the groups."""
+    optimizer = wrap(net, rule=rule)
+    other = wrap(make_net(seed=1), rule=rule)
+    lr_scheduler.ExponentialLR(optimizer if scheduled == "before" else other, 0.9)
+    train(net, optimizer, 2)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
 @pytest.mark.parametrize("precisions", [("float64", "float32"), ("float32", "float64")])
 def test_a_checkpoint_of_another_precision(precisions, rule, net, device, dtype):
     """The posterior goes on in the precision of the engine that loads it."""
