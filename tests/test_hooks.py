@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
+from bayesagg.errors import CaptureError
 from tests.helpers.data import make_losses
 from tests.helpers.nets import make_net, plain_net
 from tests.helpers.settings import QUICK
@@ -53,6 +54,20 @@ def test_evaluation_leaves_no_trace(when, mode, rule, device, dtype, batch):
         optimizer.step(losses or make_losses(net(x), labels))
         results.append(snapshot(net, optimizer))
     assert_same(*results)
+
+
+def test_training_in_evaluation_mode_says_how(rule, net, batch):
+    """Fine-tuning with the statistics of batch normalisation frozen: heads alone in training."""
+    optimizer = wrap(net, rule=rule, settings=QUICK)
+    x, labels = batch
+    net.eval()
+    with pytest.raises(CaptureError, match=r"evaluation mode.*train\(\) of the heads alone"):
+        optimizer.step(make_losses(net(x), labels))
+    net.heads.train()
+    before = net.trunk[1].running_mean.clone()
+    optimizer.step(make_losses(net(x), labels))
+    assert torch.equal(net.trunk[1].running_mean, before)
+    assert not optimizer.engine._capture.calls["reg"]
 
 
 def test_a_step_keeps_nothing_of_its_graph(rule, net, batch):

@@ -79,6 +79,60 @@ def test_a_head_that_does_more_is_refused(build, rule):
     assert_same(before, snapshot(net, optimizer))
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_hook_that_comes_in_mid_training_is_seen(resumed, rule):
+    """Also where all losses are known; one behind the head is part of its loss."""
+    net, optimizer = start(nn.Linear(4, 2), rule)
+    for _ in range(EPOCH + 1):
+        step(net, optimizer)
+    net[1].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    if resumed:
+        optimizer.load_state_dict(optimizer.state_dict())
+    before = snapshot(net, optimizer)
+    with pytest.raises(HeadError, match=r"task 'age'.*weight @ h \+ bias"):
+        step(net, optimizer)
+    assert_same(before, snapshot(net, optimizer), ignore=["gradients"])  # which are set to none
+
+
+def shorten(head):
+    head.weight = nn.Parameter(head.weight[:1].detach().clone())
+    head.bias = nn.Parameter(head.bias[:1].detach().clone())
+
+
+def widen(head):
+    head.weight = nn.Parameter(torch.cat([head.weight.detach(), torch.randn(2, 4)]))
+    head.bias = nn.Parameter(torch.zeros(4))
+
+
+def drop_bias(head):
+    head.bias = None
+
+
+@pytest.mark.parametrize("steps", [1, EPOCH + 1])
+@pytest.mark.parametrize("change", [shorten, widen, drop_bias])
+def test_a_head_that_was_changed_since_it_was_wrapped(change, steps, rule):
+    net, optimizer = start(nn.Linear(4, 2), rule)
+    for _ in range(steps):
+        step(net, optimizer)
+    change(net[1])
+    before = snapshot(net, optimizer)
+    x = torch.randn(8, 5)
+    with pytest.raises(HeadError, match=r"task 'age'.*2 outputs of 4 features.*anew"):
+        optimizer.step({"age": net(x).square().mean()})
+    assert_same(before, snapshot(net, optimizer))
+
+
+def test_weights_that_are_replaced_by_others_of_the_size(rule):
+    """As a search that starts heads anew, or a merge of models, may do."""
+    net, optimizer = start(nn.Linear(4, 2), rule)
+    for _ in range(EPOCH + 1):
+        step(net, optimizer)
+    net[1].weight = nn.Parameter(torch.randn(2, 4))
+    for _ in range(EPOCH + 1):
+        step(net, optimizer)
+    assert_finite(snapshot(net, optimizer))
+
+
 def test_what_follows_a_head_is_part_of_its_loss(rule):
     """A hook that came after the engine's: the labels are those of the head's own output."""
     head = nn.Linear(4, 2)

@@ -9,12 +9,37 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from bayesagg.errors import HeadError
-from bayesagg.heads import stacked
+from bayesagg.heads import Head, stacked
 from bayesagg.reading.observed import Said
 
-__all__ = ["check_affine", "check_own_weights"]
+__all__ = ["check_affine", "check_own_weights", "check_size", "hooks_of"]
 
 _ROWS = 1 << 12  # data that are looked at; maps have many
+
+
+def check_size(said: Said) -> None:
+    """Whether a head is of the size that it had when it was wrapped.
+
+    Raises:
+        HeadError: if not.
+    """
+    head, call, axis = said.head, said.calls[0], 1 if said.layout.channels_first else -1
+    sizes = call.features.shape[axis], call.output.shape[axis]
+    own = head.linear._parameters
+    bias = own["bias"] is not None if "bias" in own else head.has_bias  # or it is computed
+    if (*sizes, bias) != (head.in_features, said.layout.outputs, head.has_bias):
+        had, has = ("a" if there else "no" for there in (head.has_bias, bias))
+        raise HeadError(
+            f"task {said.name!r}: when it was wrapped, its head made {said.layout.outputs} outputs "
+            f"of {head.in_features} features with {had} bias. Now it makes {sizes[1]} of "
+            f"{sizes[0]} with {has} bias. Wrap the optimizer anew when a head has been changed."
+        )
+
+
+def hooks_of(head: Head) -> int:
+    """Number of the hooks of a head, which may change what it does."""
+    module = head.watched
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
 
 
 def check_affine(said: Said, features: Tensor) -> None:

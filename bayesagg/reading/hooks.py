@@ -245,9 +245,12 @@ class Capture:
             if not self.calls[name]:
                 raise CaptureError(
                     f"task {name!r}: no forward pass of its head was seen. Run the model that was "
-                    f"wrapped, not a copy of it, in training mode and with gradients before each "
-                    f"`backward` or `step(losses)`. One that ran under torch.compile before it was "
-                    f"wrapped does not report: wrap first."
+                    f"wrapped, in training mode and with gradients, before each `backward` or "
+                    f"`step(losses)`. A copy of it needs a copy of the optimizer, made with it "
+                    f"(`copy.deepcopy((model, optimizer))`); a model whose head was replaced is to "
+                    f"be wrapped anew. To train in evaluation mode, with frozen statistics, call "
+                    f"train() of the heads alone. A model that ran under torch.compile before it "
+                    f"was wrapped does not report: wrap first."
                 )
 
     def check_unchanged(self, name: str, calls: Sequence[Call]) -> None:

@@ -16,7 +16,7 @@ from bayesagg.errors import LossError
 from bayesagg.heads import Head, LossTask
 from bayesagg.parallel import without_gathers
 from bayesagg.reading.batch import Batch, Labels, Part
-from bayesagg.reading.check import check_affine, check_own_weights
+from bayesagg.reading.check import check_affine, check_own_weights, check_size, hooks_of
 from bayesagg.reading.diagnose import unreached
 from bayesagg.reading.form import form_of
 from bayesagg.reading.hooks import Call, Capture
@@ -48,7 +48,7 @@ class Reader:
         self.known: dict[str, Known] = {}
         self._new: dict[str, Known] = {}
         self._factors = Factors()
-        self._checked: set[str] = set()  # heads that were looked at
+        self._checked: dict[str, int] = {}  # hooks that heads had when they were looked at
         self._layouts = {
             name: Layout.of(head) for name, head in self.tasks.items() if isinstance(head, Head)
         }
@@ -139,6 +139,7 @@ class Reader:
             eps = _eps(reached[0].output.dtype, loss.dtype)
             layout, target = self._layouts[name], targets.get(name)
             saids.append(Said(name, head, layout, reached, loss, derivatives, target, eps, *form))
+            check_size(saids[-1])
         return saids
 
     def _parts(
@@ -166,7 +167,7 @@ class Reader:
                     return None
                 _raise_invalid(groups, features)
             unread = [group for group in groups if group.read is None and not group.own]
-            self._check_heads(unread, saids, features)
+            self._check_heads(groups, saids, features)
             with torch.enable_grad() if unread else nullcontext():
                 verified = verify(unread, saids, scalars, total, self.known) if unread else {}
             parts = [part for group in groups for part in _made(group, verified, features)]
@@ -174,19 +175,20 @@ class Reader:
         return parts
 
     def _check_heads(
-        self, unread: Sequence[Group], saids: Sequence[Said], features: Features
+        self, groups: Sequence[Group], saids: Sequence[Said], features: Features
     ) -> None:
-        """Look once at heads whose losses are to be verified.
+        """Look once at heads that something is inferred from, and again when hooks have changed.
 
         Raises:
             HeadError: for one that is not linear in what it receives, or shares its weights.
         """
-        new = [said for group in unread for said in group.saids if said.name not in self._checked]
+        some = [said for group in groups if not group.own for said in group.saids]
+        new = [said for said in some if self._checked.get(said.name) != hooks_of(said.head)]
         for said in new:
             check_affine(said, features.of(said))
         if new:
             check_own_weights(new, {output.grad_fn for said in saids for output in said.outputs})
-            self._checked.update(said.name for said in new)
+            self._checked.update((said.name, hooks_of(said.head)) for said in new)
 
     def _remember(self, groups: Sequence[Group], verified: Mapping[str, Verified]) -> None:
         """Keep what was found for :meth:`take`."""

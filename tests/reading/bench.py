@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from bayesagg.heads import LossTask
 from bayesagg.reading import Batch, Call, Capture, Labels, Reader
+from bayesagg.reading.check import hooks_of
 from tests.helpers.settings import HEADS
 
 
@@ -69,7 +70,8 @@ class Free:
         self.out = out
         self.capture = Capture({"age": self.head})
         self.reader = Reader({"age": self.head})
-        self.reader._checked.add("age")  # the outputs are not those of its weights
+        # The outputs are not those of its weights.
+        self.reader._checked["age"] = hooks_of(self.head)
 
     def read(self, loss, targets=None, out=None) -> Batch:
         out = self.out if out is None else out
