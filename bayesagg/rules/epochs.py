@@ -112,6 +112,13 @@ class PaperMemory:
         return self.epoch < self.pretrain_epochs
 
     @property
+    def written(self) -> bool:
+        """Whether heads have received posterior means."""
+        if self.fades:
+            return self.draws > (WARMUP if self.pretrain_epochs else 0)
+        return self.epoch >= max(1, self.pretrain_epochs)
+
+    @property
     def collects(self) -> bool:
         """Whether evidence is of use: from the last epoch of pre-training on."""
         return self.fades or self.epoch + 1 >= self.pretrain_epochs

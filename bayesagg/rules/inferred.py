@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from bayesagg.rules.groups import Group
 
 __all__ = ["of_fading", "of_paper"]
+
+_FAR = 0.1  # of a head's outputs: rounding and a scale that has moved since do not come near
 
 
 @torch.no_grad()
@@ -53,8 +57,12 @@ def _of_unit(rule: Settings, memory: FadingMemory, unit: Unit) -> dict[str, Infe
         rows = posterior.mean.flatten(0, 1)[own]
         exact = BOUNDS[head.kind].exact
         tau2 = noise.flatten()[own]
+        if head.readout == "gradient":
+            rows = stacked(head).to(rows)
+        elif written:
+            rows = _written(name, head, rows, unit.gram, 9)
         found[name] = Inferred(
-            stacked(head).to(rows) if written or head.readout == "gradient" else rows,
+            rows,
             posterior.vectors,
             variances if unit.wide else variances[:, own],
             noise=tau2 if exact else None,
@@ -106,7 +114,42 @@ def of_paper(memory: PaperMemory) -> dict[str, Inferred]:
         for name, own in group.slices.items():
             if name not in memory.owning and min(counts[own]) > 0:
                 found[name] = _of_group(group, posterior, name, own, noise, evidence.count)
+                if memory.written and name in memory.spared():
+                    gram = evidence.precision[own if len(evidence.precision) > 1 else slice(None)]
+                    together = gram.shape[-1] > group.likelihood.width  # of all classes
+                    head, mean = group.heads[name], found[name].mean
+                    mean = _written(name, head, mean, None if together else gram, 8)
+                    found[name] = replace(found[name], mean=mean)
     return found
+
+
+def _written(name: str, head: Head, mean: Tensor, gram: Tensor | None, depth: int) -> Tensor:
+    """Weights of a head that steps set to the posterior mean: those that the network goes by.
+
+    Args:
+        name: of the head.
+        head: whose weights these are.
+        mean: of the posterior, ``[o, D]``.
+        gram: of its evidence, ``[1 or o, D, D]``; ``None``: weights are compared, not outputs.
+        depth: of the caller of ``BayesAggWrapper.predictor``, for the warning.
+
+    Warns:
+        UserWarning: if they are others by now.
+    """
+    own = stacked(head).to(mean)
+    off, size = (
+        (w.square() if gram is None else (w[:, None] @ gram)[:, 0] * w).sum()
+        for w in (own - mean, mean)
+    )
+    if bool(off > _FAR**2 * size):
+        warnings.warn(
+            f"task {name!r}: the weights of its head are not those that its evidence gives. If "
+            f"weights were restored or averaged, what is known of them is of other features: load "
+            f"the optimizer's state that was saved with them, or pass data, as in "
+            f"predictor(model, train_loader).",
+            stacklevel=depth,
+        )
+    return own
 
 
 def _of_group(

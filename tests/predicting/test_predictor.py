@@ -40,6 +40,25 @@ def test_the_mean_of_a_regression_is_what_the_network_says(rule):
     assert repr(found["reg"]) == f"RegressionPrediction(shape={tuple(net(x)['reg'].shape)})"
 
 
+def test_weights_that_were_restored_alone(rule):
+    """The mean is what the network says; that the rest is of other features is announced."""
+    net, optimizer = trained(rule, steps=EPOCH + 2)
+    weights, state = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    with torch.no_grad():
+        net.trunk[0].weight.mul_(-1)  # other features, as after more training
+    train(net, optimizer, range(20, 20 + 2 * EPOCH))
+    net.load_state_dict(weights)
+    with pytest.warns(UserWarning, match=r"optimizer's state.*pass data") as told:
+        predictor = optimizer.predictor(net)
+    assert "'reg'" in str(told[0].message)
+    assert {warning.filename for warning in told} == {__file__}
+    x = make_batch(seed=9)[0]
+    torch.testing.assert_close(predictor(x)["reg"].mean, net(x)["reg"])
+    optimizer.predictor(net, loader())  # says nothing, and neither does a state that fits
+    optimizer.load_state_dict(state)
+    optimizer.predictor(net)
+
+
 def test_evidence_of_training_is_what_the_memory_holds():
     net, optimizer = trained("likelihood")
     memory, settings = optimizer.engine._memory, optimizer.engine.rule
