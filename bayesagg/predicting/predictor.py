@@ -57,10 +57,7 @@ class Predictor(nn.Module):
         super().__init__()
         named = {n: h for n, h in named_heads(heads).items() if isinstance(h, Head)}
         if not named:
-            raise HeadError(
-                "`heads` has nothing but LossTask(): there is no posterior to predict with. Pass "
-                "the heads of the tasks that have one."
-            )
+            raise HeadError("`heads` has nothing but LossTask(): no posterior to predict with.")
         check_kinds(named, KINDS, "prediction")
         self._heads = Heads(model, named)
         self.model, self.tasks = model, tuple(named)
@@ -120,12 +117,10 @@ class Predictor(nn.Module):
         """
         predictor = cls(model, heads)
         if data is not None:
-            prior_of = getattr(rule, "prior_of", Prior.of)
-            return predictor._fit(data, prior_of, **settings)
+            return predictor._fit(data, getattr(rule, "prior_of", Prior.of), **settings)
         if settings:
             raise ValueError(
-                f"{', '.join(settings)}: settings of a fit to data. Pass data too, as in "
-                f"predictor(model, train_loader, …), or leave them out."
+                f"{', '.join(settings)}: settings of a fit. Pass data too, or leave them out."
             )
         inferred = getattr(rule, "inferred", None)
         if inferred is None:
