@@ -236,8 +236,9 @@ def _made(group: Group, verified: Mapping[str, Verified], features: Features) ->
     if group.own:
         return make_parts(group, None, features)
     anew = verified and not verified.keys().isdisjoint(group.names)
-    if read is not None and all(group.complete) and not anew:
-        return make_parts(group, labels_of(group.observed, read, True), features)
+    if read is not None and len(set(group.complete)) == 1 and not anew:
+        whole = group.complete[0]
+        return make_parts(group, labels_of(group.observed, read, whole), features)
     labels: list[Labels | None] = []
     start = 0
     for i, said in enumerate(group.saids):

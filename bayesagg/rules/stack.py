@@ -134,44 +134,65 @@ class Stack:
         return found
 
 
+class _Working:
+    """What the heads of a part are to the evidence, each worked out once, for all of them."""
+
+    def __init__(self, part: Part) -> None:
+        assert part.labels is not None
+        self.labels, self.bound, self._part = part.labels, BOUNDS[part.kind], part
+
+    @cached_property
+    def responses(self) -> Tensor:
+        """Of every column, ``[N, P]``."""
+        return self.bound.working(self.labels, self._part.gradient)
+
+    @cached_property
+    def misfit(self) -> Tensor:
+        """Of every task, ``[N, K]``."""
+        return self.bound.misfit(self.labels)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """Of the loss, zero where a label is missing, ``[N, K]`` or ``[1, K]``."""
+        present = self.labels.present
+        return self.labels.factor if present is None else self.labels.factor * present
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Of the data, ``[N, K]``."""
+        own = self.labels.weights()
+        if own is not None:
+            return own
+        return torch.ones_like(self.labels.factor.expand(len(self.labels.outputs), -1))
+
+
 def columns_of(
-    unit: Unit, here: Mapping[str, Part], working: Mapping[int, Tensor], dtype: torch.dtype
+    unit: Unit, here: Mapping[str, Part], working: Mapping[int, _Working], dtype: torch.dtype
 ) -> Columns:
     """The columns of one unit, from the parts that its heads are in.
 
     Args:
         unit: its heads are all in this step.
         here: the part of every head.
-        working: working responses of every part, by its identity.
+        working: of every part, by its identity.
         dtype: of the evidence.
     """
     responses, misfits, factors = [], [], []
     weights: Tensor | None = None
     exact = 0
     for part, names in runs(unit.names, here):
-        labels = part.labels
-        assert labels is not None
-        bound, columns = BOUNDS[part.kind], working[id(part)]
-        wide = columns.shape[1] // labels.factor.shape[1]  # columns a task
+        own = working[id(part)]
+        wide = own.responses.shape[1] // own.labels.factor.shape[1]  # columns a task
         whole = (*names,) == part.names
         tasks = None if whole else [i for name in names for i in _span(part.slices[name])]
-        responses.append(_select(columns, tasks, wide))
-        if not (bound.exact and unit.started):
-            misfits.append(_select(bound.misfit(labels), tasks))
-        if bound.exact:
+        responses.append(_select(own.responses, tasks, wide))
+        if not (own.bound.exact and unit.started):
+            misfits.append(_select(own.misfit, tasks))
+        if own.bound.exact:
             exact += responses[-1].shape[1]
-            factor = _select(labels.factor, tasks)
-            if labels.present is not None:
-                factor = factor * _select(labels.present, tasks)
-            factors.append(factor)
+            factors.append(_select(own.factor, tasks))
         if unit.weighted:
-            own = labels.weights()
-            own = (
-                torch.ones_like(labels.factor.expand(len(labels.outputs), -1))
-                if own is None
-                else own
-            )
-            weights = _select(own, tasks)
+            weights = _select(own.weights, tasks)
     together = cat(responses, 1).to(dtype)
     return Columns(
         together,
@@ -184,11 +205,7 @@ def columns_of(
 
 def make_stacks(units: Sequence[Unit], here: Mapping[str, Part], dtype: torch.dtype) -> list[Stack]:
     """Stacks of all units that take part in a step."""
-    working = {}
-    for part in here.values():
-        if id(part) not in working:
-            assert part.labels is not None
-            working[id(part)] = BOUNDS[part.kind].working(part.labels, part.gradient)
+    working = {id(part): _Working(part) for part in here.values()}
     groups: dict[tuple[object, ...], list[tuple[Unit, Part, Columns]]] = {}
     for unit in units:
         part = here[unit.names[0]]
