@@ -173,7 +173,7 @@ def _compare(name: str, sums: Sums, prior: Prior) -> None:
         f"task {name!r}: a prior variance of {prior.variance:g} expects outputs of about "
         f"{float(expected[place].sqrt()):.2g}, the labels are of about "
         f"{float(level[place].sqrt()):.2g}: predictions may be close to zero. It is in squared "
-        f"units of the labels; leave it out, or pass prior_variance='marginal_likelihood'.",
+        f"units of the labels: pass a larger one, or prior_variance='marginal_likelihood'.",
         NumericalWarning,
         stacklevel=6,
     )

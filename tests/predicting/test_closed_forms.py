@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BinaryHead, RegressionHead
+from bayesagg import BayesAgg, BinaryHead, RegressionHead
 from bayesagg.diagnostics import interval_coverage
 from bayesagg.errors import NumericalWarning
 from bayesagg.predicting import Predictor, predictor
@@ -102,6 +102,18 @@ def test_without_a_prior_the_unit_of_the_labels_does_not_matter():
     with pytest.warns(NumericalWarning, match="squared units of the labels") as other:
         Predictor.fit(net, own, prices)
     assert {one.filename for one in [*caught, *other]} == {__file__}
+
+
+def test_the_paper_s_prior_has_the_unit_of_the_labels_and_the_warning_a_way_out():
+    """That of the rule is one; who has set nothing cannot leave it out."""
+    net = plain_net()
+    engine = BayesAgg(None, heads_of(net), rule="paper")
+    prices = [(x, {**y, "reg": 1e5 * y["reg"]}) for x, y in loader()]
+    with pytest.warns(NumericalWarning, match="prior variance of 1 expects") as caught:
+        engine.predictor(net, prices)
+    assert "leave it out" not in str(caught[0].message)
+    engine.predictor(net, prices, prior_variance="marginal_likelihood")
+    engine.predictor(net, prices, prior_variance=1e10)
 
 
 def test_missing_labels_are_left_out():
