@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from bayesagg.likelihoods.multiclass import _MAX_CLASSES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -104,6 +106,25 @@ def test_the_map_of_the_code_is_complete():
     assert files | folders <= listed
     gone = {n for n in listed if n.endswith((".py", "/"))} - files - folders
     assert all((ROOT / name).is_dir() for name in gone)
+
+
+def test_imports_run_from_the_bottom_of_the_map_to_its_top():
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    table = page.split("## The map of the code")[1].split("\n## ")[0]
+    rows = [re.findall(r"`(\w+)", row) for row in re.findall(r"^\| (`.*?) \|", table, re.M)]
+    place = {name: number for number, row in enumerate(rows) for name in row}
+    for path in (ROOT / "bayesagg").rglob("*.py"):
+        own = path.relative_to(ROOT / "bayesagg").parts[0].removesuffix(".py")
+        text = path.read_text(encoding="utf-8")
+        for other in re.findall(r"^ *from bayesagg\.(\w+)", text, re.M):
+            assert own == "__init__" or place[other] <= place[own], (path.name, other)
+
+
+def test_the_pages_say_how_many_classes_the_paper_s_curvature_has():
+    for page in ("theory.md", "how-to/paper.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        [many] = re.findall(r"\*\*Many classes\.\*\* Above (\d+)", text)
+        assert int(many) == _MAX_CLASSES, page
 
 
 def test_the_workflow_runs_what_make_test_runs():
