@@ -33,8 +33,8 @@ Readout = Literal["posterior", "gradient"]
 class LossTask:
     """A loss without a head to infer, weighed by its learned scale: its gradient over its mean.
 
-    Contrastive terms, a detection loss, one that pools outputs: its gradient reaches all that it
-    depends on, over a running mean of the loss (one that is not positive is taken as it is).
+    A contrastive or detection loss, one that pools outputs: its gradient reaches all it depends on,
+    over a running mean of the loss (as it is where that is not positive, or by the paper's rule).
     """
 
     num_tasks: ClassVar[int] = 1
@@ -51,7 +51,7 @@ class Head:
         s: exponent of the gradient precision in Eq. 7, ≥ 0; 0 weights all tasks alike. Heads of
             different kinds on one network should have the same, or the kind with the smaller
             exponent is drowned out: the weights compare variances raised to different powers.
-        prior_variance: γ of the isotropic prior ``N(0, γ I)`` over the weights and the bias.
+        prior_variance: γ of the prior ``N(0, γ I)`` over weights and bias, in the rule's units.
         readout: who sets the head's weights: ``"posterior"`` writes the posterior mean into the
             module and the optimizer leaves it alone, ``"gradient"`` trains it by its own
             gradients. Left out, regressions have the first under both rules, classifications under
@@ -294,7 +294,7 @@ def named_heads(
                 )
     if not named:
         raise HeadError(
-            "`heads` is empty: pass a RegressionHead, BinaryHead or MulticlassHead a task, or "
-            "LossTask() for a loss without a head."
+            "`heads` is empty: pass a RegressionHead, BinaryHead or MulticlassHead for each task, "
+            "or LossTask() for a loss without a head."
         )
     return named

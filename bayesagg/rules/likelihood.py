@@ -61,7 +61,7 @@ class LikelihoodRule(Settings):
         degrees_of_freedom: ν of the Student-t likelihood of regressions.
         keep_length: keep the length of the aggregate within a factor of the running length of the
             plain gradient: 5 under an optimizer whose step does not depend on the scale of the
-            gradient (Adam without weight decay in the gradient), else 1. ``False``: as it comes.
+            gradient (Adam without much weight decay in it), else 1. ``False``: as it comes.
             Without any head, of the sum of the weighed losses to that of the losses.
 
     Raises:
@@ -182,10 +182,10 @@ def _warn_of_unused(name: str, head: Head) -> None:
     settings = ("s", "moments", "num_samples")
     unused = [key for key in settings if getattr(head, key, None) not in (None, 0)]
     if unused:
-        verb = "has" if len(unused) == 1 else "have"
+        verb, them = ("has", "it") if len(unused) == 1 else ("have", "them")
         warnings.warn(
             f"task {name!r}: {' and '.join(unused)} {verb} no effect under the default rule: leave "
-            f"out, or use rule='paper'.",
+            f"{them} out, or use rule='paper'.",
             stacklevel=6,
         )
 

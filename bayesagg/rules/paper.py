@@ -97,7 +97,7 @@ class PaperRule:
         if not heads:
             raise HeadError(
                 "`heads` has nothing but LossTask(), and the paper's rule weighs heads alone: pass "
-                "one of a task, or use the default rule."
+                "the head of a task, or use the default rule."
             )
         widths = {head.in_features: name for name, head in heads.items()}
         if len(widths) > 1:
