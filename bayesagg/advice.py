@@ -68,8 +68,8 @@ def advise(features: Tensor, losses: Mapping[str, Tensor] | Sequence[Tensor]) ->
         the numbers and what follows from them.
 
     Raises:
-        ValueError: for fewer than two tasks, or a loss that is not a positive number or does not
-            depend on the features, or has no gradient there.
+        ValueError: for fewer than two tasks, or a loss that is of another shape, is not positive,
+            does not depend on the features, or has no gradient there.
     """
     named = losses if isinstance(losses, Mapping) else {str(i): v for i, v in enumerate(losses)}
     values = _by_output(named)

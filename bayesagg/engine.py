@@ -32,22 +32,18 @@ Losses = Mapping[str, Tensor] | Sequence[Tensor]
 class BayesAgg(nn.Module):
     """Bayesian gradient aggregation without an optimizer, for loops that own it.
 
-    Calling it turns the losses into one scalar, to be used as their sum would be::
-
-        loss = engine(losses)
-        loss.backward()
-
-    The watched modules are not registered as submodules.
+    Called with losses it returns one scalar, to be used as their sum would be:
+    ``engine(losses).backward()``. The watched modules are not registered as submodules.
 
     Args:
-        shared_rep_hook: the last shared module. The default rule asks nothing of it and works
-            without; ``None`` will do.
+        shared_rep_hook: the last shared module, or ``None``. Heads are found without it; where
+            ``fully_shard`` was applied to it and to no head, it shows the ranks.
         heads: heads by name, or a sequence of them (named ``"0"``, ``"1"``, …); a
             :class:`bayesagg.LossTask` is a loss without a head.
         rule: ``"likelihood"``: every task's gradient is that of its log-likelihood with a learned
             scale, under posteriors that follow the network. ``"paper"``: Eq. 2-11 of the paper. Or
             an object with settings, :class:`bayesagg.rules.LikelihoodRule` or
-            :class:`bayesagg.rules.PaperRule`.
+            :class:`bayesagg.rules.PaperRule`. It warns of settings that it does not use.
         steps_per_epoch: for ``PaperRule``: optimizer steps in an epoch, whose end turns the
             epoch's evidence into the full-data posterior. ``None``: its evidence fades.
         passthrough: names of losses without a head whose gradients arrive as they are.
@@ -56,9 +52,8 @@ class BayesAgg(nn.Module):
         process_group: data-parallel ranks whose evidence is summed, so that all have one
             posterior. ``"auto"``: those over which gradients are averaged: the group of the
             ``DistributedDataParallel`` that ran the forward pass, or of ``fully_shard`` (applied
-            before the engine is built). Ranks that train models of their own have neither and are
-            left alone. A ``torch.distributed`` group where gradients are averaged by other
-            means; ``None``: never.
+            before the engine is built); ranks that have neither are left alone. A
+            ``torch.distributed`` group where gradients are averaged by other means; ``None``: none.
 
     Attributes:
         task_weights: mean weight per output of the last step, by task, ``[o]``, over this rank's
@@ -68,6 +63,7 @@ class BayesAgg(nn.Module):
     Raises:
         HeadError: for heads that are not linear, given twice, or do not suit the rule.
         ValueError: for an argument out of range.
+        BayesAggError: for parameters on a mesh of several dimensions without ``process_group``.
     """
 
     def __init__(
@@ -127,7 +123,8 @@ class BayesAgg(nn.Module):
 
         Args:
             losses: one tensor per task that is present, by name or in the order of the tasks;
-                reduced by mean or sum, or not at all (then their mean is taken).
+                reduced by mean or sum, or not at all (then their mean is taken). One that turns
+                out not to be the likelihood of its head warns, once.
             targets: labels, where they cannot be recovered from the losses; same keys. In the
                 shape of the head's output (``[N]`` will do for one output); of a multi-class head
                 class indices ``[N]``, or probabilities ``[N, C]`` of floating dtype, which they
@@ -211,13 +208,15 @@ class BayesAgg(nn.Module):
         Args:
             model: the network that has the heads.
             data: pairs of inputs and targets by task: the posteriors are then exact, from one pass
-                in evaluation mode. ``None``: they are those that training has left.
+                in evaluation mode. ``None``: they are those that training has left; weights that
+                are far from what the evidence gives, as restored ones, warn.
             settings: with data, ``prior_variance`` (default: the rule's), ``passes`` and
                 ``max_parameters`` of :meth:`bayesagg.predicting.Predictor.fit`.
 
         Raises:
             HeadError: if the model does not have the heads.
             PredictionError: without data, if a head has no evidence.
+            ValueError: for settings without data, or out of range.
             BayesAggError: for bad data, as of :meth:`bayesagg.predicting.Predictor.fit`.
         """
         return Predictor.of_rule(model, self.tasks, self.rule, self._memory, data, **settings)
@@ -285,7 +284,7 @@ class BayesAgg(nn.Module):
 
 
 def _meet_optimizer(engine: BayesAgg) -> None:
-    """Notice the first optimizer that takes a step after a backward pass of the engine."""
+    """Notice the first optimizer that takes a step and has parameters of the heads."""
     owner = weakref.ref(engine)
     mine = {id(p) for head in engine.heads.values() for p in head.linear.parameters()}
 

@@ -23,7 +23,7 @@ class BayesAggError(Exception):
 
 
 class HeadError(BayesAggError, ValueError):
-    """A head is not linear, is given twice, or has settings that do not suit it."""
+    """A head is not linear, was changed, shares weights, or has settings that do not suit it."""
 
 
 class CaptureError(BayesAggError, RuntimeError):
@@ -46,11 +46,11 @@ class TargetError(BayesAggError, ValueError):
 
 
 class FeatureError(BayesAggError, ValueError):
-    """The shared representation has the wrong shape, is not finite, or was changed in place."""
+    """What a head received is empty, not finite or was changed in place, or its output was."""
 
 
 class CheckpointError(BayesAggError, ValueError):
-    """A state was saved from other heads or in another layout."""
+    """A state is damaged, or was saved from something else than what is to load it."""
 
 
 class NumericalError(BayesAggError, ArithmeticError):
@@ -66,4 +66,4 @@ class RankError(BayesAggError, RuntimeError):
 
 
 class NumericalWarning(UserWarning):
-    """Numbers to look at: jitter in a matrix, a mode not reached, a prior far from the labels."""
+    """Numbers to look at, such as jitter in a matrix, a mode not reached, an unlikely prior."""

@@ -38,7 +38,8 @@ class BayesAggWrapper(Optimizer):
         optimizer.step(losses)
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``; it owns all parameters, those of the heads too.
+        optimizer: any ``torch.optim.Optimizer``; it owns all parameters, those of the heads too,
+            and a warning names heads that it lacks.
         shared_rep_hook: the last shared module, or ``None``; this and the following are those of
             :class:`bayesagg.BayesAgg`, which says more.
         heads: heads by name, or a sequence of them (named ``"0"``, ``"1"``, …).
@@ -56,7 +57,7 @@ class BayesAggWrapper(Optimizer):
 
     Raises:
         TypeError: if ``optimizer`` is not an optimizer, or already wrapped.
-        HeadError: as of :class:`bayesagg.BayesAgg`.
+        BayesAggError: as of :class:`bayesagg.BayesAgg`.
         ValueError: for an argument out of range.
     """
 
@@ -226,6 +227,7 @@ class BayesAggWrapper(Optimizer):
 
         Raises:
             BayesAggError: as there.
+            ValueError: as there.
         """
         return self.engine.predictor(model, data, **settings)
 

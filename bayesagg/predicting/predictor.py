@@ -88,8 +88,8 @@ class Predictor(nn.Module):
             prior_variance: γ of the prior ``N(0, γ I)`` of all weights, bias included; in squared
                 units of the labels over those of the features. ``"marginal_likelihood"``: learned,
                 by output (by head of classes). ``None``: that of each head, or 1, of regressions
-                times the mean square of their labels.
-            passes: over the features, to the modes of classifications, at most.
+                times the mean square of their labels. A number far from the labels warns.
+            passes: over the features, to the modes of classifications, at most; too few warn.
             max_parameters: rows of an exact curvature, K D of binary outputs and (C - 1) D of
                 classes; beyond, a Kronecker product.
 
@@ -180,7 +180,7 @@ class Predictor(nn.Module):
         of binary outputs one by one. Intervals of regressions reach to order statistics of the
         residuals (split conformal prediction), so that they hold their share of new labels
         whatever the residuals' distribution. Labels of one class, or that are all predicted right,
-        tell no temperature.
+        tell no temperature: it is one then, which a warning says.
 
         Args:
             data: as of :meth:`fit`.
