@@ -167,7 +167,7 @@ def _check_states(
         )
         for name, value in entries.items():
             like = None if template is None else template.get(name)
-            _check_leaf(value, like, f"{what}: {name} of parameter {index}")
+            _check_leaf(value, like, f"{what}: {name} of parameter {index}", bool(key[1]))
 
 
 def _template(optimizer: Optimizer, group: int, shape: Sequence[int]) -> dict[str, Any] | None:
@@ -209,15 +209,20 @@ def _check_like(value: Any, mine: Any, what: str) -> None:
             _check_like(one, other, what)
 
 
-def _check_leaf(value: Any, like: Any, what: str) -> None:
-    """An entry of a parameter's state: of the kind that ``like`` is, and finite."""
+def _check_leaf(value: Any, like: Any, what: str, wide: bool) -> None:
+    """An entry of a parameter's state: of the kind that ``like`` is, and finite.
+
+    ``wide``: the parameter is no scalar itself, so that a scalar is a count or a product.
+    """
     if isinstance(value, torch.Tensor):
         check(bool(torch.isfinite(value).all()) and not value.is_complex(), f"{what} is damaged")
     if isinstance(like, torch.Tensor):
         check(isinstance(value, torch.Tensor), f"{what} is a {type(value).__name__}")
         check(value.shape == like.shape, f"{what} has shape {tuple(value.shape)}")
         check(value.is_floating_point() == like.is_floating_point(), f"{what} is {value.dtype}")
-        positive = like.dim() == 0 or any(part in what for part in ("_sq", "square", "sum"))
+        positive = (like.dim() == 0 and wide) or any(
+            part in what for part in (": step of", "_sq", "square", "sum")
+        )
         check(not positive or bool((value >= 0).all()), f"{what} is negative")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         check(math.isfinite(value), f"{what} is {value!r}")

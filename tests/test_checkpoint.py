@@ -15,7 +15,7 @@ from bayesagg import LossTask
 from bayesagg.checkpoint import PosteriorState
 from bayesagg.errors import CheckpointError
 from tests.helpers.data import losses_over, make_batch, without
-from tests.helpers.nets import make_net, plain_trunk
+from tests.helpers.nets import make_net, plain_net, plain_trunk
 from tests.helpers.settings import EPOCH, OPTIMIZERS, SAMPLED
 from tests.helpers.states import difference, snapshot
 from tests.helpers.training import make_heads, train, wrap
@@ -225,6 +225,35 @@ def test_every_damage_of_an_engine_is_refused(case, rule):
     net, optimizer, _ = trained(case, rule, "adam")
     state = {"bayesagg": optimizer.engine.get_extra_state()}
     assert_refuses((net, optimizer), state, load_engine)
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.NAdam])
+def test_a_parameter_may_be_a_scalar(base, rule, device, dtype):
+    """A temperature, whose mean gradient is a scalar too and has any sign."""
+    net = plain_net(device, dtype)
+    net.temperature = torch.nn.Parameter(torch.ones((), device=device, dtype=dtype))
+
+    def step(optimizer, sign):
+        optimizer.zero_grad()
+        x, labels = make_batch(device, dtype)
+        optimizer.loss(losses_over(net(x), labels)).backward()
+        net.temperature.grad = torch.full_like(net.temperature, sign)
+        optimizer.step()
+
+    for sign in (1.0, -1.0):
+        own = {"momentum": 0.9} if base is torch.optim.RMSprop else {}
+        optimizer = wrap(net, base(net.parameters(), lr=1e-3, **own), rule)
+        for _ in range(2):
+            step(optimizer, sign)
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(state)
+        (scalar,) = (s for p, s in optimizer.state.items() if p is net.temperature)
+        for name in scalar.keys() & {"step", "exp_avg_sq", "square_avg"}:
+            wrong = copy.deepcopy(state)
+            for entries in wrong["state"].values():
+                if torch.as_tensor(entries[name]).dim() == 0:
+                    entries[name] = -1 - entries[name]
+            refused(net, optimizer, optimizer.load_state_dict, wrong, "negative")
 
 
 def refused(net, optimizer, load, state, match=None):
