@@ -171,6 +171,20 @@ def test_one_loss_without_a_head_under_sgd_is_trained_as_it_is(keeps, adam, devi
     assert factors[3:] == pytest.approx([mean] * 5, rel=0.1)
 
 
+def test_losses_that_cancel_are_trained(device, dtype):
+    """Log-densities may be negative: a sum of zero is not a gradient of zero."""
+    net = plain_net(device, dtype)
+    base, tasks = torch.optim.SGD(net.parameters(), lr=1e-4), {"up": LossTask(), "down": LossTask()}
+    optimizer = BayesAggWrapper(base, None, tasks, rule=LikelihoodRule(warmup=2))
+    for index in range(6):
+        loss = two_losses(net, make_batch(device, dtype, seed=index)[0])["near"]
+        losses = {"up": loss, "down": 1e-3 * loss - 1.001 * loss.detach()}
+        (own,) = torch.autograd.grad(sum(losses.values()), net.trunk[0].weight, retain_graph=True)
+        optimizer.zero_grad()
+        optimizer.step(losses)
+        assert net.trunk[0].weight.grad.norm() > 1e-3 * own.norm()
+
+
 def test_losses_without_heads_alone_resume(device, dtype):
     ends = []
     for stop in (None, 60):

@@ -38,8 +38,8 @@ class Others:
         return {name: ratio.expand(memory.tasks[name].num_tasks) for name, ratio in pairs}
 
     def squared_sums(self) -> Tensor:
-        """Of the losses, weighed and as they are, ``[2]``."""
-        value = self.values[:, 0]
+        """Of the losses, weighed and as they are, ``[2]``; some may be negative."""
+        value = self.values[:, 0].abs()
         return torch.stack([(self.ratio * value).sum(), value.sum()]).square_()
 
     def scales(self, sums: Tensor, decay: float) -> dict[str, Tensor]:
