@@ -14,6 +14,8 @@ from bayesagg.reading.observed import Found, Observed, Read, Said, tolerance
 
 __all__ = ["Binary"]
 
+_MANY = 1e30  # of anything
+
 
 class Binary(PerOutput):
     """Labels of binary heads: probabilities, snapped to 0 and 1 where they are close."""
@@ -78,23 +80,30 @@ class Binary(PerOutput):
     def read(
         self, observed: Observed, factor: Tensor | None, present: Tensor | None = None
     ) -> Read:
-        """``y = σ(z) - g / f``."""
+        """``y = σ(z) - g / f``, if the loss has the value ``Σ f H + g z``.
+
+        The entropy H of σ(z) tells the factor. Of confident data it may vanish in rounding: that is
+        allowed for where labels are 0 or 1, since any others might be those of another factor.
+        """
         assert factor is not None
-        z, g = observed.output, observed.gradient
-        p = z.sigmoid()
-        y = p - g / factor
+        z, g, eps = observed.output, observed.gradient, observed.eps
+        p, f = z.sigmoid(), factor[0]
+        y = p - g / f
         # A saturated datum on the right side has no gradient; others without one have no label.
-        saturated = torch.addcmul(p, p, p, value=-1) <= observed.eps
-        shown = torch.logical_or(g, saturated if present is None else ~saturated)
-        tol = tolerance(observed.eps)
-        least, largest = y.aminmax()
-        checks = (shown.all(0), (least > -4 * tol).view(1), (largest < 1 + 4 * tol).view(1))
-        y = _snapped(y, observed.eps)
-        nll, noise = self.value(z, y), None
-        value = (nll * factor if present is None else nll * factor * present).sum(0)
-        if observed.eps > 1e-6:  # else it is nothing beside the tolerance
-            noise = (factor * self.value_noise(z, observed.eps)).sum(0)
-        return Read(y, factor, present, (*checks, observed.agrees(value, 8 * tol, noise)), nll)
+        open_ = F.hardshrink(torch.addcmul(p, p, p, value=-1), eps)
+        shown = torch.logical_or(g, open_.logical_not() if present is None else open_)
+        fits = shown & (y == y.clamp(-_snap(eps), 1 + _snap(eps)))
+        y = _snapped(y, eps)
+        nll = self.value(z, y)
+        entropy = torch.addcmul(nll, y - p, z)
+        entropy = (entropy if present is None else entropy * present).sum(0)
+        value, tol = torch.addcmul((g * z).sum(0), entropy, f), tolerance(eps)
+        rounding = torch.linalg.vector_norm(z, 1, dim=0)
+        soft = observed.mean_of_head(y.frac().amax(0))
+        rounding = rounding.sub_(soft, alpha=_MANY).clamp_(0)  # none if a label is soft
+        size = torch.add(entropy, rounding, alpha=2 * eps / tol) * f
+        agrees = observed.agrees(value, tol, size=size)
+        return Read(y, factor, present, (fits.all(0), agrees), nll)
 
     def recover(self, observed: Observed) -> Found:
         """The second derivative ``f σ(1-σ)`` gives the factor, as far as it can be seen."""
@@ -110,7 +119,8 @@ class Binary(PerOutput):
         usable = known & (torch.where(negative, spread / eps, spread) > min(tol / 10, 10 * eps))
         hidden = known & ~usable
         right = hidden & (g.abs() <= 2 * c)
-        factor = _factor(observed, c, spread, usable, hidden & ~right)[None]
+        exact = negative & (c > 0) & (spread > torch.finfo(z.dtype).tiny / eps)
+        factor = _factor(observed, c, spread, usable, exact, hidden & ~right)[None]
         rounding = torch.where(negative, zero, 4 * eps / spread) + 1.25 * tol
         y = torch.where(right, p.round(), p - g / factor).masked_fill_(missing, 0)
         # Where the factor of a datum cannot be seen, a weight and a soft label are the same.
@@ -124,19 +134,29 @@ class Binary(PerOutput):
         # A loss with the same derivatives at these outputs has another value.
         value = (factor * self.value(z, y) * known).sum(0)
         noise = (factor * self.value_noise(z, eps)).sum(0)
-        blind = observed.per_head((~usable.any(0)).to(z.dtype)) > 0
+        blind = observed.per_head((~(usable | exact | hidden & ~right).any(0)).to(z.dtype)) > 0
         agrees = observed.agrees(value, 8 * tol, noise) | blind
         return Found(y, factor, known, agrees & observed.all_of_head(fine))
 
 
+def _snap(eps: float) -> float:
+    """How close to 0 or 1 is close."""
+    return max(4 * eps, 4e-3)
+
+
 def _snapped(y: Tensor, eps: float) -> Tensor:
     """Labels at 0 and 1 where they are close; overwritten."""
-    snap = max(4 * eps, 4e-3)
+    snap = _snap(eps)
     return y.masked_fill_(y < snap, 0).masked_fill_(y > 1 - snap, 1)
 
 
 def _factor(
-    observed: Observed, curvature: Tensor, spread: Tensor, usable: Tensor, wrong: Tensor
+    observed: Observed,
+    curvature: Tensor,
+    spread: Tensor,
+    usable: Tensor,
+    exact: Tensor,
+    wrong: Tensor,
 ) -> Tensor:
     """Factor of the loss, ``[K]``, from the best evidence that the batch has.
 
@@ -146,7 +166,6 @@ def _factor(
     else (all right: there is no gradient) that of a mean.
     """
     z, eps = observed.output, observed.eps
-    exact = (z < 0) & (curvature > 0)
     precise = usable & ((z < 0) | (spread > 16 * eps / tolerance(eps)))
     factor = torch.full_like(z[0], 1 / len(z))
     largest = (observed.gradient.abs() * wrong).amax(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from operator import is_
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bayesagg.reading.given import fit_constant, fit_partial
 from bayesagg.reading.known import Known
+from bayesagg.reading.observed import Read
 from bayesagg.reading.step import Features, Group
 
 __all__ = ["Factors", "look", "read_group"]
@@ -32,8 +34,7 @@ class Factors:
         same = data == rows and before is not None and all(map(is_, before, known))
         if same and (factor is None or (factor.device, factor.dtype) == (like.device, like.dtype)):
             return factor
-        pairs = [(one, None if one is None else one.ratio(rows)) for one in known]
-        values = [f * ratio for one, ratio in pairs if one and ratio for f in one.factor]
+        values = [f for one in known if one is not None for f in one.factors(rows)]
         factor = like.new_tensor(values)[None] if len(values) == like.shape[-1] else None
         if len(self._kept) >= _MANY:
             self._kept.clear()
@@ -65,11 +66,31 @@ def read_group(group: Group, factors: Factors) -> None:
     if given and factor is not None:
         group.read = fit_constant(group.likelihood, group.observed, factor)
     elif first.by_label and factor is not None:
-        present = group.observed.gradient != 0
-        share = group.observed.count(present).clamp(min=1) / len(present)
-        group.read = group.likelihood.read(group.observed, factor / share, present)
+        group.read = _read_partial(group, factor, first.by_label)
     elif not given and (factor is not None or any_factor):
         group.read = group.likelihood.read(group.observed, factor)
+
+
+def _read_partial(group: Group, factor: Tensor, over: tuple[str, ...]) -> Read:
+    """Labels, some of which may be missing, of losses over those that are not.
+
+    Args:
+        group: to be read.
+        factor: if none were missing, ``[1, K]``.
+        over: of which labels the factor may be a number; if that is not clear, those of every
+            column of a head must be as many.
+    """
+    observed = group.observed
+    present = observed.gradient != 0
+    own = present.sum(0, dtype=factor.dtype)
+    count = own if over == ("columns",) else observed.mean_of_head(own)
+    share = count.clamp(min=1) / len(present)
+    read = group.likelihood.read(observed, factor / share, present)
+    # Labels that are all equal to the outputs have no derivative either: second ones tell.
+    checks = [*read.checks, count > 0]
+    if len(over) > 1:
+        checks.append(own == count)
+    return replace(read, checks=tuple(checks))
 
 
 def look(groups: Sequence[Group], features: Features, total: Tensor) -> bool:

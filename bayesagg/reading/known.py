@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,9 @@ from bayesagg.heads import Head, LossTask
 __all__ = ["Known", "load", "state"]
 
 _FORMS = 16  # of one loss; more are verified in every step
-_REDUCTIONS = ("rows", "labels", "sum")  # the factor is a number over one of these counts
+# The factor of a column is a number over one of these: the data, the labels of the head (per column
+# on average), those of the column, or one.
+_REDUCTIONS = ("rows", "labels", "columns", "sum")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Known:
         masked: labels have been missing.
         factor: of every column, ``[K]``, when it was verified; empty if there was none to see.
         rows: data in that step.
-        labels: labels that were present in that step, per column on average.
+        labels: of every column that were present in that step, ``[K]``.
         forms: of the loss, that were verified.
         reductions: over which counts the factor may be: several, if the steps so far do not tell.
     """
@@ -35,29 +37,36 @@ class Known:
     masked: bool = False
     factor: tuple[float, ...] = ()
     rows: int = 0
-    labels: float = 0.0
+    labels: tuple[int, ...] = ()
     forms: tuple[int, ...] = ()
     reductions: tuple[str, ...] = _REDUCTIONS
 
-    def ratio(self, rows: int) -> float | None:
-        """What the factor is multiplied by for another number of data, all labelled.
-
-        ``None``: it is not clear.
-        """
+    def factors(self, rows: int) -> list[float]:
+        """Of every column for another number of data, all labelled; empty: it is not clear."""
         if self.own or self.weighted or not self.factor:
-            return None
-        reductions = ("labels",) if self.by_label else self.reductions
-        ratios = [self.count(one) / _count(one, rows, rows) for one in reductions]
-        return ratios[0] if max(ratios) <= min(ratios) * (1 + 1e-9) else None
+            return []
+        every = [
+            [f * n / (1 if one == "sum" else rows) for f, n in self._over(one)]
+            for one in self.by_label or self.reductions
+        ]
+        same = all(max(some) <= min(some) * (1 + 1e-9) for some in zip(*every, strict=True))
+        return every[0] if same else []
 
     @property
-    def by_label(self) -> bool:
-        """Labels may be missing, and the factor can be a number over those that are not."""
-        return self.masked and "labels" in self.reductions
+    def by_label(self) -> tuple[str, ...]:
+        """Over which labels the factor may be a number, if some may be missing."""
+        if not self.masked:
+            return ()
+        choices = ("labels", "columns") if len(self.labels) > 1 else ("labels",)
+        return tuple(one for one in choices if one in self.reductions)
 
-    def count(self, reduction: str) -> float:
-        """What the factor was a number over."""
-        return _count(reduction, self.rows, self.labels)
+    def _over(self, reduction: str) -> list[tuple[float, float]]:
+        """The factor of every column, and what it was a number over."""
+        counts: Sequence[float] = self.labels
+        if reduction != "columns":
+            mean = sum(self.labels) / len(self.labels)
+            counts = [{"rows": self.rows, "labels": mean, "sum": 1.0}[reduction]] * len(self.labels)
+        return list(zip(self.factor, counts, strict=True))
 
     def after(self, before: Known | None, tolerance: float) -> Known:
         """With what earlier steps have told."""
@@ -71,17 +80,14 @@ class Known:
             reduction
             for reduction in before.reductions
             if all(
-                abs(new * self.count(reduction) - old * before.count(reduction))
-                <= tolerance * abs(old) * before.count(reduction)
-                for new, old in zip(self.factor, before.factor, strict=True)
+                abs(new * n - old * m) <= tolerance * abs(old) * m
+                for (new, n), (old, m) in zip(
+                    self._over(reduction), before._over(reduction), strict=True
+                )
             )
         ]
         reductions = tuple(left) or _REDUCTIONS
         return replace(self, masked=masked, forms=forms, reductions=reductions)
-
-
-def _count(reduction: str, rows: float, labels: float) -> float:
-    return {"rows": rows, "labels": labels, "sum": 1.0}[reduction]
 
 
 def state(known: Mapping[str, Known]) -> dict[str, dict[str, Any]]:
@@ -119,15 +125,16 @@ def _loaded(one: Any, tasks: int, what: str) -> Known:
 
     for key in ("own", "weighted", "masked"):
         fine(key, type(one[key]) is bool)
-    for key, kind in (("rows", int), ("labels", float)):
-        fine(key, type(one[key]) is kind and 0 <= one[key] < float("inf"))
-    for key in ("factor", "forms", "reductions"):
+    fine("rows", type(one["rows"]) is int and one["rows"] >= 0)
+    for key in ("labels", "factor", "forms", "reductions"):
         fine(key, isinstance(one[key], list))
+    fine("labels", len(one["labels"]) in (0, tasks))
+    fine("labels", all(type(n) is int and 0 <= n <= one["rows"] for n in one["labels"]))
     factor, reductions = one["factor"], one["reductions"]
     fine("forms", all(type(form) is int for form in one["forms"]))
     fine("reductions", bool(reductions) and all(r in _REDUCTIONS for r in reductions))
     fine("factor", len(factor) in (0, tasks))
     fine("factor", all(type(f) is float and 0 < f < float("inf") for f in factor))
-    check(not factor or (one["rows"] > 0 and one["labels"] > 0), f"{what} has no data")
+    check(not factor or (one["labels"] and min(one["labels"]) > 0), f"{what} has no data")
     leaves: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
     return Known(**leaves)

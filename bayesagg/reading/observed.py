@@ -138,12 +138,11 @@ class Observed:
             return values
         return values.new_zeros(len(self.losses)).index_add_(0, self.owners, values)
 
-    def count(self, present: Tensor) -> Tensor:
-        """Labels of every head, on average over its columns, ``[K]``."""
-        labels = present.sum(0, dtype=self.output.dtype)
+    def mean_of_head(self, values: Tensor) -> Tensor:
+        """Means of ``values``, ``[K]``, over the columns of each head, ``[K]``."""
         if self.owners is None:
-            return labels
-        return (self.per_head(labels) / self.per_head(torch.ones_like(labels)))[self.owners]
+            return values
+        return (self.per_head(values) / self.per_head(torch.ones_like(values)))[self.owners]
 
     def all_of_head(self, holds: Tensor) -> Tensor:
         """Whether ``holds``, ``[K]``, in every column of each head, ``[H]``."""
@@ -152,7 +151,12 @@ class Observed:
         return self.per_head((~holds).to(self.output.dtype)) == 0
 
     def agrees(
-        self, value: Tensor, allowed: float, noise: Tensor | None = None, times: float = 1
+        self,
+        value: Tensor,
+        allowed: float,
+        noise: Tensor | None = None,
+        times: float = 1,
+        size: Tensor | None = None,
     ) -> Tensor:
         """Whether losses have the values that labels give them, ``[H]``; never if not finite.
 
@@ -161,10 +165,11 @@ class Observed:
             allowed: relative error.
             noise: absolute error by column, ``[K]``.
             times: what values are multiples of.
+            size: what the relative error is relative to, by column, ``[K]``; ``None``: values.
         """
         value = self.per_head(value)
         off = torch.sub(value, self.losses, alpha=times).abs()
-        off = torch.sub(off, value, alpha=allowed)
+        off = torch.sub(off, value if size is None else self.per_head(size), alpha=allowed)
         return off <= 0 if noise is None else off <= self.per_head(noise)
 
 

@@ -115,8 +115,8 @@ def _take(
     before = known.get(said.name)
     present, factor = labels.present, labels.factor
     assert present is not None
-    rows, tasks = present.shape
-    count = int(present.sum())
+    counts = present.sum(0).tolist()
+    count = sum(counts)
     weighted = found.weighted is not None and bool(found.weighted[index])
     if not weighted:
         factor = factor[:1]
@@ -127,13 +127,13 @@ def _take(
         return Verified(None, before)
     if count == 0:
         return Verified(labels, before)
-    seen = not weighted and bool(present.any(0).all())
+    seen = not weighted and min(counts) > 0
     new = Known(
         weighted=weighted,
         masked=count < present.numel(),
         factor=tuple(factor[0].tolist()) if seen else (),
-        rows=rows,
-        labels=count / tasks,
+        rows=len(present),
+        labels=tuple(counts),
         forms=(said.form,),
     )
     return Verified(labels, new.after(before, 4 * tolerance(said.eps)))

@@ -1,0 +1,112 @@
+"""Losses that change between steps: what is remembered of one makes nothing false of the next."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bayesagg.errors import LossError
+from bayesagg.reading import reader
+from tests.helpers.data import LOSSES
+from tests.reading.bench import Bench, labels_by_task, read
+from tests.reading.test_reader import labels_for
+
+HALF = pytest.mark.parametrize("half", [False, True], ids=["full", "autocast"])
+
+
+def outputs_of(bench, seed, *, rows=64, scale=1.0, half=False):
+    """Of the head called "a"; under autocast they are rounded, and losses are not."""
+    h = (bench.features(rows, seed).detach() * scale).requires_grad_()
+    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=half):
+        return bench.outputs(h)["a"]
+
+
+def bench_of(device, kind, outputs=1):
+    return Bench({"a": kind}, outputs, dtype=torch.float32, device=device)
+
+
+def check(found, out, y, known=None, factor=None, half=False):
+    known = torch.ones_like(y, dtype=torch.bool) if known is None else known
+    present = torch.ones_like(known) if found.present is None else found.present
+    assert torch.equal(present, known)
+    off = (found.targets - y).abs()[known] / (out.float() - y).abs().clamp(min=1e-3)[known]
+    assert off.max() < (0.05 if half else 1e-3)
+    if factor is not None:
+        expected = factor.expand_as(found.factor)
+        torch.testing.assert_close(found.factor, expected, rtol=0.05 if half else 1e-3, atol=0)
+
+
+@HALF
+@pytest.mark.parametrize("kind", ["reg", "bin"])
+@pytest.mark.parametrize("change", [0.5, 0.7, 0.9, 1.2, 2.0])
+@pytest.mark.parametrize(("rows", "scale"), [(64, 1.0), (1, 20.0), (8, 30.0)])
+def test_another_task_weight_is_not_taken_for_soft_labels(device, kind, half, change, rows, scale):
+    bench = bench_of(device, kind)
+    for seed in range(6):
+        weight = 1.0 if seed < 2 else change
+        out = outputs_of(bench, seed, rows=rows, scale=scale, half=half)
+        y = labels_for({"a": kind}, {"a": out.float()}, seed)["a"]
+        loss = weight * LOSSES[kind](out.float(), y)
+        found = labels_by_task(bench.read({"a": loss}))["a"]
+        check(found, out, y, half=half)
+
+
+@HALF
+@pytest.mark.parametrize("kind", ["reg", "bin"])
+@pytest.mark.parametrize("reduction", ["columns", "labels"])
+@pytest.mark.parametrize("alike", [False, True], ids=["uneven", "first alike"])
+def test_means_over_the_labels_of_a_column_or_of_a_head(
+    device, kind, reduction, alike, half, monkeypatch
+):
+    """Which of both it is shows once columns have labels in another proportion."""
+    verified = []
+    verify = reader.verify
+
+    def counted(*args):
+        verified.append(seed)
+        return verify(*args)
+
+    monkeypatch.setattr(reader, "verify", counted)
+    bench = bench_of(device, kind, 3)
+    for seed in range(9):
+        rates = torch.tensor([0.3, 0.6, 0.9]).roll(seed)
+        chance = torch.rand(64, 3, generator=torch.Generator().manual_seed(seed))
+        chance = chance[:, :1] if alike and seed < 3 else chance
+        known = (chance < (0.5 if alike and seed < 3 else rates)).expand(64, 3).to(device)
+        out = outputs_of(bench, seed, half=half)
+        y = labels_for({"a": kind}, {"a": out.float()}, seed)["a"]
+        each = LOSSES[kind](out.float(), y, reduction="none") * known
+        labels = known.sum(0)
+        loss = (each.sum(0) / labels).sum() if reduction == "columns" else each.sum() / labels.sum()
+        found = labels_by_task(bench.read({"a": loss}))["a"]
+        number = labels if reduction == "columns" else labels.sum()
+        check(found, out, y, known, 1 / number, half)
+    assert max(verified) <= (4 if alike else 2)
+
+
+@pytest.mark.parametrize("kind", ["reg", "bin"])
+def test_labels_that_are_all_the_outputs_are_not_missing(device, dtype, kind):
+    """In a head whose labels may be missing: there is no derivative, but a second one."""
+    bench = Bench({"a": kind}, 1, dtype=dtype, device=device)
+    for seed in range(6):
+        out = outputs_of(bench, seed, rows=8)
+        y = labels_for({"a": kind}, {"a": out}, seed)["a"]
+        known = torch.arange(8, device=device)[:, None] % 3 > 0
+        if seed == 3:
+            y = out.detach() if kind == "reg" else out.detach().sigmoid()
+        if seed == 4:
+            known = known & False
+        each = LOSSES[kind](out, y, reduction="none")
+        found = labels_by_task(bench.read({"a": (each * known).sum() / known.sum().clamp(min=1)}))
+        assert torch.equal(found["a"].present, known)
+
+
+def test_saturated_outputs_hide_no_other_loss(device):
+    """Logits of hundreds have a curvature of their own, however small: not that of a penalty."""
+    out = 60 * (1 + torch.arange(24.0, device=device)).view(8, 3) * torch.tensor([1, -1, 1])
+    out[2] *= -1
+    out.requires_grad_()
+    y = (out.detach() > 0).to(out)
+    loss = F.binary_cross_entropy_with_logits(out, y)
+    assert torch.equal(read("bin", out, loss).targets, y)
+    with pytest.raises(LossError, match="binary cross-entropy"):
+        read("bin", out, loss + 0.3 * out.square().mean())
