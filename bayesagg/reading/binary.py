@@ -126,6 +126,8 @@ class Binary(PerOutput):
         # Where the factor of a datum cannot be seen, a weight and a soft label are the same.
         hard = torch.minimum(y.abs(), (1 - y).abs()) <= 4 * tol
         valid = (factor > 0) & (hard | ~hidden)
+        # For a negative logit, whose σ is exact, the gradient is f σ, or f on the wrong side.
+        valid = valid & (right | ~(hidden & exact) | (2 * g.abs() > factor))
         for curvature in curvatures:
             off = (curvature / spread / factor - 1).abs()
             valid = valid & ((off <= rounding) | ~usable) & ((curvature == 0) | ~missing)

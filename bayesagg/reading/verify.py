@@ -89,7 +89,7 @@ def _judge(group: Group, known: Mapping[str, Known], results: dict[str, Verified
     elif observed.probes:
         found = group.likelihood.recover(observed)
     else:
-        return _alone(group, range(len(group.saids)))
+        found = _nothing(group)
     valid = found.valid.tolist()
     labels = labels_of(observed, found, False)
     start, failing = 0, []
@@ -101,6 +101,16 @@ def _judge(group: Group, known: Mapping[str, Known], results: dict[str, Verified
             failing.append(i)
         start = stop
     return _alone(group, failing)
+
+
+def _nothing(group: Group) -> Found:
+    """No label at all, if the losses are zero times an output, as where a batch has none."""
+    observed, size = group.observed, group.likelihood.size
+    quiet = size(observed.gradient) == 0
+    valid = observed.all_of_head(quiet.all(0)) & (observed.losses == 0)
+    return Found(
+        torch.zeros_like(observed.output), torch.ones_like(size(observed.output)[:1]), ~quiet, valid
+    )
 
 
 def _alone(group: Group, indices: Sequence[int]) -> list[Group]:

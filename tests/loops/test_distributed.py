@@ -65,11 +65,12 @@ def test_the_ranks_do_not_agree_without_the_exchange(rule, ranks):
 # --- ranks whose batches differ ------------------------------------------------------------------
 
 
-def still(rank, rule, split=ROWS, missing=(), absent=()):
+def still(rank, rule, split=ROWS, missing=(), absent=(), given=True):
     """Steps at rate zero: the evidence alone tells runs apart, and the heads that it sets.
 
     Rank 0 has the first ``split`` rows and all tasks, rank 1 the other rows and not the tasks in
-    ``absent``, ``None`` all rows. Labels of the tasks in ``missing`` end with row 8.
+    ``absent``, ``None`` all rows. Labels of the tasks in ``missing`` end with row 8, and are
+    ``given`` or read off the losses.
     """
     net = plain_net()
     model = net if rank is None else DistributedDataParallel(net)
@@ -84,7 +85,7 @@ def still(rank, rule, split=ROWS, missing=(), absent=()):
         left_out = absent if rank == 1 else ()
         losses = {n: v for n, v in losses_over(model(x), labels).items() if n not in left_out}
         optimizer.zero_grad()
-        optimizer.step(losses, targets={name: labels[name] for name in missing})
+        optimizer.step(losses, targets={n: labels[n] for n in missing} if given else None)
     return result(net, optimizer)
 
 
@@ -99,10 +100,11 @@ def test_uneven_batches_are_one_batch(split, rule, ranks):
 
 @pytest.mark.parametrize("missing", [["reg"], ["bin"], ["cls"], ["reg", "bin", "cls"]])
 @pytest.mark.parametrize("split", [6, 8], ids=["on_one_rank_some", "on_one_rank_all"])
-def test_missing_labels_are_missing_in_the_whole(split, missing, rule, ranks):
+@pytest.mark.parametrize("given", [False, True], ids=["read", "given"])
+def test_missing_labels_are_missing_in_the_whole(split, missing, given, rule, ranks):
     """Also where one rank has a matrix for every task and the other one for all."""
-    both = ranks.run(still, rule, split, missing)
-    assert_equal_runs(still(None, rule, ROWS, missing), both, rule, **LENGTH)
+    both = ranks.run(still, rule, split, missing, given=given)
+    assert_equal_runs(still(None, rule, ROWS, missing, given=given), both, rule, **LENGTH)
 
 
 @pytest.mark.parametrize("task", ["reg", "bin", "cls"])

@@ -90,6 +90,23 @@ def test_holes_are_recovered_as_they_are_given(rate, rule, device):
     assert_near(*results)
 
 
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_zero_times_an_output_is_no_label(name, rule, device):
+    """The loss of a task none of whose labels is in the batch, in the first step and later."""
+    results = []
+    for given in (False, True):
+        net = plain_net(device)
+        optimizer = wrap(net, "momentum", rule)
+        for index in range(8):
+            x, labels = make_batch(device, seed=index, size=20)
+            if index in (0, 3, 6):
+                labels = without(labels, name, torch.ones(20, dtype=torch.bool, device=device))
+            optimizer.zero_grad()
+            optimizer.step(losses_over(net(x), labels), targets=labels if given else None)
+        results.append([snapshot(net)["parameters"], optimizer.state_dict()["bayesagg"]["memory"]])
+    assert_near(*results)
+
+
 RUNS = {"likelihood": {"memory": 80, "lag": 20}, "paper": {"steps_per_epoch": 10}}
 
 

@@ -100,9 +100,11 @@ def test_labels_that_are_all_the_outputs_are_not_missing(device, dtype, kind):
         assert torch.equal(found["a"].present, known)
 
 
-def test_saturated_outputs_hide_no_other_loss(device):
+@pytest.mark.parametrize("least", [31.0, 60.0])
+def test_saturated_outputs_hide_no_other_loss(device, least):
     """Logits of hundreds have a curvature of their own, however small: not that of a penalty."""
-    out = 60 * (1 + torch.arange(24.0, device=device)).view(8, 3) * torch.tensor([1, -1, 1])
+    sign = torch.tensor([1, -1, 1], device=device)
+    out = least * (1 + torch.arange(24.0, device=device)).view(8, 3) * sign
     out[2] *= -1
     out.requires_grad_()
     y = (out.detach() > 0).to(out)
