@@ -92,6 +92,8 @@ class Binary(PerOutput):
         # A saturated datum on the right side has no gradient; others without one have no label.
         open_ = F.hardshrink(torch.addcmul(p, p, p, value=-1), eps)
         shown = torch.logical_or(g, open_.logical_not() if present is None else open_)
+        if present is not None:
+            shown = shown | _exact(z, p, eps)
         fits = shown & (y == y.clamp(-_snap(eps), 1 + _snap(eps)))
         y = _snapped(y, eps)
         nll = self.value(z, y)
@@ -113,13 +115,13 @@ class Binary(PerOutput):
         spread = p * (-z).sigmoid()
         curvatures = [curved / v for v, curved in observed.probes]
         c = curvatures[0]
-        missing = (g == 0) & (c == 0) & (spread > eps)
+        missing = (g == 0) & (c == 0) & ((spread > eps) | _exact(z, spread, eps))
         known, negative, zero = ~missing, z < 0, torch.zeros_like(z)
         # The curvature is f σ(1-σ) to eps / (1 - σ); for negative logits it is exact.
         usable = known & (torch.where(negative, spread / eps, spread) > min(tol / 10, 10 * eps))
         hidden = known & ~usable
         right = hidden & (g.abs() <= 2 * c)
-        exact = negative & (c > 0) & (spread > torch.finfo(z.dtype).tiny / eps)
+        exact = _exact(z, spread, eps) & (c > 0)
         factor = _factor(observed, c, spread, usable, exact, hidden & ~right)[None]
         rounding = torch.where(negative, zero, 4 * eps / spread) + 1.25 * tol
         y = torch.where(right, p.round(), p - g / factor).masked_fill_(missing, 0)
@@ -139,6 +141,11 @@ class Binary(PerOutput):
         blind = observed.per_head((~(usable | exact | hidden & ~right).any(0)).to(z.dtype)) > 0
         agrees = observed.agrees(value, 8 * tol, noise) | blind
         return Found(y, factor, known, agrees & observed.all_of_head(fine))
+
+
+def _exact(output: Tensor, spread: Tensor, eps: float) -> Tensor:
+    """Where a label, even one that saturation all but hides, has derivatives that are not zero."""
+    return (output < 0) & (spread > torch.finfo(output.dtype).tiny / eps)
 
 
 def _snap(eps: float) -> float:

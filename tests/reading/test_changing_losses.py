@@ -100,6 +100,21 @@ def test_labels_that_are_all_the_outputs_are_not_missing(device, dtype, kind):
         assert torch.equal(found["a"].present, known)
 
 
+@HALF
+def test_labels_may_be_missing_where_logits_are_saturated(device, half):
+    """Negative ones: the smallest σ has digits, so that no derivative means no label."""
+    bench = bench_of(device, "bin", 2)
+    for seed in range(5):
+        out = outputs_of(bench, seed, scale=6.0 if half else 20.0, half=half)
+        assert out.min() < (-5 if half else -17)
+        y = (out.detach() > 0).float()
+        known = (torch.rand(64, 2, generator=torch.Generator().manual_seed(seed)) < 0.6).to(device)
+        known = known | (out.detach() > 0)
+        each = F.binary_cross_entropy_with_logits(out.float(), y, reduction="none")
+        found = labels_by_task(bench.read({"a": (each * known).sum() / known.sum()}))["a"]
+        check(found, out, y, known, 1 / known.sum(), half)
+
+
 @pytest.mark.parametrize("least", [31.0, 60.0])
 def test_saturated_outputs_hide_no_other_loss(device, least):
     """Logits of hundreds have a curvature of their own, however small: not that of a penalty."""
