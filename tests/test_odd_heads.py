@@ -79,14 +79,17 @@ def test_a_head_that_does_more_is_refused(build, rule):
     assert_same(before, snapshot(net, optimizer))
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_a_hook_that_comes_in_mid_training_is_seen(resumed, rule):
+@pytest.mark.parametrize("how", ["added", "swapped", "resumed"])
+def test_a_hook_that_comes_in_mid_training_is_seen(how, rule):
     """Also where all losses are known; one behind the head is part of its loss."""
     net, optimizer = start(nn.Linear(4, 2), rule)
+    harmless = net[1].register_forward_pre_hook(lambda module, args: None)
     for _ in range(EPOCH + 1):
         step(net, optimizer)
+    if how == "swapped":  # there are as many as before
+        harmless.remove()
     net[1].register_forward_pre_hook(lambda module, args: (2 * args[0],))
-    if resumed:
+    if how == "resumed":
         optimizer.load_state_dict(optimizer.state_dict())
     before = snapshot(net, optimizer)
     with pytest.raises(HeadError, match=r"task 'age'.*weight @ h \+ bias"):

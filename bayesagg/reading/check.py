@@ -36,10 +36,10 @@ def check_size(said: Said) -> None:
         )
 
 
-def hooks_of(head: Head) -> int:
-    """Number of the hooks of a head, which may change what it does."""
+def hooks_of(head: Head) -> tuple[int, ...]:
+    """Numbers of the hooks of a head, which may change what it does; no two hooks have one."""
     module = head.watched
-    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return (*module._forward_hooks, *module._forward_pre_hooks)
 
 
 def check_affine(said: Said, features: Tensor) -> None:

@@ -48,7 +48,8 @@ class Reader:
         self.known: dict[str, Known] = {}
         self._new: dict[str, Known] = {}
         self._factors = Factors()
-        self._checked: dict[str, int] = {}  # hooks that heads had when they were looked at
+        # Hooks that heads had when they were looked at.
+        self._checked: dict[str, tuple[int, ...]] = {}
         self._layouts = {
             name: Layout.of(head) for name, head in self.tasks.items() if isinstance(head, Head)
         }
