@@ -151,7 +151,7 @@ def select(prediction: Prediction, count: int) -> Tensor:
     else:
         p = prediction.mean.movedim(dimension, 0).flatten(1)
         weight = p * (1 - p) / posterior.scale.to(p).square()[:, None]
-    with in_full_precision(prediction.rows):
+    with in_full_precision(prediction.rows.device):
         return _greedy(posterior.whitened(prediction.rows), weight, count)
 
 
@@ -193,7 +193,7 @@ def _regression_information(prediction: RegressionPrediction, joint: bool) -> Te
         # The calibration scales either alike.
         ratio = prediction.epistemic / prediction.aleatoric
         return 0.5 * ratio.log1p().sum(_outputs(prediction))
-    with in_full_precision(prediction.rows):
+    with in_full_precision(prediction.rows.device):
         ratio = posterior.covariance(prediction.rows) / noise[:, None, None]
     identity = torch.eye(ratio.shape[1], dtype=ratio.dtype, device=ratio.device)
     return 0.5 * torch.logdet(identity + ratio).sum()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from bayesagg.checkpoint import describe, read_state
 from bayesagg.heads import Head, LossTask, named_heads
 from bayesagg.parallel import Exchange, ProcessGroup
 from bayesagg.predicting import Predictor
+from bayesagg.predicting.prediction import in_full_precision
 from bayesagg.presets import check_rule
 from bayesagg.reading import Batch, Reader
 from bayesagg.reading.hooks import Call, Capture
@@ -144,8 +144,7 @@ class BayesAgg(nn.Module):
         """What the backward pass of some losses will do; nothing has changed yet."""
         device = device_of(self.heads, losses)
         self._exchange.start(self._capture.group, self._modules_of_ranks, bool(self.heads))
-        under = torch.is_autocast_enabled(device.type)
-        with torch.autocast(device.type, enabled=False) if under else nullcontext():
+        with in_full_precision(device):
             try:
                 batch = self._reader.read(self._capture, losses, targets)
                 flags = self.rule.flags(self._memory, batch)

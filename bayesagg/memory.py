@@ -73,9 +73,14 @@ class FadingMemory:
         self._zero = torch.zeros((), dtype=dtype)
 
     def zero(self, device: torch.device) -> Tensor:
-        """A number of the evidence's dtype; it is not to be changed."""
+        """A number of the evidence's dtype; it is not to be changed.
+
+        Where no task has a head, a checkpoint does not know the device: its scales follow here.
+        """
         if self._zero.device != device:
             self._zero = self._zero.to(device)
+            self.others = {name: value.to(device) for name, value in self.others.items()}
+            self.length = None if self.length is None else self.length.to(device)
         return self._zero
 
     def commit(self, update: Update) -> None:

@@ -123,10 +123,10 @@ def two_losses(net, x):
     return {"long": 1 + h.square().mean(), "near": 100 * (h - 1).abs().mean()}
 
 
-@pytest.mark.parametrize("decay_of", [1, 20])
-def test_losses_without_heads_alone_are_divided_by_their_running_means(decay_of, device, dtype):
+@pytest.mark.parametrize("lag", [1, 20])
+def test_losses_without_heads_alone_are_divided_by_their_running_means(lag, device, dtype):
     """The default rule's only: the paper's weighs heads. The first step has its own values."""
-    rule = LikelihoodRule(warmup=0, lag=decay_of, keep_length=False)
+    rule = LikelihoodRule(warmup=0, lag=lag, keep_length=False)
     net = plain_net(device, dtype)
     engine = BayesAgg(None, {"long": LossTask(), "near": LossTask()}, rule=rule)
     values = []
@@ -138,7 +138,7 @@ def test_losses_without_heads_alone_are_divided_by_their_running_means(decay_of,
         means = (rule.decay**ages * past).sum(0) / (rule.decay**ages).sum(0)
         values.append(now)
 
-        own = [p for p in net.trunk.parameters()]
+        own = list(net.trunk.parameters())
         each = [torch.autograd.grad(loss, own, retain_graph=True) for loss in losses.values()]
         net.zero_grad()
         engine(losses).backward()
@@ -152,13 +152,21 @@ def test_losses_without_heads_alone_are_divided_by_their_running_means(decay_of,
                 parameter -= 0.01 * parameter.grad
 
 
-@pytest.mark.parametrize(("keeps", "adam"), [(False, False), (True, False), (True, True)])
-def test_one_loss_without_a_head_under_sgd_is_trained_as_it_is(keeps, adam, device, dtype):
-    """The default rule's. Under Adam, whose step is the same, it may be five times as long."""
+@pytest.mark.parametrize(
+    ("base", "keeps", "times"),
+    [
+        (torch.optim.SGD, True, lambda loss: 1.0),
+        (torch.optim.SGD, False, lambda loss: 1 / loss),
+        (torch.optim.Adam, True, lambda loss: 5.0),
+    ],
+    ids=["as it is", "over its mean", "at most five times"],
+)
+def test_the_length_of_one_loss_without_a_head(base, keeps, times, device, dtype):
+    """The default rule's: that of the plain gradient, or five times it where it does not matter."""
     net = plain_net(device, dtype)
-    base = (torch.optim.Adam if adam else torch.optim.SGD)(net.parameters(), lr=1e-4)
     rule = LikelihoodRule(warmup=3, keep_length=keeps)
-    optimizer = BayesAggWrapper(base, None, {"only": LossTask()}, rule=rule)
+    optimizer = base(net.parameters(), lr=1e-4)
+    optimizer = BayesAggWrapper(optimizer, None, {"only": LossTask()}, rule=rule)
     factors = []
     for index in range(8):
         loss = 1e-3 * two_losses(net, make_batch(device, dtype, seed=index)[0])["long"]
@@ -167,8 +175,7 @@ def test_one_loss_without_a_head_under_sgd_is_trained_as_it_is(keeps, adam, devi
         optimizer.step({"only": loss})
         factors.append((net.trunk[0].weight.grad.norm() / own.norm()).item())
     assert factors[:3] == pytest.approx([1.0] * 3)
-    mean = 1.0 if keeps and not adam else 5.0 if adam else 1 / loss.item()
-    assert factors[3:] == pytest.approx([mean] * 5, rel=0.1)
+    assert factors[3:] == pytest.approx([times(loss.item())] * 5, rel=0.1)
 
 
 def test_losses_that_cancel_are_trained(device, dtype):

@@ -34,10 +34,10 @@ def by_rows(
     return tuple(p[0] if whole else torch.cat(p) for p in zip(*pieces, strict=True))
 
 
-def in_full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """Without autocast, which would take most digits of products; ``like``: of the device."""
-    under = torch.is_autocast_enabled(like.device.type)
-    return torch.autocast(like.device.type, enabled=False) if under else nullcontext()
+def in_full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast, which would take most digits of products."""
+    under = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if under else nullcontext()
 
 
 class Reading:
@@ -68,7 +68,7 @@ class Reading:
     def part(self, name: str, place: int) -> Tensor:
         """What one of the heads has of a member."""
         if name not in self._parts:
-            with in_full_precision(self.h):
+            with in_full_precision(self.h.device):
                 whole: Tensor = getattr(self, name)
             widths = [posterior.head.out_features for posterior in self.posteriors]
             self._parts[name] = (whole,) if len(widths) == 1 else whole.split(widths, -1)
@@ -162,7 +162,7 @@ class Prediction:
             level = math.nan
         if not 0 < level < 1:
             raise ValueError("level must be one number between 0 and 1, such as 0.9 for 90 %.")
-        with in_full_precision(self.rows):
+        with in_full_precision(self.rows.device):
             low, high = self._interval(level)
         return self._back(low), self._back(high)
 
@@ -191,7 +191,7 @@ class Prediction:
         """
         if operator.index(number) < 0:
             raise ValueError(f"the number of draws must not be negative, got {number!r}.")
-        with in_full_precision(self.rows):
+        with in_full_precision(self.rows.device):
             return self._sample(number, noise, generator)
 
     def covariance(self) -> Tensor:
@@ -204,7 +204,7 @@ class Prediction:
             raise TypeError(
                 "covariance() is for values and binary outputs: draw classes, sample()."
             )
-        with in_full_precision(self.rows):
+        with in_full_precision(self.rows.device):
             return self.posterior.covariance(self.rows) * self._rows("factor")[:, None, None]
 
     @property

@@ -14,7 +14,7 @@ from bayesagg.reading.observed import Found, Observed, Read, Said, tolerance
 
 __all__ = ["Binary"]
 
-_MANY = 1e30  # of anything
+_MANY = 1e30  # times what a soft label is off 0 and 1: more than any sum of logits
 
 
 class Binary(PerOutput):

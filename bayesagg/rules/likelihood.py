@@ -192,7 +192,7 @@ def _warn_of_unused(name: str, head: Head) -> None:
 
 def _moved(state: Tensor | None, value: Tensor, decay: float) -> Tensor:
     """A running sum whose normalisation cancels from ratios."""
-    return value * (1 - decay) if state is None else torch.lerp(value, state.to(value), decay)
+    return value * (1 - decay) if state is None else torch.lerp(value, state, decay)
 
 
 def _shares(

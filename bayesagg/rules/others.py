@@ -38,7 +38,7 @@ class Others:
         return {name: ratio.expand(memory.tasks[name].num_tasks) for name, ratio in pairs}
 
     def squared_sums(self) -> Tensor:
-        """Of the losses, weighed and as they are, ``[2]``; some may be negative."""
+        """Of the absolute values of the losses, weighed and as they are, ``[2]``."""
         value = self.values[:, 0].abs()
         return torch.stack([(self.ratio * value).sum(), value.sum()]).square_()
 
@@ -75,7 +75,7 @@ def others_of(
     here = [like if loss is None else one for loss in found]
     values = torch.stack([torch.stack(value), torch.stack(here)], 1)
     none = like.expand(2)
-    state = torch.stack([memory.others.get(name, none).to(like.device) for name in names])
+    state = torch.stack([memory.others.get(name, none) for name in names])
     first = values
     if any([name not in memory.others for name in names]):
         first = exchange.sum([values])[0]

@@ -227,7 +227,10 @@ class PaperRule:
     def _with_others(
         self, memory: PaperMemory, batch: Batch, weights: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Shares among losses without a head too, whose gradients are multiplied by one."""
+        """Shares by task, ``[o]``, of losses without a head too: their gradients count once.
+
+        ``weights``: of the heads, whose sum is one.
+        """
         others = [name for name in memory.tasks if name in batch.losses and name not in weights]
         if not others:
             return weights

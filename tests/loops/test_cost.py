@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from bayesagg import BayesAggWrapper, BinaryHead, LikelihoodRule, LossTask, RegressionHead
+from examples.benchmark import measuring
 
 TASKS, ROWS, STEPS = 20, 64, 60  # steps: beyond the warm-up
 
@@ -27,7 +27,7 @@ def logistic(z, y, known):
 
 
 def counts(make_head, loss):
-    """Operators and looks at the device of a step, by PyTorch's own profiler."""
+    """Operators and looks at the device of a step."""
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Linear(8, 32), nn.ReLU())
     heads = [nn.Linear(32, 1) for _ in range(TASKS)]
@@ -53,11 +53,7 @@ def counts(make_head, loss):
 
     for _ in range(STEPS):
         step()
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        step()
-    names = [event.name for event in seen.events()]
-    operators = sum(name.startswith("aten::") for name in names)
-    return operators, names.count("aten::_local_scalar_dense")
+    return measuring.counts(step)
 
 
 @pytest.mark.parametrize(
