@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 
 from bayesagg.heads import Head, LossTask
 from bayesagg.rules import LikelihoodRule, PaperRule, Rule
 
-__all__ = ["check_arguments", "device_of", "passthrough_of", "rule_of"]
+__all__ = [
+    "check_arguments",
+    "check_step",
+    "device_of",
+    "passthrough_of",
+    "rule_of",
+    "warn_of_strangers",
+]
 
 _RULES: dict[str, Callable[[], Rule]] = {"likelihood": LikelihoodRule, "paper": PaperRule}
 
@@ -57,6 +67,42 @@ def check_arguments(
             f"steps_per_epoch must be a positive integer, such as len(train_loader), or None; got "
             f"{steps!r}."
         )
+
+
+def check_step(
+    optimizer: Optimizer, losses: Any, targets: Any, closure: Callable[[], Any] | None
+) -> None:
+    """What a step is called with fits together, and the optimizer.
+
+    Raises:
+        TypeError: for losses and a closure at once, targets without losses, or losses where the
+            optimizer needs a closure.
+    """
+    if callable(losses) and closure is not None:
+        raise TypeError("step() got two closures: pass one, and losses inside of it.")
+    if losses is not None and closure is not None:
+        raise TypeError("step() takes losses or a closure, not both.")
+    if (losses is None or callable(losses)) and targets is not None:
+        raise TypeError("step() got targets without losses: pass both, or neither.")
+    if closure is None and not callable(losses) and isinstance(optimizer, LBFGS):
+        raise TypeError(
+            "LBFGS evaluates the model several times a step: pass a closure that calls "
+            "`optimizer.zero_grad()`, computes the losses and returns "
+            "`optimizer.backward(losses)`, as in `optimizer.step(closure)`."
+        )
+
+
+def warn_of_strangers(optimizer: Optimizer, heads: Mapping[str, Head]) -> None:
+    """Heads that train and that the optimizer lacks would stay as they are in the warm-up."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, head in heads.items():
+        if any(p.requires_grad and id(p) not in owned for p in head.parameters()):
+            warnings.warn(
+                f"task {name!r}: the optimizer does not have the parameters of its head. Pass it "
+                f"all parameters of the model, or freeze the head (requires_grad_(False)). Where "
+                f"several optimizers share the model, use the engine, bayesagg.BayesAgg, instead.",
+                stacklevel=3,
+            )
 
 
 def device_of(tasks: Mapping[str, Head | LossTask], losses: object = None) -> torch.device:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bayesagg.arguments import check_arguments, device_of, passthrough_of, rule_of
 from bayesagg.checkpoint import describe, read_state
 from bayesagg.heads import Head, LossTask, named_heads
+from bayesagg.invariance import on_step, warn_of_modes
 from bayesagg.parallel import Exchange, ProcessGroup
 from bayesagg.predicting import Predictor
 from bayesagg.predicting.prediction import in_full_precision
@@ -97,7 +96,7 @@ class BayesAgg(nn.Module):
         self._optimizer_known = False
         self._weights = uniform_weights(self.tasks)
         self._weigh: Callable[[], Mapping[str, Tensor]] | None = None
-        _meet_optimizer(self)
+        self._wait_for_optimizer()
 
     @property
     def task_weights(self) -> dict[str, Tensor]:
@@ -235,6 +234,15 @@ class BayesAgg(nn.Module):
             for parameter in self.heads[name].parameters():
                 parameter.grad = None  # the optimizer leaves these weights alone
 
+    def _wait_for_optimizer(self) -> None:
+        """Of an engine by itself: notice the first that takes a step of the heads."""
+        mine = [p for head in self.heads.values() for p in head.linear.parameters()]
+        on_step(self, mine, lambda this: not this._optimizer_known, BayesAgg._met_in_a_step)
+
+    def _met_in_a_step(self, optimizer: Optimizer) -> None:
+        warn_of_modes(optimizer)
+        self._met(optimizer)
+
     def _met(self, optimizer: Optimizer) -> None:
         self._optimizer_known = True
         self._memory.met(optimizer)
@@ -274,25 +282,9 @@ class BayesAgg(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _meet_optimizer(self)
+        self._wait_for_optimizer()
 
     def extra_repr(self) -> str:
         """Rule and heads."""
         heads = ", ".join(f"{name}: {kind}" for name, kind in describe(self.tasks))
         return f"rule={self.rule!r}, dtype={self.dtype}, heads=[{heads}]"
-
-
-def _meet_optimizer(engine: BayesAgg) -> None:
-    """Notice the first optimizer that takes a step and has parameters of the heads."""
-    owner = weakref.ref(engine)
-    mine = {id(p) for head in engine.heads.values() for p in head.linear.parameters()}
-
-    def stepped(optimizer: Optimizer, *_: object) -> None:
-        this = owner()
-        if this is None or this._optimizer_known:
-            return
-        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-            this._met(optimizer)
-
-    handle = register_optimizer_step_post_hook(stepped)
-    weakref.finalize(engine, handle.remove)

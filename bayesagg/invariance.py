@@ -1,13 +1,20 @@
-"""Whether an optimizer's step depends on the scale of the gradient."""
+"""The optimizer that takes the steps: which it is, and whether the gradient's scale has a say."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["alike", "step_is_invariant"]
+__all__ = ["alike", "on_step", "step_is_invariant", "warn_of_modes"]
+
+_Owner = TypeVar("_Owner")
 
 _PARAMETER, _GRADIENT, _SCALE = 0.05, 1e-3, 16.0  # of the order of those of networks
 _TOLERANCE = 0.05
@@ -40,6 +47,7 @@ def step_is_invariant(optimizer: Optimizer) -> bool:
         parameter = torch.nn.Parameter(torch.full((2, 2), _PARAMETER, dtype=torch.float64))
         try:
             copy = alike(optimizer, parameter)
+            getattr(copy, "train", bool)()  # schedule-free ones take no step before
             for step in range(5):
                 # Of either sign: a weight decay of the gradient's sign would not show.
                 shape = torch.linspace(-1.0, 1.0 + 0.3 * step, 4, dtype=torch.float64)
@@ -50,3 +58,41 @@ def step_is_invariant(optimizer: Optimizer) -> bool:
         moves.append(parameter.detach() - _PARAMETER)
     small, large = moves
     return bool(small.any()) and bool(((large - small).norm() <= _TOLERANCE * small.norm()).item())
+
+
+def on_step(
+    owner: _Owner,
+    parameters: Iterable[torch.nn.Parameter],
+    wanted: Callable[[_Owner], bool],
+    found: Callable[[_Owner, Optimizer], None],
+) -> None:
+    """Call ``found`` after a step of any optimizer that has some of the parameters.
+
+    Args:
+        owner: whom it is for; it is not kept alive, and the hook goes with it.
+        parameters: of a network.
+        wanted: whether the owner still wants to know.
+        found: called with the owner and the optimizer.
+    """
+    alive, mine = weakref.ref(owner), {id(p) for p in parameters}
+
+    def stepped(optimizer: Optimizer, *_: object) -> None:
+        this = alive()
+        if this is None or not wanted(this):
+            return
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            found(this, optimizer)
+
+    handle = register_optimizer_step_post_hook(stepped)
+    weakref.finalize(owner, handle.remove)
+
+
+def warn_of_modes(optimizer: Optimizer) -> None:
+    """Say what an optimizer that nobody wrapped would do to the heads (schedule-free ones do)."""
+    if callable(getattr(optimizer, "eval", None)):
+        warnings.warn(
+            f"{type(optimizer).__name__} has other weights for evaluation, and takes heads away "
+            f"from their posterior means: pass it to BayesAggWrapper, and call train() and eval() "
+            f"of that.",
+            stacklevel=5,
+        )

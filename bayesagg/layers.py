@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from bayesagg.errors import HeadError
 
-__all__ = ["checked_linear", "computed", "last_layer", "sharded_like", "unwrapped", "whole"]
+__all__ = [
+    "checked_linear",
+    "computed",
+    "kept",
+    "last_layer",
+    "sharded_like",
+    "unwrapped",
+    "whole",
+]
 
 _NAMES = ("weight", "bias")
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -90,3 +101,14 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     assert isinstance(parameter, DTensor)
     value = value.to(parameter.device, parameter.dtype)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+@contextmanager
+def kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whatever happens to some parameters inside, they have their values afterwards."""
+    with torch.no_grad():
+        before = [(parameter, parameter.clone()) for parameter in parameters]
+    yield
+    with torch.no_grad():
+        for parameter, value in before:
+            parameter.copy_(value)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
+from bayesagg.arguments import check_step, warn_of_strangers
 from bayesagg.checkpoint import load_optimizer
 from bayesagg.engine import BayesAgg, Losses
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head, LossTask
+from bayesagg.layers import kept
 from bayesagg.parallel import ProcessGroup
 from bayesagg.predicting import Predictor
 from bayesagg.rules import Rule
@@ -93,7 +94,7 @@ class BayesAggWrapper(Optimizer):
             process_group=process_group,
         )
         engine._met(optimizer)
-        _warn_of_strangers(optimizer, engine)
+        warn_of_strangers(optimizer, engine.heads)
         self._assemble(optimizer, engine)
 
     def _assemble(self, optimizer: Optimizer, engine: BayesAgg) -> None:
@@ -190,20 +191,9 @@ class BayesAggWrapper(Optimizer):
             TypeError: for losses and a closure at once, targets without losses, or losses where
                 the wrapped optimizer needs a closure.
         """
+        check_step(self.base_optimizer, losses, targets, closure)
         if callable(losses):
-            if closure is not None:
-                raise TypeError("step() got two closures: pass one, and losses inside of it.")
             losses, closure = None, losses
-        if losses is not None and closure is not None:
-            raise TypeError("step() takes losses or a closure, not both.")
-        if losses is None and targets is not None:
-            raise TypeError("step() got targets without losses: pass both, or neither.")
-        if closure is None and isinstance(self.base_optimizer, LBFGS):
-            raise TypeError(
-                "LBFGS evaluates the model several times a step: pass a closure that calls "
-                "`optimizer.zero_grad()`, computes the losses and returns "
-                "`optimizer.backward(losses)`, as in `optimizer.step(closure)`."
-            )
         result: Any = None
         if losses is not None:
             result = self.backward(losses, targets)
@@ -234,6 +224,25 @@ class BayesAggWrapper(Optimizer):
     def end_epoch(self) -> None:
         """Of ``PaperRule`` without ``steps_per_epoch``: see :meth:`bayesagg.BayesAgg.end_epoch`."""
         self.engine.end_epoch()
+
+    def train(self) -> None:
+        """Of a wrapped optimizer that has it, as schedule-free ones do; of others nothing.
+
+        These keep weights for training and others for evaluation. Heads that a posterior sets have
+        one for both, the posterior mean.
+        """
+        self._turn("train")
+
+    def eval(self) -> None:
+        """As :meth:`train`: to the weights for evaluation."""
+        self._turn("eval")
+
+    def _turn(self, mode: str) -> None:
+        turn, engine = getattr(self.base_optimizer, mode, None), self.engine
+        spared = engine.rule.spared(engine._memory)
+        if callable(turn):
+            with kept(p for name in spared for p in engine.heads[name].parameters()):
+                turn()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of any optimizer."""
@@ -284,16 +293,3 @@ class BayesAggWrapper(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n{self.base_optimizer}\n{self.engine}\n)"
-
-
-def _warn_of_strangers(optimizer: Optimizer, engine: BayesAgg) -> None:
-    """Heads that train and that the optimizer lacks would stay as they are in the warm-up."""
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, head in engine.heads.items():
-        if any(p.requires_grad and id(p) not in owned for p in head.parameters()):
-            warnings.warn(
-                f"task {name!r}: the optimizer does not have the parameters of its head. Pass it "
-                f"all parameters of the model, or freeze the head (requires_grad_(False)). Where "
-                f"several optimizers share the model, use the engine, bayesagg.BayesAgg, instead.",
-                stacklevel=3,
-            )

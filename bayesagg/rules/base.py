@@ -85,6 +85,10 @@ class Rule(Protocol):
         """What all ranks must agree on before evidence is summed; of constant length."""
         return []
 
+    def spared(self, memory: Any) -> tuple[str, ...]:
+        """Heads whose weights the posterior sets by now."""
+        return ()
+
     def plan(self, memory: Any, batch: Batch, flags: list[bool], exchange: Exchange) -> Plan:
         """What the backward pass of a batch will do; neither batch nor memory change."""
 

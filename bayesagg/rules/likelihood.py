@@ -95,6 +95,13 @@ class LikelihoodRule(Settings):
         check_kinds(memory.heads, BOUNDS, "likelihoods.bounds.BOUNDS")
         return memory
 
+    def spared(self, memory: FadingMemory) -> tuple[str, ...]:
+        """Heads of which there is evidence, once the rule is at work."""
+        names = [name for unit in memory.units for name in unit.names]
+        heads = memory.heads
+        free = [n for n in names if heads[n].readout != "gradient" and heads[n].writable]
+        return tuple(free) if memory.steps > self.warmup else ()
+
     def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:
         """Of every head: whether it takes part, cannot share Gram matrices, is not inferred."""
         here = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import ClassVar, Literal
 
 import torch
@@ -109,6 +110,10 @@ class PaperRule:
         groups = make_groups(heads)
         return PaperMemory(tasks, groups, dtype, seed, self.pretrain_epochs, steps_per_epoch)
 
+    def spared(self, memory: PaperMemory) -> tuple[str, ...]:
+        """Heads with ``readout="posterior"``, after pre-training."""
+        return () if memory.pretraining else memory.spared()
+
     def inferred(self, memory: PaperMemory) -> dict[str, Inferred]:
         """Posteriors of all heads of which there is evidence, for predictions."""
         return of_paper(memory)
@@ -139,8 +144,7 @@ class PaperRule:
             NumericalError: if a posterior precision could not be factorized.
         """
         _check_one_tensor(batch)
-        uneven = {name for name, flag in zip(memory.heads, flags[::2], strict=True) if flag}
-        found = {name for name, flag in zip(memory.heads, flags[1::2], strict=True) if flag}
+        uneven, found = [{*compress(memory.heads, flags[i::2])} for i in range(2)]
         own = memory.owning | found
         kept = {name for name in own if memory.heads[name].writable}  # not those frozen for now
         plan = Plan(weights=uniform_weights(memory.tasks), update=Update(owning=kept))
