@@ -70,6 +70,18 @@ def test_training_in_evaluation_mode_says_how(rule, net, batch):
     assert not optimizer.engine._capture.calls["reg"]
 
 
+def test_replicas_of_data_parallel_are_refused(rule, net, batch):
+    """Their hooks run in threads, on data of several devices; evaluation is left alone."""
+    optimizer = wrap(net, rule=rule, settings=QUICK)
+    replica = net.heads["reg"]._replicate_for_data_parallel()  # as on every device
+    replica.weight, replica.bias = net.heads["reg"].weight, net.heads["reg"].bias
+    with pytest.raises(CaptureError, match=r"'reg': its head is a replica of nn\.DataParallel"):
+        replica(net.trunk(batch[0]))
+    with torch.no_grad():
+        replica(net.trunk(batch[0]))
+    assert not optimizer.engine._capture.calls["reg"]
+
+
 def test_a_step_keeps_nothing_of_its_graph(rule, net, batch):
     """Features and outputs are freed with the last reference of the user."""
     optimizer = wrap(net, rule=rule, settings=QUICK)

@@ -205,6 +205,11 @@ class Capture:
         self._pending.pop(name, None)
         if not (module.training and torch.is_grad_enabled()) or _in_backward():
             return None  # in a backward pass: a module that checkpointing runs again
+        if "_is_replica" in module.__dict__:
+            raise CaptureError(
+                f"task {name!r}: its head is a replica of nn.DataParallel, whose data lie on "
+                f"several devices. Use DistributedDataParallel, a process a device, or one device."
+            )
         features = args[0] if args else kwargs.get("input")
         if not isinstance(features, Tensor):
             return None  # the module itself says what is wrong
