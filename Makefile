@@ -19,6 +19,8 @@ PY := $(VENV)/bin/python
 # Advertisements in the output of every run hide what it has to say.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
+# Older versions of mypy do not know it, and take one.
+export MYPY_NUM_WORKERS := 2
 
 .PHONY: demo test docs bench clean
 .DELETE_ON_ERROR:
@@ -82,6 +84,7 @@ $(VENV)/installed-examples $(VENV)/installed-docs $(VENV)/installed-test: ALONE 
 $(VENV)/installed-%: pyproject.toml $(VENV)/ready
 	@echo "Installing bayesagg[$(EXTRAS)] into $(VENV); the first time, PyTorch makes this a download of several minutes"
 	@touch $(VENV)/installing
-	@$(PY) -m pip install --editable '.[$(EXTRAS)]' && \
-	  { [ -z '$(ALONE)' ] || $(PY) -m pip install --no-deps $(ALONE); }; status=$$?; rm -f $(VENV)/installing; exit $$status
+# Not compiled: Python does so as it imports, and nothing imports most of these packages' modules.
+	@$(PY) -m pip install --no-compile --editable '.[$(EXTRAS)]' && \
+	  { [ -z '$(ALONE)' ] || $(PY) -m pip install --no-compile --no-deps $(ALONE); }; status=$$?; rm -f $(VENV)/installing; exit $$status
 	@touch $@
