@@ -86,7 +86,8 @@ class BayesAgg(nn.Module):
         self.passthrough = passthrough_of(passthrough, self.tasks)
         check_rule(self.rule, self.tasks)
         self._memory = self.rule.start(self.tasks, dtype, seed, steps_per_epoch)
-        self._reader = Reader(self.tasks, self.passthrough)
+        keeping = [name for name, head in self.heads.items() if not self.rule.sets(head)]
+        self._reader = Reader(self.tasks, self.passthrough, keeping)
         self._exchange = Exchange(process_group)
         self._capture = Capture(self.heads)
         modules: list[nn.Module] = [head.linear for head in self.heads.values()]

@@ -211,7 +211,8 @@ def test_a_head_that_is_an_embedding_is_refused(hooked, rule):
     net = Words()
     base = torch.optim.Adam(net.parameters(), lr=0.01)
     hook = net.body if hooked else None
-    optimizer = BayesAggWrapper(base, hook, {"next": MulticlassHead(net.head)}, rule=RULES[rule])
+    heads = {"next": MulticlassHead(net.head, readout="posterior")}
+    optimizer = BayesAggWrapper(base, hook, heads, rule=RULES[rule])
     before = snapshot(net, optimizer)
     with pytest.raises(HeadError, match=r"task 'next'.*tied.*readout='gradient'"):
         optimizer.step(net.losses())
@@ -219,8 +220,10 @@ def test_a_head_that_is_an_embedding_is_refused(hooked, rule):
 
 
 def test_an_embedding_that_keeps_its_gradient_may_be_a_head(rule):
+    """As classifications do under the paper's rule."""
     net = Words()
-    heads = {"next": MulticlassHead(net.head, readout="gradient")}
+    settings = {"readout": "gradient"} if rule == "likelihood" else {}
+    heads = {"next": MulticlassHead(net.head, **settings)}
     base = torch.optim.Adam(net.parameters(), lr=0.01)
     optimizer = BayesAggWrapper(base, net.body, heads, rule=RULES[rule])
     first = net.losses()["next"].item()

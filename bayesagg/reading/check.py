@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +11,16 @@ from torch.autograd.graph import Node
 
 from bayesagg.errors import HeadError
 from bayesagg.heads import Head, stacked
+from bayesagg.reading.hooks import Capture
 from bayesagg.reading.observed import Said
 
-__all__ = ["check_affine", "check_own_weights", "check_size", "hooks_of"]
+__all__ = [
+    "check_affine",
+    "check_own_weights",
+    "check_size",
+    "hooks_of",
+    "warn_of_other_losses",
+]
 
 _ROWS = 1 << 12  # data that are looked at; maps have many
 
@@ -74,20 +82,55 @@ def check_own_weights(saids: Sequence[Said], outputs: Collection[Node | None]) -
     """Whether weights that a posterior is to set are used nowhere below the heads.
 
     Args:
-        saids: heads.
+        saids: heads that a posterior sets.
         outputs: nodes of the outputs of all heads of the step.
 
     Raises:
         HeadError: if a head shares its weights with another layer, as with an embedding.
     """
+    features = [call.features.grad_fn for said in saids for call in said.calls]
+    for name in _owners_below(features, outputs, {said.name: said.head for said in saids}):
+        raise HeadError(
+            f"task {name!r}: the weights of its head are those of another layer too (tied to an "
+            f"embedding?), which setting them to a posterior mean would spoil. Give the head "
+            f"readout='gradient', or weights of its own."
+        )
+
+
+def warn_of_other_losses(
+    losses: Mapping[str, Tensor], heads: Mapping[str, Head], capture: Capture
+) -> None:
+    """Say which losses without a head go to weights that a posterior sets, as forces do.
+
+    Args:
+        losses: by name.
+        heads: that a posterior sets, by name.
+        capture: that saw the forward pass.
+    """
+    outputs = [call.output.grad_fn for some in capture.calls.values() for call in some]
+    for loss, value in losses.items():
+        for name in dict.fromkeys(_owners_below([value.grad_fn], outputs, heads)):
+            warnings.warn(
+                f"task {name!r}: the weights of its head are in the loss {loss!r} too, whose "
+                f"gradient at them has no effect: the labels of {name!r} set them. If that loss is "
+                f"to shape them (forces, the derivative of an energy), give the head "
+                f"readout='gradient'; a penalty on weights can stay.",
+                stacklevel=6,
+            )
+
+
+def _owners_below(
+    nodes: Iterable[Node | None], outputs: Collection[Node | None], heads: Mapping[str, Head]
+) -> Iterator[str]:
+    """Heads whose weights are in graphs, the outputs of heads aside."""
     owners = {
-        id(parameter): said.name
-        for said in saids
-        if said.head.writable and said.head.readout != "gradient"
-        for parameter in said.head.parameters()
+        id(parameter): name
+        for name, head in heads.items()
+        if head.writable
+        for parameter in head.parameters()
     }
     seen: set[Node | None] = {None, *outputs}
-    queue = [call.features.grad_fn for said in saids for call in said.calls]
+    queue = [*nodes]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
@@ -95,9 +138,5 @@ def check_own_weights(saids: Sequence[Said], outputs: Collection[Node | None]) -
         seen.add(node)
         variable = getattr(node, "variable", None)  # of a leaf
         if variable is not None and id(variable) in owners:
-            raise HeadError(
-                f"task {owners[id(variable)]!r}: the weights of its head are those of another "
-                f"layer too (tied to an embedding?), which setting them to a posterior mean would "
-                f"spoil. Give the head readout='gradient', or weights of its own."
-            )
+            yield owners[id(variable)]
         queue += [following for following, _ in node.next_functions]

@@ -10,9 +10,9 @@ from torch import Tensor
 from bayesagg.errors import LossError, TargetError
 from bayesagg.reading.given import points_away
 from bayesagg.reading.observed import Said, join
-from bayesagg.reading.step import Group
+from bayesagg.reading.step import Features, Group
 
-__all__ = ["diagnose", "unreached"]
+__all__ = ["diagnose", "overflowed", "raise_invalid", "unreached"]
 
 
 def diagnose(
@@ -124,3 +124,35 @@ def unreached(name: str) -> LossError:
         f"task {name!r}: its loss does not depend on the output of its head in the last forward "
         f"pass. Pass the loss of that pass under the name of the right head."
     )
+
+
+def overflowed(saids: Sequence[Said]) -> bool:
+    """Whether a gradient is infinite; looks at the device.
+
+    Raises:
+        LossError: for a gradient that is NaN.
+    """
+    overflowed = False
+    for said in saids:
+        for gradient in said.gradients:
+            if bool(gradient.isnan().any()):
+                raise LossError(
+                    f"task {said.name!r}: its loss is finite but its gradient is NaN: probably a "
+                    f"missing label hidden by torch.where. Index outputs and labels with the mask "
+                    f"instead, as in loss_fn(z[known], y[known])."
+                )
+            overflowed |= not bool(gradient.isfinite().all())
+    return overflowed
+
+
+def raise_invalid(groups: Sequence[Group], features: Features) -> None:
+    """Name what is wrong with features or targets; looks at the device.
+
+    Raises:
+        FeatureError, TargetError: if something is.
+    """
+    features.raise_not_finite()
+    for group in groups:
+        if group.usable is not None and not bool(group.usable):
+            for said in group.saids:
+                group.likelihood.raise_invalid(said)

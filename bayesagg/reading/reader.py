@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesagg.errors import LossError
 from bayesagg.heads import Head, LossTask
 from bayesagg.parallel import without_gathers
 from bayesagg.reading.batch import Batch, Labels, Part
-from bayesagg.reading.check import check_affine, check_own_weights, check_size, hooks_of
-from bayesagg.reading.diagnose import unreached
+from bayesagg.reading.check import (
+    check_affine,
+    check_own_weights,
+    check_size,
+    hooks_of,
+    warn_of_other_losses,
+)
+from bayesagg.reading.diagnose import overflowed, raise_invalid, unreached
 from bayesagg.reading.form import form_of
 from bayesagg.reading.hooks import Call, Capture
 from bayesagg.reading.hot import Factors, look, read_group
@@ -36,20 +41,26 @@ class Reader:
     Args:
         tasks: heads, and losses without one, by name.
         passthrough: further losses without a head.
+        keeping: heads that keep their own gradient, whatever their losses are.
 
     Attributes:
         known: the form of every task's loss.
     """
 
     def __init__(
-        self, tasks: Mapping[str, Head | LossTask], passthrough: Iterable[str] = ()
+        self,
+        tasks: Mapping[str, Head | LossTask],
+        passthrough: Iterable[str] = (),
+        keeping: Iterable[str] = (),
     ) -> None:
         self.tasks, self.passthrough = dict(tasks), frozenset(passthrough)
+        self._keeping = frozenset(keeping)
         self.known: dict[str, Known] = {}
         self._new: dict[str, Known] = {}
         self._factors = Factors()
         # Hooks that heads had when they were looked at.
         self._checked: dict[str, tuple[int, ...]] = {}
+        self._heard: set[str] = set()  # losses without a head
         self._layouts = {
             name: Layout.of(head) for name, head in self.tasks.items() if isinstance(head, Head)
         }
@@ -64,7 +75,7 @@ class Reader:
         Raises:
             CheckpointError: if the state does not fit.
         """
-        reader = Reader(self.tasks, self.passthrough)
+        reader = Reader(self.tasks, self.passthrough, self._keeping)
         reader.known = load(saved, self.tasks)
         return reader
 
@@ -98,8 +109,21 @@ class Reader:
         with without_gathers(outputs) if hooked else nullcontext():
             saids = self._hear(capture, calls, scalars, total, given)
             parts = self._parts(saids, named, scalars, total)
+        new = {n: loss for n, loss in scalars.items() if not (n in calls or n in self._heard)}
+        if new:
+            self._heard.update(new)
+            warn_of_other_losses(new, self._set(capture.heads), capture)
         alone = frozenset(said.name for said in saids if said.alone)
         return Batch(parts or [], total, scalars, names, parts is None, alone)
+
+    def _set(self, heads: Mapping[str, Head]) -> dict[str, Head]:
+        """Heads that a posterior sets, by what is known of their losses."""
+        known = {**self.known, **self._new}
+        return {
+            name: head
+            for name, head in heads.items()
+            if name in known and not (known[name].own or name in self._keeping)
+        }
 
     def _hear(
         self,
@@ -164,9 +188,9 @@ class Reader:
                 read_group(group, self._factors)
             if not look(groups, features, total):
                 raise_not_finite(named)
-                if _overflowed(saids):
+                if overflowed(saids):
                     return None
-                _raise_invalid(groups, features)
+                raise_invalid(groups, features)
             unread = [group for group in groups if group.read is None and not group.own]
             self._check_heads(groups, saids, features)
             with torch.enable_grad() if unread else nullcontext():
@@ -188,7 +212,8 @@ class Reader:
         for said in new:
             check_affine(said, features.of(said))
         if new:
-            check_own_weights(new, {output.grad_fn for said in saids for output in said.outputs})
+            own = [said for said in new if said.name not in self._keeping]
+            check_own_weights(own, {output.grad_fn for said in saids for output in said.outputs})
             self._checked.update((said.name, hooks_of(said.head)) for said in new)
 
     def _remember(self, groups: Sequence[Group], verified: Mapping[str, Verified]) -> None:
@@ -252,35 +277,3 @@ def _made(group: Group, verified: Mapping[str, Verified], features: Features) ->
             labels.append(together.columns(start, stop))
         start = stop
     return make_parts(group, labels, features)
-
-
-def _overflowed(saids: Sequence[Said]) -> bool:
-    """Whether a gradient is infinite; looks at the device.
-
-    Raises:
-        LossError: for a gradient that is NaN.
-    """
-    overflowed = False
-    for said in saids:
-        for gradient in said.gradients:
-            if bool(gradient.isnan().any()):
-                raise LossError(
-                    f"task {said.name!r}: its loss is finite but its gradient is NaN: probably a "
-                    f"missing label hidden by torch.where. Index outputs and labels with the mask "
-                    f"instead, as in loss_fn(z[known], y[known])."
-                )
-            overflowed |= not bool(gradient.isfinite().all())
-    return overflowed
-
-
-def _raise_invalid(groups: Sequence[Group], features: Features) -> None:
-    """Name what is wrong with features or targets; looks at the device.
-
-    Raises:
-        FeatureError, TargetError: if something is.
-    """
-    features.raise_not_finite()
-    for group in groups:
-        if group.usable is not None and not bool(group.usable):
-            for said in group.saids:
-                group.likelihood.raise_invalid(said)

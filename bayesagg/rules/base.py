@@ -85,6 +85,10 @@ class Rule(Protocol):
         """What all ranks must agree on before evidence is summed; of constant length."""
         return []
 
+    def sets(self, head: Head) -> bool:
+        """Whether a posterior sets the weights of a head whose loss is its likelihood."""
+        return head.readout != "gradient"
+
     def spared(self, memory: Any) -> tuple[str, ...]:
         """Heads whose weights the posterior sets by now."""
         return ()

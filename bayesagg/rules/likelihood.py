@@ -95,11 +95,14 @@ class LikelihoodRule(Settings):
         check_kinds(memory.heads, BOUNDS, "likelihoods.bounds.BOUNDS")
         return memory
 
+    def sets(self, head: Head) -> bool:
+        """Whether a posterior sets the weights of a head whose loss is its likelihood."""
+        return head.readout != "gradient"
+
     def spared(self, memory: FadingMemory) -> tuple[str, ...]:
         """Heads of which there is evidence, once the rule is at work."""
-        names = [name for unit in memory.units for name in unit.names]
-        heads = memory.heads
-        free = [n for n in names if heads[n].readout != "gradient" and heads[n].writable]
+        some = {n: memory.heads[n] for unit in memory.units for n in unit.names}
+        free = [name for name, head in some.items() if head.writable and self.sets(head)]
         return tuple(free) if memory.steps > self.warmup else ()
 
     def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:

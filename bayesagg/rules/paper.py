@@ -17,7 +17,7 @@ from torch import Tensor
 from bayesagg.aggregation import GradientScale
 from bayesagg.errors import CaptureError, HeadError
 from bayesagg.heads import Head
-from bayesagg.likelihoods import Evidence
+from bayesagg.likelihoods import LIKELIHOODS, Evidence
 from bayesagg.parallel import Exchange
 from bayesagg.posterior import Gaussian
 from bayesagg.predicting.state import Inferred
@@ -109,6 +109,10 @@ class PaperRule:
             )
         groups = make_groups(heads)
         return PaperMemory(tasks, groups, dtype, seed, self.pretrain_epochs, steps_per_epoch)
+
+    def sets(self, head: Head) -> bool:
+        """Whether a posterior sets the weights of a head whose loss is its likelihood."""
+        return (head.readout or LIKELIHOODS[head.kind].defaults["readout"]) == "posterior"
 
     def spared(self, memory: PaperMemory) -> tuple[str, ...]:
         """Heads with ``readout="posterior"``, after pre-training."""
