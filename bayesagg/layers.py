@@ -54,6 +54,12 @@ def checked_linear(module: nn.Module, name: str) -> nn.Module:
             f"{name}: the lazy module is not initialised yet. Run one forward pass of the "
             f"model before wrapping the optimizer."
         )
+    if module.weight.dim() < 2 or module.weight.untyped_storage().size() == 0:
+        raise HeadError(
+            f"{name}: the weights of its {type(module).__name__} are part of a flat parameter. "
+            f"FullyShardedDataParallel makes such ones: shard by fully_shard (FSDP2) instead, or "
+            f"use DistributedDataParallel."
+        )
     others = [key for key in module._parameters if key not in _NAMES]
     if others and not computed(module):
         raise HeadError(

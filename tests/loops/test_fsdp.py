@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from bayesagg.errors import BayesAggError
+from bayesagg import RegressionHead
+from bayesagg.errors import BayesAggError, HeadError
 from tests.helpers.data import make_losses
 from tests.helpers.nets import plain_net
 from tests.helpers.settings import EPOCH, GRADIENT, OPTIMIZERS, READOUT
@@ -156,3 +157,20 @@ def test_errors_and_absent_tasks_leave_no_rank_waiting(parts, bad, absent, rule,
     assert (zero, one) == errors
     assert left is right is None
     assert_equal_ranks([first, second])
+
+
+def flattened(rank, original):
+    """What a head of FSDP1, whose modules have views of one flat parameter, is told."""
+    net = plain_net()
+    cpu = torch.device("cpu")
+    fsdp.FullyShardedDataParallel(net, use_orig_params=original, device_id=cpu)
+    try:
+        RegressionHead(net.heads["reg"])
+    except HeadError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_flat_parameters_are_refused(original, ranks):
+    for told in ranks.run(flattened, original):
+        assert "part of a flat parameter" in told and "fully_shard" in told
