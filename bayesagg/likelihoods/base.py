@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bayesagg.heads import Head
-from bayesagg.moments import LogMoments
+from bayesagg.moments import LogMoments, monte_carlo_moments, sampled_log_moments
 from bayesagg.posterior import Gaussian
 
 if TYPE_CHECKING:
@@ -186,3 +186,38 @@ class Likelihood(ABC):
     def module_weights(self, mean: Tensor) -> Tensor:
         """Rows of the heads' modules, bias last, from means ``[R, M]``; ``[outputs, D]``."""
         return mean
+
+
+class Classification(Likelihood):
+    """Moments by quadrature, or by samples (Eq. 11)."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "s": 0.05,
+        "prior_variance": 1.0,
+        "readout": "gradient",
+        "moments": "quadrature",
+        "num_samples": 1024,
+    }
+
+    def moments(self, given: Given, dtype: torch.dtype) -> LogMoments:
+        """As of any likelihood."""
+        if self.samples is None:
+            return self.integrals(given, dtype)
+        return sampled_log_moments(*self.sampled(given, False), dtype)
+
+    def covariances(self, given: Given) -> tuple[Tensor, Tensor]:
+        """As of any likelihood."""
+        return self.full_integrals(given) if self.samples is None else self.sampled(given, True)
+
+    @abstractmethod
+    def integrals(self, given: Given, dtype: torch.dtype) -> LogMoments:
+        """:meth:`moments` by quadrature."""
+
+    @abstractmethod
+    def full_integrals(self, given: Given) -> tuple[Tensor, Tensor]:
+        """:meth:`covariances` by quadrature."""
+
+    def sampled(self, given: Given, full: bool) -> tuple[Tensor, Tensor]:
+        """Either by samples, of all outputs at once."""
+        assert self.samples is not None
+        return monte_carlo_moments(*given[:3], self.d, self.samples, given.generator, full)

@@ -8,17 +8,16 @@ of Eq. 8-10, most of all for classes that are rarely likely.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bayesagg.likelihoods.base import Evidence, Given, Likelihood
-from bayesagg.likelihoods.binary import Binary
+from bayesagg.likelihoods.base import Classification, Evidence, Given, Likelihood
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.moments import LogMoments
-from bayesagg.moments.whitened import whitened
+from bayesagg.moments.common import whitened
+from bayesagg.moments.nodes import sobol_nodes
 from bayesagg.posterior import regression_statistics
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class BoundedMulticlass(Likelihood):
         E[g] = E[a],    Var[g] = Var[a] + E[ρᵀρ] (S_dd - ρ̃²)
     """
 
-    defaults = Binary.defaults
+    defaults = Classification.defaults
 
     @property
     def rows(self) -> int:
@@ -73,7 +72,7 @@ class BoundedMulticlass(Likelihood):
             relative = (along - mean[:, None]).square_().mean(1).div_(level).add_(rest)
             relative = relative.clamp_(min=torch.finfo(dtype).tiny)
             parts.append((mean[:, None], relative[:, None], level.log()[:, None]))
-        return LogMoments(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return LogMoments(*map(torch.cat, zip(*parts, strict=True)))
 
     def covariances(self, given: Given) -> tuple[Tensor, Tensor]:
         """As :meth:`moments`."""
@@ -84,7 +83,8 @@ class BoundedMulticlass(Likelihood):
             covariance = centred.mT @ centred / along.shape[1]
             covariance += level[..., None] * (s - rho[:, :, None] * rho[:, None])
             parts.append((mean[:, None], covariance[:, None]))
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        mean, second = map(torch.cat, zip(*parts, strict=True))
+        return mean, second
 
     def _parts(
         self, given: Given, dtype: torch.dtype
@@ -92,7 +92,7 @@ class BoundedMulticlass(Likelihood):
         """Of some data at a time: a, ``[n, J, d]``, ``E[ρᵀρ]``, ``S_dd - ρ̃²`` and ρ̃, ``[n, d]``."""
         features, targets, posterior, generator = given
         if self.samples is None:
-            nodes = _nodes(self.classes, dtype, features.device)
+            nodes = sobol_nodes(self.classes, _NODES, dtype, features.device)
         else:
             shape = (self.classes, self.samples)
             nodes = torch.randn(shape, generator=generator, dtype=dtype, device=features.device)
@@ -112,12 +112,3 @@ class BoundedMulticlass(Likelihood):
             along = along.baddbmm_(error.mT, mean.expand(len(h), -1, -1))
             level = error.square_().sum(1).mean(1, keepdim=True)
             yield along, level.clamp_(min=torch.finfo(dtype).tiny), variance - rho.square(), rho
-
-
-@lru_cache
-def _nodes(dimensions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Scrambled Sobol points under the normal quantile function, symmetric, ``[C, J]``."""
-    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0)
-    uniform = engine.draw(_NODES // 2, dtype=torch.float64).clamp_(1e-9, 1 - 1e-9)
-    half = torch.special.ndtri(uniform).mT
-    return torch.cat([half, -half], dim=1).to(device, dtype).contiguous()

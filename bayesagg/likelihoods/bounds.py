@@ -10,8 +10,7 @@ bound is exact and ``t = y``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -27,43 +26,36 @@ def floored(squares: Tensor, level: Tensor) -> Tensor:
     return torch.maximum(squares, level * 1e-10)
 
 
-class Bound(Protocol):
+class Bound(ABC):
     """A likelihood bounded by a quadratic.
 
     Attributes:
         curvature: ``c``.
         exact: the likelihood is the quadratic (Gaussian), so that a datum can be taken out of the
             posterior and the noise has a scale τ² to learn.
-        least_scale: bounds the weight of a task that is fitted perfectly.
+        least_scale: bounds the weight of a task that is fitted perfectly, in units of the misfit.
     """
 
-    @property
-    def curvature(self) -> float:
-        """``c``."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether the likelihood is Gaussian."""
-
-    @property
-    def least_scale(self) -> float:
-        """In the units of the misfit."""
+    curvature: float
+    exact: bool = False
+    least_scale: float = 1e-2  # nats
 
     def working(self, labels: Labels, gradient: Tensor) -> Tensor:
         """Working responses of every output (class), ``[N, P]``.
 
         ``gradient``: of the loss at the outputs, in the shape of the labels' outputs.
         """
+        factor = labels.factor[(..., *[None] * (labels.outputs.dim() - 2))]
+        value = -1 / self.curvature
+        return torch.addcdiv(labels.outputs, gradient, factor, value=value).flatten(1)
 
+    @abstractmethod
     def misfit(self, labels: Labels) -> Tensor:
         """What the scale of the likelihood is the mean of, at the outputs, ``[N, K]``."""
 
 
-@dataclass(frozen=True)
-class _SquaredError:
-    curvature: float = 1.0
-    exact: bool = True
-    least_scale: float = 0.0
+class _SquaredError(Bound):
+    curvature, exact, least_scale = 1.0, True, 0.0
 
     def working(self, labels: Labels, gradient: Tensor) -> Tensor:
         return labels.targets
@@ -72,15 +64,8 @@ class _SquaredError:
         return floored((labels.outputs - labels.targets).square(), labels.targets.square())
 
 
-@dataclass(frozen=True)
-class _Logistic:
-    curvature: float = 0.25  # σ(1-σ) ≤ 1/4
-    exact: bool = False
-    least_scale: float = 1e-2  # nats
-
-    def working(self, labels: Labels, gradient: Tensor) -> Tensor:
-        value = -1 / self.curvature
-        return torch.addcdiv(labels.outputs, gradient, labels.factor, value=value)
+class _Logistic(Bound):
+    curvature = 0.25  # σ(1-σ) ≤ 1/4
 
     def misfit(self, labels: Labels) -> Tensor:
         if labels.nll is not None:
@@ -88,15 +73,8 @@ class _Logistic:
         return F.binary_cross_entropy_with_logits(labels.outputs, labels.targets, reduction="none")
 
 
-@dataclass(frozen=True)
-class _Softmax:
-    curvature: float = 0.5  # diag p - p pᵀ ≤ 1/2
-    exact: bool = False
-    least_scale: float = 1e-2  # nats
-
-    def working(self, labels: Labels, gradient: Tensor) -> Tensor:
-        value, factor = -1 / self.curvature, labels.factor[..., None]
-        return torch.addcdiv(labels.outputs, gradient, factor, value=value).flatten(1)
+class _Softmax(Bound):
+    curvature = 0.5  # diag p - p pᵀ ≤ 1/2
 
     def misfit(self, labels: Labels) -> Tensor:
         if labels.nll is not None:

@@ -11,17 +11,10 @@ from torch import Tensor
 
 from bayesagg.errors import NumericalWarning
 from bayesagg.heads import Head
-from bayesagg.likelihoods.base import Evidence, Given, Likelihood
-from bayesagg.likelihoods.binary import Binary
+from bayesagg.likelihoods.base import Classification, Evidence, Given, Likelihood
 from bayesagg.likelihoods.bounded import BoundedMulticlass
-from bayesagg.moments import (
-    LogMoments,
-    monte_carlo_moments,
-    multiclass_log_moments,
-    multiclass_moments,
-    sampled_log_moments,
-)
-from bayesagg.posterior import Gaussian, contrast_basis, multiclass_statistics
+from bayesagg.moments import LogMoments, multiclass_log_moments, multiclass_moments
+from bayesagg.posterior import contrast_basis, multiclass_statistics
 
 if TYPE_CHECKING:
     from bayesagg.reading import Labels
@@ -33,10 +26,8 @@ _NODES = 256  # of the cubature: more exact than Eq. 11 with J = 1024, and cheap
 _MAX_CLASSES, _MAX_PARAMETERS = 16, 2560
 
 
-class Multiclass(Likelihood):
+class Multiclass(Classification):
     """Tasks of equally many classes, whose moments are taken one by one."""
-
-    defaults = Binary.defaults
 
     @classmethod
     def of(cls, name: str, head: Head, samples: int | None) -> Likelihood:
@@ -80,45 +71,39 @@ class Multiclass(Likelihood):
             )
             for k in range(labels.targets.shape[1])
         ]
-        precision = torch.stack([p[0] for p in parts]) if len(parts) > 1 else parts[0][0][None]
-        return Evidence(precision, torch.stack([p[1] for p in parts]), labels.count())
+        precision, shift = (torch.stack(part) for part in zip(*parts, strict=True))
+        return Evidence(precision, shift, labels.count())
 
-    def moments(self, given: Given, dtype: torch.dtype) -> LogMoments:
-        """Cubature over the logit contrasts, or Eq. 11."""
-        parts = []
-        for h, y, posterior in self._tasks(given):
-            if self.samples is None:
-                part = multiclass_log_moments(
-                    h, y[:, 0], posterior, self.d, max_nodes=_NODES, dtype=dtype
-                )
-            else:
-                mean, variance = monte_carlo_moments(
-                    h, y, posterior, self.d, self.samples, given.generator
-                )
-                part = sampled_log_moments(mean[:, 0], variance[:, 0], dtype)
-            parts.append(part)
+    def integrals(self, given: Given, dtype: torch.dtype) -> LogMoments:
+        """Cubature over the logit contrasts."""
+        parts = [
+            multiclass_log_moments(h, y[:, 0], posterior, self.d, max_nodes=_NODES, dtype=dtype)
+            for h, y, posterior, _ in _tasks(given)
+        ]
         return LogMoments(*(torch.stack(part, 1) for part in zip(*parts, strict=True)))
 
-    def covariances(self, given: Given) -> tuple[Tensor, Tensor]:
-        """Cubature over the logit contrasts, or Eq. 11."""
-        parts = []
-        for h, y, posterior in self._tasks(given):
-            if self.samples is None:
-                part = multiclass_moments(h, y[:, 0], posterior, self.d, True, max_nodes=_NODES)
-                part = (part[0][:, None], part[1][:, None])
-            else:
-                part = monte_carlo_moments(
-                    h, y, posterior, self.d, self.samples, given.generator, full=True
-                )
-            parts.append(part)
-        return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
+    def full_integrals(self, given: Given) -> tuple[Tensor, Tensor]:
+        """Cubature over the logit contrasts."""
+        parts = [
+            multiclass_moments(h, y[:, 0], posterior, self.d, True, max_nodes=_NODES)
+            for h, y, posterior, _ in _tasks(given)
+        ]
+        mean, second = (torch.stack(part, 1) for part in zip(*parts, strict=True))
+        return mean, second
 
-    def _tasks(self, given: Given) -> Iterator[tuple[Tensor, Tensor, Gaussian]]:
-        """One after the other: features, targets ``[N, 1, C]``, posterior."""
-        for k, posterior in enumerate(given.posterior.tasks):
-            yield given.features, given.targets[:, k : k + 1], posterior
+    def sampled(self, given: Given, full: bool) -> tuple[Tensor, Tensor]:
+        """One task after the other."""
+        parts = [super(Multiclass, self).sampled(one, full) for one in _tasks(given)]
+        mean, second = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return mean, second
 
     def module_weights(self, mean: Tensor) -> Tensor:
         """Contrasts back to classes; the common mode, which no output depends on, is zero."""
         basis = contrast_basis(self.classes, mean)
         return torch.matmul(basis.mT, mean.unflatten(1, (-1, self.width))).flatten(0, 1)
+
+
+def _tasks(given: Given) -> Iterator[Given]:
+    """One after the other, with targets ``[N, 1, C]``."""
+    for k, posterior in enumerate(given.posterior.tasks):
+        yield given._replace(targets=given.targets[:, k : k + 1], posterior=posterior)

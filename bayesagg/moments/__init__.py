@@ -4,10 +4,11 @@ Each function takes a Gaussian posterior over head weights and returns, for a lo
 ``E[g]`` and ``Var[g]`` (diagonal) or ``Cov[g]`` (full) of ``g = ∂ℓ/∂h`` per datum and task.
 """
 
-from bayesagg.moments.binary import binary_log_moments, binary_moments, gaussian_nodes
-from bayesagg.moments.log_moments import LogMoments
+from bayesagg.moments.binary import binary_log_moments, binary_moments
+from bayesagg.moments.common import LogMoments
 from bayesagg.moments.monte_carlo import monte_carlo_moments, sampled_log_moments
 from bayesagg.moments.multiclass import multiclass_log_moments, multiclass_moments
+from bayesagg.moments.nodes import gaussian_nodes
 from bayesagg.moments.regression import regression_log_moments, regression_moments
 from bayesagg.moments.student import LeaveOneOut, Spectrum, leave_one_out, student_gradient
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesagg.moments.log_moments import LogMoments
+from bayesagg.moments.common import LogMoments
 from bayesagg.posterior import Gaussian, contrast_basis
 
 __all__ = ["monte_carlo_moments", "sampled_log_moments"]
@@ -54,7 +54,8 @@ def monte_carlo_moments(
         g = g - mean[:, None]
         second = torch.einsum("njkd,njke->nkde", g, g) if full else g.square_().sum(1)
         parts.append((mean, second / num_samples))
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    mean, second = map(torch.cat, zip(*parts, strict=True))
+    return mean, second
 
 
 def sampled_log_moments(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> LogMoments:

@@ -9,12 +9,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bayesagg.constants import kept
-from bayesagg.moments.binary import gaussian_nodes, hermite_rule
-from bayesagg.moments.log_moments import LogMoments, variance_of
+from bayesagg.moments.common import LogMoments, variance_of
+from bayesagg.moments.nodes import gaussian_nodes, standard_normal_nodes
 from bayesagg.posterior import Gaussian, contrast_basis
 
-__all__ = ["multiclass_log_moments", "multiclass_moments", "standard_normal_nodes"]
+__all__ = ["multiclass_log_moments", "multiclass_moments"]
 
 # Mean variance of the logit contrasts up to which a Hermite product rule is used, and its nodes
 # per dimension: the accurate rule, and the one for many contrasts or few nodes. Relative error of
@@ -23,35 +22,6 @@ _PRODUCT_RULES = ((0.05, (4, 3)), (0.25, (6, 4)), (1.0, (12, 6)))
 _BOUNDS = [bound for bound, _ in _PRODUCT_RULES]
 _MAX_NODES = 8192
 _CHUNK = 1 << 20  # elements of the largest intermediate
-
-
-@kept
-def standard_normal_nodes(
-    dimensions: int, count: int, sobol: bool, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cubature for a standard normal: nodes ``[E, J]`` and weights ``[1, J]`` that sum to one.
-
-    Args:
-        dimensions: ``E``.
-        count: Sobol points, or Hermite nodes per dimension.
-        sobol: scrambled Sobol points under the normal quantile function, made symmetric and
-            whitened so that their mean, odd moments and covariance are exact; otherwise a product
-            of Gauss-Hermite rules.
-        dtype: of the result.
-        device: of the result.
-    """
-    if sobol:
-        engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0)
-        half = torch.special.ndtri(engine.draw(count // 2, dtype=torch.float64)).mT
-        nodes = torch.cat([half, -half], dim=1)
-        factor = torch.linalg.cholesky(nodes @ nodes.mT / nodes.shape[1])
-        nodes = torch.linalg.solve_triangular(factor, nodes, upper=False)
-        weights = torch.full((1, nodes.shape[1]), 1 / nodes.shape[1], dtype=torch.float64)
-    else:
-        x, w = (torch.tensor(value, dtype=torch.float64) for value in hermite_rule(count))
-        nodes = torch.cartesian_prod(*([x] * dimensions)).view(-1, dimensions).mT
-        weights = torch.cartesian_prod(*([w] * dimensions)).view(1, -1, dimensions).prod(-1)
-    return nodes.to(device, dtype).contiguous(), weights.to(device, dtype)
 
 
 def multiclass_moments(
@@ -107,54 +77,70 @@ def multiclass_log_moments(
         of one task, ``[N, d]``, ``[N, d]`` and ``[N, 1]``.
     """
     dtype = posterior.mean.dtype if dtype is None else dtype
-    mean, covariance = _unpacked(posterior, features, targets)
-    e = len(mean)
-    constant = mean[:, :d].to(dtype)
+    e, width = targets.shape[1] - 1, features.shape[1]
+    covariance = _of_contrasts(posterior, e, width)
     blocks = covariance.diagonal(dim1=1, dim2=3)[..., :d].flatten(0, 1).to(dtype)  # S_d, [E·E, d]
-    parts = []
-    for h, y in _chunks(features, targets, max(e * mean.shape[1], (e + 1) * d)):
-        factor, r = _scores(h, covariance, d, dtype)  # r: [n, ε, contrast, d]
-        b = torch.cat([constant.expand(len(h), e, d), r.flatten(1, 2)], dim=1)  # [n, F, d]
-        known = ((h @ mean.mT).to(dtype), factor.to(dtype), y.to(dtype))
-        phi_mean, phi_cov, rho2, level, unit = _residual_moments(*known, max_nodes)
-        first = ((phi_mean * unit)[:, None] @ b)[:, 0]
+    parts, each = [], max(e * width, (e + 1) * d)
+    for mean, b, r, phi, rho2, level, unit in _parts(
+        features, targets, posterior, d, dtype, each, max_nodes
+    ):
         rest = rho2.flatten(1) @ blocks
         rest = rest.sub_((rho2[:, None] @ r).mul_(r).sum((1, 2))).clamp_(min=0)
-        rest = rest.add_((phi_cov @ b).mul_(b).sum(1)).clamp_(min=torch.finfo(dtype).tiny)
-        parts.append((first, rest, level.log_() + 2 * unit.log()))
-    return LogMoments(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        rest = rest.add_((phi @ b).mul_(b).sum(1)).clamp_(min=torch.finfo(dtype).tiny)
+        parts.append((mean, rest, level.log_() + 2 * unit.log()))
+    return LogMoments(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _covariances(
     features: Tensor, targets: Tensor, posterior: Gaussian, d: int, max_nodes: int
 ) -> tuple[Tensor, Tensor]:
-    mean, covariance = _unpacked(posterior, features, targets)
-    e = len(mean)
-    parts = []
-    for h, y in _chunks(features, targets, d * max(e + 1, d)):
-        factor, r = _scores(h, covariance, d, h.dtype)
-        b = torch.cat([mean[:, :d].expand(len(h), e, d), r.flatten(1, 2)], dim=1)
-        phi_mean, phi_cov, rho2, level, unit = _residual_moments(h @ mean.mT, factor, y, max_nodes)
-        phi_mean, level = phi_mean * unit, level * unit.square()
-        rest = torch.einsum("nab,aibj->nij", rho2, covariance[:, :d, :, :d])
-        rest = rest - torch.einsum("nexi,nxy,neyj->nij", r, rho2, r)
-        parts.append(
-            ((phi_mean[:, None] @ b)[:, 0], level[..., None] * (b.mT @ phi_cov @ b + rest))
-        )
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def _unpacked(posterior: Gaussian, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, ``[E, D]``, and covariance, ``[E, D, E, D]``, of the contrasts."""
     e, width = targets.shape[1] - 1, features.shape[1]
-    covariance = posterior.covariance[0].view(e, width, e, width)
-    return posterior.mean[0].view(e, width), covariance
+    s = _of_contrasts(posterior, e, width)[:, :d, :, :d]
+    parts, each = [], d * max(e + 1, d)
+    for mean, b, r, phi, rho2, level, unit in _parts(
+        features, targets, posterior, d, features.dtype, each, max_nodes
+    ):
+        rest = torch.einsum("nab,aibj->nij", rho2, s)
+        rest = rest - torch.einsum("nexi,nxy,neyj->nij", r, rho2, r)
+        parts.append((mean, (level * unit.square())[..., None] * (b.mT @ phi @ b + rest)))
+    mean, covariance = map(torch.cat, zip(*parts, strict=True))
+    return mean, covariance
 
 
-def _chunks(features: Tensor, targets: Tensor, each: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Data whose largest intermediate, of ``each`` elements times the contrasts, is bounded."""
-    size = max(1, _CHUNK // ((targets.shape[1] - 1) * each))
-    return zip(features.split(size), targets.split(size), strict=True)
+def _of_contrasts(posterior: Gaussian, e: int, width: int) -> Tensor:
+    """Covariance, ``[E, D, E, D]``."""
+    return posterior.covariance[0].view(e, width, e, width)
+
+
+def _parts(
+    features: Tensor,
+    targets: Tensor,
+    posterior: Gaussian,
+    d: int,
+    dtype: torch.dtype,
+    each: int,
+    max_nodes: int,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Of some data at a time, whose largest intermediate has ``E · each`` elements a datum.
+
+    Yields:
+        ``E[g]``, ``[n, d]``; ``b``, ``[n, F, d]``, and ``R`` in it, ``[n, E, E, d]``; ``Cov(φ)``,
+        ``[n, F, F]``, and ``E[ρρᵀ]``, ``[n, E, E]``, over ``E[ρᵀρ]``, so that they are of order
+        one; that, positive, ``[n, 1]``; and the unit of ρ, ``[n, 1]``.
+    """
+    e, width = targets.shape[1] - 1, features.shape[1]
+    weights, covariance = posterior.mean[0].view(e, width), _of_contrasts(posterior, e, width)
+    constant = weights[:, :d].to(dtype)
+    size = max(1, _CHUNK // (e * each))
+    for h, y in zip(features.split(size), targets.split(size), strict=True):
+        factor, r = _scores(h, covariance, d, dtype)  # r: [n, ε, contrast, d]
+        b = torch.cat([constant.expand(len(h), e, d), r.flatten(1, 2)], dim=1)
+        known = ((h @ weights.mT).to(dtype), factor.to(dtype), y.to(dtype))
+        phi_mean, phi, rho2, unit = _integrals(*known, max_nodes)
+        level = rho2.diagonal(dim1=1, dim2=2).sum(1)[:, None]
+        level = level.clamp_(min=torch.finfo(level.dtype).tiny)
+        mean = ((phi_mean * unit)[:, None] @ b)[:, 0]
+        yield mean, b, r, phi.div_(level[..., None]), rho2.div_(level[..., None]), level, unit
 
 
 def _scores(h: Tensor, covariance: Tensor, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -177,21 +163,6 @@ def _factor(v: Tensor) -> Tensor:
     eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
     factor: Tensor = torch.linalg.cholesky_ex((v + v.mT) / 2 + ridge[:, None, None] * eye)[0]
     return factor
-
-
-def _residual_moments(
-    t_mean: Tensor, factor: Tensor, targets: Tensor, max_nodes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Moments of the residuals, the second ones relative to ``E[ρᵀρ]``: of order one.
-
-    Returns:
-        ``E[φ]``, ``[n, F]``; ``Cov(φ)``, ``[n, F, F]``, and ``E[ρρᵀ]``, ``[n, E, E]``, divided by
-        the next result, ``E[ρᵀρ]``, positive, ``[n, 1]``; and the unit of ρ, ``[n, 1]``.
-    """
-    phi_mean, phi_cov, rho2, unit = _integrals(t_mean, factor, targets, max_nodes)
-    level = rho2.diagonal(dim1=1, dim2=2).sum(1)[:, None]
-    level = level.clamp_(min=torch.finfo(level.dtype).tiny)
-    return phi_mean, phi_cov.div_(level[..., None]), rho2.div_(level[..., None]), level, unit
 
 
 def _integrals(
@@ -222,11 +193,8 @@ def _integrals(
             found.append(_integrate(t, spreads, y, basis, nodes, weights))
     if len(found) == 1:
         return found[0]
-    together = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    if order == sorted(order):
-        return tuple(together)
     back = torch.tensor(order, device=t_mean.device).argsort()
-    return tuple(part[back] for part in together)
+    return tuple(torch.cat(parts)[back] for parts in zip(*found, strict=True))
 
 
 @lru_cache
@@ -244,16 +212,8 @@ def _integrate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``E[φ]``, ``Cov(φ)`` and ``E[ρρᵀ]`` for ρ in a unit of its own, and that unit, ``[n, 1]``.
 
-    Squares of residuals of saturated data would be nothing in single precision. Nodes come last, so
-    that every operation runs along contiguous memory.
-
-    Args:
-        t_mean: of the contrasts, ``[n, E]``.
-        factor: of their covariance, ``[n, E, E]``.
-        targets: ``[n, C]``.
-        basis: of the contrasts.
-        nodes: ``[(n,) E, J]``.
-        weights: ``[(n,) 1, J]``.
+    Squares of residuals of saturated data would be nothing in single precision. Nodes come last,
+    ``[(n,) E, J]``, so that every operation runs along contiguous memory.
     """
     logits = basis.mT @ torch.baddbmm(t_mean[..., None], factor, nodes.expand(len(factor), -1, -1))
     p = logits.sub_(logits.amax(1, keepdim=True)).exp_()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesagg.moments.log_moments import LogMoments, variance_of
-from bayesagg.moments.whitened import whitened
+from bayesagg.moments.common import LogMoments, variance_of, whitened
 from bayesagg.posterior import Gaussian
 
 __all__ = ["regression_log_moments", "regression_moments"]

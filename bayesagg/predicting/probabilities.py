@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesagg.constants import kept
-from bayesagg.moments.binary import gaussian_nodes, panel_nodes
-from bayesagg.moments.multiclass import standard_normal_nodes
+from bayesagg.moments.nodes import (
+    gaussian_nodes,
+    panel_nodes,
+    sobol_nodes,
+    standard_normal_nodes,
+)
 
 __all__ = ["class_probabilities", "sigmoid_moments"]
 
@@ -37,16 +40,6 @@ def sigmoid_moments(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, other, ((p - first[..., None]).square() * w).sum(-1)
 
 
-@kept
-def _plain_nodes(
-    dimensions: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0)
-    half = torch.special.ndtri(engine.draw(_SOBOL // 2, dtype=torch.float64).clamp_(1e-9, 1 - 1e-9))
-    nodes = torch.cat([half, -half]).mT.to(device, dtype).contiguous()
-    return nodes, torch.full((_SOBOL,), 1 / _SOBOL, dtype=dtype, device=device)
-
-
 def class_probabilities(mean: Tensor, factor: Tensor, even: bool = False) -> tuple[Tensor, Tensor]:
     """Logarithms of the probabilities of all classes at the nodes of a cubature.
 
@@ -66,5 +59,6 @@ def class_probabilities(mean: Tensor, factor: Tensor, even: bool = False) -> tup
     elif dimensions <= _WHITENED:
         nodes, weights = standard_normal_nodes(dimensions, _SOBOL, True, *kind)
     else:
-        nodes, weights = _plain_nodes(dimensions, *kind)
+        nodes = sobol_nodes(dimensions, _SOBOL, *kind)
+        weights = nodes.new_full((_SOBOL,), 1 / _SOBOL)
     return (mean[..., None] + factor @ nodes).log_softmax(1), weights.view(-1)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import StudentT
 from torch.nn import functional as F
+
+from bayesagg.moments.nodes import legendre_nodes
 
 __all__ = [
     "NORMAL",
@@ -25,7 +26,6 @@ __all__ = [
 
 NORMAL = 1e7  # degrees of freedom from which a Student-t distribution is taken for a normal one
 LEVELS = 200  # of intervals, evenly spaced, between which half-widths are interpolated
-_X, _W = np.polynomial.legendre.leggauss(64)
 
 
 def student_density(t: Tensor, dof: Tensor) -> Tensor:
@@ -43,8 +43,7 @@ def student_density(t: Tensor, dof: Tensor) -> Tensor:
 
 def student_cdf(t: Tensor, dof: Tensor) -> Tensor:
     """Probability of a value below ``t``; arguments as of :func:`student_density`."""
-    x = torch.as_tensor((_X + 1) / 2, device=t.device)
-    w = torch.as_tensor(_W / 2, device=t.device)
+    x, w = legendre_nodes(64, torch.float64, t.device)
     nu = dof.double().clamp_max(NORMAL)[..., None]
     # Beyond 12 the tail of nearly normal ones is below 1e-12, and the nodes would be too coarse.
     reach = torch.where(nu < 30, torch.inf, 12.0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from bayesagg.moments import binary_moments, gaussian_nodes
-from bayesagg.moments.binary import _HERMITE
+from bayesagg.moments.nodes import _HERMITE
 from bayesagg.posterior import Gaussian
 from tests import reference
 

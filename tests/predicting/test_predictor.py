@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.errors import NumericalWarning
-from bayesagg.moments.multiclass import standard_normal_nodes
+from bayesagg.moments.nodes import standard_normal_nodes
 from bayesagg.predicting import Predictor
 from tests.helpers.data import losses_over, make_batch, without
 from tests.helpers.nets import make_net, plain_net

@@ -1,13 +1,34 @@
-"""What the moments of regression and binary heads share: the weights given the output."""
+"""What the moments of several likelihoods share: a variance in two parts, and whitened weights."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayesagg.posterior import Gaussian
 
-__all__ = ["whitened"]
+__all__ = ["LogMoments", "variance_of", "whitened"]
+
+
+class LogMoments(NamedTuple):
+    """Moments whose variance is ``relative · exp(log_scale)``, which cannot underflow.
+
+    Attributes:
+        mean: ``E[g]``, ``[N, K, d]``.
+        relative: positive, of the order of the variance of the weights, ``[N, K, d]``.
+        log_scale: that of the squared residual, ``[N, K, 1]``.
+    """
+
+    mean: Tensor
+    relative: Tensor
+    log_scale: Tensor
+
+
+def variance_of(moments: LogMoments) -> tuple[Tensor, Tensor]:
+    """``E[g]`` and ``Var[g]``, ``[N, K, d]``."""
+    return moments.mean, moments.relative * moments.log_scale.exp()
 
 
 def whitened(
