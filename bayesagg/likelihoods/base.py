@@ -45,10 +45,6 @@ class Evidence:
             self.precision + other.precision, self.shift + other.shift, self.count + other.count
         )
 
-    def shared_by(self, tasks: int) -> Evidence:
-        """With a precision for every task, where they shared one."""
-        return Evidence(self.precision.expand(tasks, -1, -1), self.shift, self.count)
-
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:
         """What ranks send each other: of the precision its lower triangle."""
         row, column = _triangle(self.precision)

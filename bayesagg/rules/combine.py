@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,16 +13,15 @@ from bayesagg.moments import LogMoments
 from bayesagg.posterior import Gaussian
 from bayesagg.reading import Labels
 from bayesagg.rules.groups import Group
+from bayesagg.rules.sample import Sample
 
-__all__ = ["combine"]
+__all__ = ["combine", "mask_of"]
 
 _CHUNK = 1 << 20  # elements of a [n, K, d] tensor of moments; bounds the extra memory
 
 
 def combine(
-    groups: Sequence[Group],
-    features: Mapping[bool, Tensor],
-    labels: Sequence[Labels],
+    sample: Sample,
     posteriors: Sequence[Gaussian],
     *,
     scale: GradientScale,
@@ -33,9 +32,7 @@ def combine(
     """Aggregate the tasks' gradients at the shared representation.
 
     Args:
-        groups: of ``K`` tasks together.
-        features: ``[N, D]`` by whether the constant of a bias is appended.
-        labels: of each group.
+        sample: of ``K`` tasks together.
         posteriors: of each group.
         scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
         full: Eq. 6 instead of Eq. 7.
@@ -47,21 +44,21 @@ def combine(
         gradient, ``[N, d]``, and the mean weight of every task and dimension over the data with
         any label, ``[K, d]``, in the order of the groups.
     """
-    some = next(iter(features.values()))
-    n, d = len(some), groups[0].likelihood.d
-    tasks = sum(group.num_tasks for group in groups)
+    groups, some = sample.groups, next(iter(sample.features.values()))
+    d, tasks = groups[0].likelihood.d, sum(group.num_tasks for group in groups)
     work = some.dtype if full else dtype
     s = _exponents(groups, some, work)
     # Cancels where the tasks share an exponent, 0 in particular.
-    unit = _unit(labels) if isinstance(s, Tensor) else 1.0
+    unit = _unit(sample.labels) if isinstance(s, Tensor) else 1.0
     size = max(1, _CHUNK // (tasks * d * (d if full else 1)))
     gradients, totals, labelled = [], [], []
-    for start in range(0, n, size):
-        stop = min(n, start + size)
-        means, seconds, masks = [], [], []
-        for group, known, posterior in zip(groups, labels, posteriors, strict=True):
-            part, likelihood = known.rows(start, stop), group.likelihood
-            h = features[likelihood.bias][start:stop]
+    for start in range(0, len(some), size):
+        stop = min(len(some), start + size)
+        labels = [known.rows(start, stop) for known in sample.labels]
+        means, seconds = [], []
+        for group, part, posterior in zip(groups, labels, posteriors, strict=True):
+            likelihood = group.likelihood
+            h = sample.features[likelihood.bias][start:stop]
             given = Given(h, part.targets, posterior, generator)
             second: LogMoments | Tensor
             if full:
@@ -71,16 +68,21 @@ def combine(
                 mean = second.mean
             means.append(mean.mul_(part.factor[..., None].to(work)))
             seconds.append(_scaled(second, part.factor[..., None] / unit))
-            masks.append(part.present)
-        count = stop - start
-        present = _stack(masks, [mean.shape[1] for mean in means], count, some.device)
+        all_present = all(part.present is None for part in labels)
+        present = None if all_present else _cat([mask_of(part, stop - start) for part in labels])
         gradient, weights = _aggregate(_cat(means), seconds, s, present, scale)
         gradients.append(gradient)
         totals.append(weights.sum(0))
-        labelled.append(count if present is None else present.any(1).sum())
-    total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
-    weights = total / torch.as_tensor(sum(labelled)).clamp(min=1)
-    return gradients[0] if len(gradients) == 1 else torch.cat(gradients), weights
+        labelled.append(stop - start if present is None else present.any(1).sum())
+    weights = torch.stack(totals).sum(0) / torch.as_tensor(sum(labelled)).clamp(min=1)
+    return torch.cat(gradients), weights
+
+
+def mask_of(labels: Labels, rows: int) -> Tensor:
+    """Labels present, ``[N, K]``, also where all are."""
+    if labels.present is not None:
+        return labels.present
+    return labels.factor.new_ones(rows, labels.factor.shape[1], dtype=torch.bool)
 
 
 def _scaled(second: LogMoments | Tensor, factor: Tensor) -> LogMoments | Tensor:
@@ -136,17 +138,3 @@ def _unit(labels: Sequence[Labels]) -> Tensor:
         return means.mean()
     seen = torch.cat([(k.factor > 0 if k.present is None else k.present).any(0) for k in labels])
     return (means * seen).sum() / seen.sum().clamp(min=1)
-
-
-def _stack(
-    masks: Sequence[Tensor | None], sizes: Sequence[int], rows: int, device: torch.device
-) -> Tensor | None:
-    """Labels present, ``[n, K]``, or ``None`` where all are."""
-    if all(mask is None for mask in masks):
-        return None
-    return _cat(
-        [
-            torch.ones(rows, size, dtype=torch.bool, device=device) if mask is None else mask
-            for mask, size in zip(masks, sizes, strict=True)
-        ]
-    )

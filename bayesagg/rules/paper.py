@@ -187,9 +187,7 @@ class PaperRule:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Of all data that have labels, and the weights of all heads."""
         gradient, weights = combine(
-            memory.groups,
-            sample.features,
-            sample.labels,
+            sample,
             posteriors,
             scale=self.gradient_scale,
             full=self.covariance == "full",
@@ -197,9 +195,7 @@ class PaperRule:
             dtype=_dtype_of_moments(data.rows, memory.dtype),
         )
         if sample.index is not None:
-            estimate = (gradient, weights, self.gradient_scale)
-            given = (memory.groups, data.labels, posteriors)
-            gradient = extend(sample.index, data.rows, *given, *estimate)
+            gradient = extend(sample, data, posteriors, gradient, weights, self.gradient_scale)
         parts = weights.mean(-1).split([group.num_tasks for group in memory.groups])
         pairs = zip(memory.groups, parts, strict=True)
         return gradient, {n: w for group, part in pairs for n, w in group.by_head(part).items()}

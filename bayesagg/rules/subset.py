@@ -22,7 +22,6 @@ weights. This is a departure from the paper, which has no dense tasks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,58 +31,15 @@ from bayesagg.heads import Head
 from bayesagg.posterior import Gaussian
 from bayesagg.reading import Labels
 from bayesagg.reading.step import LIKELIHOODS
-from bayesagg.rules.groups import Group
+from bayesagg.rules.combine import mask_of
+from bayesagg.rules.sample import Sample
 
-__all__ = ["Subset", "draw", "extend"]
-
-
-@dataclass(frozen=True)
-class Subset:
-    """Which data of a batch stand for all.
-
-    Attributes:
-        index: their rows, ``[n]``.
-        scale: labelled data in the batch for each of them.
-    """
-
-    index: Tensor
-    scale: float
-
-
-def draw(
-    labels: Sequence[Labels], rows: int, max_data: int, generator: torch.Generator
-) -> Subset | None:
-    """A random subset of the data that have any label, or ``None`` if there are few enough.
-
-    One datum is drawn from each of ``max_data`` equal stretches of the batch, so that every image
-    or sequence gets its share; each datum has the same expected number of draws.
-
-    Args:
-        labels: of each group, ``rows`` data.
-        rows: data in the batch.
-        max_data: size of the subset.
-        generator: decides; on the device of the labels.
-    """
-    present = [known.present for known in labels]
-    candidates: Tensor | None = None
-    if all(mask is not None for mask in present):
-        some = torch.stack([mask.any(1) for mask in present if mask is not None])
-        candidates = some.any(0).nonzero()[:, 0]
-        rows = len(candidates)
-    if rows <= max_data:
-        return None
-    device = generator.device
-    place = torch.arange(max_data, dtype=torch.float64, device=device)
-    place += torch.rand(max_data, dtype=torch.float64, device=device, generator=generator)
-    index = place.mul_(rows / max_data).long().clamp_(max=rows - 1)
-    return Subset(index if candidates is None else candidates[index], rows / max_data)
+__all__ = ["extend"]
 
 
 def extend(
-    index: Tensor,
-    rows: Tensor,
-    groups: Sequence[Group],
-    labels: Sequence[Labels],
+    sample: Sample,
+    data: Sample,
     posteriors: Sequence[Gaussian],
     exact: Tensor,
     weights: Tensor,
@@ -92,41 +48,40 @@ def extend(
     """The gradient of all data from that of a subset.
 
     Args:
-        index: of the subset, ``[n]``.
-        rows: shared representation of all data, ``[N, d]``.
-        groups: of ``K`` tasks together.
-        labels: of each group, all data.
+        sample: the subset, ``n`` of the data.
+        data: all.
         posteriors: of each group.
         exact: gradient of the subset, ``[n, d]``.
         weights: mean weights over the labelled data of the subset, ``[K, d]``.
         scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
 
     Returns:
-        ``[N, d]`` in the dtype of ``rows``, in float32 at least.
+        ``[N, d]`` in the dtype of the rows, in float32 at least.
     """
-    h = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    h = data.rows.to(torch.promote_types(data.rows.dtype, torch.float32))
     gradient = torch.zeros_like(h)
-    partial = any(known.present is not None for known in labels)
-    alpha = (_given_a_label(weights, labels, index) if partial else weights).to(h.dtype)
+    partial = any(known.present is not None for known in data.labels)
+    alpha = (_given_a_label(weights, sample) if partial else weights).to(h.dtype)
     share = torch.zeros_like(h) if partial else None
     count = h.new_zeros(len(h), 1) if partial else h.new_full((1, 1), float(len(alpha)))
-    start = 0
-    for group, known, posterior in zip(groups, labels, posteriors, strict=True):
-        own = alpha[start : start + group.num_tasks]
-        start += group.num_tasks
+    shares = alpha.split([group.num_tasks for group in data.groups])
+    for group, known, posterior, own in zip(
+        data.groups, data.labels, posteriors, shares, strict=True
+    ):
         for name, mean in group.means(posterior).items():
             part = group.slices[name]
             point = _residuals(group.heads[name], known, part, h, mean.to(h.dtype))
             gradient.addmm_(point.mT, own[part] * mean[:, : h.shape[1]].to(h.dtype))
         if share is not None:
-            present = _mask(known, group.num_tasks, len(h)).to(h.dtype)
+            present = mask_of(known, len(h)).to(h.dtype)
             share.addmm_(present, own)
             count += present.sum(1, keepdim=True)
     if share is not None:
         gradient /= share.clamp_(min=torch.finfo(h.dtype).tiny)
     if scale == "sum":
         gradient *= count
-    return gradient.index_copy_(0, index, exact.to(h.dtype))
+    assert sample.index is not None
+    return gradient.index_copy_(0, sample.index, exact.to(h.dtype))
 
 
 def _residuals(head: Head, known: Labels, part: slice, h: Tensor, mean: Tensor) -> Tensor:
@@ -145,21 +100,12 @@ def _residuals(head: Head, known: Labels, part: slice, h: Tensor, mean: Tensor) 
     return residual
 
 
-def _given_a_label(weights: Tensor, labels: Sequence[Labels], index: Tensor) -> Tensor:
+def _given_a_label(weights: Tensor, sample: Sample) -> Tensor:
     """Mean weights over the data that have a label of the task, from those over all data.
 
     A task without a label in the subset gets the weight of uniform ones.
     """
-    sizes = [known.factor.shape[1] for known in labels]
-    pairs = zip(labels, sizes, strict=True)
-    masks = torch.cat([_mask(known.at(index), size, len(index)) for known, size in pairs], dim=1)
+    masks = torch.cat([mask_of(known, len(sample.rows)) for known in sample.labels], dim=1)
     fraction = masks.to(weights.dtype).mean(0)[:, None] / masks.any(1).to(weights.dtype).mean()
     uniform = torch.full_like(weights, 1 / len(weights))
     return torch.where(fraction > 0, weights / fraction, uniform)
-
-
-def _mask(known: Labels, tasks: int, rows: int) -> Tensor:
-    """Labels present, ``[N, K]``, also where all are."""
-    if known.present is not None:
-        return known.present
-    return torch.ones(rows, tasks, dtype=torch.bool, device=known.factor.device)

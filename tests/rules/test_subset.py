@@ -12,7 +12,7 @@ import bayesagg.rules.paper
 from bayesagg import RegressionHead
 from bayesagg.likelihoods import Given
 from bayesagg.reading import Labels
-from bayesagg.rules.subset import draw
+from bayesagg.rules.sample import draw
 from tests.helpers.data import LOSSES, ignore, losses_over, make_batch, without
 from tests.helpers.nets import plain_net
 from tests.helpers.states import assert_finite, assert_near, assert_same, difference, snapshot
@@ -74,10 +74,10 @@ def test_every_labelled_datum_is_drawn_as_often(max_data):
     counts, repeats = torch.zeros(16, dtype=torch.float64), 6000
     generator = torch.Generator().manual_seed(0)
     for _ in range(repeats):
-        subset = draw(labels_with(present), 16, max_data, generator)
-        assert len(subset.index) == max_data and subset.scale == 11 / max_data
-        counts += torch.bincount(subset.index, minlength=16)
-    expected = present.double() / subset.scale
+        index, scale = draw(labels_with(present), 16, max_data, generator)
+        assert len(index) == max_data and scale == 11 / max_data
+        counts += torch.bincount(index, minlength=16)
+    expected = present.double() / scale
     assert torch.equal(counts == 0, ~present)
     # Five standard errors of a proportion.
     assert ((counts / repeats - expected).abs() < 5 * (0.25 / repeats) ** 0.5).all()
@@ -118,17 +118,17 @@ class Spy:
             self.calls[name] = getattr(bayesagg.rules.paper, name)
             monkeypatch.setattr(bayesagg.rules.paper, name, getattr(self, name))
 
-    def combine(self, groups, features, labels, posteriors, **kwargs):
-        self.groups, self.labels, self.posteriors = groups, labels, posteriors
-        self.features = features[True]
-        self.alone, weights = self.calls["combine"](groups, features, labels, posteriors, **kwargs)
+    def combine(self, sample, posteriors, **kwargs):
+        self.groups, self.labels, self.posteriors = sample.groups, sample.labels, posteriors
+        self.features = sample.features[True]
+        self.alone, weights = self.calls["combine"](sample, posteriors, **kwargs)
         return self.alone.clone(), weights
 
-    def extend(self, index, *args):
-        self.index, self.means = index, {}
+    def extend(self, sample, *args):
+        self.index, self.means = sample.index, {}
         for group, posterior in zip(self.groups, self.posteriors, strict=True):
             self.means.update(group.means(posterior))
-        return self.calls["extend"](index, *args)
+        return self.calls["extend"](sample, *args)
 
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
