@@ -69,13 +69,10 @@ class Repeats:
         return not any(self.seen)
 
     def after(self, found: Tensor, seen: Tensor | float, length: float) -> Repeats:
-        """With the data of a step, of all ranks; looks at the device.
+        """With the data of a step, of all ranks, so many (by Gram matrix); looks at the device.
 
-        Args:
-            found: what they meet of the marks, ``[G, n, 3]``, see :func:`matches`; the first data
-                of a window: their fingerprints, ``[G, n]``, for marks.
-            seen: how many they are, ``[G]`` or a number.
-            length: of the memory.
+        ``found``: what they meet of the marks, ``[G, n, 3]``, see :func:`matches`; of the first
+        data of a window their fingerprints, ``[G, n]``, for marks.
         """
         data = seen.tolist() if isinstance(seen, Tensor) else [seen] * len(found)
         if not any(data):
@@ -182,12 +179,9 @@ def _mix(tasks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def make_marks(prints: Tensor, rank: int, ranks: int) -> Tensor:
-    """Fingerprints for marks, ``[G, n]``; those of all ranks are the sum of what each gives.
+    """Fingerprints for marks, ``[G, n]``, of those of this rank's data, ``[G, N]``.
 
-    Args:
-        prints: fingerprints of this rank's data, ``[G, N]``.
-        rank: of this process, whose places are its own.
-        ranks: how many share the places.
+    Those of all ranks are the sum of what each gives: every rank has places of its own.
     """
     own = max(1, _MARKS // ranks)
     places = slice(rank * own, (rank + 1) * own)
@@ -202,16 +196,11 @@ def make_marks(prints: Tensor, rank: int, ranks: int) -> Tensor:
 
 
 def matches(marks: Tensor, prints: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """What data, ``[G, N]``, meet of the marks, ``[G, 2, n]``; adds up over ranks.
+    """What data, by their fingerprints, ``[G, N]``, meet of the marks; adds up over ranks.
 
-    Args:
-        marks: of the units.
-        prints: fingerprints of the labels.
-        features: ``[N, d]`` each, of all Gram matrices or of each.
-
-    Returns:
-        by mark the number of data that it is met at, and the sums of a number that their features
-        give and of its square, ``[G, n, 3]``.
+    ``features``: ``[N, d]`` each, of all Gram matrices or of each. By mark the number of data that
+    it is met at, and the sums of a number that their features give and of its square,
+    ``[G, n, 3]``.
     """
     near = _near(marks, prints[:, :_MOST]).to(prints.dtype)
     dtype = torch.promote_types(features[0].dtype, torch.float32)

@@ -62,9 +62,7 @@ class Evidence:
     def scaled(self, factor: Tensor | float, shared: bool = False) -> Evidence:
         """All of it times a number, or times one for each task, ``[K]``.
 
-        Args:
-            factor: the number or numbers.
-            shared: the numbers are all the same, so that a shared precision stays shared.
+        ``shared``: those are all the same, so that a shared precision stays shared.
         """
         if not isinstance(factor, Tensor):
             return Evidence(self.precision * factor, self.shift * factor, self.count * factor)
@@ -116,13 +114,7 @@ class Likelihood(ABC):
 
     @classmethod
     def of(cls, name: str, head: Head, samples: int | None) -> Likelihood:
-        """That of a head.
-
-        Args:
-            name: of the head, for warnings.
-            head: of this kind.
-            samples: as the attribute.
-        """
+        """That of a head of this kind, whose name is for warnings."""
         return cls(head.in_features, head.has_bias, head.out_features // head.num_tasks, samples)
 
     @property
@@ -158,16 +150,10 @@ class Likelihood(ABC):
     def squares(
         self, features: Tensor, labels: Labels, weights: Tensor | None, posterior: Gaussian | None
     ) -> Tensor:
-        """What a learned scale of the likelihood is the mean of, summed over a batch.
+        """What a learned scale of the likelihood is the mean of, summed over a batch, ``[2, K]``.
 
-        Args:
-            features: as of :meth:`evidence`.
-            labels: as of :meth:`evidence`.
-            weights: as of :meth:`evidence`.
-            posterior: of the weights; ``None``: at the head's own outputs.
-
-        Returns:
-            ``[2, K]``: the sum, and that of the labels' squares, which bounds its rounding.
+        Under a posterior of the weights, or else at the head's own outputs. The second sum is of
+        the labels' squares, which bounds the rounding. Other arguments as of :meth:`evidence`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no scale to learn.")
 

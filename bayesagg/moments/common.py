@@ -41,12 +41,6 @@ def whitened(
     ``e = T h̃ / |T h̃|`` and ``S = TᵀT``, so rounding to ``dtype`` costs ``√S_dd`` times its epsilon,
     however badly conditioned ``S`` is.
 
-    Args:
-        features: ``h̃`` with the constant of the bias, ``[N, D]``.
-        posterior: of ``K`` outputs; ``G`` covariances, ``K`` or 1.
-        d: number of shared dimensions.
-        dtype: of the second and third result.
-
     Returns:
         standard deviation of the outputs, ``[G, N, 1]``; ``ρ = S h̃ / sd``, ``[G, N, d]``; and
         ``S_dd``, ``[G, 1, d]``, which is at least ``ρ²`` but for rounding.

@@ -79,12 +79,7 @@ def gaussian_nodes(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def panel_nodes(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
-    """The panels of :func:`gaussian_nodes` for all, however narrow: 64 nodes, no look at the data.
-
-    Args:
-        mean: as there.
-        sd: as there, positive.
-    """
+    """The panels of :func:`gaussian_nodes` for all, however narrow; no look at the data."""
     t, tw = legendre_nodes(_PANEL_NODES, mean.dtype, mean.device)
     edges = _panel_edges(mean.flatten(), sd.flatten())
     length = edges.diff(dim=-1)[..., None]
@@ -107,7 +102,7 @@ def _panel_edges(m: Tensor, s: Tensor) -> Tensor:
 
 
 def _symmetric_sobol(dimensions: int, count: int, reach: float = 0.0) -> Tensor:
-    """Scrambled Sobol points under the normal quantile function, ``[E, count]`` in float64."""
+    """Scrambled Sobol points under the normal quantile function and their negatives, ``[E, J]``."""
     engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0)
     uniform = engine.draw(count // 2, dtype=torch.float64).clamp_(reach, 1 - reach)
     half = torch.special.ndtri(uniform).mT
@@ -126,14 +121,8 @@ def standard_normal_nodes(
 ) -> tuple[Tensor, Tensor]:
     """Cubature for a standard normal: nodes ``[E, J]`` and weights ``[1, J]`` that sum to one.
 
-    Args:
-        dimensions: ``E``.
-        count: Sobol points, or Hermite nodes per dimension.
-        sobol: scrambled Sobol points under the normal quantile function, made symmetric and
-            whitened so that their mean, odd moments and covariance are exact; otherwise a product
-            of Gauss-Hermite rules.
-        dtype: of the result.
-        device: of the result.
+    A product of Gauss-Hermite rules of so many nodes each; or so many Sobol points, whitened so
+    that their mean, odd moments and covariance are exact.
     """
     if sobol:
         nodes = _symmetric_sobol(dimensions, count)

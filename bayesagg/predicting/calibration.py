@@ -26,9 +26,6 @@ class Calibration:
     """What of a head's predictions and labels a calibration needs, row by row, and its fit.
 
     Of more data than fit, every second row is kept, then every fourth, and so on.
-
-    Args:
-        posterior: of the head.
     """
 
     def __init__(self, posterior: HeadPosterior) -> None:
@@ -57,9 +54,6 @@ class Calibration:
     @torch.no_grad()
     def finish(self, name: str) -> None:
         """Set scale, degrees of freedom and intervals, or temperature, of the posterior.
-
-        Args:
-            name: of the task.
 
         Warns:
             NumericalWarning: of labels of one class, or that are all predicted right, which tell

@@ -56,15 +56,10 @@ def laplace(
     passes: int,
     max_parameters: int,
 ) -> Inferred:
-    """Posterior of a head.
+    """Posterior of a head of binary outputs or of classes, whose weights are the start.
 
-    Args:
-        name: of the task, for the warning.
-        head: of binary outputs or of classes; its weights are the start.
-        data: passes over all labels of the head.
-        prior: of the weights.
-        passes: at most so many over the data, for each value of a prior that is learned.
-        max_parameters: rows of an exact curvature.
+    At most ``passes`` over the data for each value of a prior that is learned; ``max_parameters``:
+    rows of an exact curvature.
 
     Raises:
         ValueError: for a negative number of passes.
@@ -146,10 +141,7 @@ def _direction(point: _Point, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 class _Passes:
     """Objective, gradient and curvature of a head, each time by a pass over the data.
 
-    Args:
-        data: starts a pass.
-        bias: whether ``h̃`` has a constant.
-        basis: of the contrasts; ``None`` of binary outputs.
+    ``basis``: of the contrasts; ``None`` of binary outputs.
     """
 
     def __init__(

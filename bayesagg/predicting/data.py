@@ -198,11 +198,7 @@ def _pair(batch: Any, heads: Mapping[str, Head]) -> tuple[Any, dict[str, Tensor]
 def _laid(target: Tensor, places: tuple[int, ...], outputs: int, first: bool) -> Tensor | None:
     """Targets as ``[N, outputs]``; ``None`` where their shape does not say which is whose.
 
-    Args:
-        target: as it was passed.
-        places: shape of the data: batch, and positions of tokens or pixels.
-        outputs: of the head for each; 1 for class indices.
-        first: outputs are dimension 1, as of a convolution.
+    ``places``: shape of the data, batch and positions; ``first``: outputs are dimension 1.
     """
     data, shape = math.prod(places), tuple(target.shape)
     if (first or outputs == 1) and len(places) > 1 and shape == (places[0], outputs, *places[1:]):
@@ -245,14 +241,9 @@ def _labelled(
 def _classes(
     task: str, shape: tuple[int, int], target: Tensor, index: Tensor | None, laid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities of the classes, ``[N, C]``, and which data have a label.
+    """Probabilities, ``[N, C]``, and which data have a label.
 
-    Args:
-        task: for messages.
-        shape: ``N, C``.
-        target: as it was passed.
-        index: one number a datum, ``[N, 1]``, if it can be that.
-        laid: one a class, ``[N, C]``, if it can be that.
+    The target is one number a datum, ``index``, or one a class, ``laid``, if it can be that.
     """
     data, classes = shape
     if laid is not None and laid.is_floating_point():

@@ -20,10 +20,6 @@ __all__ = ["Heads", "call", "check_finite", "moved"]
 class Heads:
     """The heads of a model, by path, so that the model may be copied, and what they receive.
 
-    Args:
-        model: that has them.
-        heads: by task.
-
     Raises:
         HeadError: if one is no module of the model.
     """
@@ -137,11 +133,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def check_finite(task: str, features: Tensor) -> None:
-    """Raise for features that are not finite.
-
-    Raises:
-        FeatureError: if one is not.
-    """
+    """Raise a :class:`FeatureError` for features that are not finite."""
     # A sum is finite only if all of it is, and costs a fraction; it may also overflow.
     total = features.sum(dtype=torch.promote_types(features.dtype, torch.float32))
     if not math.isfinite(total.item()) and not bool(torch.isfinite(features).all()):

@@ -19,14 +19,9 @@ _SOBOL, _WHITENED = 512, 128
 
 
 def sigmoid_moments(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``p = σ(z)``, ``z ~ N(mean, sd²)``.
+    """Of ``p = σ(z)``, ``z ~ N(mean, sd²)``: ``E[p]``, ``E[1 - p]`` and ``Var[p]``.
 
-    Args:
-        mean: of any shape.
-        sd: of the same shape.
-
-    Returns:
-        ``E[p]``, ``E[1 - p]``, so that neither loses digits near 0, and ``Var[p]``.
+    Neither of the first two loses digits near 0.
     """
     sd = sd.clamp_min(1e-6 if sd.dtype == torch.float64 else 1e-4)
     # Where a graph is traced, the one rule that serves all spreads.

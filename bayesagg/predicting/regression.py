@@ -116,15 +116,9 @@ def sums_of(pieces: Iterable[dict[str, Rows]], heads: Mapping[str, Head]) -> dic
 def solve(
     sums: Mapping[str, Sums], heads: Mapping[str, Head], priors: Mapping[str, Prior]
 ) -> dict[str, Inferred]:
-    """Posteriors of heads; those on one Gram matrix are solved together.
+    """Posteriors of heads, by task; those on one Gram matrix are solved together.
 
-    Args:
-        sums: by task, over all data; every output has a label.
-        heads: by task; one that gives its noise as a number has it.
-        priors: of the weights, by task.
-
-    Returns:
-        by task, with degrees of freedom, infinite where the noise is given.
+    Every output has a label. A head that gives its noise as a number has it.
 
     Warns:
         NumericalWarning: of a prior that expects labels of another order of magnitude.

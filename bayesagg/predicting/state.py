@@ -60,9 +60,6 @@ class Inferred:
 class HeadPosterior(nn.Module):
     """Weights of a head, ``N(m, S)``, the noise of its labels and how it was calibrated.
 
-    Args:
-        head: whose weights these are; they themselves are not looked at.
-
     Attributes:
         scale: of regressions ``[o]``, or temperatures of the tasks.
         halves: of intervals of regressions, see :func:`bayesagg.predicting.student.half_widths`.

@@ -29,12 +29,7 @@ LEVELS = 200  # of intervals, evenly spaced, between which half-widths are inter
 
 
 def student_density(t: Tensor, dof: Tensor) -> Tensor:
-    """Density of a standard Student-t variable; the normal one where ν is very large.
-
-    Args:
-        t: of any shape.
-        dof: ν, positive, of a shape that broadcasts with it.
-    """
+    """Density at ``t`` of a standard Student-t variable; the normal one where ν is very large."""
     nu = dof.double().clamp_max(NORMAL)
     student = StudentT(nu, validate_args=False).log_prob(t).exp().to(t.dtype)
     normal = torch.exp(-0.5 * t.square()) / math.sqrt(2 * math.pi)
@@ -42,7 +37,7 @@ def student_density(t: Tensor, dof: Tensor) -> Tensor:
 
 
 def student_cdf(t: Tensor, dof: Tensor) -> Tensor:
-    """Probability of a value below ``t``; arguments as of :func:`student_density`."""
+    """Probability of a value below ``t``, likewise."""
     x, w = legendre_nodes(64, torch.float64, t.device)
     nu = dof.double().clamp_max(NORMAL)[..., None]
     # Beyond 12 the tail of nearly normal ones is below 1e-12, and the nodes would be too coarse.
@@ -57,12 +52,7 @@ def student_cdf(t: Tensor, dof: Tensor) -> Tensor:
 def student_quantile(probability: float | Tensor, dof: Tensor) -> Tensor:
     """Value that a standard Student-t variable is below with some probability, by bisection.
 
-    Args:
-        probability: between 0 and 1; a number, or of the shape of ``dof``.
-        dof: ν, of any shape.
-
-    Returns:
-        of the shape and dtype of ``dof``.
+    Of the shape and dtype of ``dof``, ν; the probability is a number, or of that shape.
     """
     nu = dof.double()
     root = nu.clamp_max(NORMAL).sqrt()
@@ -83,14 +73,7 @@ def half_widths(residuals: Tensor, dof: float) -> Tensor:
     ``p (n + 1)``-th smallest of n absolute residuals, so that it holds the next one with a
     probability within ``1 / (n + 1)`` of p, whatever their distribution. Levels ``1 / LEVELS,
     2 / LEVELS, …``; beyond the largest residual, above ``n / (n + 1)``, they grow as those of a
-    Student-t variable, and without any they are those of it.
-
-    Args:
-        residuals: in units of the predicted scale, ``[n]``.
-        dof: ν; infinite: normal.
-
-    Returns:
-        in the same units, not decreasing.
+    Student-t variable, and without any they are those of it. Units are those of the residuals.
     """
     n, levels = len(residuals), torch.arange(1, LEVELS, dtype=residuals.dtype) / LEVELS
     levels = levels.to(residuals.device)
@@ -106,13 +89,7 @@ def half_widths(residuals: Tensor, dof: float) -> Tensor:
 
 
 def interpolated(halves: Tensor, level: float, dof: Tensor) -> Tensor:
-    """Half-widths of intervals of any level, ``[o]``.
-
-    Args:
-        halves: of :func:`half_widths`, ``[o, LEVELS - 1]``.
-        level: between 0 and 1.
-        dof: ν, ``[o]``.
-    """
+    """Half-widths of intervals of any level, ``[o]``, from those of :func:`half_widths`."""
     place = level * LEVELS
     if place >= LEVELS - 1:
         last = student_quantile(1 - 0.5 / LEVELS, dof)

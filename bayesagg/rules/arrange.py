@@ -69,12 +69,7 @@ def frame_of(
 ) -> Frame:
     """What the rows of stacked units belong to. Heads and rules are frozen, so it is made once.
 
-    Args:
-        rule: for the prior of heads that have none of their own.
-        memory: keeps it.
-        units: side by side.
-        exact: number of regressions among the columns of a unit, which come first.
-        like: shape ``[G, P]``, dtype and device.
+    ``exact``: regressions among the columns of a unit, which come first; ``like``: ``[G, P]``.
     """
     shape = tuple(like.shape)
     key = (shape, like.device, *(unit.names for unit in units))

@@ -27,12 +27,7 @@ _GROUP = {"tasks", "full", "running", "faded", "scale"}
 
 
 def default_memory(width: int, batch: Tensor) -> Tensor:
-    """N, the data after which evidence has faded to 1/e.
-
-    Args:
-        width: weights of an output.
-        batch: labels in a batch, a scalar.
-    """
+    """N, the data after which evidence has faded to 1/e; ``batch``: labels in a batch, a scalar."""
     return (10 * batch).clamp(min=10 * width)
 
 

@@ -52,13 +52,7 @@ class Group:
         return None in self.scale
 
     def labels(self, parts: Mapping[str, Part], rows: int, like: Tensor) -> Labels:
-        """Labels of all heads; those that are in no part have none.
-
-        Args:
-            parts: with labels, by head.
-            rows: data.
-            like: dtype and device of the labels.
-        """
+        """Labels of all heads, in the dtype of ``like``; those that are in no part have none."""
         found = [parts.get(name) for name in self.heads]
         first = found[0]
         if first is not None and first.labels is not None and first.names == tuple(self.heads):
@@ -76,11 +70,9 @@ class Group:
         return Labels.join(joined)
 
     def posterior(self, evidence: Evidence, learned: Tensor | None) -> Gaussian:
-        """Evidence under the isotropic prior, as one Gaussian (Eq. 9).
+        """Evidence for a unit scale under the isotropic prior, as one Gaussian (Eq. 9).
 
-        Args:
-            evidence: for a unit scale of the likelihood.
-            learned: τ² of every task, ``[K]``, of which those that are learned count.
+        ``learned``: τ² of every task, ``[K]``, of which those that are learned count.
         """
         fixed = self.scale[0]
         if learned is None and fixed is not None and len(set(self.scale)) == 1:

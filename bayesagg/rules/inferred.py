@@ -126,15 +126,8 @@ def of_paper(memory: PaperMemory) -> dict[str, Inferred]:
 def _written(name: str, head: Head, mean: Tensor, gram: Tensor | None, depth: int) -> Tensor:
     """Weights of a head that steps set to the posterior mean: those that the network goes by.
 
-    Args:
-        name: of the head.
-        head: whose weights these are.
-        mean: of the posterior, ``[o, D]``.
-        gram: of its evidence, ``[1 or o, D, D]``; ``None``: weights are compared, not outputs.
-        depth: of the caller of ``BayesAggWrapper.predictor``, for the warning.
-
-    Warns:
-        UserWarning: if they are others by now.
+    Warns, ``depth`` calls up, if they are others than that mean, ``[o, D]``, by now. Outputs are
+    compared, by the Gram matrix of the evidence, ``[1 or o, D, D]``; without one, weights.
     """
     own = stacked(head).to(mean)
     off, size = (

@@ -43,12 +43,7 @@ class Others:
         return torch.stack([(self.ratio * value).sum(), value.sum()]).square_()
 
     def scales(self, sums: Tensor, decay: float) -> dict[str, Tensor]:
-        """Running means after the step, ``[2]`` by task.
-
-        Args:
-            sums: :attr:`values`, over all ranks.
-            decay: of the weight of the past.
-        """
+        """Running means after the step, ``[2]`` by task; ``sums``: the values of all ranks."""
         value, count = sums.unbind(1)
         mean = (value / count.clamp(min=1))[:, None]
         moved = running_mean(self.state[..., None], (mean,), count > 0, decay)[..., 0]

@@ -39,9 +39,7 @@ class State:
     def learned(self, squares: Tensor | None, count: Tensor) -> Tensor:
         """Learned τ² of every task, ``[K]``; at first that of the batch itself, 1 without labels.
 
-        Args:
-            squares: of the batch, ``[2, K]``, if there is one.
-            count: labels of the batch, ``[K]``.
+        ``squares``: of a batch, ``[2, K]``, and how many labels it has, ``[K]``.
         """
         otherwise = torch.ones_like(count)
         if squares is not None:
@@ -84,12 +82,7 @@ class State:
 
     @staticmethod
     def read(plain: dict[str, Any], group: Group, like: Tensor) -> State:
-        """Inverse of :meth:`plain`.
-
-        Args:
-            plain: what it returned.
-            group: whose state it is.
-            like: dtype and device.
+        """Inverse of :meth:`plain`, in the dtype and on the device of ``like``.
 
         Raises:
             CheckpointError: if a leaf does not fit.
