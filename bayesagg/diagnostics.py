@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bayesagg.advice import Advice, advise
+from bayesagg.predicting import RegressionPrediction
 from bayesagg.reading.hooks import flatten
-
-if TYPE_CHECKING:
-    from bayesagg.predicting import RegressionPrediction
 
 __all__ = [
     "Advice",

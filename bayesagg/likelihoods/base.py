@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from torch import Tensor
 from bayesagg.heads import Head
 from bayesagg.moments import LogMoments, monte_carlo_moments, sampled_log_moments
 from bayesagg.posterior import Gaussian
-
-if TYPE_CHECKING:
-    from bayesagg.reading import Labels
+from bayesagg.reading import Labels
 
 __all__ = ["Evidence", "Given", "Likelihood"]
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from bayesagg.likelihoods.base import Classification, Evidence, Given
 from bayesagg.moments import LogMoments, binary_log_moments, binary_moments
 from bayesagg.posterior import binary_statistics
-
-if TYPE_CHECKING:
-    from bayesagg.reading import Labels
+from bayesagg.reading import Labels
 
 __all__ = ["Binary"]
 

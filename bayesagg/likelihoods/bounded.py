@@ -8,7 +8,6 @@ of Eq. 8-10, most of all for classes that are rarely likely.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +18,7 @@ from bayesagg.moments import LogMoments
 from bayesagg.moments.common import whitened
 from bayesagg.moments.nodes import sobol_nodes
 from bayesagg.posterior import regression_statistics
-
-if TYPE_CHECKING:
-    from bayesagg.reading import Labels
+from bayesagg.reading import Labels
 
 __all__ = ["BoundedMulticlass"]
 

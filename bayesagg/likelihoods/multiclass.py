@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +14,7 @@ from bayesagg.likelihoods.base import Classification, Evidence, Given, Likelihoo
 from bayesagg.likelihoods.bounded import BoundedMulticlass
 from bayesagg.moments import LogMoments, multiclass_log_moments, multiclass_moments
 from bayesagg.posterior import contrast_basis, multiclass_statistics
-
-if TYPE_CHECKING:
-    from bayesagg.reading import Labels
+from bayesagg.reading import Labels
 
 __all__ = ["Multiclass"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from torch import Tensor
 from bayesagg.likelihoods.base import Evidence, Given, Likelihood
 from bayesagg.moments import LogMoments, regression_log_moments, regression_moments
 from bayesagg.posterior import Gaussian, regression_statistics
-
-if TYPE_CHECKING:
-    from bayesagg.reading import Labels
+from bayesagg.reading import Labels
 
 __all__ = ["Regression"]
 
