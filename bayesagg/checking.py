@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from bayesagg.errors import CheckpointError
 
 __all__ = ["check", "check_keys", "scalar_leaf", "tensor_leaf"]
 
-Number = TypeVar("Number", int, float)
+Number = TypeVar("Number", bool, int, float)
 _REMEDY = (
     "Build model, heads, rule and optimizer as they were; if they are, it is damaged or of another "
     "version."
@@ -30,7 +30,7 @@ def check(holds: bool, what: str) -> None:
         raise CheckpointError(f"the checkpoint cannot be loaded: {what}. {_REMEDY}")
 
 
-def check_keys(state: Any, keys: Sequence[str], what: str) -> None:
+def check_keys(state: Any, keys: Iterable[str], what: str) -> None:
     """A dictionary has these keys and no others.
 
     Raises:
@@ -40,13 +40,13 @@ def check_keys(state: Any, keys: Sequence[str], what: str) -> None:
 
 
 def scalar_leaf(value: Any, kind: type[Number], what: str, minimum: float | None = None) -> Number:
-    """A plain finite number of the given type.
+    """A plain finite number, or boolean, of the given type.
 
     Raises:
         CheckpointError: if it is something else, or below ``minimum``.
     """
     check(type(value) is kind and math.isfinite(value), f"{what} is {value!r}")
-    check(minimum is None or value >= minimum, f"{what} is {value!r}, below {minimum:g}")
+    check(minimum is None or value >= minimum, f"{what} is {value!r}, below {minimum}")
     return value  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bayesagg.arguments import device_of
-from bayesagg.checking import check, check_keys, tensor_leaf
+from bayesagg.checking import check, check_keys, scalar_leaf, tensor_leaf
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head, LossTask
 from bayesagg.invariance import alike
@@ -72,25 +72,17 @@ def read_state(
             f"the checkpoint was saved under rule {state['rule']!r}, here it is {rule!r}. Build "
             f"the wrapper or engine with the rule it was saved with."
         )
-    check(isinstance(state["optimizer_known"], bool), "the mark of the optimizer is no boolean")
-    device = device_of(tasks)
-    weights = state["task_weights"]
-    check(
-        isinstance(weights, dict) and weights.keys() == tasks.keys(),
-        "the task weights are not those of the tasks",
-    )
-    shares = {}
-    for name, value in weights.items():
+    device, shares = device_of(tasks), {}
+    check_keys(state["task_weights"], tasks.keys(), "the dictionary of task weights")
+    for name, value in state["task_weights"].items():
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        like = (value if floating else torch.zeros(())).to(device)
         what = f"task {name!r}: its weight"
-        check(isinstance(value, torch.Tensor), f"{what} is no tensor")
-        check(value.is_floating_point(), f"{what} is of type {value.dtype}")
-        shares[name] = tensor_leaf(
-            value, (tasks[name].num_tasks,), value.to(device), what, minimum=0.0
-        )
+        shares[name] = tensor_leaf(value, (tasks[name].num_tasks,), like, what, minimum=0.0)
     return {
         "memory": memory.loaded(state["memory"], device),
         "reader": reader.loaded(state["reader"]),
-        "optimizer_known": state["optimizer_known"],
+        "optimizer_known": scalar_leaf(state["optimizer_known"], bool, "the mark of the optimizer"),
         "task_weights": shares,
     }
 

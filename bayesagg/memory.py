@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,38 @@ from bayesagg.heads import Head, LossTask
 from bayesagg.invariance import step_is_invariant
 from bayesagg.units import Frame, Unit, load_unit
 
-__all__ = ["FadingMemory", "Update"]
+__all__ = ["FadingMemory", "Memory", "Update"]
+
+_KEYS = ("units", "others", "length", "steps", "invariant")  # of a checkpoint
+
+
+class Memory(Protocol):
+    """The state of a rule; nothing else of an engine learns. Members left out do nothing."""
+
+    def commit(self, update: Any) -> None:
+        """Take in what a step has found; its backward pass has run."""
+
+    def stepped(self) -> dict[str, Tensor]:
+        """The optimizer took a step; weights that heads receive now."""
+        return {}
+
+    def end_epoch(self) -> dict[str, Tensor]:
+        """The end of an epoch, where the rule knows of any; weights that heads receive now."""
+        return {}
+
+    def met(self, optimizer: Optimizer) -> None:
+        """The optimizer that takes the steps is known."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers, lists and dicts."""
+
+    def loaded(self, state: Any, device: torch.device) -> Memory:
+        """A memory in the state of a checkpoint; this one is unchanged.
+
+        Raises:
+            CheckpointError: if the state does not fit.
+        """
 
 
 @dataclass
@@ -43,7 +74,7 @@ class Update:
     decay: float = 1.0
 
 
-class FadingMemory:
+class FadingMemory(Memory):
     """The state of :class:`bayesagg.rules.LikelihoodRule`.
 
     Args:
@@ -115,14 +146,6 @@ class FadingMemory:
             )
         return replace(update, units=units)
 
-    def end_epoch(self) -> dict[str, Tensor]:
-        """Nothing: evidence fades by the datum."""
-        return {}
-
-    def stepped(self) -> dict[str, Tensor]:
-        """Nothing: heads are written when the backward pass is over."""
-        return {}
-
     def met(self, optimizer: Optimizer) -> None:
         """The optimizer that takes the steps is known."""
         self.invariant = step_is_invariant(optimizer)
@@ -143,13 +166,10 @@ class FadingMemory:
         Raises:
             CheckpointError: if any part of the state does not fit these tasks.
         """
-        check_keys(
-            state, ("units", "others", "length", "steps", "invariant"), "the default rule's memory"
-        )
+        check_keys(state, _KEYS, "the default rule's memory")
         memory = type(self)(self.tasks, self.dtype, self.counting)
         memory.steps = scalar_leaf(state["steps"], int, "the number of steps", minimum=0)
-        check(isinstance(state["invariant"], bool), "the mark of the optimizer is not a boolean")
-        memory.invariant = state["invariant"]
+        memory.invariant = scalar_leaf(state["invariant"], bool, "the mark of the optimizer")
         like = torch.zeros(0, dtype=self.dtype, device=device)
         check(isinstance(state["units"], list), "the units of evidence are not a list")
         seen: set[str] = set()
@@ -161,11 +181,8 @@ class FadingMemory:
         check(isinstance(state["others"], dict), "the scales of losses are not a dict")
         for name, value in state["others"].items():
             check(name in self.tasks, f"it has the scale of a task {name!r} that is not known here")
-            what = f"task {name!r}: the scale"
-            memory.others[name] = tensor_leaf(value, (2,), like, what)
+            memory.others[name] = tensor_leaf(value, (2,), like, f"task {name!r}: the scale")
         check((state["length"] is None) == (memory.steps == 0), "the running lengths are missing")
         if state["length"] is not None:
-            memory.length = tensor_leaf(
-                state["length"], (2,), like, "the running lengths", minimum=0.0
-            )
+            memory.length = tensor_leaf(state["length"], (2,), like, "the running lengths", 0.0)
         return memory

@@ -48,11 +48,10 @@ class Evidence:
         row, column = _triangle(self.precision)
         return self.precision[:, row, column], self.shift, self.count
 
-    @staticmethod
-    def unpacked(triangle: Tensor, shift: Tensor, count: Tensor, like: Tensor) -> Evidence:
-        """Inverse of :meth:`packed`; ``like`` has the shape of the precision."""
-        row, column = _triangle(like)
-        precision = torch.empty_like(like, memory_format=torch.contiguous_format)
+    def unpacked(self, triangle: Tensor, shift: Tensor, count: Tensor) -> Evidence:
+        """Inverse of :meth:`packed`, for numbers of this one's shapes."""
+        row, column = _triangle(self.precision)
+        precision = torch.empty_like(self.precision, memory_format=torch.contiguous_format)
         precision[:, row, column] = triangle
         precision[:, column, row] = triangle
         return Evidence(precision, shift, count)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from bayesagg.heads import Head, LossTask
+from bayesagg.memory import Memory
 from bayesagg.parallel import Exchange
 from bayesagg.reading import Batch
 
@@ -41,34 +41,6 @@ class Plan:
     update: Any = None
     heads: dict[str, Tensor] = field(default_factory=dict)
     spared: tuple[str, ...] = ()
-
-
-class Memory(Protocol):
-    """The state of a rule; nothing else of an engine learns. Members left out do nothing."""
-
-    def commit(self, update: Any) -> None:
-        """Take in what a step has found; its backward pass has run."""
-
-    def stepped(self) -> dict[str, Tensor]:
-        """The optimizer took a step; weights that heads receive now."""
-        return {}
-
-    def end_epoch(self) -> dict[str, Tensor]:
-        """The end of an epoch, where the rule knows of any; weights that heads receive now."""
-        return {}
-
-    def met(self, optimizer: Optimizer) -> None:
-        """The optimizer that takes the steps is known."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors, numbers, lists and dicts."""
-
-    def loaded(self, state: Any, device: torch.device) -> Memory:
-        """A memory in the state of a checkpoint; this one is unchanged.
-
-        Raises:
-            CheckpointError: if the state does not fit.
-        """
 
 
 class Rule(Protocol):

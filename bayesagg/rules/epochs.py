@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from bayesagg.checking import check, check_keys, scalar_leaf
 from bayesagg.heads import Head
 from bayesagg.likelihoods import Evidence
+from bayesagg.memory import Memory
 from bayesagg.posterior import Gaussian
 from bayesagg.rules.base import Tasks
 from bayesagg.rules.groups import Group
@@ -52,7 +52,7 @@ class Update:
 
 
 @dataclass(eq=False)
-class PaperMemory:
+class PaperMemory(Memory):
     """The state of :class:`bayesagg.rules.PaperRule`.
 
     Attributes:
@@ -215,9 +215,6 @@ class PaperMemory:
             return {}
         return self.read_out(self.posteriors(known), known)
 
-    def met(self, optimizer: Optimizer) -> None:
-        """Of no interest: the wrapper tells of steps."""
-
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, lists and dicts."""
         return {
@@ -236,9 +233,8 @@ class PaperMemory:
         Raises:
             CheckpointError: if any part of the state does not fit these heads and settings.
         """
-        keys = (*_COUNTERS, "pending", "owning", "groups")
-        check_keys(state, keys, "the memory of the paper's rule")
-        check(isinstance(state["pending"], bool), "the mark of a pending step is no boolean")
+        check_keys(state, (*_COUNTERS, "pending", "owning", "groups"), "the paper's memory")
+        pending = scalar_leaf(state["pending"], bool, "the mark of a pending step")
         owning, parts = state["owning"], state["groups"]
         check(
             isinstance(owning, list) and all(name in list(self.heads) for name in owning),
@@ -258,7 +254,7 @@ class PaperMemory:
         like = torch.zeros((), dtype=self.dtype, device=device)
         pairs = zip(parts, self.groups, strict=True)
         states = [State.read(part, group, like) for part, group in pairs]
-        memory = replace(self, states=states, owning=frozenset(owning), pending=state["pending"])
+        memory = replace(self, states=states, owning=frozenset(owning), pending=pending)
         for key in _COUNTERS:
             setattr(memory, key, scalar_leaf(state[key], int, f"the counter {key!r}", 0))
         return memory

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, islice
 from typing import ClassVar, Literal
 
 import torch
@@ -128,7 +128,12 @@ class PaperRule:
         Raises:
             CaptureError: if the heads did not receive one and the same tensor.
         """
-        _check_one_tensor(batch)
+        for part in batch.parts[1:]:
+            if part.key != batch.parts[0].key:
+                raise CaptureError(
+                    f"tasks {batch.parts[0].names[0]!r} and {part.names[0]!r}: their heads "
+                    f"received different tensors. {_ONE_TENSOR}"
+                )
         parts = _by_head(batch)
         found = []
         for name in memory.heads:
@@ -144,10 +149,8 @@ class PaperRule:
         """The gradient at h, the weights of the tasks, and what the batch teaches.
 
         Raises:
-            CaptureError: if the heads did not receive one and the same tensor.
             NumericalError: if a posterior precision could not be factorized.
         """
-        _check_one_tensor(batch)
         uneven, found = [{*compress(memory.heads, flags[i::2])} for i in range(2)]
         own = memory.owning | found
         kept = {name for name in own if memory.heads[name].writable}  # not those frozen for now
@@ -163,7 +166,8 @@ class PaperRule:
             return plan
         totals = memory.totals(evidence)
         posteriors = memory.posteriors(totals, plan.update)
-        refined = _refined(sample, posteriors, exchange)
+        # What learned scales are the means of, now that posteriors are known.
+        _, refined = _summed((), sample.squares(posteriors), exchange)
         plan.update = Update(evidence, refined, kept, totals, memory.draws)
         plan.spared = memory.spared(own)
         if memory.fades:
@@ -249,20 +253,6 @@ def _by_head(batch: Batch) -> dict[str, Part]:
     return {name: part for part in batch.parts for name in part.names}
 
 
-def _check_one_tensor(batch: Batch) -> None:
-    """All heads read one and the same tensor.
-
-    Raises:
-        CaptureError: if not.
-    """
-    for part in batch.parts[1:]:
-        if part.key != batch.parts[0].key:
-            raise CaptureError(
-                f"tasks {batch.parts[0].names[0]!r} and {part.names[0]!r}: their heads received "
-                f"different tensors. {_ONE_TENSOR}"
-            )
-
-
 def _dtype_of_moments(h: Tensor, dtype: torch.dtype) -> torch.dtype:
     """No more digits than the gradient that moments make, but 32 bits of range."""
     own = torch.promote_types(h.dtype, torch.float32)
@@ -275,24 +265,10 @@ def _summed(
     """Over all ranks."""
     if exchange.ranks is None:
         return evidence, squares
-    sent: list[Tensor] = []
-    for part, square in zip(evidence, squares, strict=True):
-        sent += [*part.packed(), *([] if square is None else [square])]
-    sums = iter(exchange.sum(sent))
-    found, learned = [], []
-    for part, square in zip(evidence, squares, strict=True):
-        found.append(Evidence.unpacked(next(sums), next(sums), next(sums), like=part.precision))
-        learned.append(None if square is None else next(sums))
-    return found, learned
-
-
-def _refined(
-    sample: Sample, posteriors: Sequence[Gaussian], exchange: Exchange
-) -> list[Tensor | None]:
-    """Sums that learned scales are the means of, over all ranks, now that posteriors are known."""
-    squares = sample.squares(posteriors)
-    sums = iter(exchange.sum([square for square in squares if square is not None]))
-    return [None if square is None else next(sums) for square in squares]
+    sent = [tensor for part in evidence for tensor in part.packed()]
+    sums = iter(exchange.sum([*sent, *(square for square in squares if square is not None)]))
+    found = [part.unpacked(*islice(sums, 3)) for part in evidence]
+    return found, [None if square is None else next(sums) for square in squares]
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
