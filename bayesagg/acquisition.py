@@ -173,11 +173,7 @@ def _greedy(a: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def _outputs(prediction: Prediction) -> int:
-    """The dimension of the outputs.
-
-    Raises:
-        TypeError: for what is no prediction of one task.
-    """
+    """The dimension of the outputs; a TypeError for what is no prediction of one task."""
     if not isinstance(prediction, Prediction):
         raise TypeError(
             f"expected the prediction of one task, as in predictor(x)['age'], got a "

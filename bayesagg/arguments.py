@@ -26,11 +26,7 @@ _RULES: dict[str, Callable[[], Rule]] = {"likelihood": LikelihoodRule, "paper": 
 
 
 def rule_of(rule: str | Rule) -> Rule:
-    """A rule by its name, or as it is.
-
-    Raises:
-        ValueError: for what is neither.
-    """
+    """A rule by its name, or as it is; a ValueError for what is neither."""
     if isinstance(rule, str):
         if rule not in _RULES:
             raise ValueError(
@@ -50,11 +46,7 @@ def rule_of(rule: str | Rule) -> Rule:
 def check_arguments(
     shared_rep_hook: nn.Module | None, dtype: torch.dtype, steps: int | None
 ) -> None:
-    """Those that are used as they are.
-
-    Raises:
-        ValueError: for one that is of another type, or out of range.
-    """
+    """Those that are used as they are: a ValueError for another type, or one out of range."""
     if shared_rep_hook is not None and not isinstance(shared_rep_hook, nn.Module):
         raise ValueError(
             f"`shared_rep_hook` must be the last shared nn.Module, or None, got "
@@ -116,11 +108,7 @@ def device_of(tasks: Mapping[str, Head | LossTask], losses: object = None) -> to
 
 
 def passthrough_of(names: Collection[str], tasks: Mapping[str, Head | LossTask]) -> frozenset[str]:
-    """Names of losses whose gradients arrive as they are.
-
-    Raises:
-        ValueError: for a single string, or a name that a task has.
-    """
+    """Names of losses whose gradients arrive as they are; a ValueError for those of tasks."""
     if isinstance(names, str):
         raise ValueError(f"passthrough must be a collection of names, as in ({names!r},).")
     found = frozenset(names)

@@ -21,30 +21,18 @@ _REMEDY = (
 
 
 def check(holds: bool, what: str) -> None:
-    """Raise unless a condition holds.
-
-    Raises:
-        CheckpointError: that says ``what`` is wrong with the checkpoint.
-    """
+    """Raise a :class:`CheckpointError` that says ``what`` is wrong, unless a condition holds."""
     if not holds:
         raise CheckpointError(f"the checkpoint cannot be loaded: {what}. {_REMEDY}")
 
 
 def check_keys(state: Any, keys: Iterable[str], what: str) -> None:
-    """A dictionary has these keys and no others.
-
-    Raises:
-        CheckpointError: if not.
-    """
+    """A dictionary has these keys and no others."""
     check(isinstance(state, dict) and state.keys() == set(keys), f"{what} is incomplete")
 
 
 def scalar_leaf(value: Any, kind: type[Number], what: str, minimum: float | None = None) -> Number:
-    """A plain finite number, or boolean, of the given type.
-
-    Raises:
-        CheckpointError: if it is something else, or below ``minimum``.
-    """
+    """A plain finite number, or boolean, of the given type, not below a minimum."""
     check(type(value) is kind and math.isfinite(value), f"{what} is {value!r}")
     check(minimum is None or value >= minimum, f"{what} is {value!r}, below {minimum}")
     return value  # type: ignore[no-any-return]
@@ -53,11 +41,7 @@ def scalar_leaf(value: Any, kind: type[Number], what: str, minimum: float | None
 def tensor_leaf(
     value: Any, shape: Sequence[int], like: Tensor, what: str, minimum: float | None = None
 ) -> Tensor:
-    """A copy of a finite tensor of the given shape, in the device and dtype of ``like``.
-
-    Raises:
-        CheckpointError: if it is something else, or has an entry below ``minimum``.
-    """
+    """A copy of a finite tensor of the given shape, in the device and dtype of ``like``."""
     check(isinstance(value, Tensor), f"{what} is a {type(value).__name__}, not a tensor")
     check(
         tuple(value.shape) == tuple(shape),

@@ -48,12 +48,7 @@ def read_state(
 ) -> dict[str, Any]:
     """The state of a checkpoint in the form in which an engine can install it.
 
-    Args:
-        state: what ``BayesAgg.get_extra_state`` returned.
-        tasks: by name.
-        rule: name of the engine's.
-        memory: of the engine, which says what fits.
-        reader: of the engine, likewise.
+    Memory and reader are those of the engine, which say what fits.
 
     Raises:
         CheckpointError: if the state was saved from other heads or under another rule, or a part
@@ -88,11 +83,7 @@ def read_state(
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of a plain optimizer, all of it or nothing.
-
-    Raises:
-        CheckpointError: if a part of it is missing or damaged; nothing has changed then.
-    """
+    """Load the state of a plain optimizer, all of it or nothing (a :class:`CheckpointError`)."""
     _check_optimizer(optimizer, state)
     try:
         optimizer.load_state_dict(state)

@@ -33,14 +33,11 @@ def alike(optimizer: Optimizer, parameter: torch.nn.Parameter, group: int = 0) -
 
 @torch.no_grad()
 def step_is_invariant(optimizer: Optimizer) -> bool:
-    """Ask an optimizer of the same kind and settings to take a few steps with either scale.
+    """Ask an optimizer like this, and its first group, to take a few steps with either scale.
 
     Adam and its relatives, Adagrad, RMSprop and Lion move as far for a gradient 16 times as long,
     SGD does not, and neither does Adam with a weight decay that is part of the gradient and not
     small beside it. Optimizers that cannot be made anew, or need a closure, count as dependent.
-
-    Args:
-        optimizer: its first group's settings count.
     """
     moves = []
     for scale in (1.0, _SCALE):

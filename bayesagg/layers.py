@@ -27,11 +27,7 @@ _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def checked_linear(module: nn.Module, name: str) -> nn.Module:
-    """The last linear layer of a module itself.
-
-    Raises:
-        HeadError: in the name of a class, if it is no linear layer or has no weights yet.
-    """
+    """The last linear layer of a module; a :class:`HeadError`, naming the head, without one."""
     module = unwrapped(last_layer(module))
     if not isinstance(module, _LINEAR):
         raise HeadError(

@@ -56,16 +56,11 @@ class Exchange:
     def start(
         self, seen: ProcessGroup | None, modules: Sequence[nn.Module], watching: bool = True
     ) -> None:
-        """Find the ranks of a step.
-
-        Args:
-            seen: the group of the DistributedDataParallel module that ran the forward pass.
-            modules: whose parameters FSDP2 may have sharded.
-            watching: whether there is a head, which sees such a module.
+        """Find the ranks of a step: of the group that ran the forward pass, or that shards modules.
 
         Raises:
-            BayesAggError: if nothing is watched, and nobody says which of several processes train
-                one model.
+            BayesAggError: if no head is watched, which would see such a group, and nobody says
+                which of several processes train one model.
         """
         self.ranks, self.sent = None, 0
         if not (dist.is_available() and dist.is_initialized()):
@@ -95,8 +90,7 @@ class Exchange:
     def agree(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
         """Flags of this step that any rank has raised; every rank must call.
 
-        Raises:
-            RankError: if another rank refused its batch.
+        A :class:`RankError`, if another rank refused its batch.
         """
         if self.ranks is None:
             return list(flags)
@@ -110,12 +104,7 @@ class Exchange:
         return [flag > 0 for flag in raised]
 
     def refuse(self, flags: int, device: torch.device) -> None:
-        """Take part without a batch, so that no rank waits; the others raise :class:`RankError`.
-
-        Args:
-            flags: how many the others raise or not.
-            device: of the model.
-        """
+        """Take part without a batch and its ``flags``: no rank waits, the others raise an error."""
         if self.ranks is not None:
             self._vote([1.0, self.rank + 1.0, *[0.0] * flags], device)
 
@@ -141,11 +130,7 @@ def running_group() -> ProcessGroup | None:
 
 
 def sharding_group(modules: Sequence[nn.Module]) -> ProcessGroup | None:
-    """The group over which FSDP2 shards parameters of these modules.
-
-    Raises:
-        BayesAggError: for a mesh of several dimensions, where ranks may share data.
-    """
+    """The group over which FSDP2 shards parameters; an error for a mesh of several dimensions."""
     for module in modules:
         for parameter in module.parameters():
             mesh = getattr(parameter, "device_mesh", None)

@@ -220,11 +220,7 @@ def _probe(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
 
 
 def load_repeats(state: Any, blank: Repeats, what: str) -> Repeats:
-    """Those of a checkpoint; ``blank`` has their shape.
-
-    Raises:
-        CheckpointError: if any part of the state does not fit.
-    """
+    """Those of a checkpoint; ``blank`` has their shape."""
     check_keys(state, ("marks", *_KEPT), f"{what}: the count of repeats")
     marks, groups = state["marks"], len(blank.marks)
     width = 0 if isinstance(marks, Tensor) and not marks.numel() else _MARKS

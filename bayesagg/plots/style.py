@@ -37,11 +37,7 @@ _FONT = 13  # points; legible where a figure of 6.4 inches is shown at half its 
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] = (6.4, 4.4)) -> Axes:
-    """The given Axes, or those of a new figure of that size in inches.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
+    """The given Axes, or those of a new figure of that size in inches."""
     if ax is not None:
         return ax
     try:

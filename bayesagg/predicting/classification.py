@@ -58,14 +58,8 @@ def laplace(
 ) -> Inferred:
     """Posterior of a head of binary outputs or of classes, whose weights are the start.
 
-    At most ``passes`` over the data for each value of a prior that is learned; ``max_parameters``:
-    rows of an exact curvature.
-
-    Raises:
-        ValueError: for a negative number of passes.
-
-    Warns:
-        NumericalWarning: if the mode was not reached.
+    At most ``passes`` over the data for each value of a prior that is learned; a warning if the
+    mode was not reached. ``max_parameters``: rows of an exact curvature.
     """
     if passes < 0:
         raise ValueError(f"passes must be an integer >= 0, got {passes!r}.")

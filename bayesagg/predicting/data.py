@@ -166,12 +166,7 @@ class Source:
 
 
 def _pair(batch: Any, heads: Mapping[str, Head]) -> tuple[Any, dict[str, Tensor]]:
-    """Inputs and targets by task.
-
-    Raises:
-        TargetError: if the batch is something else.
-        UnknownTaskError: if there is a target without a head.
-    """
+    """Inputs, and targets by task."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TargetError(
             f"a batch of the loader must be a pair of inputs and targets by task, as in "
@@ -212,11 +207,7 @@ def _laid(target: Tensor, places: tuple[int, ...], outputs: int, first: bool) ->
 def _labelled(
     task: str, head: Head, features: Tensor, target: Tensor, places: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None]:
-    """Labels of a head as of :class:`Rows`, checked.
-
-    Raises:
-        TargetError: for labels of another shape, or that are none of the head's.
-    """
+    """Labels of a head as of :class:`Rows`, checked."""
     shape, first = (len(features), head.out_features), head.channels_first
     laid = _laid(target, places, shape[1], first)
     if head.kind == "multiclass":

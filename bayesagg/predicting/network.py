@@ -18,11 +18,7 @@ __all__ = ["Heads", "call", "check_finite", "moved"]
 
 
 class Heads:
-    """The heads of a model, by path, so that the model may be copied, and what they receive.
-
-    Raises:
-        HeadError: if one is no module of the model.
-    """
+    """The heads of a model, by path, so that the model may be copied, and what they receive."""
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Head]) -> None:
         names = {id(module): name for name, module in model.named_modules()}
@@ -66,12 +62,7 @@ class Heads:
                 handle.remove()
 
     def received(self, seen: dict[str, list[Tensor]], task: str) -> Tensor:
-        """What a head received in its one call, which is forgotten then.
-
-        Raises:
-            CaptureError: if it was not called, or several times.
-            HeadError: if it received another width than before.
-        """
+        """What a head received in its one call, which is forgotten then."""
         calls, head = seen[task], self.by_task[task]
         if len(calls) != 1:
             how = "was not used" if not calls else f"was used {len(calls)} times"

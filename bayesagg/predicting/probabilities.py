@@ -36,17 +36,11 @@ def sigmoid_moments(mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def class_probabilities(mean: Tensor, factor: Tensor, even: bool = False) -> tuple[Tensor, Tensor]:
-    """Logarithms of the probabilities of all classes at the nodes of a cubature.
+    """Logarithms of the probabilities of all classes at the nodes of a cubature, ``[N, C, J]``.
 
-    Hermite nodes of one or two dimensions, otherwise 512 symmetric Sobol points.
-
-    Args:
-        mean: of the logits, ``[N, C]``.
-        factor: ``F``, with ``F Fᵀ`` their covariance, ``[N, C, P]``.
-        even: Sobol points, which are of equal weight, in any case; for quantiles.
-
-    Returns:
-        ``[N, C, J]``, and the weights of the nodes, ``[J]``.
+    And the weights of the nodes, ``[J]``: Hermite nodes of one or two dimensions, otherwise (or
+    where all must be ``even``, for quantiles) 512 symmetric Sobol points. Logits have a mean,
+    ``[N, C]``, and the covariance ``F Fᵀ``, with the factor ``F``, ``[N, C, P]``.
     """
     dimensions, kind = factor.shape[2], (mean.dtype, mean.device)
     if dimensions in _HERMITE and not even:

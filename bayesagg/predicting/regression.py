@@ -59,11 +59,7 @@ class Prior:
         return Prior(head.prior_variance or 1.0, relative=head.prior_variance is None)
 
     def given(self, variance: PriorVariance) -> Prior:
-        """This one, unless a variance is given.
-
-        Raises:
-            ValueError: for one that is not positive.
-        """
+        """This one, unless another variance is given, which must be positive (or a ValueError)."""
         if variance is None:
             return self
         if variance == "marginal_likelihood":

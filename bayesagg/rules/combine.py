@@ -29,16 +29,10 @@ def combine(
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Aggregate the tasks' gradients at the shared representation.
+    """Aggregate the tasks' gradients at the shared representation, by Eq. 7, or ``full`` Eq. 6.
 
-    Args:
-        sample: of ``K`` tasks together.
-        posteriors: of each group.
-        scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
-        full: Eq. 6 instead of Eq. 7.
-        generator: of Monte-Carlo samples.
-        dtype: of the moments and of Eq. 7, once the posteriors are known. Eq. 6, which solves
-            with covariances, stays in the dtype of the posteriors.
+    Moments and Eq. 7 are computed in ``dtype`` once the posteriors are known; Eq. 6, which solves
+    with covariances, in the dtype of the posteriors.
 
     Returns:
         gradient, ``[N, d]``, and the mean weight of every task and dimension over the data with

@@ -37,8 +37,7 @@ class Update:
 
     Attributes:
         evidence: of every group; none where it is of no use yet.
-        squares: of every group, as of :meth:`bayesagg.likelihoods.Likelihood.squares`; ``None``
-            where no scale is learned.
+        squares: of every group, as of :meth:`bayesagg.likelihoods.Likelihood.squares`.
         owning: heads whose losses are not their likelihood.
         totals: the evidence together with the prior of the step, if that was found.
         draws: of the memory that the step saw.

@@ -55,12 +55,8 @@ def others_of(
 ) -> Others | None:
     """Of a step; ``None``: every task is inferred.
 
-    Args:
-        memory: of the rule.
-        batch: of this rank.
-        owning: heads that keep their own gradient.
-        like: a zero of the memory's dtype.
-        exchange: of the ranks, which have to share the first scale: that of the batch.
+    ``owning``: heads that keep their own gradient. Ranks have to share the first scale, that of
+    the batch.
     """
     names = [name for name in memory.tasks if name in owning or name not in memory.heads]
     if not names:

@@ -82,11 +82,7 @@ class State:
 
     @staticmethod
     def read(plain: dict[str, Any], group: Group, like: Tensor) -> State:
-        """Inverse of :meth:`plain`, in the dtype and on the device of ``like``.
-
-        Raises:
-            CheckpointError: if a leaf does not fit.
-        """
+        """Inverse of :meth:`plain`, in the dtype and on the device of ``like``."""
         what = "tasks " + ", ".join(map(repr, group.heads))
         scale = plain["scale"]
         if scale is not None:

@@ -45,18 +45,10 @@ def extend(
     weights: Tensor,
     scale: GradientScale,
 ) -> Tensor:
-    """The gradient of all data from that of a subset.
+    """The gradient of all data, ``[N, d]``, from that of a sample, ``exact``, ``[n, d]``.
 
-    Args:
-        sample: the subset, ``n`` of the data.
-        data: all.
-        posteriors: of each group.
-        exact: gradient of the subset, ``[n, d]``.
-        weights: mean weights over the labelled data of the subset, ``[K, d]``.
-        scale: as of :func:`bayesagg.aggregation.aggregate_diagonal`.
-
-    Returns:
-        ``[N, d]`` in the dtype of the rows, in float32 at least.
+    ``weights``: the mean ones over the labelled data of the sample, ``[K, d]``. The result has the
+    dtype of the rows, or float32 at least.
     """
     h = data.rows.to(torch.promote_types(data.rows.dtype, torch.float32))
     gradient = torch.zeros_like(h)
