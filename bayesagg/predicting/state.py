@@ -93,7 +93,7 @@ class HeadPosterior(nn.Module):
         return len(self.vectors) == 1 and not self.rotation.numel()
 
     def set(self, name: str, inferred: Inferred) -> HeadPosterior:
-        """Take over a posterior of a task, which is finite here; what calibration found is forgotten."""
+        """Take over a finite posterior of a task; what calibration found is forgotten."""
         self.keep(**{name: getattr(inferred, name) for name in _INFERRED})
         self.keep(scale=torch.ones(self.head.num_tasks), halves=None)
         finite = all(bool(getattr(self, part).isfinite().all()) for part in _INFERRED[:-1])

@@ -16,8 +16,7 @@ from bayesagg.likelihoods import Evidence
 from bayesagg.memory import Memory
 from bayesagg.posterior import Gaussian
 from bayesagg.rules.base import Tasks
-from bayesagg.rules.groups import Group
-from bayesagg.rules.state import State
+from bayesagg.rules.groups import Group, State
 
 __all__ = ["WARMUP", "PaperMemory", "Update", "default_memory"]
 
