@@ -27,16 +27,14 @@ _KEYS = ("rule", "heads", "memory", "reader", "optimizer_known", "task_weights")
 
 def describe(tasks: Mapping[str, Head | LossTask]) -> list[list[str]]:
     """Name and kind of every task, in their order; only the same tasks can load a state."""
-    return [
-        [
-            name,
-            "loss"
-            if isinstance(head, LossTask)
-            else f"{head.kind} {head.in_features} -> {head.out_features}"
-            + ("" if head.has_bias else ", no bias"),
-        ]
-        for name, head in tasks.items()
-    ]
+    return [[name, _form(head)] for name, head in tasks.items()]
+
+
+def _form(head: Head | LossTask) -> str:
+    if isinstance(head, LossTask):
+        return "loss"
+    bias = "" if head.has_bias else ", no bias"
+    return f"{head.kind} {head.in_features} -> {head.out_features}{bias}"
 
 
 def _listed(heads: list[Any]) -> str:
@@ -177,14 +175,11 @@ def _check_like(value: Any, mine: Any, what: str) -> None:
     elif isinstance(mine, bool):
         check(isinstance(value, bool), f"{what} is {value!r}")
     elif isinstance(mine, int | float | torch.Tensor):
-        check(isinstance(value, int | float | torch.Tensor), f"{what} is {value!r}")
-        check(not isinstance(value, bool), f"{what} is {value!r}")
-        single = not isinstance(value, torch.Tensor) or (
-            value.dim() == 0 and not value.is_complex()
-        )
-        check(single and math.isfinite(float(value)), f"{what} is {value!r}")
-        positive = float(mine) >= 0  # some settings are exponents, as Adafactor's beta2_decay
-        check(float(value) >= 0 or not positive, f"{what} is {value!r}")
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        single = isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex()
+        check((plain or single) and math.isfinite(float(value)), f"{what} is {value!r}")
+        # Some settings are exponents, and negative, as Adafactor's beta2_decay.
+        check(float(value) >= 0 or float(mine) < 0, f"{what} is {value!r}")
     elif isinstance(mine, tuple | list):
         same = isinstance(value, tuple | list) and len(value) == len(mine)
         check(same, f"{what} is {value!r}")

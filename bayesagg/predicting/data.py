@@ -83,15 +83,16 @@ class Source:
         if self._complete and self._kept is not None:
             yield from self._kept
             return
-        labelled: dict[str, Tensor] = {}  # whether every output has been, [o]; of classes any, []
+        # Whether every output has a label, [o]; of classes any, [].
+        labelled = dict.fromkeys(self.heads.by_task, torch.tensor(False))
         for (tasks, *_), batches in self._together():
             for piece in self._read(tasks, batches):
                 for task, rows in piece.items():
-                    labelled[task] = labelled.get(task, torch.tensor(False)) | rows.labelled
+                    labelled[task] = labelled[task] | rows.labelled
                 self._keep(piece)
                 yield piece
-        for task in self.heads.by_task:
-            outputs = labelled.get(task, torch.tensor(False)).view(-1).tolist()
+        for task, seen in labelled.items():
+            outputs = seen.view(-1).tolist()
             if not all(outputs):
                 which = f"output {outputs.index(False)}" if any(outputs) else "it"
                 raise TargetError(
@@ -108,13 +109,11 @@ class Source:
     def _keep(self, piece: dict[str, Rows]) -> None:
         if self._complete or self._kept is None:
             return
-        kept = {task: rows for task, rows in piece.items() if task in self.keep}
-        tensors = {id(t): t for r in kept.values() for t in (r.features, r.targets)}
+        self._kept.append({task: rows for task, rows in piece.items() if task in self.keep})
+        tensors = {id(t): t for r in self._kept[-1].values() for t in (r.features, r.targets)}
         self._left -= sum(t.nbytes for t in tensors.values())
         if self._left < 0:
             self._kept = None
-        elif kept:
-            self._kept.append(kept)
 
     def _together(self) -> Iterator[tuple[tuple[Any, ...], list[list[Tensor]]]]:
         """Of tasks that read one tensor: them, and it and their targets of batches that are alike.

@@ -55,8 +55,9 @@ def _of_unit(rule: Settings, memory: FadingMemory, unit: Unit) -> dict[str, Infe
         own = slice(start, start + head.out_features)
         start += head.out_features
         rows = posterior.mean.flatten(0, 1)[own]
-        exact = BOUNDS[head.kind].exact
-        tau2 = noise.flatten()[own]
+        exact, tau2 = BOUNDS[head.kind].exact, noise.flatten()[own]
+        given = isinstance(getattr(head, "noise_variance", None), int | float)
+        dof = torch.full_like(tau2, torch.inf if given else rule.degrees_of_freedom)
         if head.readout == "gradient":
             rows = stacked(head).to(rows)
         elif written:
@@ -66,31 +67,20 @@ def _of_unit(rule: Settings, memory: FadingMemory, unit: Unit) -> dict[str, Infe
             posterior.vectors,
             variances if unit.wide else variances[:, own],
             noise=tau2 if exact else None,
-            dof=_dof(head, tau2, rule.degrees_of_freedom) if exact else None,
+            dof=dof if exact else None,
         )
     return found
 
 
-def _dof(head: Head, like: Tensor, learned: float) -> Tensor:
-    given = isinstance(getattr(head, "noise_variance", None), int | float)
-    return torch.full_like(like, torch.inf if given else learned)
-
-
 def _columns(rule: Settings, memory: FadingMemory, unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
     """Of every column: noise, ridge, and what the inverse is multiplied by, ``[G, P]`` each."""
-    heads = [memory.heads[name] for name in unit.names]
-    like, bounds = unit.shift[..., 0], [BOUNDS[head.kind] for head in heads]
-    exact = sum(h.num_tasks for h, bound in zip(heads, bounds, strict=True) if bound.exact)
-    exact = min(exact, like.shape[1])  # 1 where every output has a Gram matrix of its own
+    heads, like = [memory.heads[name] for name in unit.names], unit.shift[..., 0]
+    bounds = [BOUNDS[head.kind] for head in heads for _ in range(head.out_features)]
+    bounds = bounds[: like.shape[1]]  # 1 where every output has a Gram matrix of its own
+    exact = sum(bound.exact for bound in bounds)
     frame, ones = frame_of(rule, memory, [unit], exact, like), torch.ones_like(unit.scale[:, 0])
     current, ridge = scales_and_ridges(frame, exact, False, unit.scale, ones, ones[:, :exact])
-    spread = torch.cat(
-        [
-            torch.full_like(like[:, :1], 1 / bound.curvature).expand(-1, head.out_features)
-            for head, bound in zip(heads, bounds, strict=True)
-        ],
-        1,
-    )[:, : like.shape[1]]
+    spread = 1 / like.new_tensor([bound.curvature for bound in bounds])
     noise = torch.ones_like(like)
     noise[:, :exact] = current[:, :exact]
     return noise, ridge.expand_as(like), spread * noise
@@ -153,9 +143,7 @@ def _of_group(
     if name not in group.inferred:
         mean = stacked(head).to(mean)
     whitener = posterior.whitener
-    if (
-        head.kind == "multiclass" and likelihood.rows == 1
-    ):  # contrasts of classes, all in one Gaussian
+    if head.kind == "multiclass" and likelihood.rows == 1:  # contrasts, all in one Gaussian
         basis = contrast_basis(likelihood.classes, mean)
         root = whitener[0].view(-1, len(basis), likelihood.width)
         return Inferred(mean, rotation=basis.mT, root=root)
@@ -166,10 +154,9 @@ def _of_group(
         variances = variances.expand(-1, head.out_features, -1)
     fields = {}
     if head.kind == "regression":
-        free = torch.tensor([group.scale[k] is None for k in range(own.start, own.stop)])
+        free = torch.tensor([tau2 is None for tau2 in group.scale[own]], device=noise.device)
         fields["noise"] = noise[own]
         # Labels less the weights that they determine, as of a fit to data.
-        free = free.to(noise.device)
         dof = (count[own] - likelihood.width).clamp_min(3.0)
         fields["dof"] = torch.where(free, dof, torch.inf)
     return Inferred(mean, rows.mT, variances, **fields)

@@ -30,15 +30,13 @@ class Settings:
     def __post_init__(self) -> None:
         for setting, least in (("memory", 1), ("warmup", 0), ("lag", 1)):
             value = getattr(self, setting)
-            if value is None and setting == "memory":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            given = value is not None or setting != "memory"
+            if given and (type(value) is not int or value < least):
                 raise ValueError(f"{setting} must be an integer >= {least}, got {value!r}.")
         for setting in ("prior_variance", "degrees_of_freedom"):
             value = getattr(self, setting)
-            if value is None and setting == "prior_variance":
-                continue
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            given = value is not None or setting != "prior_variance"
+            if given and not (isinstance(value, int | float) and 0 < value < float("inf")):
                 raise ValueError(f"{setting} must be a positive number, got {value!r}.")
 
     def memory_of(self, width: int) -> float:
