@@ -13,9 +13,9 @@ from bayesagg.moments import LogMoments
 from bayesagg.posterior import Gaussian
 from bayesagg.reading import Labels
 from bayesagg.rules.groups import Group
-from bayesagg.rules.sample import Sample
+from bayesagg.rules.subset import Sample, mask_of
 
-__all__ = ["combine", "mask_of"]
+__all__ = ["combine"]
 
 _CHUNK = 1 << 20  # elements of a [n, K, d] tensor of moments; bounds the extra memory
 
@@ -70,13 +70,6 @@ def combine(
         labelled.append(stop - start if present is None else present.any(1).sum())
     weights = torch.stack(totals).sum(0) / torch.as_tensor(sum(labelled)).clamp(min=1)
     return torch.cat(gradients), weights
-
-
-def mask_of(labels: Labels, rows: int) -> Tensor:
-    """Labels present, ``[N, K]``, also where all are."""
-    if labels.present is not None:
-        return labels.present
-    return labels.factor.new_ones(rows, labels.factor.shape[1], dtype=torch.bool)
 
 
 def _scaled(second: LogMoments | Tensor, factor: Tensor) -> LogMoments | Tensor:

@@ -27,8 +27,7 @@ from bayesagg.rules.combine import combine
 from bayesagg.rules.epochs import PaperMemory, Update
 from bayesagg.rules.groups import make_groups
 from bayesagg.rules.inferred import of_paper
-from bayesagg.rules.sample import Sample
-from bayesagg.rules.subset import extend
+from bayesagg.rules.subset import Sample, extend
 
 __all__ = ["PaperRule"]
 

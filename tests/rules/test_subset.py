@@ -12,7 +12,7 @@ import bayesagg.rules.paper
 from bayesagg import RegressionHead
 from bayesagg.likelihoods import Given
 from bayesagg.reading import Labels
-from bayesagg.rules.sample import draw
+from bayesagg.rules.subset import draw
 from tests.helpers.data import LOSSES, ignore, losses_over, make_batch, without
 from tests.helpers.nets import plain_net
 from tests.helpers.states import assert_finite, assert_near, assert_same, difference, snapshot
