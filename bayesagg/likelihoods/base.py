@@ -131,8 +131,8 @@ class Likelihood(ABC):
 
     @property
     def label_shape(self) -> tuple[int, ...]:
-        """Shape of the label of one task and datum."""
-        return ()
+        """Shape of the label of one task and datum: a number, or probabilities of its classes."""
+        return (self.classes,) if self.classes > 1 else ()
 
     @abstractmethod
     def evidence(self, features: Tensor, labels: Labels, weights: Tensor | None) -> Evidence:

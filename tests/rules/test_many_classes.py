@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bayesagg import BayesAgg, MulticlassHead, RegressionHead
 from bayesagg.errors import NumericalWarning
 from bayesagg.likelihoods import Given
-from bayesagg.likelihoods.bounded import BoundedMulticlass
+from bayesagg.likelihoods.multiclass import BoundedMulticlass
 from bayesagg.posterior import augment
 from bayesagg.reading import Labels
 from bayesagg.rules import PaperRule
