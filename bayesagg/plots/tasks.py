@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesagg.plots.style import Floats, Values, array, line_style, new_axes, polish, shown
+from bayesagg.plots.style import Values, array, line_style, new_axes, polish, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +113,7 @@ def plot_certainty(
         ValueError: for another shape.
     """
     own = ax is None
-    ax = _lines(array(history, "times, tasks"), names, steps, unit, ax)
+    ax = _lines(history, names, steps, unit, ax)
     ax.axhline(1, color="0.4", ls=(0, (1, 3)), lw=1.5, label="gradient = noise")
     _plain_decades(ax)
     ax.set_ylabel("certainty, ‖E[g]‖ / sd [ratio]")
@@ -162,9 +162,7 @@ def plot_weights(
         start += len(block) + 1
     labels = [f"{name}\n{len(block)} data" for name, block in zip(stages, blocks, strict=True)]
     ax.set_xticks(centres, labels)
-    ax.set_yticks(
-        range(tasks), list(names) if names is not None else [str(k) for k in range(tasks)]
-    )
+    ax.set_yticks(range(tasks), [*map(str, range(tasks) if names is None else names)])
     ax.tick_params(length=0)
     ax.set_xlabel("stage of training, one column per datum")
     ax.set_ylabel("task")
@@ -177,13 +175,13 @@ def plot_weights(
 
 
 def _lines(
-    table: Floats | Sequence[Any],
+    history: Values | Sequence[Any],
     names: Sequence[str] | None,
     steps: Sequence[float] | None,
     unit: str,
     ax: Axes | None,
 ) -> Axes:
-    values = array(table, "times, tasks")
+    values = array(history, "times, tasks")
     times, tasks = values.shape
     x = np.arange(1, times + 1) if steps is None else np.asarray(steps, dtype=np.float64)
     labels = [f"task {k}" for k in range(tasks)] if names is None else list(names)
@@ -210,7 +208,7 @@ def _plain_decades(ax: Axes) -> None:
 
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    plain = StrMethodFormatter("{x:g}")
+    ax.yaxis.set_major_formatter(plain)
     ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    plain, none = StrMethodFormatter("{x:g}"), NullFormatter()
-    ax.yaxis.set_minor_formatter(plain if high < 100 * low else none)
+    ax.yaxis.set_minor_formatter(plain if high < 100 * low else NullFormatter())

@@ -65,11 +65,8 @@ class Calibration:
             scale, dof, halves = _student(posterior, *rows)
             posterior.keep(dof=dof, halves=halves)
         else:
-            binary = posterior.head.kind == "binary"
-            scale = (_binary_temperature if binary else _class_temperature)(*rows)
-            present = rows[3] if binary else None
-            one = _of_one_class(rows[2], present)
-            lost = one | (_all_right(rows[0], rows[2], present) & (scale < 1))
+            scale, one, right = (_binary if posterior.head.kind == "binary" else _classes)(*rows)
+            lost = one | (right & (scale < 1))  # then colder is likelier without end
             if bool(lost.any()):
                 place = int(lost.nonzero()[0])
                 which = f" of output {place}" if len(lost) > 1 else ""
@@ -82,24 +79,6 @@ class Calibration:
                 )
                 scale = torch.where(lost, 1.0, scale)
         posterior.keep(scale=scale)
-
-
-def _of_one_class(y: Tensor, present: Tensor | None) -> Tensor:
-    """Whether all labels are of one class, by binary output, ``[o]``, or of classes, ``[1]``."""
-    if present is None:
-        return (y.amax(0) > 0).sum(0, keepdim=True) == 1
-    return ((y == 0) | ~present).all(0) | ((y == 1) | ~present).all(0)
-
-
-def _all_right(location: Tensor, y: Tensor, present: Tensor | None) -> Tensor:
-    """Whether the likeliest class is the label of all data; shapes as of :func:`_of_one_class`.
-
-    No label is between two classes: then colder is likelier without end.
-    """
-    if present is None:
-        own = y.gather(1, location.argmax(1, keepdim=True))
-        return (own == 1).all(0)
-    return ((y == (location > 0).to(y.dtype)) | ~present).all(0)
 
 
 def _student(
@@ -132,8 +111,13 @@ def _scale_of(x: Tensor, nu: float) -> tuple[float, float, float]:
     return float(StudentT(nu, 0.0, scale).log_prob(x).mean()), float(scale), nu
 
 
-def _binary_temperature(mean: Tensor, variance: Tensor, y: Tensor, present: Tensor) -> Tensor:
-    """Temperatures of every output, ``[o]``, of greatest likelihood of the labels."""
+def _binary(
+    mean: Tensor, variance: Tensor, y: Tensor, present: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperature of greatest likelihood; whether labels are of one class; all predicted right.
+
+    By output, ``[o]``.
+    """
 
     def loss(t: Tensor) -> Tensor:
         p, q, _ = sigmoid_moments(mean / t, variance.sqrt() / t)
@@ -141,10 +125,14 @@ def _binary_temperature(mean: Tensor, variance: Tensor, y: Tensor, present: Tens
         each = y * p.clamp_min(tiny).log() + (1 - y) * q.clamp_min(tiny).log()
         return -(each * present).sum(0) / present.sum(0)
 
-    return _least(loss, mean.new_zeros(mean.shape[1]))
+    one = ((y == 0) | ~present).all(0) | ((y == 1) | ~present).all(0)
+    right = ((y == (mean > 0).to(y.dtype)) | ~present).all(0)
+    return _least(loss, mean.new_zeros(mean.shape[1])), one, right
 
 
-def _class_temperature(mean: Tensor, factor: Tensor, y: Tensor) -> Tensor:
+def _classes(mean: Tensor, factor: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As of binary outputs, of classes together, ``[1]``."""
+
     def loss(t: Tensor) -> Tensor:
         def losses(mean: Tensor, factor: Tensor, y: Tensor) -> Tensor:
             logs, weights = class_probabilities(mean / t, factor / t)
@@ -152,7 +140,9 @@ def _class_temperature(mean: Tensor, factor: Tensor, y: Tensor) -> Tensor:
 
         return by_rows(losses, 512 * mean.shape[1], mean, factor, y)[0].mean().view(1)
 
-    return _least(loss, mean.new_zeros(1))
+    one = (y.amax(0) > 0).sum(0, keepdim=True) == 1
+    right = (y.gather(1, mean.argmax(1, keepdim=True)) == 1).all(0)
+    return _least(loss, mean.new_zeros(1)), one, right
 
 
 def _least(loss: Callable[[Tensor], Tensor], log: Tensor) -> Tensor:

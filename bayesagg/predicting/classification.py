@@ -72,10 +72,9 @@ def laplace(
     precision = weights.new_full((len(weights),), 1 / prior.variance)
     for more in range(_PRIORS if prior.learned else 0, -1, -1):
         few = passes // 2 if exact else passes
-        point, left, used = _mode(visit, visit(weights, precision, False), precision, False, few)
+        point, left, used = _mode(visit, weights, precision, False, few)
         if exact:
-            point = visit(point.weights, precision, True)
-            point, left, _ = _mode(visit, point, precision, True, passes - used)
+            point, left, _ = _mode(visit, point.weights, precision, True, passes - used)
         if not more:
             break
         square = point.weights.square().sum(1).clamp_min(1e-12)
@@ -98,11 +97,11 @@ def laplace(
 
 
 def _mode(
-    visit: _Passes, point: _Point, precision: Tensor, exact: bool, passes: int
+    visit: _Passes, start: Tensor, precision: Tensor, exact: bool, passes: int
 ) -> tuple[_Point, float, int]:
-    """Steps from a point; how far the last is from the mode, and after how many passes."""
+    """Where steps lead, how far that is from the mode, and after how many more passes."""
+    point, length = visit(start, precision, exact), 1.0
     pairs: list[tuple[Tensor, Tensor]] = []  # steps and what they changed of the gradient
-    length = 1.0
     for used in range(passes + 1):
         step = _direction(point, pairs)
         left = float((point.gradient * step).sum(1).max().sqrt())
