@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bayesagg.aggregation import GradientScale, aggregate_full, aggregate_relative
 from bayesagg.likelihoods import Given
-from bayesagg.moments import LogMoments
 from bayesagg.posterior import Gaussian
 from bayesagg.reading import Labels
 from bayesagg.rules.groups import Group
@@ -49,22 +48,27 @@ def combine(
     for start in range(0, len(some), size):
         stop = min(len(some), start + size)
         labels = [known.rows(start, stop) for known in sample.labels]
-        means, seconds = [], []
+        means: list[Tensor] = []
+        seconds: list[tuple[Tensor, ...]] = []
         for group, part, posterior in zip(groups, labels, posteriors, strict=True):
-            likelihood = group.likelihood
+            likelihood, factor = group.likelihood, part.factor[..., None]
             h = sample.features[likelihood.bias][start:stop]
             given = Given(h, part.targets, posterior, generator)
-            second: LogMoments | Tensor
             if full:
-                mean, second = likelihood.covariances(given)
+                mean, covariance = likelihood.covariances(given)
+                seconds.append((covariance * (factor / unit)[..., None].square(),))
             else:
-                second = likelihood.moments(given, work)
-                mean = second.mean
-            means.append(mean.mul_(part.factor[..., None].to(work)))
-            seconds.append(_scaled(second, part.factor[..., None] / unit))
-        all_present = all(part.present is None for part in labels)
-        present = None if all_present else _cat([mask_of(part, stop - start) for part in labels])
-        gradient, weights = _aggregate(_cat(means), seconds, s, present, scale)
+                mean, relative, log_scale = likelihood.moments(given, work)
+                offset = (2 * (factor / unit).log()).to(log_scale.dtype)
+                seconds.append((relative, log_scale + offset))
+            means.append(mean.mul_(factor.to(work)))
+        mean, second = _cat(means), [_cat(parts) for parts in zip(*seconds, strict=True)]
+        everywhere = all(part.present is None for part in labels)
+        present = None if everywhere else _cat([mask_of(part, stop - start) for part in labels])
+        if full:
+            gradient, weights = _by_matrices(mean, second[0], s, present, scale)
+        else:
+            gradient, weights = aggregate_relative(mean, second[0], second[1], s, present, scale)
         gradients.append(gradient)
         totals.append(weights.sum(0))
         labelled.append(stop - start if present is None else present.any(1).sum())
@@ -72,31 +76,18 @@ def combine(
     return torch.cat(gradients), weights
 
 
-def _scaled(second: LogMoments | Tensor, factor: Tensor) -> LogMoments | Tensor:
-    """Second moments of a loss with a factor."""
-    if isinstance(second, Tensor):
-        return second * factor[..., None].square()
-    offset = (2 * factor.log()).to(second.log_scale.dtype)
-    return second._replace(log_scale=second.log_scale + offset)
-
-
-def _aggregate(
+def _by_matrices(
     mean: Tensor,
-    seconds: Sequence[LogMoments | Tensor],
+    covariance: Tensor,
     s: Tensor | float,
     present: Tensor | None,
     scale: GradientScale,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 7 or 6, whichever the second moments are for."""
-    logs = [second for second in seconds if isinstance(second, LogMoments)]
-    if logs:
-        relative, log_scale = _cat([m.relative for m in logs]), _cat([m.log_scale for m in logs])
-        return aggregate_relative(mean, relative, log_scale, s, present, scale)
+    """Eq. 6."""
     if present is not None and not bool(present.any()):  # nothing to solve for
         return torch.zeros_like(mean[:, 0]), mean.new_zeros(*mean.shape[:2], 1)
-    covariances = [second for second in seconds if isinstance(second, Tensor)]
     each = s if isinstance(s, Tensor) else mean.new_full((mean.shape[1],), s)
-    return aggregate_full(mean, _cat(covariances), each, present, scale)
+    return aggregate_full(mean, covariance, each, present, scale)
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:
