@@ -39,14 +39,13 @@ def plot_reliability(
         the Axes: light bars are the share of the data, the line the accuracy; the title has the
         expected calibration error.
     """
-    own = ax is None
     p, y = torch.as_tensor(probabilities), torch.as_tensor(targets)
     table = reliability(p, y, bins)
     confidence, accuracy, count = (
         value.cpu().numpy() for value in (table.confidence, table.accuracy, table.count)
     )
     used = count > 0
-    ax = new_axes(ax, (5.4, 5.2))
+    ax, own = new_axes(ax, (5.4, 5.2))
     ax.bar(
         np.arange(bins) / bins,
         count / count.sum(),
@@ -86,11 +85,10 @@ def plot_calibration(
     Raises:
         ValueError: if there is nothing to draw, or a score is not finite.
     """
-    own = ax is None
     if not scores:
         raise ValueError("no scores to draw: pass (ECE, Brier score) by the name of the method")
     points = array([list(pair) for pair in scores.values()], "methods, 2")
-    ax = new_axes(ax)
+    ax, own = new_axes(ax)
     for name, (ece, brier) in zip(scores, points, strict=True):
         chosen = name == highlight
         colour, marker = (VERMILLION, "D") if chosen else (COLOURS[0], "o")
@@ -127,12 +125,11 @@ def plot_predictions(
     Raises:
         ValueError: for other shapes, or values that are not finite.
     """
-    own = ax is None
     y, m, low, high = (array(value, "data") for value in (targets, mean, lower, upper))
     if not len(y) == len(m) == len(low) == len(high):
         raise ValueError(f"{len(y)} targets, {len(m)} means, {len(low)} and {len(high)} ends")
     missed = (y < low) | (y > high)
-    ax = new_axes(ax, (5.4, 5.2))
+    ax, own = new_axes(ax, (5.4, 5.2))
     kinds = ((~missed, BLUE, "holds the truth"), (missed, VERMILLION, "misses it"))
     for chosen, colour, label in kinds:
         if chosen.any():
@@ -166,11 +163,10 @@ def plot_coverage(
     Raises:
         ValueError: if there is nothing to draw, or shapes differ.
     """
-    own = ax is None
     if not coverage:
         raise ValueError("no coverage to draw: pass shares by name")
     nominal = array(levels, "levels")
-    ax = new_axes(ax, (5.4, 5.2))
+    ax, own = new_axes(ax, (5.4, 5.2))
     ax.plot([0, 1], [0, 1], color="0.4", ls="--", lw=1.5, label="nominal")
     for index, (name, values) in enumerate(coverage.items()):
         shares = array(values, "levels")

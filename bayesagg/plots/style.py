@@ -36,10 +36,10 @@ _STYLES: tuple[tuple[str, str], ...] = (("-", "o"), ("--", "s"), (":", "^"), ("-
 _FONT = 13  # points; legible where a figure of 6.4 inches is shown at half its size
 
 
-def new_axes(ax: Axes | None, size: tuple[float, float] = (6.4, 4.4)) -> Axes:
-    """The given Axes, or those of a new figure of that size in inches."""
+def new_axes(ax: Axes | None, size: tuple[float, float] = (6.4, 4.4)) -> tuple[Axes, bool]:
+    """The given Axes, or those of a new figure of that size in inches; whether it is new."""
     if ax is not None:
-        return ax
+        return ax, False
     try:
         from matplotlib import pyplot
     except ImportError as error:
@@ -47,7 +47,7 @@ def new_axes(ax: Axes | None, size: tuple[float, float] = (6.4, 4.4)) -> Axes:
             "bayesagg.plots needs matplotlib, which is not installed: "
             "pip install 'bayesagg[plots]', or pip install matplotlib."
         ) from error
-    return pyplot.subplots(figsize=size, layout="constrained")[1]
+    return pyplot.subplots(figsize=size, layout="constrained")[1], True
 
 
 def polish(ax: Axes, own: bool) -> Axes:

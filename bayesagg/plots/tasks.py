@@ -48,8 +48,7 @@ def plot_task_weights(
         for output in range(len(weights))
     ]
     table = [torch.cat([weights.detach().cpu() for weights in entry.values()]) for entry in history]
-    own = ax is None
-    ax = _lines(table, names, steps, unit, ax)
+    ax, own = _lines(table, names, steps, unit, ax)
     ax.axhline(1 / len(names), color="0.4", ls=(0, (1, 3)), lw=1.5, label="uniform")
     ax.set_ylabel("mean weight [share]")
     ax.set_ylim(bottom=0)
@@ -80,9 +79,8 @@ def plot_conflict(
     Raises:
         ValueError: for another shape.
     """
-    own = ax is None
     table = 100 * array(history, "times, tasks")
-    ax = _lines(table, names, steps, unit, ax)
+    ax, own = _lines(table, names, steps, unit, ax)
     ax.set_ylabel("conflict with other tasks [% of pairs]")
     ax.set_ylim(0, 100)
     return _legend(ax, own)
@@ -112,8 +110,7 @@ def plot_certainty(
     Raises:
         ValueError: for another shape.
     """
-    own = ax is None
-    ax = _lines(history, names, steps, unit, ax)
+    ax, own = _lines(history, names, steps, unit, ax)
     ax.axhline(1, color="0.4", ls=(0, (1, 3)), lw=1.5, label="gradient = noise")
     _plain_decades(ax)
     ax.set_ylabel("certainty, ‖E[g]‖ / sd [ratio]")
@@ -141,7 +138,6 @@ def plot_weights(
     Raises:
         ValueError: if there is no stage, or they differ in the number of tasks.
     """
-    own = ax is None
     if not stages:
         raise ValueError("no stage to draw: pass weights by name, {'epoch 1': weights}")
     blocks = [
@@ -154,7 +150,7 @@ def plot_weights(
     gap = np.full((1, tasks), np.nan)
     rows = [part for block in blocks for part in (gap, block)][1:]
     image = np.concatenate(rows).T  # [K, columns]
-    ax = new_axes(ax, (max(6.4, 2.6 * len(blocks) + 1.5), max(3.6, 1.8 + 0.32 * tasks)))
+    ax, own = new_axes(ax, (max(6.4, 2.6 * len(blocks) + 1.5), max(3.6, 1.8 + 0.32 * tasks)))
     drawn = ax.imshow(image, aspect="auto", cmap="cividis", vmin=0, interpolation="none")
     centres, start = [], 0
     for block in blocks:
@@ -180,7 +176,7 @@ def _lines(
     steps: Sequence[float] | None,
     unit: str,
     ax: Axes | None,
-) -> Axes:
+) -> tuple[Axes, bool]:
     values = array(history, "times, tasks")
     times, tasks = values.shape
     x = np.arange(1, times + 1) if steps is None else np.asarray(steps, dtype=np.float64)
@@ -189,12 +185,12 @@ def _lines(
         raise ValueError(
             f"{times} times and {tasks} tasks, but {len(x)} steps and {len(labels)} names"
         )
-    ax = new_axes(ax, (7.2, max(4.4, 0.26 * tasks)))  # room for the legend beside it
+    ax, own = new_axes(ax, (7.2, max(4.4, 0.26 * tasks)))  # room for the legend beside it
     for k in range(tasks):
         ax.plot(x, values[:, k], label=shown(labels[k]), **line_style(k, times))
     ax.locator_params(axis="x", integer=True)
     ax.set_xlabel(f"{unit} of training")
-    return ax
+    return ax, own
 
 
 def _legend(ax: Axes, own: bool) -> Axes:

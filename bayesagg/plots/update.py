@@ -52,7 +52,6 @@ def plot_update(
     Raises:
         ValueError: for other shapes, or a variance that is not positive.
     """
-    own = ax is None
     means = array(mean, "tasks, 2")
     count = len(means)
     full = np.ndim(second) == 3
@@ -65,7 +64,7 @@ def plot_update(
     covariances = spread if full else np.stack([np.diag(v) for v in spread])
     if not (np.linalg.eigvalsh(covariances) > 0).all():
         raise ValueError("every variance must be positive")
-    ax = new_axes(ax, (6.0, 5.2))
+    ax, own = new_axes(ax, (6.0, 5.2))
     labels = list(names) if names is not None else [f"task {k + 1}" for k in range(count)]
     for k in range(count):
         _ellipses(ax, means[k], covariances[k], COLOURS[1 + k % (len(COLOURS) - 1)])
