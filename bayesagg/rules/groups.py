@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -195,26 +196,24 @@ def make_groups(heads: Mapping[str, Head]) -> list[Group]:
         NumericalWarning: as of :meth:`bayesagg.likelihoods.Likelihood.of`.
     """
     check_kinds(heads, LIKELIHOODS, "the paper's rule (likelihoods.LIKELIHOODS)")
-    found: dict[Any, list[str]] = {}
-    settings: dict[str, dict[str, Any]] = {}
+    found: dict[Any, dict[str, dict[str, Any]]] = {}
     for name, head in heads.items():
-        settings[name] = _settings(name, head)
-        sampled = settings[name].get("moments") == "monte_carlo"
-        samples = settings[name]["num_samples"] if sampled else None
+        own = _settings(name, head)
+        samples = own["num_samples"] if own.get("moments") == "monte_carlo" else None
         likelihood = LIKELIHOODS[head.kind].of(name, head, samples)
         # Tasks of several Gaussians have a precision of their own.
         alone = name if likelihood.rows > 1 else None
-        found.setdefault((type(likelihood), likelihood, alone), []).append(name)
+        found.setdefault((type(likelihood), likelihood, alone), {})[name] = own
     return [
-        _group({name: heads[name] for name in names}, key[1], [settings[name] for name in names])
-        for key, names in found.items()
+        _group({name: heads[name] for name in settings}, likelihood, list(settings.values()))
+        for (_, likelihood, _), settings in found.items()
     ]
 
 
 def _settings(name: str, head: Head) -> dict[str, Any]:
     """Settings of a head, those that it leaves out by its likelihood."""
-    given = {key: getattr(head, key) for key in LIKELIHOODS[head.kind].defaults}
     defaults = LIKELIHOODS[head.kind].defaults
+    given = {key: getattr(head, key) for key in defaults}
     found = {key: defaults[key] if value is None else value for key, value in given.items()}
     if given.get("num_samples") is not None and found["moments"] == "quadrature":
         warnings.warn(
@@ -228,20 +227,14 @@ def _settings(name: str, head: Head) -> dict[str, Any]:
 def _group(
     heads: Mapping[str, Head], likelihood: Likelihood, settings: Sequence[Mapping[str, Any]]
 ) -> Group:
-    each = [
-        own
-        for head, own in zip(heads.values(), settings, strict=True)
-        for own in [own] * head.num_tasks
-    ]
-    slices, start = {}, 0
-    for name, head in heads.items():
-        slices[name] = slice(start, start + head.num_tasks)
-        start += head.num_tasks
+    pairs = list(zip(heads.values(), settings, strict=True))
+    each = [own for head, own in pairs for _ in range(head.num_tasks)]
+    ends = list(accumulate(head.num_tasks for head in heads.values()))
     scales = [own.get("noise_variance", 1.0) for own in each]
     return Group(
         heads,
         likelihood,
-        slices,
+        dict(zip(heads, map(slice, [0, *ends], ends), strict=True)),
         tuple(float(own["s"]) for own in each),
         tuple(float(own["prior_variance"]) for own in each),
         tuple(None if scale == "learned" else float(scale) for scale in scales),
