@@ -134,38 +134,34 @@ def _check_states(
     what: str,
 ) -> None:
     """States of parameters; ``owners``: number of the group and parameter of every index."""
-    templates: dict[Any, dict[str, Any] | None] = {}
+    templates: dict[Any, dict[str, Any]] = {}
     for index, entries in states.items():
         check(index in owners and isinstance(entries, dict), f"{what} has a state of no parameter")
         number, parameter = owners[index]
         key = number, tuple(parameter.shape)
         if key not in templates:
             templates[key] = _template(optimizer, *key)
-        template = templates[key]
-        check(
-            template is None or template.keys() <= entries.keys(),
-            f"{what} of parameter {index} is incomplete",
-        )
+        template, owner = templates[key], f"of parameter {index}"
+        check(template.keys() <= entries.keys(), f"{what} {owner} is incomplete")
         for name, value in entries.items():
-            like = None if template is None else template.get(name)
-            _check_leaf(value, like, f"{what}: {name} of parameter {index}", bool(key[1]))
+            _check_leaf(value, template.get(name), f"{what}: {name} {owner}", bool(key[1]))
 
 
-def _template(optimizer: Optimizer, group: int, shape: Sequence[int]) -> dict[str, Any] | None:
-    """What one step leaves for a parameter of this shape; ``None``: it cannot be asked.
+def _template(optimizer: Optimizer, group: int, shape: Sequence[int]) -> dict[str, Any]:
+    """What one step leaves for a parameter of this shape; nothing, where it cannot be asked.
 
     The shape matters: some optimizers (Adafactor, Muon) treat matrices by rows and columns.
     """
     if math.prod(shape) > _LARGEST:
-        return None
+        return {}
     parameter = torch.nn.Parameter(torch.ones(shape, device="cpu"))
     try:
         copy = alike(optimizer, parameter, group)
         parameter.grad = torch.ones_like(parameter)
         copy.step()
     except Exception:  # of whatever library
-        return None
-    return dict(copy.state[parameter]) or None
+        return {}
+    return dict(copy.state[parameter])
 
 
 def _check_like(value: Any, mine: Any, what: str) -> None:
