@@ -90,7 +90,7 @@ class Exchange:
     def agree(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
         """Flags of this step that any rank has raised; every rank must call.
 
-        A :class:`RankError`, if another rank refused its batch.
+        Raises a :class:`RankError` if another rank refused its batch.
         """
         if self.ranks is None:
             return list(flags)
