@@ -1,10 +1,13 @@
 """Shows the notebooks of examples/notebooks, executed, as pages under notebooks/.
 
-They become Markdown, so that formulas, links and code are treated as on every other page.
+They become Markdown, so that formulas, links and code are treated as on every other page. With
+BAYESAGG_NOTEBOOK_EPOCHS in the environment they train for that many epochs, for a site that is only
+to be checked.
 """
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,10 +20,13 @@ from mkdocs.structure.files import File
 def on_files(files, *, config):
     """Execute what has changed, and add a page, its figures and the notebook itself."""
     root = Path(config.config_file_path).parent
-    if subprocess.run([sys.executable, "-m", "examples.notebooks"], cwd=root).returncode:
+    folder, command = "notebooks", [sys.executable, "-m", "examples.notebooks"]
+    if epochs := os.environ.get("BAYESAGG_NOTEBOOK_EPOCHS"):
+        folder, command = f"notebooks-{epochs}", [*command, "--epochs", epochs]
+    if subprocess.run(command, cwd=root).returncode:
         raise PluginError("the notebooks cannot be executed: see above")
     for source in sorted((root / "examples" / "notebooks").glob("*.ipynb")):
-        executed = root / "build" / "notebooks" / source.name
+        executed = root / "build" / folder / source.name
         page, figures = render(json.loads(executed.read_text(encoding="utf-8")), source.stem)
         uri = f"notebooks/{source.stem}"
         files.append(File.generated(config, f"{uri}.md", content=page))

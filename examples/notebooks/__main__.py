@@ -1,6 +1,7 @@
 """Execute the notebooks, into build/notebooks/: ``python -m examples.notebooks [NAME …]``.
 
-An executed copy is kept until the notebook, the code that it imports or a version changes.
+An executed copy is kept until the notebook, the code that it imports or a version changes. For a
+quick look at whether everything runs, ``--epochs N`` trains for less, into build/notebooks-N/.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
-OUTPUT = ROOT / "build" / "notebooks"
+BUILD = ROOT / "build"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 _VERSIONS = ("torch", "numpy", "pandas", "matplotlib", "ipykernel", "nbclient")
 
 
 def digest(name: str) -> str:
-    """Hash of all that the outputs of a notebook depend on."""
+    """Hash of all that the outputs of a notebook depend on, but for the epochs."""
     result = hashlib.sha256(platform.python_version().encode())
     for package in _VERSIONS:
         result.update(importlib.metadata.version(package).encode())
@@ -39,17 +40,29 @@ def digest(name: str) -> str:
     return result.hexdigest()
 
 
-def execute(name: str) -> None:
+def shorten(notebook: nbformat.NotebookNode, epochs: int) -> None:
+    """Add a cell behind the one with the tag ``parameters``, as papermill does."""
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    place = next(i for i, own in enumerate(tags) if "parameters" in own) + 1
+    source = f"epochs, pretrain_epochs = {epochs}, 1"
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(place, cell)
+
+
+def execute(name: str, epochs: int | None) -> None:
     """Execute a notebook as Jupyter does, in its folder, and write the copy in one go.
 
     Raises:
         CellExecutionError: If a cell fails; nothing is written then.
     """
-    wanted, copy = digest(name), OUTPUT / f"{name}.ipynb"
+    output = BUILD / ("notebooks" if epochs is None else f"notebooks-{epochs}")
+    wanted, copy = digest(name), output / f"{name}.ipynb"
     with suppress(OSError, ValueError):  # where there is none, or not a whole one
         if nbformat.read(copy, as_version=4).metadata.get("digest") == wanted:
             return
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    if epochs is not None:
+        shorten(notebook, epochs)
     NotebookClient(
         notebook,
         timeout=None,
@@ -61,8 +74,8 @@ def execute(name: str) -> None:
         extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
     ).execute()
     notebook.metadata["digest"] = wanted
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=OUTPUT) as folder:
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output) as folder:
         nbformat.write(notebook, Path(folder, copy.name))
         os.replace(Path(folder, copy.name), copy)
 
@@ -81,14 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Execute the notebooks that are named, or all; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.notebooks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    names = parser.parse_args(arguments).names or NAMES
+    parser.add_argument("--epochs", type=int, metavar="N", help="instead of the notebook's own")
+    given = parser.parse_args(arguments)
+    names = given.names or NAMES
     if unknown := set(names) - set(NAMES):
         parser.error(f"no notebook {', '.join(sorted(unknown))}; there are: {', '.join(NAMES)}")
     with tempfile.TemporaryDirectory() as settings:
         prepare(settings)
         for name in names:
             try:
-                execute(name)
+                execute(name, given.epochs)
             except (CellExecutionError, DeadKernelError) as error:
                 print(f"{name}.ipynb failed:\n{error}", file=sys.stderr)
                 return 1
