@@ -2,14 +2,15 @@
 
 A case prepares a situation and returns two calls: the bad one, and a good one that goes on from
 there. Everything is run twice, with the bad call and without: afterwards both must agree in every
-bit. Damaged checkpoints are in ``test_checkpoint.py``.
+bit. Checkpoints are in ``test_checkpoint.py``.
 """
 
 import copy
 import functools
+import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,18 +18,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
-from bayesagg.errors import (
-    CaptureError,
-    CheckpointError,
-    FeatureError,
-    LossError,
-)
-from tests.helpers.data import LOSSES, make_batch, make_losses
+from bayesagg import BayesAggWrapper
+from bayesagg.errors import CaptureError, FeatureError, LossError
+from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import Net, make_net
-from tests.helpers.settings import QUICK, RULES, WIDTH
+from tests.helpers.settings import QUICK, RULES
 from tests.helpers.states import assert_finite, assert_same, difference, snapshot
-from tests.helpers.training import make_engine, train, wrap
+from tests.helpers.training import train, wrap
 
 
 def nothing() -> None:
@@ -58,27 +54,13 @@ class Bench:
         """One good step from a new forward pass."""
         self.optimizer.step(self.losses())
 
-    def use(self, net: nn.Module, **kwargs: Any) -> None:
+    def use(self, net: nn.Module) -> None:
         """Another network, wrapped anew."""
         self.net = net.to(self.x)
-        if "heads" not in kwargs:
-            kwargs["settings"] = QUICK
-        self.optimizer = wrap(self.net, "momentum", self.rule, **kwargs)
+        self.optimizer = wrap(self.net, "momentum", self.rule, settings=QUICK)
 
 
-@dataclass
-class Case:
-    """The error, patterns of its message, and what to do."""
-
-    name: str
-    error: type[Exception]
-    says: tuple[str, ...]
-    prepare: Callable[[Bench], tuple[Callable[[], Any], Callable[[], Any]]] = field(repr=False)
-    phases: tuple[str, ...]
-    rules: tuple[str, ...]
-
-
-CASES: list[Case] = []
+CASES: list[Any] = []
 PHASES = {"pretraining": 1, "after": 4, "accumulating": 4}  # steps that were taken before
 
 
@@ -92,15 +74,12 @@ def bad(
     """Register a case, or one for each variant (name → further argument)."""
 
     def register(prepare: Callable[..., Any]) -> Callable[..., Any]:
-        name = prepare.__name__
-        if not variants:
-            CASES.append(Case(name, error, says, prepare, phases, rules))
-        for variant, value in variants.items():
-
-            def with_value(bench: Bench, value: Any = value) -> Any:
-                return prepare(bench, value)
-
-            CASES.append(Case(f"{name}-{variant}", error, says, with_value, phases, rules))
+        ways = {f"-{name}": functools.partial(prepare, value=v) for name, v in variants.items()}
+        for (variant, way), phase, rule in itertools.product(
+            (ways or {"": prepare}).items(), phases, rules
+        ):
+            name = f"{prepare.__name__}{variant}-{phase}-{rule}"
+            CASES.append(pytest.param(error, says, way, phase, rule, id=name))
         return prepare
 
     return register
@@ -116,11 +95,11 @@ def loss_is_not_finite(bench, value):
 
 
 @bad(LossError, "task 'reg'", "last forward pass", all=["reg", "bin", "cls"], one=["reg"])
-def loss_is_of_a_forward_pass_before_the_last_step(bench, names):
+def loss_is_of_a_forward_pass_before_the_last_step(bench, value):
     old = bench.losses()
     bench.optimizer.step(old)
     new = bench.losses()
-    return bench.step({**new, **{name: old[name] for name in names}}), bench.step(new)
+    return bench.step({**new, **{name: old[name] for name in value}}), bench.step(new)
 
 
 @bad(
@@ -133,9 +112,9 @@ def loss_is_of_a_forward_pass_before_the_last_step(bench, names):
     sum=lambda losses: sum(losses.values()),
     iterator=lambda losses: iter(losses.values()),
 )
-def losses_are_no_collection(bench, change):
+def losses_are_no_collection(bench, value):
     losses = bench.losses()
-    return bench.step(change(losses)), bench.step(losses)
+    return bench.step(value(losses)), bench.step(losses)
 
 
 @bad(LossError, "task 'reg'", "tensors")
@@ -229,8 +208,8 @@ class Apart(Net):
     copy=torch.clone,
     dropout=F.dropout,
 )
-def heads_do_not_read_one_tensor(bench, change):
-    bench.use(Apart(change))
+def heads_do_not_read_one_tensor(bench, value):
+    bench.use(Apart(value))
     return bench.step(bench.losses()), nothing
 
 
@@ -276,107 +255,6 @@ def features_are_not_finite(bench):
     return bench.step(losses), bench.go_on
 
 
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-bad_state = functools.partial(bad, phases=("after", "accumulating"))
-
-
-def saved_by(bench: Bench, heads: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint of a run with other heads, after an epoch under the same optimizer."""
-    h = nn.Linear(bench.x.shape[1], next(iter(heads.values())).in_features).to(bench.x)
-    net = nn.ModuleDict({"trunk": h})
-    epochs = {"steps_per_epoch": 1} if bench.rule == "paper" else {}
-    engine = make_engine(net, bench.rule, heads=heads, shared_rep_hook=None, **epochs)
-    for _ in range(2):
-        losses, shared = {}, h(bench.x)
-        for name, head in heads.items():
-            like = {"regression": "reg", "binary": "bin", "multiclass": "cls"}[head.kind]
-            losses[name] = LOSSES[like](head.module.to(bench.x)(shared), bench.labels[like])
-        engine.backward(losses)
-        engine.stepped()
-    return {**bench.optimizer.base_optimizer.state_dict(), "bayesagg": engine.get_extra_state()}
-
-
-def loading(bench: Bench, state: dict[str, Any], kind: str) -> Any:
-    """Into a run whose heads are all of one kind, after a step of it."""
-
-    def go_on() -> None:
-        y = bench.labels[kind]
-        bench.optimizer.step({name: LOSSES[kind](z, y) for name, z in bench.net(bench.x).items()})
-
-    go_on()
-    return functools.partial(bench.optimizer.load_state_dict, state), go_on
-
-
-REG, BIN, CLS = RegressionHead, BinaryHead, MulticlassHead
-
-
-def linear(outputs: int, **kwargs: Any) -> nn.Linear:
-    """Without a trace in the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        return nn.Linear(kwargs.pop("width", WIDTH), outputs, **kwargs)
-
-
-@bad_state(
-    CheckpointError,
-    "other heads",
-    "same heads, in the same order",
-    names=lambda: {"other": REG(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
-    fewer=lambda: {"reg": REG(linear(2)), "bin": BIN(linear(2))},
-    order=lambda: {"bin": BIN(linear(2)), "reg": REG(linear(2)), "cls": CLS(linear(3))},
-    kind=lambda: {"reg": BIN(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
-    classes=lambda: {"reg": REG(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(4))},
-    bias=lambda: {"reg": REG(linear(2, bias=False)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
-    width=lambda: {
-        "reg": REG(linear(2, width=3)),
-        "bin": BIN(linear(2, width=3)),
-        "cls": CLS(linear(3, width=3)),
-    },
-)
-def checkpoint_is_of_other_heads(bench, heads):
-    state = saved_by(bench, heads())
-    return functools.partial(bench.optimizer.load_state_dict, state), bench.go_on
-
-
-@bad_state(CheckpointError, "moments", rules=("paper",))
-def checkpoint_is_of_other_moments(bench):
-    """Heads that are computed together share a posterior's layout."""
-    net = make_net(bench.x.device, bench.x.dtype, outputs={"one": 2, "two": 2})
-    sampled = {"moments": "monte_carlo"}
-    saved = {"one": BIN(net.heads["one"]), "two": BIN(net.heads["two"])}
-    ours = {"one": BIN(net.heads["one"]), "two": BIN(net.heads["two"], **sampled)}
-    bench.use(net, heads=ours)
-    return loading(bench, saved_by(bench, saved), "bin")
-
-
-@bad_state(CheckpointError, "order")
-def checkpoint_has_like_heads_in_another_order(bench):
-    """Nothing but the order tells whose posterior is whose."""
-    net = make_net(bench.x.device, bench.x.dtype, outputs={"one": 2, "two": 2})
-    heads = {name: REG(module) for name, module in net.heads.items()}
-    bench.use(net, heads=heads)
-    return loading(bench, saved_by(bench, dict(reversed(heads.items()))), "reg")
-
-
-@bad_state(CheckpointError, "plain optimizer", r"base_optimizer\.load_state_dict")
-def checkpoint_is_of_a_plain_optimizer(bench):
-    state = bench.optimizer.base_optimizer.state_dict()
-    return functools.partial(bench.optimizer.load_state_dict, state), bench.go_on
-
-
-@bad_state(CheckpointError, "parameter group")
-def checkpoint_is_of_another_base(bench):
-    other_net = make_net(bench.x.device, bench.x.dtype, seed=3)
-    base = torch.optim.SGD([{"params": [p]} for p in other_net.parameters()], 0.1)
-    other = wrap(other_net, base, bench.rule, settings=QUICK)
-    train(other_net, other, 4)
-    state = other.state_dict()
-    return functools.partial(bench.optimizer.load_state_dict, state), bench.go_on
-
-
-# --- the test ------------------------------------------------------------------------------------
-
 _TRAINED: dict[Any, Any] = {}
 
 
@@ -400,28 +278,20 @@ def make_bench(phase: str, rule: str, device: torch.device, dtype: torch.dtype) 
 
 
 @pytest.mark.filterwarnings("ignore:task '...'. its loss is not the likelihood:UserWarning")
-@pytest.mark.parametrize(
-    ("case", "phase", "rule"),
-    [
-        pytest.param(case, phase, rule, id=f"{case.name}-{phase}-{rule}")
-        for case in CASES
-        for phase in case.phases
-        for rule in case.rules
-    ],
-)
-def test_bad_input(case, phase, rule, device, dtype):
+@pytest.mark.parametrize(("error", "says", "prepare", "phase", "rule"), CASES)
+def test_bad_input(error, says, prepare, phase, rule, device, dtype):
     """Its own error, its message, no change, and training goes on as if nothing had happened."""
     results = []
     for wrong in (True, False):
         torch.manual_seed(0)
         bench = make_bench(phase, rule, device, dtype)
-        call, good = case.prepare(bench)
+        call, good = prepare(bench)
         if wrong:
             before = snapshot(bench.net, bench.optimizer)
-            with pytest.raises(case.error) as caught:
+            with pytest.raises(error) as caught:
                 call()
-            assert type(caught.value) is case.error
-            for pattern in case.says:
+            assert type(caught.value) is error
+            for pattern in says:
                 assert re.search(pattern, str(caught.value)), (pattern, str(caught.value))
             assert_same(before, snapshot(bench.net, bench.optimizer))
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: every leaf, damaged in every way, is refused with nothing changed.
+"""Checkpoints that are damaged in any leaf, or of another run, are refused with nothing changed.
 
 The damage is generated from the states themselves, so that a leaf that is added is tested too.
 What is saved and loaded well is tested in ``test_optimizer_state.py`` and ``loops``.
@@ -9,14 +9,15 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import LossTask
+from bayesagg import BayesAgg, BinaryHead, LossTask, MulticlassHead, RegressionHead
 from bayesagg.checkpoint import PosteriorState
 from bayesagg.errors import CheckpointError
 from tests.helpers.data import losses_over, make_batch, without
 from tests.helpers.nets import make_net, plain_net, plain_trunk
-from tests.helpers.settings import EPOCH, OPTIMIZERS, SAMPLED
+from tests.helpers.settings import EPOCH, OPTIMIZERS, SAMPLED, WIDTH
 from tests.helpers.states import difference, snapshot
 from tests.helpers.training import make_heads, train, wrap
 
@@ -35,6 +36,7 @@ GOOD = {
     *((name, size) for name in ("forms", "reductions", "factor") for size in ("shorter", "longer")),
 }
 NUMBERS = int | float
+OURS = {"bayesagg"}  # the part of a wrapper's state that is not its base's
 LOOK = 20  # damages between two looks at what has changed, which takes as long as loading
 
 
@@ -73,9 +75,6 @@ def trained(case, rule, base):
     for index in range(EPOCH + 1):
         step(index)
     return net, optimizer, step
-
-
-# --- damage --------------------------------------------------------------------------------------
 
 
 def nodes(value, path=()):
@@ -123,70 +122,52 @@ def damages(path, value, of_base):
         yield "a number", 1.0
         yield "complex", value.to(torch.complex128)
         if value.is_floating_point():
+            first = torch.tensor([0], device=value.device)
             for name, wrong in (("NaN", torch.nan), ("infinite", -torch.inf)):
-                yield name, value.clone().index_fill_(*_first(value), wrong)
+                yield name, value.clone().index_fill_(0, first, wrong)
             if not of_base:
                 yield "integers", value.long()
             if "gram" in names or (names & NOT_NEGATIVE and bool((value >= 0).all())):
                 yield "negative", -1 - value
 
 
-def _first(value):
-    """Dimension and index of the first entry, for ``index_fill_``."""
-    return 0, torch.tensor([0], device=value.device)
-
-
-def replaced(state, path, value):
-    """A state with another value at one place; all that is not on the way is shared."""
-    if not path:
-        return value
+def changed(state, path, *value):
+    """A state with another value at one place, or without it; all that is not on the way is shared."""
     made = dict(state) if isinstance(state, dict) else list(state)
-    made[path[0]] = replaced(state[path[0]], path[1:], value)
+    first, *rest = path
+    if rest:
+        made[first] = changed(state[first], rest, *value)
+    elif value:
+        [made[first]] = value
+    else:
+        del made[first]
     return tuple(made) if isinstance(state, tuple) else made
 
 
-def removed(state, path):
-    """A state without the key at a place."""
-    if len(path) == 1:
-        return {key: part for key, part in state.items() if key != path[0]}
-    made = dict(state) if isinstance(state, dict) else list(state)
-    made[path[0]] = removed(state[path[0]], path[1:])
-    return tuple(made) if isinstance(state, tuple) else made
-
-
-def damaged(state):
-    """Every damage of a wrapper's state, with its name."""
+def damaged(state, parts):
+    """Every damage of some parts of a wrapper's state, with its name."""
     for path, value in nodes(state):
+        if path[0] not in parts:
+            continue
         of_base = path[0] != "bayesagg"
         if path[0] == "state" and len(path) > 1 and path[1] > 1:
             continue  # that of all parameters is alike
         where = "/".join(map(str, path))
         for name, wrong in damages(path, value, of_base):
             if (path[-1], name) not in GOOD:
-                yield f"{where}: {name}", replaced(state, path, wrong)
+                yield f"{where}: {name}", changed(state, path, wrong)
         parent = functools.reduce(lambda part, key: part[key], path[:-1], state)
         # Parameters that never had a gradient have no state: their lack is no damage.
         optional = path[:-1] in ((), ("state",)) or (path[-2], "removed") in GOOD
         if isinstance(parent, dict) and not optional:
-            yield f"{where}: removed", removed(state, path)
+            yield f"{where}: removed", changed(state, path)
 
 
-# --- tests ---------------------------------------------------------------------------------------
-
-
-def load_wrapper(optimizer, state):
-    optimizer.load_state_dict(state)
-
-
-def load_engine(optimizer, state):
-    optimizer.engine.load_state_dict({"_extra_state": state["bayesagg"]})
-
-
-def assert_refuses(pristine, state, load=load_wrapper):
+def assert_refuses(pristine, state, load, parts):
     """Every damage raises ``CheckpointError`` and changes nothing; lists those that do not."""
     (net, optimizer), found = copy.deepcopy(pristine), []
     before = snapshot(net, optimizer)
-    every = list(damaged(state))
+    every = list(damaged(state, parts))
     for number, (name, wrong) in enumerate(every, 1):
         outcome = change = None
         try:
@@ -202,29 +183,42 @@ def assert_refuses(pristine, state, load=load_wrapper):
             found.append(f"{name}: {outcome}; of the last {LOOK} changed {change}")
         if change is not None:
             net, optimizer = copy.deepcopy(pristine)
+    assert len(every) > 50
     assert not found, f"{len(found)} damages:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize(
-    ("into", "base"), [("itself", "adam"), ("fresh", "adamw"), ("fresh", "momentum")]
+    ("into", "base", "rule"),
+    [
+        ("itself", "adam", "likelihood"),
+        ("fresh", "adamw", "paper"),
+        ("fresh", "momentum", "likelihood"),
+    ],
 )
-def test_every_damage_of_a_wrapper_is_refused(into, base, rule):
-    """Into the run it was saved from, and into one that has not begun."""
+def test_every_damage_of_the_base_is_refused(into, base, rule):
+    """Into the run it was saved from, and into one that has not begun; no rule has a say."""
     state = trained("mixture", rule, base)[1].state_dict()
     net, optimizer, step = build("mixture", rule, base, seed=into == "fresh")
     if into == "itself":
         optimizer.load_state_dict(copy.deepcopy(state))
-    assert_refuses((net, optimizer), state)
+    pristine = net, optimizer
+    assert_refuses(pristine, state, lambda o, wrong: o.load_state_dict(wrong), state.keys() - OURS)
     optimizer.load_state_dict(state)  # which is good
     step(9)
 
 
-@pytest.mark.parametrize("case", ["mixture", "missing", "wide", "other_losses"])
+@pytest.mark.parametrize("case", ["fresh", "mixture", "missing", "wide", "other_losses"])
 def test_every_damage_of_an_engine_is_refused(case, rule):
-    """As it is loaded with a training module."""
-    net, optimizer, _ = trained(case, rule, "adam")
+    """As it is loaded with a training module; ``fresh``: into a run that has not begun."""
+    net, optimizer, _ = trained("mixture" if case == "fresh" else case, rule, "adam")
     state = {"bayesagg": optimizer.engine.get_extra_state()}
-    assert_refuses((net, optimizer), state, load_engine)
+    if case == "fresh":
+        net, optimizer, _ = build("mixture", rule, "adam", seed=1)
+
+    def load(optimizer, wrong):
+        optimizer.engine.load_state_dict({"_extra_state": wrong["bayesagg"]})
+
+    assert_refuses((net, optimizer), state, load, OURS)
 
 
 @pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.NAdam])
@@ -264,6 +258,44 @@ def refused(net, optimizer, load, state, match=None):
     assert difference(before, snapshot(net, optimizer)) is None
 
 
+REG, BIN, CLS = RegressionHead, BinaryHead, MulticlassHead
+
+
+def linear(outputs, width=WIDTH, bias=True):
+    return nn.Linear(width, outputs, bias)
+
+
+# None has the tasks of `make_heads`: a regression and a binary head of two outputs, three classes.
+OTHERS = {
+    "names": {"other": REG(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
+    "fewer": {"reg": REG(linear(2)), "bin": BIN(linear(2))},
+    "order": {"bin": BIN(linear(2)), "reg": REG(linear(2)), "cls": CLS(linear(3))},
+    "kind": {"reg": BIN(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
+    "classes": {"reg": REG(linear(2)), "bin": BIN(linear(2)), "cls": CLS(linear(4))},
+    "bias": {"reg": REG(linear(2, bias=False)), "bin": BIN(linear(2)), "cls": CLS(linear(3))},
+    "width": {"reg": REG(linear(2, 3)), "bin": BIN(linear(2, 3)), "cls": CLS(linear(3, 3))},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_state_of_other_heads_is_refused(other, rule):
+    net, optimizer, step = trained("mixture", rule, "adam")
+    engine = BayesAgg(None, OTHERS[other], rule=rule)
+    state = {**optimizer.state_dict(), "bayesagg": engine.get_extra_state()}
+    says = "other heads.*same heads, in the same order"
+    refused(net, optimizer, optimizer.load_state_dict, state, says)
+    step(9)
+
+
+def test_a_state_of_other_moments_is_refused():
+    """Under the paper's rule, where heads that are computed together share a layout."""
+    two = {"one": linear(2), "two": linear(2)}
+    saved = BayesAgg(None, {name: BIN(module) for name, module in two.items()}, rule="paper")
+    sampled = {"one": BIN(two["one"]), "two": BIN(two["two"], moments="monte_carlo")}
+    with pytest.raises(CheckpointError, match="moments"):
+        BayesAgg(None, sampled, rule="paper").set_extra_state(saved.get_extra_state())
+
+
 def test_what_is_no_state_is_refused(rule):
     net, optimizer, _ = trained("mixture", rule, "adam")
     state = optimizer.state_dict()
@@ -284,6 +316,13 @@ def test_a_state_of_the_other_rule_is_refused(rule, net):
 def test_a_state_of_another_optimizer_is_refused(rule, net):
     optimizer = wrap(net, "adam", rule)
     state = trained("mixture", rule, "adam")[1].state_dict()
-    state |= OPTIMIZERS["momentum"](make_net().parameters()).state_dict()
-    refused(net, optimizer, optimizer.load_state_dict, state, "Adam")
+    momentum = OPTIMIZERS["momentum"](make_net().parameters()).state_dict()
+    groups = torch.optim.Adam([{"params": [p]} for p in make_net().parameters()]).state_dict()
+    plain = optimizer.base_optimizer.state_dict()
+    for wrong, says in (
+        ({**state, **momentum}, "Adam"),
+        ({**state, **groups}, "parameter group"),
+        (plain, r"plain optimizer.*base_optimizer\.load_state_dict"),
+    ):
+        refused(net, optimizer, optimizer.load_state_dict, wrong, says)
     train(net, optimizer, 1)
