@@ -132,7 +132,7 @@ def damages(path, value, of_base):
 
 
 def changed(state, path, *value):
-    """A state with another value at one place, or without it; all that is not on the way is shared."""
+    """A state with another value at one place, or without it; what is not on the way is shared."""
     made = dict(state) if isinstance(state, dict) else list(state)
     first, *rest = path
     if rest:

@@ -1,4 +1,4 @@
-"""Multi-class moments: cubature over contrasts against a million samples and against fine grids."""
+"""Multi-class moments: cubature over contrasts against samples and against fine grids."""
 
 import numpy as np
 import pytest
@@ -46,22 +46,22 @@ def moments(device, h, y, m, s, d, full=False):
     return reference.numpy(first)[0], reference.numpy(second)[0]
 
 
-# Fewer have a finer reference below, which is of four what the samples are.
-@pytest.mark.parametrize("classes", [4, 5, 8])
-def test_equals_a_million_samples(device, classes):
+# Fewer have a finer reference below. Of eight the widest logits are left to Sobol points.
+@pytest.mark.parametrize("classes", [5, 8])
+def test_equals_many_samples(device, classes):
     d, scales = 2, (0.1, 1.0, 5.0)
     h, y, m, s = problem(classes, classes, d, True, 1.0)
     gradient = reference.multiclass_gradient(h, y, d)
     parts = {sd: [] for sd in scales}
-    for seed in range(10):
+    for seed in range(4):
         deviation = reference.sample(np.zeros_like(m), s, 100_000, seed)
         for sd in scales:
             parts[sd].append(gradient(m + sd * deviation))
     for sd in scales:
         mean, variance, mean_se, variance_se = reference.sampled_moments(np.concatenate(parts[sd]))
         first, second = moments(device, h, y, m, sd**2 * s, d)
-        assert np.all(np.abs(first - mean) < 6 * mean_se), sd
-        assert np.all(np.abs(second - variance) < 6 * variance_se), sd
+        assert np.all(np.abs(first - mean) < 4.5 * mean_se), sd
+        assert np.all(np.abs(second - variance) < 4.5 * variance_se), sd
 
 
 @pytest.mark.parametrize("classes", [3, 4])

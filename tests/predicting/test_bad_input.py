@@ -37,24 +37,34 @@ def lacking(name):
     return [(x, {n: v for n, v in y.items() if n != name}) for x, y in loader(batches=2)]
 
 
-def test_an_untrained_engine(rule):
+def test_without_data_there_must_have_been_training(rule):
     net = plain_net()
     optimizer = wrap(net, rule=rule)
     with pytest.raises(PredictionError, match=r"'reg'.*pass data"):
         optimizer.predictor(net)
     optimizer.predictor(net, loader())  # with data there is something to go by
+    train(net, optimizer, 5)
+    with pytest.raises(ValueError, match=r"prior_variance.*Pass data"):
+        optimizer.predictor(net, prior_variance=3.0)
 
 
 @pytest.mark.filterwarnings("ignore:task 'reg'. its loss is not the likelihood")
-def test_a_head_whose_loss_is_another():
+@pytest.mark.parametrize(
+    ("loss", "unit", "error", "match"),
+    [
+        (F.l1_loss, 1.0, PredictionError, r"'reg'.*not the head's likelihood"),
+        (F.mse_loss, 0.0, NumericalError, r"'reg'.*labels.*were zero"),
+    ],
+)
+def test_training_that_tells_no_noise(loss, unit, error, match):
     net = plain_net(outputs={"reg": 1})
-    optimizer = BayesAggWrapper(
-        torch.optim.Adam(net.parameters()), None, {"reg": RegressionHead(net.heads["reg"])}
-    )
+    heads = {"reg": RegressionHead(net.heads["reg"])}
+    optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters()), None, heads)
     for i in range(3):
         x, y = make_batch(seed=i, outputs={"reg": 1})
-        optimizer.step({"reg": F.l1_loss(net(x)["reg"], y["reg"])}, targets=y)
-    with pytest.raises(PredictionError, match=r"'reg'.*not the head's likelihood"):
+        y["reg"] *= unit
+        optimizer.step({"reg": loss(net(x)["reg"], y["reg"])}, targets=y)
+    with pytest.raises(error, match=match):
         optimizer.predictor(net)
 
 
@@ -149,32 +159,25 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("change", "match"),
+    ("task", "change", "match"),
     [
         # As F.cross_entropy wants probabilities of tokens.
-        (
-            {"c": lambda y: y.movedim(-1, 1)},
-            r"'c': \[4, 3, 5\] targets.*shape of the head",
-        ),
-        (
-            {"r": lambda y: y.movedim(-1, 1)},
-            r"'r': \[4, 2, 5\] targets.*shape of the head",
-        ),
-        ({"r": lambda y: y.flatten(0, 1).mT}, r"'r': \[2, 20\] targets"),
-        ({"c": lambda y: y.argmax(-1).mT}, r"'c': \[5, 4\] targets"),
-        ({"c": lambda y: y / 2}, "'c'.*sum to one"),
-        ({"c": lambda y: y.argmax(-1) + 0.5}, "'c'.*class indices"),
+        ("c", lambda y: y.movedim(-1, 1), r"'c': \[4, 3, 5\] targets.*shape of the head"),
+        ("r", lambda y: y.movedim(-1, 1), r"'r': \[4, 2, 5\] targets.*shape of the head"),
+        ("r", lambda y: y.flatten(0, 1).mT, r"'r': \[2, 20\] targets"),
+        ("c", lambda y: y.argmax(-1).mT, r"'c': \[5, 4\] targets"),
+        ("c", lambda y: y / 2, "'c'.*sum to one"),
+        ("c", lambda y: y.argmax(-1) + 0.5, "'c'.*class indices"),
     ],
 )
-def test_targets_in_another_order(change, match):
+def test_targets_in_another_order(task, change, match):
     """As many as there are outputs, but it is not to be seen which is whose."""
     net, x = Tokens(), torch.randn(4, 5, 3)
     targets = {"r": torch.randn(4, 5, 2), "c": torch.randn(4, 5, 3).softmax(-1)}
     heads = {"r": RegressionHead(net.r), "c": MulticlassHead(net.c)}
     for same in (lambda y: y, lambda y: y.flatten(0, 1)):
-        Predictor.fit(net, heads, [(x, {task: same(y) for task, y in targets.items()})])
-    for task, new in change.items():
-        targets[task] = new(targets[task])
+        Predictor.fit(net, heads, [(x, {name: same(y) for name, y in targets.items()})])
+    targets[task] = change(targets[task])
     with pytest.raises(TargetError, match=match):
         Predictor.fit(net, heads, [(x, targets)])
 
@@ -219,14 +222,6 @@ def test_values_that_are_not_finite():
         fit([(x, make_batch()[1])])
 
 
-def test_nothing_to_predict_with():
-    net = plain_net()
-    predictor = Predictor(net, heads_of(net))
-    for use in (lambda: predictor(make_batch()[0]), lambda: predictor.calibrate(loader())):
-        with pytest.raises(PredictionError, match="load_state_dict"):
-            use()
-
-
 def test_a_state_of_other_heads():
     net = plain_net()
     state = fit(loader(), net).state_dict()
@@ -237,15 +232,19 @@ def test_a_state_of_other_heads():
     predictor = Predictor(wider, heads_of(wider))
     with pytest.raises(CheckpointError, match="weights"):
         predictor.load_state_dict(state)
-    with pytest.raises(PredictionError, match="no posterior yet"):  # nothing of it was taken
-        predictor(make_batch()[0])
+    for use in (lambda: predictor(make_batch()[0]), lambda: predictor.calibrate(loader())):
+        with pytest.raises(PredictionError, match=r"no posterior yet.*load_state_dict"):
+            use()  # nothing of it was taken
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "ml"])
-def test_a_prior_out_of_range(value):
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [*(("prior_variance", value) for value in (0, -1.0, torch.nan, "ml")), ("passes", -1)],
+)
+def test_settings_of_a_fit_out_of_range(setting, value):
     net = plain_net()
-    with pytest.raises(ValueError, match="prior_variance"):
-        Predictor.fit(net, heads_of(net), loader(), prior_variance=value)
+    with pytest.raises(ValueError, match=setting):
+        Predictor.fit(net, heads_of(net), loader(batches=1), **{setting: value})
 
 
 def test_too_few_passes_are_told():
@@ -259,45 +258,16 @@ def test_labels_beyond_the_numbers_of_the_model(unit):
     """Their square is."""
     net = plain_net().float()
     [(x, y)] = loader(batches=1, dtype=torch.float32)
-    data = [(x, {**y, "reg": unit * y["reg"]})]
     with pytest.raises(NumericalError, match=r"'reg'.*float32.*labels"):
-        Predictor.fit(net, {"reg": heads_of(net)["reg"]}, [(x, {"reg": data[0][1]["reg"]})])
+        Predictor.fit(net, {"reg": heads_of(net)["reg"]}, [(x, {"reg": unit * y["reg"]})])
 
 
-@pytest.mark.parametrize("level", [0, 1.0, 95, float("nan"), "most", torch.tensor([0.5, 0.9])])
-def test_a_level_out_of_range(level):
-    [(x, y)] = loader(batches=1)
-    with pytest.raises(ValueError, match="level must be one number"):
-        fit([(x, y)])(x)["reg"].interval(level)
-
-
-def test_numbers_of_draws_and_passes():
-    [(x, y)] = loader(batches=1)
-    found = fit([(x, y)])(x)["bin"]
+def test_levels_and_numbers_of_draws_out_of_range():
+    found = fit(loader(batches=1))(make_batch()[0])
+    for level in (0, 1.0, 95, torch.nan, "most", torch.tensor([0.5, 0.9])):
+        with pytest.raises(ValueError, match="level must be one number"):
+            found["reg"].interval(level)
     with pytest.raises(ValueError, match="-1"):
-        found.sample(-1)
+        found["bin"].sample(-1)
     with pytest.raises(TypeError, match="integer"):
-        found.sample(2.5)
-    net = plain_net()
-    with pytest.raises(ValueError, match="passes"):
-        Predictor.fit(net, heads_of(net), [(x, y)], passes=-1)
-
-
-def test_settings_of_a_fit_need_data(rule):
-    net = plain_net()
-    optimizer = wrap(net, rule=rule)
-    train(net, optimizer, 5)
-    with pytest.raises(ValueError, match=r"prior_variance.*Pass data"):
-        optimizer.predictor(net, prior_variance=3.0)
-
-
-def test_training_on_labels_that_are_all_zero_tells_no_noise():
-    net = plain_net(outputs={"reg": 1})
-    heads = {"reg": RegressionHead(net.heads["reg"])}
-    optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters()), None, heads)
-    for i in range(3):
-        out = net(make_batch(seed=i, outputs={"reg": 1})[0])["reg"]
-        zeros = torch.zeros_like(out)
-        optimizer.step({"reg": F.mse_loss(out, zeros)}, targets={"reg": zeros})
-    with pytest.raises(NumericalError, match=r"'reg'.*labels.*were zero"):
-        optimizer.predictor(net)
+        found["bin"].sample(2.5)

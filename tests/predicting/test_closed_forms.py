@@ -143,11 +143,11 @@ def test_samples_have_the_formulas_covariance_jointly():
     predictor.posteriors[0].scale.fill_(1.5)
     p = predictor(make_batch(seed=1, size=4)[0])["reg"]
     generator = torch.Generator().manual_seed(0)
-    drawn = p.sample(400_000, generator=generator)
+    drawn = p.sample(200_000, generator=generator)
     for k in range(2):
         found, expected = torch.cov(drawn[..., k].mT), p.covariance()[k]
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * float(expected.max()))
-    labels = p.sample(400_000, noise=True, generator=generator)
+    labels = p.sample(200_000, noise=True, generator=generator)
     torch.testing.assert_close(labels.std(0), p.stddev, rtol=0.02, atol=0)
     torch.testing.assert_close(p.distribution.stddev, p.stddev)
 
@@ -261,7 +261,7 @@ def test_binary_outputs_are_laplace_at_the_mode(far):
         torch.testing.assert_close(p.output[:, k], g @ w, rtol=1e-5, atol=1e-6)
         variance = ((g @ covariance) * g).sum(1)
         torch.testing.assert_close(p.output_variance[:, k], variance, rtol=1e-5, atol=1e-8)
-        z = g @ w + variance.sqrt() * torch.randn(400_000, 1).double()
+        z = g @ w + variance.sqrt() * torch.randn(200_000, 1).double()
         torch.testing.assert_close(p.mean[:, k], z.sigmoid().mean(0), rtol=0, atol=3e-3)
         found, expected = p.epistemic[:, k], z.sigmoid().var(0)
         torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-5)
@@ -282,11 +282,11 @@ def test_classes_are_laplace_at_the_mode():
     covariance = torch.linalg.inv(torch.autograd.functional.hessian(loss, w))
     p = predictor(new)["cls"]
     torch.testing.assert_close(p.output, g @ w.view(shape).mT, rtol=1e-5, atol=1e-6)
-    draws = torch.distributions.MultivariateNormal(w, covariance).sample((200_000,))
+    draws = torch.distributions.MultivariateNormal(w, covariance).sample((100_000,))
     probabilities = (g @ draws.view(-1, *shape).mT).softmax(-1)
     torch.testing.assert_close(p.mean, probabilities.mean(0), rtol=0, atol=2e-3)
     torch.testing.assert_close(p.epistemic, probabilities.var(0), rtol=0.03, atol=1e-5)
-    own = p.sample(200_000, generator=torch.Generator().manual_seed(0))
+    own = p.sample(100_000, generator=torch.Generator().manual_seed(0))
     centred, expected = own - own.mean(0), probabilities - probabilities.mean(0)
     torch.testing.assert_close(
         torch.einsum("sic,sjc->ij", centred, centred),
