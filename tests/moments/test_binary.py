@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy import integrate, stats
 
-from bayesagg.moments import binary_moments, gaussian_nodes
+from bayesagg.moments import binary_moments
 from bayesagg.moments.nodes import _HERMITE
 from bayesagg.posterior import Gaussian
 from tests import reference
@@ -77,22 +76,17 @@ def test_equals_a_fine_rule(device, seed, d, bias, feature_scale, logit, log_sd,
     check(device, h, y, m, factor, d)
 
 
-@pytest.mark.parametrize("sd", [1e-8, 1e-2, 0.5, 1.9, 2.1, 5.0, 12.0, 30.0])
+# The bounds between the rules, from either side; certain logits, under which the weights are not.
+EDGES = [bound + side for bound, _ in _HERMITE for side in (-1e-9, 1e-9)]
+
+
+@pytest.mark.parametrize("sd", [0.0, 1e-8, 1e-2, 0.5, 1.9, 2.1, 5.0, 12.0, 30.0, *EDGES])
 def test_grid_of_wide_and_saturated_logits(device, sd):
     for logit in (-100.0, -20.0, 0.0, 3.0, 20.0, 100.0):
         h, m, factor = problem(7, 3, True, 1.0, logit, sd)
+        h = h * (sd > 0)
         for y in (0.0, 0.3, 1.0):
             check(device, h, y, m, factor, 3)
-
-
-@pytest.mark.parametrize("bound", [bound for bound, _ in _HERMITE])
-def test_no_step_between_rules(device, bound):
-    results = []
-    for sd in (bound - 1e-9, bound + 1e-9):
-        h, m, factor = problem(5, 2, True, 1.0, 1.5, sd)
-        results.append(moments(device, h, 1.0, m, factor, 2))
-    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-3)
-    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-3)
 
 
 @pytest.mark.parametrize("sd", [1e-2, 1.0, 4.0])
@@ -104,50 +98,6 @@ def test_positive_and_negative_labels_are_mirror_images(device, logit, sd):
     negative = moments(device, h, 0.0, -m, factor, 2)
     np.testing.assert_allclose(positive[0], negative[0], rtol=1e-6)
     np.testing.assert_allclose(positive[1], negative[1], rtol=1e-6)
-
-
-@pytest.mark.parametrize(("logit", "sd"), [(0.3, 0.5), (2.0, 4.0), (-10.0, 30.0)])
-def test_nodes_integrate_like_adaptive_quadrature(device, logit, sd):
-    mean = torch.tensor([logit], dtype=torch.float64, device=device)
-    x, w = gaussian_nodes(mean, mean.new_tensor([sd]))
-    for power in (1, 2):
-        value = (w * torch.sigmoid(mean + sd * x) ** power).sum()
-
-        def integrand(z, power=power):
-            return stats.norm.pdf(z, logit, sd) * reference.sigmoid(np.array(z)) ** power
-
-        low, high = logit - 12 * sd, logit + 12 * sd
-        points = [p for p in (-8.0, 0.0, 8.0) if low < p < high]
-        expected, _ = integrate.quad(integrand, low, high, points=points, limit=200)
-        assert float(value) == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("y", [0.0, 1.0])
-def test_without_uncertainty_it_is_the_gradient_at_the_mean(device, y, full):
-    h, m, factor = problem(0, 3, True, 1.0, 0.7, 1e-9)
-    first, second = moments(device, h, y, m, factor, 3, full)
-    np.testing.assert_allclose(first, (reference.sigmoid(np.array(0.7)) - y) * m[:3], rtol=1e-8)
-    assert np.all(np.abs(second) < 1e-15)
-
-
-def test_variance_vanishes_linearly_with_the_posterior(device):
-    # v → 0: Var[g] → Cov of the linearised gradient, in which E[e²] and σ'(z) both count.
-    h, m, factor = problem(1, 3, True, 1.0, 0.4, 1e-5)
-    s = np.linalg.inv(factor @ factor.T)
-    p = float(reference.sigmoid(np.array(0.4)))
-    jacobian = (p - 1) * np.eye(4) + p * (1 - p) * np.outer(m, h)
-    _, covariance = moments(device, h, 1.0, m, factor, 3, full=True)
-    np.testing.assert_allclose(covariance, (jacobian @ s @ jacobian.T)[:3, :3], rtol=1e-6)
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_zero_features_without_bias(device, full):
-    # v = 0 exactly: the logit is certain, the weights are not.
-    m, factor = np.array([1.0, -2.0]), np.eye(2) / 3
-    first, second = moments(device, np.zeros(2), 1.0, m, factor, 2, full)
-    np.testing.assert_allclose(first, -0.5 * m)
-    np.testing.assert_allclose(second, 0.25 * 9 * (np.eye(2) if full else np.ones(2)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("full", [False, True])
