@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.helpers.data import make_batch, make_losses
+from tests.helpers.data import make_batch
 from tests.helpers.nets import Net, make_net, plain_net, plain_trunk
 from tests.helpers.settings import EPOCH, HEADS, OUTPUTS, PHASES, WIDTH
 from tests.helpers.states import assert_finite, assert_same, difference, snapshot
@@ -32,21 +32,6 @@ def test_a_tower_is_its_last_layer(device, dtype):
             assert all(p.grad is None for p in tower[-1].parameters())
             assert all(p.grad.any() for p in tower[:-1].parameters())
     assert_same(*results)
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["recovered", "targets"])
-def test_towers_learn(given, device, dtype):
-    net = plain_net(device, dtype, towers=True)
-    optimizer = wrap(net, "adam", "likelihood", shared_rep_hook=None)
-    x, labels = make_batch(device, dtype, size=40)
-    labels["reg"] = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], 1)
-    labels["bin"], labels["cls"] = (x[:, :2] > 0).to(x), x[:, :3].argmax(1)
-    first = {n: float(loss.detach()) for n, loss in make_losses(net(x), labels).items()}
-    for _ in range(120):
-        optimizer.zero_grad()
-        optimizer.step(make_losses(net(x), labels), targets=labels if given else None)
-    last = {n: float(loss.detach()) for n, loss in make_losses(net(x), labels).items()}
-    assert all(last[name] < 0.7 * first[name] for name in first)
 
 
 def test_networks_that_share_nothing_are_trained_as_by_wrappers_of_their_own(device, dtype):
