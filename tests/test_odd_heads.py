@@ -43,40 +43,54 @@ class LowRank(nn.Linear):
         return super().forward(x) + x @ self.lora_a.mT @ self.lora_b.mT
 
 
-def doubled_input(width, outputs):
-    head = nn.Linear(width, outputs)
-    head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+def double_input(head):
+    return head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def double_output(head):
+    return head.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hooked(hook):
+    head = nn.Linear(4, 2)
+    hook(head)
     return head
 
 
-def doubled_output(width, outputs):
-    head = nn.Linear(width, outputs)
-    head.register_forward_hook(lambda module, args, output: 2 * output)
-    return head
-
-
-def start(head, rule, **settings):
+def start(head, rule, steps=0):
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
     net = nn.Sequential(trunk, head)
     base = torch.optim.Adam(net.parameters(), lr=0.01)
-    heads = {"age": RegressionHead(head, **settings)}
-    return net, BayesAggWrapper(base, trunk, heads, rule=RULES[rule])
+    optimizer = BayesAggWrapper(base, trunk, {"age": RegressionHead(head)}, rule=RULES[rule])
+    step(net, optimizer, steps)
+    return net, optimizer
 
 
-def step(net, optimizer):
-    x = torch.randn(8, 5)
-    optimizer.zero_grad()
-    optimizer.step({"age": F.mse_loss(net(x), x[:, :2])})
+def step(net, optimizer, count=1):
+    for _ in range(count):
+        x = torch.randn(8, 5)
+        optimizer.zero_grad()
+        optimizer.step({"age": F.mse_loss(net(x), x[:, :2])})
 
 
-@pytest.mark.parametrize("build", [Scaled, Cosine, doubled_input, doubled_output])
-def test_a_head_that_does_more_is_refused(build, rule):
-    net, optimizer = start(build(4, 2), rule)
+def refuses(net, optimizer, match, losses=None):
+    """A step raises, and nothing has changed but that gradients were set to none."""
     before = snapshot(net, optimizer)
-    with pytest.raises(HeadError, match=r"task 'age'.*weight @ h \+ bias.*LossTask"):
-        step(net, optimizer)
-    assert_same(before, snapshot(net, optimizer))
+    with pytest.raises(HeadError, match=match):
+        if losses is None:
+            step(net, optimizer)
+        else:
+            optimizer.step(losses)
+    assert_same(before, snapshot(net, optimizer), ignore=["gradients"] if losses is None else [])
+
+
+MORE = [Scaled(4, 2), Cosine(4, 2), hooked(double_input), hooked(double_output)]
+
+
+@pytest.mark.parametrize("head", MORE)
+def test_a_head_that_does_more_is_refused(head, rule):
+    refuses(*start(head, rule), r"task 'age'.*weight @ h \+ bias.*LossTask")
 
 
 @pytest.mark.parametrize("how", ["added", "swapped", "resumed"])
@@ -84,17 +98,13 @@ def test_a_hook_that_comes_in_mid_training_is_seen(how, rule):
     """Also where all losses are known; one behind the head is part of its loss."""
     net, optimizer = start(nn.Linear(4, 2), rule)
     harmless = net[1].register_forward_pre_hook(lambda module, args: None)
-    for _ in range(EPOCH + 1):
-        step(net, optimizer)
+    step(net, optimizer, EPOCH + 1)
     if how == "swapped":  # there are as many as before
         harmless.remove()
-    net[1].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    double_input(net[1])
     if how == "resumed":
         optimizer.load_state_dict(optimizer.state_dict())
-    before = snapshot(net, optimizer)
-    with pytest.raises(HeadError, match=r"task 'age'.*weight @ h \+ bias"):
-        step(net, optimizer)
-    assert_same(before, snapshot(net, optimizer), ignore=["gradients"])  # which are set to none
+    refuses(net, optimizer, r"task 'age'.*weight @ h \+ bias")
 
 
 def shorten(head):
@@ -114,35 +124,21 @@ def drop_bias(head):
 @pytest.mark.parametrize("steps", [1, EPOCH + 1])
 @pytest.mark.parametrize("change", [shorten, widen, drop_bias])
 def test_a_head_that_was_changed_since_it_was_wrapped(change, steps, rule):
-    net, optimizer = start(nn.Linear(4, 2), rule)
-    for _ in range(steps):
-        step(net, optimizer)
+    net, optimizer = start(nn.Linear(4, 2), rule, steps)
     change(net[1])
-    before = snapshot(net, optimizer)
-    x = torch.randn(8, 5)
-    with pytest.raises(HeadError, match=r"task 'age'.*2 outputs of 4 features.*anew"):
-        optimizer.step({"age": net(x).square().mean()})
-    assert_same(before, snapshot(net, optimizer))
+    losses = {"age": net(torch.randn(8, 5)).square().mean()}
+    refuses(net, optimizer, r"task 'age'.*2 outputs of 4 features.*anew", losses)
 
 
-def test_weights_that_are_replaced_by_others_of_the_size(rule):
-    """As a search that starts heads anew, or a merge of models, may do."""
-    net, optimizer = start(nn.Linear(4, 2), rule)
-    for _ in range(EPOCH + 1):
-        step(net, optimizer)
-    net[1].weight = nn.Parameter(torch.randn(2, 4))
-    for _ in range(EPOCH + 1):
-        step(net, optimizer)
-    assert_finite(snapshot(net, optimizer))
-
-
-def test_what_follows_a_head_is_part_of_its_loss(rule):
-    """A hook that came after the engine's: the labels are those of the head's own output."""
-    head = nn.Linear(4, 2)
-    net, optimizer = start(head, rule)
-    head.register_forward_hook(lambda module, args, output: 2 * output)
-    for _ in range(EPOCH + 1):
-        step(net, optimizer)
+@pytest.mark.parametrize("change", ["others of the size", "a hook behind it"])
+def test_a_head_may_change_in_training(change, rule):
+    """Weights may start anew; what a hook does behind the engine's is part of the loss."""
+    net, optimizer = start(nn.Linear(4, 2), rule, EPOCH + 1)
+    if change == "others of the size":
+        net[1].weight = nn.Parameter(torch.randn(2, 4))
+    else:
+        double_output(net[1])
+    step(net, optimizer, EPOCH + 1)
     assert_finite(snapshot(net, optimizer))
 
 
@@ -197,37 +193,30 @@ class Words(nn.Module):
         self.head = nn.Linear(4, 6, bias=False)
         self.head.weight = self.embedding.weight
 
-    def forward(self, words):
-        return self.head(self.body(self.embedding(words)))
-
     def losses(self):
         words = torch.arange(6).repeat(3)
-        return {"next": F.cross_entropy(self(words), (words + 1) % 6)}
+        return {"next": F.cross_entropy(self.head(self.body(self.embedding(words))), words)}
+
+
+def wrapped_words(rule, hooked=True, **settings):
+    net = Words()
+    base, hook = torch.optim.Adam(net.parameters(), lr=0.01), net.body if hooked else None
+    heads = {"next": MulticlassHead(net.head, **settings)}
+    return net, BayesAggWrapper(base, hook, heads, rule=RULES[rule])
 
 
 @pytest.mark.parametrize("hooked", [False, True])
 def test_a_head_that_is_an_embedding_is_refused(hooked, rule):
     """Its posterior mean would overwrite the embedding, and its gradient be dropped."""
-    net = Words()
-    base = torch.optim.Adam(net.parameters(), lr=0.01)
-    hook = net.body if hooked else None
-    heads = {"next": MulticlassHead(net.head, readout="posterior")}
-    optimizer = BayesAggWrapper(base, hook, heads, rule=RULES[rule])
-    before = snapshot(net, optimizer)
-    with pytest.raises(HeadError, match=r"task 'next'.*tied.*readout='gradient'"):
-        optimizer.step(net.losses())
-    assert_same(before, snapshot(net, optimizer))
+    net, optimizer = wrapped_words(rule, hooked, readout="posterior")
+    refuses(net, optimizer, r"task 'next'.*tied.*readout='gradient'", net.losses())
 
 
 def test_an_embedding_that_keeps_its_gradient_may_be_a_head(rule):
     """As classifications do under the paper's rule."""
-    net = Words()
-    settings = {"readout": "gradient"} if rule == "likelihood" else {}
-    heads = {"next": MulticlassHead(net.head, **settings)}
-    base = torch.optim.Adam(net.parameters(), lr=0.01)
-    optimizer = BayesAggWrapper(base, net.body, heads, rule=RULES[rule])
+    net, optimizer = wrapped_words(rule, **({"likelihood": {"readout": "gradient"}}.get(rule, {})))
     first = net.losses()["next"].item()
-    for _ in range(20 * EPOCH):
+    for _ in range(10 * EPOCH):
         optimizer.zero_grad()
         optimizer.step(net.losses())
         assert net.embedding.weight.grad.any()
