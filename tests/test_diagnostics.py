@@ -65,13 +65,9 @@ def test_a_binary_probability_is_that_of_class_one():
     assert brier_score(p, y) == pytest.approx(2 * float((p - y).square().mean()))
     assert brier_score(p, y) == pytest.approx(brier_score(both, y))
     assert expected_calibration_error(p, y) == expected_calibration_error(both, y)
-
-
-def test_one_binary_output_is_taken_as_a_head_predicts_it():
-    p, y = torch.rand(40, 1), torch.randint(0, 2, (40, 1)).float()
-    expected = brier_score(p[:, 0], y[:, 0])
-    assert brier_score(p, y) == brier_score(p, y[:, 0]) == expected
-    assert brier_score(p.numpy(), y.numpy()) == expected
+    column = p[:, None], y[:, None].double()  # as a head predicts it
+    assert brier_score(*column) == brier_score(column[0], y) == brier_score(p, y)
+    assert brier_score(*(value.numpy() for value in column)) == brier_score(p, y)
 
 
 def test_perfect_and_worst_scores():

@@ -1,7 +1,6 @@
 """Networks whose features are known, and naive formulas over them, in float64."""
 
 import torch
-from torch import nn
 
 from tests.helpers.data import make_batch
 from tests.helpers.settings import HEADS
@@ -24,14 +23,3 @@ def features_of(net, x, bias=True):
     with torch.no_grad():
         h = net.trunk(x)
     return torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype)], 1) if bias else h
-
-
-class Single(nn.Module):
-    """One head on a trunk, as other libraries want it: outputs as a tensor."""
-
-    def __init__(self, net, task):
-        super().__init__()
-        self.trunk, self.head = net.trunk, net.heads[task]
-
-    def forward(self, x):
-        return self.head(self.trunk(x))

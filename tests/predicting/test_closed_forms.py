@@ -24,6 +24,7 @@ from tests.helpers.nets import plain_net
 from tests.predicting.cases import all_of, features_of, heads_of, loader
 
 GAMMA = 0.3
+CENTRE = torch.eye(3).double() - 1 / 3  # takes the common mode of three classes away
 
 
 def fitted(data, net=None, **kwargs):
@@ -282,6 +283,9 @@ def test_classes_are_laplace_at_the_mode():
     covariance = torch.linalg.inv(torch.autograd.functional.hessian(loss, w))
     p = predictor(new)["cls"]
     torch.testing.assert_close(p.output, g @ w.view(shape).mT, rtol=1e-5, atol=1e-6)
+    logits = torch.einsum("nd,cdef,nf->nce", g, covariance.view(*shape, *shape), g)
+    variance = (CENTRE @ logits @ CENTRE).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(p.output_variance, variance, rtol=1e-5, atol=1e-8)
     draws = torch.distributions.MultivariateNormal(w, covariance).sample((100_000,))
     probabilities = (g @ draws.view(-1, *shape).mT).softmax(-1)
     torch.testing.assert_close(p.mean, probabilities.mean(0), rtol=0, atol=2e-3)
@@ -314,8 +318,7 @@ def test_a_kronecker_product_beyond_the_size_is_the_formula():
     precision = torch.kron(left, h.mT @ h) + torch.eye(3 * h.shape[1]).double() / GAMMA
     covariance = torch.linalg.inv(precision).view(3, h.shape[1], 3, h.shape[1])
     logits = torch.einsum("nd,cdef,nf->nce", g, covariance, g)
-    centre = torch.eye(3).double() - 1 / 3  # without the common mode
-    expected = (centre @ logits @ centre).diagonal(dim1=1, dim2=2)
+    expected = (CENTRE @ logits @ CENTRE).diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(p.output_variance, expected, rtol=1e-6, atol=1e-9)
     p, posterior = predictor(new)["bin"], predictor.posteriors[1]
     close = fitted(data, net=net)[1](new)["bin"]

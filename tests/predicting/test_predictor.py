@@ -248,43 +248,42 @@ def test_an_exported_graph_gives_mean_and_standard_deviation(source, rule):
             torch.testing.assert_close(found[task][1], p.stddev, rtol=1e-5, atol=1e-7)
 
 
-def test_heads_on_one_tensor_share_what_they_have_in_common(tmp_path):
-    net = plain_net(outputs={f"reg{i}": 1 for i in range(3)})
-    heads = {n: RegressionHead(m) for n, m in net.heads.items()}
-    data = [(x, {n: x[:, i : i + 1] for i, n in enumerate(heads)}) for x, _ in loader()]
-    predictor, x = Predictor.fit(net, heads, data), make_batch(seed=9)[0]
+PARTS = ("mean", "stddev", "epistemic", "aleatoric", "output", "output_variance")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (RegressionHead, {}),
+        (BinaryHead, {}),  # with eigenvectors of their own
+        (BinaryHead, {"max_parameters": 1, "passes": 200}),  # with those of one Gram matrix
+    ],
+    ids=["regression", "binary", "binary beyond the size"],
+)
+def test_heads_on_one_tensor_are_as_each_alone(kind, settings, tmp_path):
+    """Also where they are saved, copied or moved; regressions share what they have in common."""
+    net = plain_net(outputs={"one": 1, "two": 2})
+    heads = {n: kind(m) for n, m in net.heads.items()}
+    data = []
+    for x, _ in loader():
+        y = x if kind is RegressionHead else (x > 0).double()
+        data.append((x, {"one": y[:, :1], "two": y[:, 1:3]}))
+    predictor, x = Predictor.fit(net, heads, data, **settings), make_batch(seed=9)[0]
     torch.save(predictor.state_dict(), tmp_path / "predictor.pt")
     loaded = Predictor(net, heads)
     loaded.load_state_dict(torch.load(tmp_path / "predictor.pt", weights_only=True))
     for one in (predictor, loaded, copy.deepcopy(predictor), predictor.to("cpu", torch.float64)):
-        assert len({id(posterior.vectors) for posterior in one.posteriors}) == 1
-        together = one(x)
-        for name, head in heads.items():
+        shared = {id(posterior.vectors) for posterior in one.posteriors}
+        assert len(shared) == 1 or kind is BinaryHead
+        for name, together in one(x).items():
             some = [(x, {name: y[name]}) for x, y in data]
-            alone = Predictor.fit(net, {name: head}, some)(x)[name]
-            torch.testing.assert_close(together[name].mean, alone.mean)
-            torch.testing.assert_close(together[name].stddev, alone.stddev)
-            torch.testing.assert_close(together[name].epistemic, alone.epistemic)
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_binary_heads_on_one_tensor_are_as_each_alone(exact):
-    """With eigenvectors of their own, or with those of one Gram matrix."""
-    net = plain_net(outputs={"one": 1, "two": 2})
-    heads = {n: BinaryHead(m) for n, m in net.heads.items()}
-    labels = [(x, (x > 0).double()) for x, _ in loader()]
-    data = [(x, {"one": y[:, :1], "two": y[:, 1:3]}) for x, y in labels]
-    settings = {} if exact else {"max_parameters": 1, "passes": 200}
-    x = make_batch(seed=9)[0]
-    together = Predictor.fit(net, heads, data, **settings)(x)
-    for name, head in heads.items():
-        some = [(x, {name: y[name]}) for x, y in data]
-        alone = Predictor.fit(net, {name: head}, some, **settings)(x)[name]
-        for part in ("mean", "stddev", "epistemic", "aleatoric", "output", "output_variance"):
-            torch.testing.assert_close(getattr(together[name], part), getattr(alone, part))
-        torch.testing.assert_close(together[name].distribution.logits, alone.distribution.logits)
-        for end, own in zip(together[name].interval(), alone.interval(), strict=True):
-            torch.testing.assert_close(end, own)
+            alone = Predictor.fit(net, {name: heads[name]}, some, **settings)(x)[name]
+            for part in PARTS:
+                torch.testing.assert_close(getattr(together, part), getattr(alone, part))
+            if kind is BinaryHead:
+                logits = together.distribution.logits, alone.distribution.logits
+                torch.testing.assert_close(*logits)
+            torch.testing.assert_close(together.interval(), alone.interval())
 
 
 def test_the_network_runs_once_over_batches_of_any_size():
