@@ -257,9 +257,7 @@ def test_a_copied_model_can_be_wrapped(kind, rule, device, dtype):
     for index in range(5):
         train_step(net, optimizer, index)
         train_step(other, other_optimizer, index)
-    assert_same(
-        snapshot(net, optimizer)["parameters"], snapshot(other, other_optimizer)["parameters"]
-    )
+    assert_same(snapshot(net)["parameters"], snapshot(other)["parameters"])
     del optimizer, other_optimizer
     gc.collect()
     assert hooks(other) == hooks(net) == 0
@@ -274,12 +272,8 @@ def test_hooks_of_others_in_a_saved_model(wrapped, place, net, batch, monkeypatc
     number that was the wrapper's.
     """
     optimizer = wrap(net, rule="likelihood")
-    ours = (
-        net.heads["reg"]._forward_pre_hooks
-        if place == "before"
-        else (net.heads["reg"]._forward_hooks)
-    )
-    number = next(iter(ours))
+    kind = "_forward_pre_hooks" if place == "before" else "_forward_hooks"
+    number = next(iter(getattr(net.heads["reg"], kind)))
     other = saved_whole(net)
     wrappers = [optimizer, wrap(other)] if wrapped else [optimizer]
     monkeypatch.setattr(RemovableHandle, "next_id", number)

@@ -33,11 +33,8 @@ def test_the_gradient_of_a_loss_without_a_head_arrives(way, steps, rule, device,
     for present in (False, True):
         net = plain_net(device, dtype)
         net.extra = nn.Linear(WIDTH, 1).to(x)
-        optimizer = (
-            other_losses(net, rule, way, keep_length=False)
-            if rule == "likelihood"
-            else (other_losses(net, rule, way))
-        )
+        own = {"keep_length": False} if rule == "likelihood" else {}
+        optimizer = other_losses(net, rule, way, **own)
         train(net, optimizer, steps)
         h = net.trunk(x)
         out = {name: head(h) for name, head in net.heads.items()}

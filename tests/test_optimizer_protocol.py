@@ -1,10 +1,9 @@
-"""The wrapper is an optimizer like any other: schedulers, checkpoints, hooks, copies, scalers."""
+"""The wrapper is an optimizer like any other; more in the other files of this name."""
 
 import copy
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from bayesagg import BayesAgg
 from tests.helpers.data import make_batch, make_losses
@@ -225,9 +224,6 @@ def test_gradient_heads_are_trained_by_ordinary_gradients(rule, net, batch):
         torch.testing.assert_close(p.detach(), before[name] - 0.05 * p.grad)
 
 
-# --- as other code uses optimizers ---------------------------------------------------------------
-
-
 def test_step_refuses_what_it_cannot_do(rule, net, batch):
     optimizer = wrap(net, rule=rule)
     x, labels = batch
@@ -241,5 +237,4 @@ def test_step_refuses_what_it_cannot_do(rule, net, batch):
         with pytest.raises(TypeError, match=r"step\(\)"):
             optimizer.step(*args, **kwargs)
     assert_same(before, snapshot(net, optimizer))
-    optimizer.step(losses)
-    assert F.mse_loss(net(x)["reg"], labels["reg"]).isfinite()
+    optimizer.step(losses)  # which can still be used

@@ -53,6 +53,16 @@ def arrows(ax):
     return {q.get_label(): (float(q.U[0]), float(q.V[0])) for q in quivers}
 
 
+def legend(ax):
+    """The texts of its legend, if it has one."""
+    return ax.get_legend().get_texts() if ax.get_legend() else []
+
+
+def named(ax):
+    """What the legend names."""
+    return {text.get_text().strip() for text in legend(ax)}
+
+
 # --- the update ----------------------------------------------------------------------------------
 
 MEAN = torch.tensor([[1.0, 3.0], [3.0, 1.0]], dtype=torch.float64)
@@ -75,7 +85,7 @@ def test_update_draws_means_average_and_aggregate(full, s):
     tips = arrows(ax)
     assert tips["a"] == (1, 3) and tips["b"] == (3, 1) and tips["average"] == (2, 2)
     assert tips["aggregate"] == pytest.approx(expected[0].tolist())
-    assert {t.get_text() for t in ax.get_legend().get_texts()} == {"average", "aggregate"}
+    assert named(ax) == {"average", "aggregate"}
 
 
 def test_update_draws_one_and_two_standard_deviations():
@@ -125,7 +135,7 @@ def test_task_weights_draw_a_line_per_output():
     assert np.allclose(lines["found 1"].get_xydata(), [(10, 0.3), (20, 0.1)])
     assert np.allclose(lines["uniform"].get_ydata(), 1 / 3)
     assert ax.get_xlabel() == "epoch of training" and ax.get_ylim()[0] == 0
-    assert {t.get_text() for t in ax.get_legend().get_texts()} == set(lines)
+    assert named(ax) == set(lines)
 
 
 # --- conflict and certainty ----------------------------------------------------------------------
@@ -167,8 +177,7 @@ def test_names_with_an_underscore_are_in_the_legend():
     """Matplotlib would leave them out."""
     history = [{"_age": torch.tensor([0.5]), "b_c": torch.tensor([0.5])}]
     for ax in (plot_task_weights(history), plot_coverage({"_age": [0.1], "b_c": [0.2]}, [0.1])):
-        texts = [text.get_text().strip() for text in ax.get_legend().get_texts()]
-        assert {"_age", "b_c"} <= set(texts)
+        assert {"_age", "b_c"} <= named(ax)
 
 
 # --- calibration ---------------------------------------------------------------------------------
@@ -217,15 +226,8 @@ def test_draws_into_the_axes_given_in_legible_text(name):
     assert len(pyplot.get_fignums()) == 1
     ax = CALLS[name](None)
     assert ax is not given and ax.figure.get_figwidth() <= 8
-    texts = [
-        ax.xaxis.label,
-        *ax.get_xticklabels(),
-        ax.yaxis.label,
-        *ax.get_yticklabels(),
-        *ax.texts,
-    ]
-    if ax.get_legend():
-        texts += ax.get_legend().get_texts()
+    texts = [ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]
+    texts += [*ax.texts, *legend(ax)]
     assert min(text.get_fontsize() for text in texts) >= 12
 
 
@@ -274,7 +276,7 @@ def test_predictions_with_intervals():
     y = np.array([0.0, 1.0, 2.0, 3.0])
     ax = drawn(plot_predictions(y, y + 0.1, y - 0.2, y + np.array([0.3, 0.3, -0.1, 0.3]), unit="m"))
     assert ax.get_title() == "25 % of the intervals miss"
-    assert {t.get_text() for t in ax.get_legend().get_texts()} == {"holds the truth", "misses it"}
+    assert named(ax) == {"holds the truth", "misses it"}
     assert ax.get_xlabel() == "truth [m]"
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from bayesagg import (
     BayesAgg,
@@ -23,6 +24,13 @@ HEADS = {
 }
 
 
+LOSSES = {
+    "regression": lambda z: F.mse_loss(z, torch.randn(8, 1)),
+    "binary": lambda z: F.binary_cross_entropy_with_logits(z, torch.rand(8, 1).round()),
+    "multiclass": lambda z: F.cross_entropy(z, torch.randint(5, (8,))),
+}
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_preset_trains(name):
     """Every kind of head of the benchmark takes its settings, and a step past pre-training."""
@@ -38,14 +46,7 @@ def test_preset_trains(name):
         h = trunk(torch.randn(8, 3))
         losses = {}
         for kind in kinds:
-            z = modules[kind](h)
-            if kind == "regression":
-                losses[kind] = nn.functional.mse_loss(z, torch.randn(8, 1))
-            elif kind == "binary":
-                y = torch.randint(2, (8, 1)).to(z)
-                losses[kind] = nn.functional.binary_cross_entropy_with_logits(z, y)
-            else:
-                losses[kind] = nn.functional.cross_entropy(z, torch.randint(5, (8,)))
+            losses[kind] = LOSSES[kind](modules[kind](h))
         optimizer.zero_grad()
         optimizer.step(losses)
     epochs = optimizer.state_dict()["bayesagg"]["memory"]["epoch"]
