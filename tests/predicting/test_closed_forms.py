@@ -1,24 +1,14 @@
 """Posteriors and predictions against naive formulas and against sampling."""
 
 import functools
-import math
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BayesAgg, BinaryHead, RegressionHead
-from bayesagg.diagnostics import interval_coverage
+from bayesagg import BayesAgg
 from bayesagg.errors import NumericalWarning
 from bayesagg.predicting import Predictor, predictor
-from bayesagg.predicting.probabilities import class_probabilities, sigmoid_moments
-from bayesagg.predicting.student import (
-    half_widths,
-    student_cdf,
-    student_density,
-    student_quantile,
-)
 from tests.helpers.data import make_batch
 from tests.helpers.nets import plain_net
 from tests.predicting.cases import all_of, features_of, heads_of, loader
@@ -166,63 +156,6 @@ def test_intervals_hold_what_they_say():
         p.interval(1.0)
 
 
-@pytest.mark.parametrize("noise", ["learned", 4.0])
-def test_calibrated_intervals_hold_residuals_of_any_distribution(noise):
-    """Skewed labels and uniform ones, which no Student-t distribution has the shape of."""
-    generator = torch.Generator().manual_seed(0)
-    net = nn.Linear(3, 2)
-    head = {"reg": RegressionHead(net, noise_variance=noise)}
-
-    def draw(size):
-        x = torch.randn(size, 3, generator=generator)
-        error = torch.rand(size, 2, generator=generator) * 4
-        error[:, 1] = torch.randn(size, generator=generator).exp()
-        return x, {"reg": x.sum(1, keepdim=True) + error}
-
-    predictor = Predictor.fit(net, head, [draw(2000)])
-    x, y = draw(40_000)
-    levels = (0.05, 0.5, 0.8, 0.95, 0.997)
-    nominal = torch.tensor(levels)[:, None]
-    before = interval_coverage(predictor(x)["reg"], y["reg"], levels)
-    assert (before - nominal).abs().max() > 0.05
-    predictor.calibrate([draw(20_000)])
-    after = interval_coverage(predictor(x)["reg"], y["reg"], levels)
-    assert (after - nominal).abs().max() < 0.012
-    saved = Predictor(net, head)
-    saved.load_state_dict(predictor.state_dict())
-    for a, b in zip(saved(x)["reg"].interval(0.6), predictor(x)["reg"].interval(0.6), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_half_widths_of_few_residuals():
-    """The p (n + 1)-th smallest, between its neighbours; beyond the largest a Student-t's tail."""
-    halves = half_widths(torch.tensor([3.0, -1.0, 2.0]).double(), 5.0)
-    torch.testing.assert_close(halves[[49, 99, 124]], torch.tensor([1.0, 2.0, 2.5]).double())
-    tail = student_quantile(0.975, torch.tensor(5.0).double())
-    least = student_quantile(0.875, torch.tensor(5.0).double())
-    torch.testing.assert_close(halves[189], 3 * tail / least)
-    none = half_widths(torch.zeros(0).double(), 5.0)
-    torch.testing.assert_close(none[189], tail)
-    assert (halves.diff() >= 0).all() and (none.diff() > 0).all()
-
-
-@pytest.mark.parametrize("nu", [2.5, 4.0, 29.0, 31.0, 1e4, math.inf])
-def test_student_functions_against_scipy(nu):
-    stats = pytest.importorskip("scipy.stats")
-    t = torch.linspace(-30, 30, 101).double()
-    dof = torch.tensor(nu).double()
-    expected = stats.norm if nu == math.inf else stats.t(nu)
-    torch.testing.assert_close(
-        student_cdf(t, dof), torch.from_numpy(expected.cdf(t.numpy())), rtol=0, atol=1e-10
-    )
-    torch.testing.assert_close(
-        student_density(t, dof), torch.from_numpy(expected.pdf(t.numpy())), rtol=1e-7, atol=1e-12
-    )
-    for probability in (0.025, 0.5, 0.8, 0.995):
-        found = float(student_quantile(probability, dof))
-        assert found == pytest.approx(expected.ppf(probability), abs=1e-7)
-
-
 # --- classification ------------------------------------------------------------------------------
 
 
@@ -338,44 +271,3 @@ def test_features_that_do_not_fit_the_cache_give_the_same(monkeypatch):
     for key, value in whole.state_dict().items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, again[key]), key
-
-
-# --- quadrature ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("logit", [20.0, 95.0, 300.0, 1e5])
-def test_logits_of_probabilities_that_underflow_are_numbers(logit):
-    net = nn.Linear(1, 1, bias=False)
-    x = torch.tensor([[1.0], [-1.0]])
-    predictor = Predictor.fit(net, {"bin": BinaryHead(net)}, [(x, {"bin": (x > 0).float()})])
-    predictor.posteriors[0].mean.fill_(logit)
-    predictor.posteriors[0].variances.fill_(1e-12)
-    p = predictor(x)["bin"]
-    found = p.distribution.logits
-    assert not found.isnan().any() and (found * x >= min(logit, 80) * 0.99).all()
-    torch.testing.assert_close(p.mean, (x > 0).float(), rtol=0, atol=1e-8)
-    for part in (p.stddev, p.epistemic, p.aleatoric, *p.interval()):
-        assert part.isfinite().all()
-
-
-def test_sigmoid_moments_at_every_width():
-    mean = torch.tensor([-20.0, -3.0, 0.0, 0.5, 8.0]).double()[:, None]
-    sd = torch.tensor([1e-3, 0.3, 1.5, 5.0, 30.0]).double()
-    mean, sd = (value.flatten() for value in torch.broadcast_tensors(mean, sd))
-    x = torch.linspace(-9, 9, 200_001).double()
-    w = torch.exp(-x.square() / 2)
-    w = w / w.sum()
-    p = (mean[:, None] + sd[:, None] * x).sigmoid()
-    expected = (p * w).sum(1)
-    first, other, variance = sigmoid_moments(mean, sd)
-    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(first + other, torch.ones_like(first))
-    spread = ((p - expected[:, None]).square() * w).sum(1)
-    torch.testing.assert_close(variance, spread, rtol=1e-3, atol=1e-9)
-
-
-@pytest.mark.parametrize("classes", [2, 3, 5, 150])
-def test_class_probabilities_of_narrow_logits_are_the_softmax(classes):
-    mean = torch.randn(4, classes).double()
-    logs, weights = class_probabilities(mean, torch.zeros(4, classes, classes - 1).double())
-    torch.testing.assert_close((logs.exp() * weights).sum(2), mean.softmax(1))
