@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from bayesagg.heads import LossTask
 from bayesagg.reading import Batch, Call, Capture, Labels, Reader
 from bayesagg.reading.check import hooks_of
+from tests.helpers.data import LOSSES
 from tests.helpers.settings import HEADS
 
 
@@ -27,7 +28,7 @@ class Bench:
                 for name, kind in kinds.items()
                 if kind != "loss"
             }
-        self.width, self.dtype, self.device = width, dtype, device
+        self.kinds, self.width, self.dtype, self.device = kinds, width, dtype, device
         tasks = {
             name: LossTask() if kind == "loss" else HEADS[kind](self.modules[name])
             for name, kind in kinds.items()
@@ -47,8 +48,36 @@ class Bench:
         self.capture.clear()
         return {name: module(h) for name, module in self.modules.items()}
 
+    def labels(self, out, seed=0) -> dict[str, Tensor]:
+        """Of the kind of each head, for outputs of any shape."""
+        generator = torch.Generator().manual_seed(seed)
+        labels = {}
+        for name, z in out.items():
+            if self.kinds[name] == "cls":
+                y = torch.randint(z.shape[-1], z.shape[:-1], generator=generator)
+                labels[name] = y.to(z.device)
+            else:
+                y = torch.randn(z.shape, generator=generator)
+                labels[name] = (y if self.kinds[name] == "reg" else (y > 0)).to(z)
+        return labels
+
+    def batch(self, rows=8, seed=0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Outputs of a new forward pass, and labels."""
+        out = self.outputs(self.features(rows, seed))
+        return out, self.labels(out, seed)
+
+    def losses(self, out, labels, reduction="mean") -> dict[str, Tensor]:
+        """The likelihoods."""
+        return {n: LOSSES[self.kinds[n]](z, labels[n], reduction=reduction) for n, z in out.items()}
+
     def read(self, losses, targets=None) -> Batch:
         return self.reader.read(self.capture, losses, targets)
+
+    def step(self, seed=0, given=False, rows=8, reduction="mean"):
+        """A likelihood of every head, read: the batch, outputs and labels."""
+        out, labels = self.batch(rows, seed)
+        batch = self.read(self.losses(out, labels, reduction), labels if given else None)
+        return batch, out, labels
 
 
 def labels_by_task(batch: Batch) -> dict[str, Labels | None]:

@@ -1,14 +1,16 @@
-"""Bad losses, targets and features: each its own error, which says what to do; nothing changes.
+"""Bad losses and targets: each its own error, which says what to do; nothing changes.
 
-What is bad whatever the kind of head is in ``tests/test_bad_input.py``.
+What is bad whatever the kind of head, and features, are in ``tests/test_bad_input.py``.
 """
+
+import json
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from bayesagg.errors import FeatureError, LossError, TargetError, UnknownTaskError
-from tests.helpers.data import LOSSES, make_losses
+from bayesagg.errors import LossError, TargetError, UnknownTaskError
+from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench, labels_by_task
 from tests.reading.losses import ALL, one_hot
 
@@ -19,18 +21,6 @@ OUTPUTS = {"reg": 2, "bin": 2, "cls": 3}
 @pytest.fixture
 def bench(device, dtype):
     return Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
-
-
-def make(bench, rows=6, seed=0):
-    """Outputs of a new forward pass, and labels."""
-    generator = torch.Generator().manual_seed(seed)
-    out = bench.outputs(bench.features(rows, seed))
-    labels = {
-        "reg": torch.randn(rows, 2, generator=generator).to(out["reg"]),
-        "bin": torch.randint(2, (rows, 2), generator=generator).to(out["bin"]),
-        "cls": torch.randint(3, (rows,), generator=generator).to(out["cls"].device),
-    }
-    return out, labels
 
 
 def refused(bench, losses, error, *says, targets=None):
@@ -47,11 +37,9 @@ def refused(bench, losses, error, *says, targets=None):
 def both(bench, check):
     """At first sight, and once the losses are known."""
     check()
-    out, labels = make(bench, seed=1)
-    bench.read(make_losses(out, labels))
+    bench.step(seed=1)
     check()
-    out, labels = make(bench, seed=2)
-    assert None not in labels_by_task(bench.read(make_losses(out, labels))).values()
+    assert None not in labels_by_task(bench.step(seed=2)[0]).values()
 
 
 # --- losses --------------------------------------------------------------------------------------
@@ -60,7 +48,7 @@ def both(bench, check):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_unreduced_loss_is_not_finite(bench, value):
     def check():
-        wrong = F.mse_loss(*(pair["reg"] for pair in make(bench)), reduction="none")
+        wrong = F.mse_loss(*(pair["reg"] for pair in bench.batch(6)), reduction="none")
         wrong = torch.cat([wrong[:1], wrong[1:2] + value, wrong[2:]])
         refused(bench, {"reg": wrong}, LossError, "'reg'", "not finite", "mask")
 
@@ -69,13 +57,13 @@ def test_an_unreduced_loss_is_not_finite(bench, value):
 
 def test_a_missing_label_is_hidden_by_where(bench):
     def check():
-        out, labels = make(bench)
+        out, labels = bench.batch(6)
         y = labels["reg"].clone()
         y[0] = torch.nan
         squares = (out["reg"] - y).square()
         wrong = torch.where(y.isnan(), torch.zeros_like(squares), squares).mean()
         assert wrong.isfinite()
-        losses = {**make_losses(out, labels), "reg": wrong}
+        losses = {**bench.losses(out, labels), "reg": wrong}
         refused(bench, losses, LossError, "'reg'", "NaN", "mask")
 
     both(bench, check)
@@ -83,7 +71,7 @@ def test_a_missing_label_is_hidden_by_where(bench):
 
 def test_a_loss_is_that_of_another_task(bench):
     def check():
-        new = make_losses(*make(bench, seed=3))
+        new = bench.losses(*bench.batch(6, seed=3))
         refused(bench, {"reg": new["reg"], "bin": new["cls"]}, LossError, "'bin'", "right head")
         swapped = {"reg": new["bin"], "bin": new["reg"]}
         refused(bench, swapped, LossError, "right head")
@@ -92,39 +80,63 @@ def test_a_loss_is_that_of_another_task(bench):
 
 
 def test_an_unknown_task_has_two_remedies(bench):
-    losses = make_losses(*make(bench))
+    losses = bench.losses(*bench.batch(6))
     says = ("'aux'", "'reg', 'bin', 'cls'", "passthrough=('aux',)", "LossTask()")
     refused(bench, {**losses, "aux": losses["reg"]}, UnknownTaskError, *says)
+
+
+# Of one datum the likelihood with another factor, or without sense.
+OF_MANY = {"weighted", "classes", "softmax", "broadcast", "roots"}
+OF_MANY |= {name for losses in ALL.values() for name in losses if "pooled" in name}
 
 
 CASES = [(kind, name) for kind, losses in ALL.items() for name in losses]
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_another_loss_needs_targets(bench, kind, name):
+@pytest.mark.parametrize(
+    ("kind", "name", "rows"),
+    [(*case, rows) for case in CASES for rows in (1, 6) if rows > 1 or case[1] not in OF_MANY],
+)
+def test_another_loss_needs_targets(bench, kind, name, rows):
     def check():
-        out, labels = make(bench)
-        losses = {**make_losses(out, labels), kind: ALL[kind][name](out[kind], labels[kind])}
+        out, labels = bench.batch(rows, seed=2)
+        losses = {**bench.losses(out, labels), kind: 3 * ALL[kind][name](out[kind], labels[kind])}
         refused(bench, losses, LossError, f"task '{kind}'", "pass `targets=`", "LossTask()")
 
     both(bench, check)
 
 
-@pytest.mark.parametrize(("kind", "name"), [case for case in CASES if "pooled" not in case[1]])
-def test_another_loss_of_one_datum_needs_targets(bench, kind, name):
-    if name in ("weighted", "classes", "softmax", "broadcast", "roots"):
-        pytest.skip("of one datum it is the likelihood with another factor, or has no sense")
-    out, labels = make(bench, rows=1, seed=2)
-    losses = {kind: 3 * ALL[kind][name](out[kind], labels[kind])}
-    refused(bench, losses, LossError, f"task '{kind}'", "pass `targets=`")
+# Weights, which targets explain; and what has no sense beside targets of another form.
+WEIGHTED = {("reg", "weighted"), ("bin", "weighted"), ("bin", "classes"), ("reg", "constant")}
+WEIGHTED |= {("cls", "weighted"), ("cls", "classes")}
+SENSELESS = {("bin", "softmax"), ("reg", "binary"), ("cls", "raw"), ("cls", "smoothed")}
+
+
+@pytest.mark.filterwarnings("ignore:task .*. its loss is not the likelihood:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "name"), [case for case in CASES if case not in WEIGHTED | SENSELESS]
+)
+def test_another_loss_goes_by_its_own_gradient(bench, kind, name):
+    """With targets, now and once that is known, also from a checkpoint."""
+    for seed in range(3):
+        out, labels = bench.batch(10, seed)
+        z, y = out[kind], labels[kind]
+        if name == "pooled":
+            y = y[:1].expand_as(y)  # the label of the bag
+        loss = ALL[kind][name](z, y)
+        (part,) = bench.read({kind: loss}, {kind: y}).parts
+        assert part.labels is None
+        (expected,) = torch.autograd.grad(loss, z)
+        torch.testing.assert_close(part.gradient.view_as(z), expected)
+        bench.reader = bench.reader.loaded(json.loads(json.dumps(bench.reader.state_dict())))
 
 
 # --- targets -------------------------------------------------------------------------------------
 
 
 def test_targets_do_not_belong(bench):
-    out, labels = make(bench)
-    losses = make_losses(out, labels)
+    out, labels = bench.batch(6)
+    losses = bench.losses(out, labels)
     refused(bench, losses, UnknownTaskError, "'age'", "`targets`", targets={"age": labels["reg"]})
     one = {"reg": losses["reg"]}
     refused(bench, one, UnknownTaskError, "'bin'", "no loss", targets={"bin": labels["bin"]})
@@ -187,9 +199,9 @@ def test_targets_are_not_the_labels_of_the_loss(bench, kind, name):
     change, says = WRONG_TARGETS[kind][name]
 
     def check():
-        out, labels = make(bench)
+        out, labels = bench.batch(6)
         targets = {**labels, kind: change(labels[kind].clone(), out[kind].detach())}
-        refused(bench, make_losses(out, labels), TargetError, f"'{kind}'", says, targets=targets)
+        refused(bench, bench.losses(out, labels), TargetError, f"'{kind}'", says, targets=targets)
 
     both(bench, check)
 
@@ -201,37 +213,11 @@ def test_label_smoothing_has_smoothed_targets(bench, kind):
             return F.cross_entropy(out["cls"], labels["cls"], label_smoothing=0.2)
         return LOSSES["bin"](out["bin"], 0.8 * labels["bin"] + 0.1)
 
-    out, labels = make(bench)
+    out, labels = bench.batch(6)
     refused(
         bench, {kind: losses(out, labels)}, TargetError, "smoothed", targets={kind: labels[kind]}
     )
-    out, labels = make(bench)
+    out, labels = bench.batch(6)
     y = one_hot(labels["cls"], out["cls"]) if kind == "cls" else labels["bin"]
     targets = {kind: 0.8 * y + 0.2 / (3 if kind == "cls" else 2)}
     assert labels_by_task(bench.read({kind: losses(out, labels)}, targets))[kind] is not None
-
-
-# --- features ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_features_are_not_finite(bench, value):
-    """In a datum that no loss looks at, so that all losses are finite."""
-
-    def check():
-        h = bench.features(6).detach()
-        h[-1] = value
-        out = {name: z[:-1] for name, z in bench.outputs(h.requires_grad_()).items()}
-        labels = {name: y[:-1] for name, y in make(Bench(KINDS, OUTPUTS))[1].items()}
-        labels = {n: y.to(out[n] if n != "cls" else out[n].device) for n, y in labels.items()}
-        refused(bench, make_losses(out, labels), FeatureError, "non-finite", "check the inputs")
-
-    both(bench, check)
-
-
-def test_an_empty_batch(bench):
-    out, labels = make(bench, rows=0)
-    losses = {
-        name: LOSSES[name](out[name], labels[name], reduction="sum") for name in ("reg", "bin")
-    }
-    refused(bench, losses, FeatureError, "empty")
