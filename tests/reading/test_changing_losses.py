@@ -8,7 +8,6 @@ from bayesagg.errors import LossError
 from bayesagg.reading import reader
 from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench, labels_by_task, read
-from tests.reading.test_reader import labels_for
 
 HALF = pytest.mark.parametrize("half", [False, True], ids=["full", "autocast"])
 
@@ -44,7 +43,7 @@ def test_another_task_weight_is_not_taken_for_soft_labels(device, kind, half, ch
     for seed in range(6):
         weight = 1.0 if seed < 2 else change
         out = outputs_of(bench, seed, rows=rows, scale=scale, half=half)
-        y = labels_for({"a": kind}, {"a": out.float()}, seed)["a"]
+        y = bench.labels({"a": out.float()}, seed)["a"]
         loss = weight * LOSSES[kind](out.float(), y)
         found = labels_by_task(bench.read({"a": loss}))["a"]
         check(found, out, y, half=half)
@@ -73,7 +72,7 @@ def test_means_over_the_labels_of_a_column_or_of_a_head(
         chance = chance[:, :1] if alike and seed < 3 else chance
         known = (chance < (0.5 if alike and seed < 3 else rates)).expand(64, 3).to(device)
         out = outputs_of(bench, seed, half=half)
-        y = labels_for({"a": kind}, {"a": out.float()}, seed)["a"]
+        y = bench.labels({"a": out.float()}, seed)["a"]
         each = LOSSES[kind](out.float(), y, reduction="none") * known
         labels = known.sum(0)
         loss = (each.sum(0) / labels).sum() if reduction == "columns" else each.sum() / labels.sum()
@@ -89,7 +88,7 @@ def test_labels_that_are_all_the_outputs_are_not_missing(device, dtype, kind):
     bench = Bench({"a": kind}, 1, dtype=dtype, device=device)
     for seed in range(6):
         out = outputs_of(bench, seed, rows=8)
-        y = labels_for({"a": kind}, {"a": out}, seed)["a"]
+        y = bench.labels({"a": out}, seed)["a"]
         known = torch.arange(8, device=device)[:, None] % 3 > 0
         if seed == 3:
             y = out.detach() if kind == "reg" else out.detach().sigmoid()

@@ -7,7 +7,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench
-from tests.reading.test_reader import labels_for, losses_for
 
 KINDS = {"a": "reg", "b": "bin", "c": "cls", "d": "reg", "aux": "loss"}
 OUTPUTS = {"a": 2, "b": 1, "c": 4, "d": 1}
@@ -15,14 +14,11 @@ LOOKS = ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "non
 
 
 class Looks(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what makes the host wait for the device, and operations that do not run on the CPU."""
+    """Counts what makes the host wait for the device."""
 
-    def __init__(self):
-        super().__init__()
-        self.operations, self.scalars = 0, 0
+    scalars = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
         self.scalars += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
@@ -46,14 +42,14 @@ def looks(monkeypatch):
     return seen
 
 
-def steps(bench, kinds, given, change=None):
+def steps(bench, given, change=None):
     """Three steps that verify, and what the fourth is given."""
     for seed in range(4):
         h = bench.features(8, seed)
         out = bench.outputs(h)
-        labels = labels_for(kinds, out, seed)
-        losses = losses_for(kinds, out, labels)
-        if "aux" in kinds:
+        labels = bench.labels(out, seed)
+        losses = bench.losses(out, labels)
+        if "aux" in bench.kinds:
             losses["aux"] = h.square().mean()
         if change is not None:
             losses, labels = change(losses, out, labels)
@@ -105,7 +101,7 @@ def other(losses, out, labels):
 )
 def test_a_known_step_looks_once(device, dtype, given, change, looks, monkeypatch):
     bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
-    losses, targets = steps(bench, KINDS, given, change)
+    losses, targets = steps(bench, given, change)
     passes = []
     original = torch.autograd.grad
 
@@ -123,7 +119,7 @@ def test_a_known_step_looks_once(device, dtype, given, change, looks, monkeypatc
 
 def operations(kinds, outputs, given, dtype):
     bench = Bench(kinds, outputs, dtype=dtype)
-    losses, targets = steps(bench, kinds, given)
+    losses, targets = steps(bench, given)
     outputs = [call.output for calls in bench.capture.calls.values() for call in calls]
 
     def count(run):

@@ -15,35 +15,11 @@ OUTPUTS = {"a": 2, "b": 1, "c": 4, "d": 1}
 KINDS = {"a": "reg", "b": "bin", "c": "cls", "d": "reg"}
 
 
-def labels_for(kinds, out, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    labels = {}
-    for name, z in out.items():
-        if kinds[name] == "cls":
-            labels[name] = torch.randint(z.shape[-1], z.shape[:-1], generator=generator)
-            labels[name] = labels[name].to(z.device)
-        else:
-            y = torch.randn(z.shape, generator=generator)
-            labels[name] = (y if kinds[name] == "reg" else (y > 0)).to(z)
-    return labels
-
-
-def losses_for(kinds, out, labels, reduction="mean"):
-    return {name: LOSSES[kinds[name]](out[name], labels[name], reduction=reduction) for name in out}
-
-
 def check_labels(found, kind, y, **tolerances):
     if kind == "cls":
         assert torch.equal(found.targets[:, 0].argmax(1), y)
     else:
         torch.testing.assert_close(found.targets, y.to(found.targets), **tolerances)
-
-
-def step(bench, kinds, seed, given, rows=8, reduction="mean"):
-    out = bench.outputs(bench.features(rows, seed))
-    labels = labels_for(kinds, out, seed)
-    batch = bench.read(losses_for(kinds, out, labels, reduction), labels if given else None)
-    return batch, out, labels
 
 
 @pytest.mark.parametrize(
@@ -55,7 +31,7 @@ def step(bench, kinds, seed, given, rows=8, reduction="mean"):
 def test_labels_and_factors_over_steps_of_different_size(device, dtype, reduction, given):
     bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
     for seed, rows in enumerate([8, 8, 5, 8, 3, 1]):
-        batch, out, labels = step(bench, KINDS, seed, given[seed], rows, reduction)
+        batch, out, labels = bench.step(seed, given[seed], rows, reduction)
         found = labels_by_task(batch)
         assert batch.tasks == list(KINDS) and not batch.overflowed
         for name, kind in KINDS.items():
@@ -69,7 +45,7 @@ def test_labels_and_factors_over_steps_of_different_size(device, dtype, reductio
 def test_a_batch_is_as_described(device, dtype):
     bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
     for seed in range(2):
-        batch, out, labels = step(bench, KINDS, seed, False)
+        batch, out, labels = bench.step(seed)
         assert [part.names for part in batch.parts] == [("a", "d"), ("b",), ("c",)]
         assert len({part.key for part in batch.parts}) == 1
         regression, _, classes = batch.parts
@@ -79,7 +55,7 @@ def test_a_batch_is_as_described(device, dtype):
         assert call.output is out["a"]
         torch.testing.assert_close(regression.features, call.features.detach())
         assert classes.labels.outputs.shape == classes.gradient.shape == (8, 1, 4)
-        total = sum(losses_for(KINDS, out, labels).values())
+        total = sum(bench.losses(out, labels).values())
         torch.testing.assert_close(batch.total, total)
         for part in batch.parts:
             for tensor in (part.features, part.gradient, part.labels.outputs):
@@ -163,8 +139,7 @@ def test_masked_means(device, dtype, given):
     kinds = {"a": "reg", "b": "bin", "c": "cls", "d": "reg"}
     bench = Bench(kinds, OUTPUTS, device=device, dtype=dtype)
     for seed in range(5):
-        out = bench.outputs(bench.features(12, seed))
-        labels = labels_for(kinds, out, seed)
+        out, labels = bench.batch(12, seed)
         masks = {n: torch.rand(y.shape, device=device) < 0.6 for n, y in labels.items()}
         masks["d"][:] = True
         losses = {n: LOSSES[kinds[n]](out[n][masks[n]], labels[n][masks[n]]) for n in out}
@@ -219,7 +194,7 @@ def test_without_a_gradient_a_label_is_not_missing(device, dtype, kind, reductio
     for seed, quiet in enumerate([0, 0, 0, 0, 1, 2, 0, 7]):
         h = bench.features(12, seed)
         out = bench.outputs(h)["a"]
-        y = labels_for({"a": kind}, {"a": out}, seed)["a"]
+        y = bench.labels({"a": out}, seed)["a"]
         known = torch.rand(12, 2, generator=torch.Generator().manual_seed(seed)) < 0.7
         known[:8] = True
         known = known.to(device)
@@ -239,33 +214,16 @@ def test_without_a_gradient_a_label_is_not_missing(device, dtype, kind, reductio
 # --- half precision ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("given", [False, True])
-def test_half_precise_outputs(device, half, given):
-    bench = Bench(KINDS, OUTPUTS, device=device, dtype=torch.float32)
-    for seed in range(4):
-        with torch.autocast(device.type, dtype=half):
-            out = bench.outputs(bench.features(16, seed))
-            labels = labels_for(KINDS, {n: z.float() for n, z in out.items()}, seed)
-            losses = losses_for(KINDS, out, labels)
-            batch = bench.read(losses, labels if given else None)
-        found = labels_by_task(batch)
-        for name, kind in KINDS.items():
-            assert found[name].outputs.dtype == found[name].targets.dtype == torch.float32
-            check_labels(found[name], kind, labels[name], rtol=0.02, atol=0.02)
-
-
 @pytest.mark.parametrize("known", [False, True])
 def test_an_overflow(device, known):
     """A finite loss whose scaled gradient is infinite: the step will be skipped."""
     bench = Bench(KINDS, OUTPUTS, device=device, dtype=torch.float32)
     if known:
-        step(bench, KINDS, 0, False)
+        bench.step()
     before = bench.reader.state_dict()
-    out = bench.outputs(bench.features())
+    out, labels = bench.batch()
     out["c"].register_hook(lambda g: g * torch.inf)
-    labels = labels_for(KINDS, out)
-    batch = bench.read(losses_for(KINDS, out, labels))
+    batch = bench.read(bench.losses(out, labels))
     assert batch.overflowed and batch.parts == [] and batch.tasks == list(KINDS)
     assert bench.reader.state_dict() == before
 
@@ -273,9 +231,8 @@ def test_an_overflow(device, known):
 def test_a_scaler_changes_its_scale(device):
     bench = Bench(KINDS, OUTPUTS, device=device, dtype=torch.float32)
     for seed, scale in enumerate([2.0**12, 2.0**12, 2.0**13, 2.0**11]):
-        out = bench.outputs(bench.features(8, seed))
-        labels = labels_for(KINDS, out, seed)
-        losses = {name: scale * loss for name, loss in losses_for(KINDS, out, labels).items()}
+        out, labels = bench.batch(8, seed)
+        losses = {name: scale * loss for name, loss in bench.losses(out, labels).items()}
         found = labels_by_task(bench.read(losses))
         for name, kind in KINDS.items():
             check_labels(found[name], kind, labels[name], rtol=1e-3, atol=1e-3)
@@ -288,7 +245,7 @@ def test_a_scaler_changes_its_scale(device):
 def test_a_state_that_does_not_hang_together(device, dtype, wrong):
     """Every other damage is that of any checkpoint, in ``tests/test_checkpoint.py``."""
     bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
-    step(bench, KINDS, 0, False)
+    bench.step()
     saved = bench.reader.state_dict()
     with pytest.raises(CheckpointError):
         bench.reader.loaded({**saved, "a": {**saved["a"], **wrong}})
@@ -296,8 +253,7 @@ def test_a_state_that_does_not_hang_together(device, dtype, wrong):
 
 def test_a_sequence_of_losses(device, dtype):
     bench = Bench(KINDS, OUTPUTS, device=device, dtype=dtype)
-    out = bench.outputs(bench.features())
-    labels = labels_for(KINDS, out)
-    losses = list(losses_for(KINDS, out, labels).values())
+    out, labels = bench.batch()
+    losses = list(bench.losses(out, labels).values())
     for targets in (None, list(labels.values()), []):
         assert bench.read(losses, targets).tasks == list(KINDS)
