@@ -3,13 +3,11 @@
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bayesagg import BayesAgg, BayesAggWrapper
 from tests.helpers.data import make_batch, make_losses
-from tests.helpers.nets import Net, make_net, plain_net
-from tests.helpers.settings import EPOCH, SAMPLED
+from tests.helpers.nets import Net, plain_net
 from tests.helpers.states import assert_near, assert_same
 from tests.helpers.training import wrap
 from tests.loops.ranks import Ranks
@@ -102,34 +100,3 @@ def assert_halves_are_the_whole(ranks: Ranks, rule: str, model_of: Any, **kwargs
     """Of a run of :func:`trained`."""
     both = ranks.run(trained, rule, model_of, **kwargs)
     assert_equal_runs(trained(None, rule, **kwargs), both, rule)
-
-
-def epochs_by_hand(
-    rule: str,
-    epochs: int,
-    *,
-    accumulate: int = 1,
-    clip: float | None = None,
-    form: str = "scalar",
-    gamma: float = 1.0,
-) -> tuple[Net, BayesAggWrapper]:
-    """What a trainer does, in a plain loop over the wrapper: three batches an epoch."""
-    net = make_net()
-    wrapper = wrap(net, "adam", rule, settings=SAMPLED, steps_per_epoch=None)
-    scheduler = torch.optim.lr_scheduler.StepLR(wrapper, 2, gamma=gamma)
-    for index in range(epochs * EPOCH):
-        x, labels = make_batch(seed=index % EPOCH)
-        losses = make_losses(net(x), labels)
-        if form == "scalar":
-            (wrapper.loss(losses) / accumulate).backward()
-        else:
-            wrapper.backward({name: loss / accumulate for name, loss in losses.items()})
-        if (index + 1) % accumulate == 0:
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-            wrapper.step()
-            wrapper.zero_grad()
-        if index % EPOCH == EPOCH - 1:
-            wrapper.end_epoch()
-            scheduler.step()
-    return net, wrapper

@@ -1,0 +1,112 @@
+"""Accumulation, clipping, half precision and checkpoints of other packages' loops.
+
+Each is what a plain loop does. That they take its steps is in ``test_networks.py`` for the wrapper.
+"""
+
+import pytest
+import torch
+
+from tests.helpers.nets import make_net
+from tests.helpers.settings import EPOCH, MEMORY, OPTIMIZERS, SAMPLED
+from tests.helpers.states import assert_finite, assert_near, assert_same, snapshot
+from tests.helpers.training import make_engine, wrap
+from tests.loops.clients import CLIENTS, batches_of, losses_of, plain, state_of
+
+# Of the clients, about speed, themselves and their own dependencies.
+pytestmark = pytest.mark.filterwarnings("ignore")
+EPOCHS = 3
+BATCHES = batches_of(EPOCH)
+# The client, whether it has an engine beside an optimizer of its own, and its settings.
+WAYS = {
+    "huggingface": ("huggingface", False, {}),
+    "lightning": ("lightning", False, {}),
+    "lightning_engine": ("lightning", True, {}),
+    "lightning_manual": ("lightning", True, {"manual": True}),
+    "accelerate": ("accelerate", False, {}),
+    "accelerate_engine": ("accelerate", True, {}),
+}
+
+
+class Run:
+    """A network, who owns it, and a loop for them."""
+
+    def __init__(self, way, rule, *, seed=0, dtype=torch.float64, **kwargs):
+        client, engine, self.settings = WAYS[way]
+        self.client, self.net = CLIENTS[client], make_net(dtype=dtype, seed=seed)
+        self.optimizer = None
+        if engine:
+            kwargs["steps_per_epoch"] = None
+            self.owner = make_engine(self.net, rule, settings=SAMPLED, **kwargs)
+            self.optimizer = OPTIMIZERS["adam"](self.net.parameters())
+            self.settings = {**self.settings, "optimizer": self.optimizer}
+        else:
+            self.owner = wrap(self.net, "adam", rule, settings=SAMPLED, **kwargs)
+
+    def train(self, folder, epochs=EPOCHS, batches=BATCHES, **how):
+        arguments = (self.net, self.owner, batches, losses_of, folder, epochs)
+        return self.client(*arguments, **self.settings, **how)
+
+    def plainly(self, **how):
+        own = {} if self.optimizer is None else {"optimizer": self.optimizer}
+        plain(self.net, self.owner, BATCHES, losses_of, None, EPOCHS, **own, **how)
+
+    def state(self):
+        return state_of(self.net, self.owner, self.optimizer)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][1]])
+def test_an_engine_takes_the_steps_of_a_loop(way, rule, tmp_path):
+    """In the same bits."""
+    ours, theirs = Run(way, rule), Run(way, rule)
+    ours.plainly()
+    theirs.train(tmp_path)
+    assert_same(ours.state(), theirs.state())
+
+
+@pytest.mark.parametrize(
+    ("way", "accumulate"),
+    [*((way, EPOCH) for way in WAYS if way != "lightning_manual"), ("huggingface", 2)],
+)
+def test_a_loop_accumulates_and_clips(way, accumulate, rule, tmp_path):
+    """The Trainer also where it counts ``labels`` and would leave the division to the model."""
+    how = {"accumulate": accumulate, "clip": 0.1}
+    ours, theirs = Run(way, rule), Run(way, rule)
+    theirs.net.accepts_loss_kwargs = accumulate == 2  # of a ``forward(..., **kwargs)``
+    ours.plainly(**how)
+    theirs.train(tmp_path, batches=[{**batch, "labels": batch["cls"]} for batch in BATCHES], **how)
+    assert_near(ours.state(), theirs.state())
+
+
+@pytest.mark.parametrize(
+    ("way", "stop"),
+    [*((way, epochs * EPOCH) for way in WAYS for epochs in (1, 2)), ("huggingface", EPOCH + 1)],
+)
+def test_a_loop_resumes_in_the_same_bits(way, stop, rule, tmp_path):
+    """From its own checkpoint, in linear scalarization and after it; nothing else is loaded."""
+    whole, first, second = Run(way, rule), Run(way, rule), Run(way, rule, seed=5)
+    whole.train(tmp_path)
+    saved = first.train(tmp_path, -(-stop // EPOCH), save=stop)
+    second.train(tmp_path, resume=saved)
+    assert_same(whole.state(), second.state())
+
+
+@pytest.mark.parametrize(
+    ("way", "half"),
+    [("huggingface", {"bf16": True}), ("lightning_engine", {"precision": "bf16-mixed"})],
+)
+def test_a_loop_may_use_half_precision(way, half, rule, tmp_path):
+    """Parameters differ by rounding from those of single precision.
+
+    Labels that are recovered in half precision do not tell data apart, so the memory is fixed.
+    """
+    batches = [
+        {k: v.float() if v.is_floating_point() else v for k, v in b.items()} for b in BATCHES
+    ]
+    ends = []
+    for how in (half, {}):
+        run = Run(way, rule, dtype=torch.float32, **MEMORY[rule])
+        run.train(tmp_path, batches=batches, **how)
+        assert_finite(snapshot(run.net, run.owner))
+        ends.append(list(run.net.parameters()))
+    assert not torch.equal(ends[0][0], ends[1][0])
+    torch.testing.assert_close(*ends, rtol=0.1, atol=0.05)
