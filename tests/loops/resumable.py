@@ -1,4 +1,4 @@
-"""A training run for ``test_resume``: ``python -m tests.loops.resumable RULE FOLDER``.
+"""A training run for ``test_resume``: ``python -m tests.loops.resumable FOLDER``.
 
 It saves a checkpoint every other step. With half of one on the disk, in the middle of an epoch, it
 says so and waits to be killed.
@@ -37,12 +37,12 @@ class Noisy(nn.Module):
 class Run:
     """Everything that a resumed run needs."""
 
-    def __init__(self, rule):
+    def __init__(self):
         torch.manual_seed(0)
         self.net = make_net(trunk=Noisy)
         settings = {**SAMPLED, "reg": {"noise_variance": "learned"}}
-        kwargs = {"steps_per_epoch": STEPS, "max_data": 5} if rule == "paper" else {}
-        self.optimizer = wrap(self.net, "adam", rule, settings=settings, **kwargs)
+        kwargs = {"settings": settings, "steps_per_epoch": STEPS, "max_data": 5}
+        self.optimizer = wrap(self.net, "adam", "paper", **kwargs)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 7, gamma=0.5)
         self.step = 0
 
@@ -98,4 +98,4 @@ def write(path, state, halfway):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    Run(sys.argv[1]).train(Path(sys.argv[2]), HALT)
+    Run().train(Path(sys.argv[1]), HALT)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bayesagg.aggregation import aggregate_diagonal
 from bayesagg.errors import LossError
-from bayesagg.moments import Spectrum, leave_one_out, regression_moments, student_gradient
+from bayesagg.moments import regression_moments
 from bayesagg.posterior import Gaussian
 from tests.helpers.data import make_batch
 from tests.helpers.nets import make_net, plain_net
@@ -156,49 +156,26 @@ def test_a_compiled_loss_is_read_by_its_targets(rule, device, dtype):
     torch.testing.assert_close(*results)
 
 
-# --- the mathematics -----------------------------------------------------------------------------
-
-
-def one_graph(function, *args):
-    """Equal to the plain function, in one graph (``fullgraph`` raises at a break)."""
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*args), function(*args))
-
-
+@pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
 @pytest.mark.parametrize("scale", ["sum", "mean"])
-@pytest.mark.parametrize("partial", [False, True])
-def test_the_aggregation_is_one_graph(partial, scale, device, dtype):
-    mean, log_variance = torch.randn(2, 6, 3, 4, device=device, dtype=dtype)
-    s = torch.tensor([0.5, 1.0, 0.0], device=device, dtype=dtype)
-    present = torch.rand(6, 3, device=device) > 0.3 if partial else None
-    one_graph(lambda *a: aggregate_diagonal(*a, present, scale), mean, log_variance, s)
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_regression_moments_are_one_graph(full, device, dtype):
-    """Given what the posterior computes once and keeps."""
+def test_the_mathematics_is_one_graph(scale, full, device, dtype):
+    """Moments, given what the posterior computes once and keeps, and their aggregation."""
     root = torch.randn(3, 5, 5, device=device, dtype=dtype)
     factor = torch.linalg.cholesky(root @ root.mT + torch.eye(5, device=device, dtype=dtype))
     posterior = Gaussian(torch.randn(3, 5, device=device, dtype=dtype), factor)
     _ = posterior.whitener, posterior.covariance, posterior.variance
+    s = torch.tensor([0.5, 1.0, 0.0], device=device, dtype=dtype)
+    present = torch.rand(6, 3, device=device) > 0.3 if full else None
+
+    def moments(h, y):
+        return regression_moments(h, y, posterior, 4, full)
+
+    def aggregate(mean, log_variance):
+        return aggregate_diagonal(mean, log_variance, s, present, scale)
+
     features = torch.randn(6, 5, device=device, dtype=dtype)
     targets = torch.randn(6, 3, device=device, dtype=dtype)
-    one_graph(lambda h, y: regression_moments(h, y, posterior, 4, full), features, targets)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_gradient_of_the_default_rule_is_one_graph(weighted, device, dtype):
-    """From the evidence on."""
-    features = torch.randn(1, 6, 5, device=device, dtype=dtype)
-    targets = torch.randn(2 if weighted else 1, 6, 3, device=device, dtype=dtype)
-    weights = torch.rand(2, 6, 1, device=device, dtype=dtype) if weighted else None
-
-    def gradient(h, y):
-        shared = h if weights is None else h * weights
-        gram, shift = shared.mT @ h, y.mT @ shared
-        posterior = Spectrum.of(gram, shift, y.square().mean(1))
-        left = leave_one_out(h, y, posterior, weights)
-        noise, factor = y.square().mean(1), torch.ones_like(y[:, :1])
-        return student_gradient(left, posterior, 4, noise, factor, 10.0, weights)
-
-    one_graph(gradient, features, targets)
+    pair = torch.randn(2, 6, 3, 4, device=device, dtype=dtype)
+    for function, args in ((moments, (features, targets)), (aggregate, tuple(pair))):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*args), function(*args))

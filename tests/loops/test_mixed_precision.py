@@ -168,9 +168,3 @@ def skip_a_step(device, rule, parts, overflow):
 def test_a_skipped_step(overflow, parts, rule, device):
     """The network does not move; evidence is that of all micro-batches whose losses were good."""
     skip_a_step(device, rule, parts, overflow)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: its scaler and autocast")
-@pytest.mark.parametrize("overflow", ["trunk", "reg"])
-def test_a_skipped_step_on_a_gpu(overflow, rule):  # pragma: no cover
-    skip_a_step(torch.device("cuda"), rule, 1, overflow)

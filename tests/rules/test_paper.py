@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
 from bayesagg.errors import CheckpointError, NumericalError
 from bayesagg.likelihoods import Evidence
-from bayesagg.reading import Batch, Labels
 from bayesagg.rules import PaperRule
 from bayesagg.rules.epochs import WARMUP, default_memory
 from bayesagg.rules.groups import make_groups
@@ -18,10 +17,8 @@ from tests.rules.parts import (
     D,
     absent,
     batch_of,
-    labels_of,
     linear,
     mixed,
-    part_of,
     plan_of,
     randn,
     start,
@@ -70,36 +67,6 @@ def test_samples_without_effect():
 # --- a step --------------------------------------------------------------------------------------
 
 
-def test_examples_count_by_their_weight():
-    """A weight of two is the datum given twice, whatever the scale of the loss."""
-    heads, rule = mixed(), PaperRule(pretrain_epochs=0)
-    h = randn(6, D)
-    twice = torch.cat([h, h[:3]])
-
-    def batch(rows, factors):
-        parts = []
-        for name, head in heads.items():
-            known = labels_of(head, h)
-            index = torch.arange(rows) % 6
-            known = Labels(
-                known.outputs[index], known.targets[index], factors.expand(-1, head.num_tasks), None
-            )
-            parts.append(part_of(name, head, twice[:rows], known))
-        return Batch(parts, torch.zeros((), dtype=torch.float64), {}, list(heads))
-
-    weighted = torch.tensor([2.0, 2, 2, 1, 1, 1], dtype=torch.float64)[:, None] * 0.01
-    one = plan_of(rule, start(rule, heads), batch(6, weighted)).update
-    other = plan_of(
-        rule, start(rule, heads), batch(9, torch.ones(1, 1, dtype=torch.float64))
-    ).update
-    # The weights' mean is one: six data of weights 4/3 and 2/3 beside nine of weight one.
-    for mine, theirs in zip(one.evidence, other.evidence, strict=True):
-        precision = theirs.precision.expand_as(mine.precision)
-        torch.testing.assert_close(mine.precision * 1.5, precision)
-        torch.testing.assert_close(mine.shift * 1.5, theirs.shift)
-    torch.testing.assert_close(one.squares[0][1] * 1.5, other.squares[0][1])
-
-
 def test_losses_that_are_not_the_likelihood_keep_their_gradient():
     heads, rule = (
         {"a": RegressionHead(linear(1)), "own": RegressionHead(linear(2, 1))},
@@ -135,20 +102,6 @@ def test_a_head_is_not_written_once_its_loss_was_another():
 
 
 # --- epochs --------------------------------------------------------------------------------------
-
-
-def test_learned_noise_moves_with_every_backward_pass():
-    heads, rule = mixed(), PaperRule()
-    memory = start(rule, heads, 10)
-    expected = torch.zeros(2, dtype=torch.float64)
-    for seed in range(3):
-        batch = batch_of(heads, seed)
-        labels = batch.parts[0].labels
-        step(rule, memory, batch)
-        expected = 0.9 * expected + 0.1 * (labels.outputs - labels.targets).square().mean(0)
-    total, weight = memory.states[0].scale
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(weight, torch.full_like(weight, 1 - 0.9**3))
 
 
 # --- without epochs ------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from bayesagg.posterior import augment
-from tests.helpers.data import losses_over, make_batch
-from tests.helpers.nets import plain_net
+from tests.helpers.data import make_batch
 from tests.helpers.settings import EPOCH, OUTPUTS, QUICK, SAMPLED
-from tests.helpers.states import assert_finite, rounding, snapshot
+from tests.helpers.states import assert_finite, snapshot
 from tests.helpers.training import train, train_step, wrap
 
 
@@ -22,19 +21,6 @@ def memory(optimizer):
 def counts(optimizer, key):
     """Labels in the evidence of every group."""
     return [group[key]["count"].tolist() for group in memory(optimizer)["groups"]]
-
-
-def test_the_last_epoch_of_pretraining_is_the_prior(net, dtype):
-    """Of several epochs of linear scalarization, only the last one's evidence is kept."""
-    optimizer = wrap(net, "sgd", pretrain_epochs=2)
-    features = []
-    net.trunk.register_forward_hook(lambda m, a, h: features.append(h.detach()))
-    train(net, optimizer, 2 * EPOCH)
-    h = augment(torch.cat(features[EPOCH:]), True)
-    full = memory(optimizer)["groups"][0]["full"]
-    expected = (h.mT @ h).to(full["precision"])
-    torch.testing.assert_close(full["precision"][0], expected, **rounding(dtype))
-    assert full["count"].tolist() == [18, 18]
 
 
 def test_without_a_number_of_steps_epochs_end_by_hand(net):
@@ -63,22 +49,6 @@ def test_an_epoch_may_be_ended_early(net):
     assert memory(optimizer)["epoch"] == 2
 
 
-@pytest.mark.parametrize("given", ["targets", "recovered"])
-def test_labels_are_counted(given, device, dtype):
-    """Those that are there."""
-    net = plain_net(device, dtype)
-    optimizer = wrap(net, "sgd")
-    x, labels = make_batch(device, dtype)
-    present = {name: torch.ones_like(y, dtype=torch.bool) for name, y in labels.items()}
-    present["reg"][1, 0] = present["reg"][2] = present["bin"][2] = present["cls"][2:4] = False
-    targets = {n: y.clone() for n, y in labels.items()}
-    for name, missing in (("reg", torch.nan), ("bin", torch.nan), ("cls", -100)):
-        targets[name][~present[name]] = missing
-    losses = losses_over(net(x), targets)
-    optimizer.step(losses, targets=targets if given == "targets" else None)
-    assert counts(optimizer, "running") == [[4, 5], [5, 5], [4]]
-
-
 @pytest.mark.parametrize("base", ["momentum", "adamw"])  # both decay weights
 def test_the_posterior_sets_its_heads_alone(base, net):
     """Untouched by weight decay and momentum within an epoch, the ridge solution at its end."""
@@ -105,19 +75,6 @@ def test_the_posterior_sets_its_heads_alone(base, net):
         torch.testing.assert_close(
             torch.cat([head.weight, head.bias[:, None]], 1).detach(), expected.mT
         )
-
-
-@pytest.mark.parametrize("name", ["bin", "cls"])
-def test_posterior_readout_of_classification(name, net):
-    """Written at the end of pre-training and of every epoch after it, and only then."""
-    optimizer = wrap(net, "momentum", settings={name: {"readout": "posterior"}}, pretrain_epochs=2)
-    head = net.heads[name]
-    for index in range(12):
-        before = head.weight.detach().clone()
-        train_step(net, optimizer, index)
-        assert torch.equal(before, head.weight) == (index >= 6 and index % 3 != 2)
-        assert (head.weight.grad is None) == (index >= 6)
-    assert_finite(head.weight)
 
 
 @pytest.mark.parametrize("s", [0.0, 1.0, 20.0])

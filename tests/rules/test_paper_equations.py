@@ -259,30 +259,6 @@ def test_a_factor_common_to_all_losses_only_scales_the_gradient(device, dtype, s
         )
 
 
-def test_mean_scale_is_equation_7_as_printed(device, dtype):
-    names = ("reg", "bin", "cls")
-    total = Study(names, device, dtype).pretrain().arriving(STEP)
-    mean = Study(names, device, dtype, gradient_scale="mean").pretrain().arriving(STEP)
-    np.testing.assert_allclose(total, 5 * mean, rtol=1e-9 if dtype == torch.float64 else 1e-4)
-
-
-@pytest.mark.parametrize("name", ["bin", "cls"])
-def test_posterior_readout_of_a_classification_head(device, dtype, name):
-    # The epoch's evidence was expanded at the old weights, the batch's is at the new ones.
-    study = Study((name,), device, dtype, settings={name: {"readout": "posterior"}}).pretrain()
-    now = study.weights()[name]
-    assert np.abs(now - study.initial[name]).max() > 0.01
-    expected, _ = study.expected(STEP)
-    assert_close(study.arriving(STEP), expected, tolerance(study, dtype), study.spread)
-    # and what was written is the mean of the full-data posterior
-    width = now.size if name == "cls" else now.shape[1]
-    prior = np.zeros(width), study.settings[name]["prior_variance"] * np.eye(width)
-    for k in range(1 if name == "cls" else 2):
-        mean, _ = study.posterior(name, k, slice(None), study.initial, prior)
-        written = now if name == "cls" else now[k]
-        np.testing.assert_allclose(written.reshape(-1), mean, rtol=1e-6, atol=1e-6)
-
-
 # --- the reduction identity ----------------------------------------------------------------------
 
 
