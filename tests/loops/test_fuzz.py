@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,7 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.nn import functional as F
 
 from bayesagg.errors import (
-    BayesAggError,
     CaptureError,
     CheckpointError,
     FeatureError,
@@ -34,27 +34,39 @@ TASKS = list(OUTPUTS)
 SETTINGS = {**SAMPLED, "reg": {"noise_variance": "learned"}}
 
 
-# Losses and targets that are refused, made from a machine, and the error of each.
+# Losses and targets that are refused, made from a machine, and the error of each; more of them are
+# in ``reading/test_bad_losses.py``.
 BAD = {
-    "wrong_kind": (LossError, lambda m: {"reg": F.l1_loss(m.out["reg"], m.labels["reg"])}),
-    "not_finite": (LossError, lambda m: {"bin": m.loss("bin") * torch.nan}),
-    "detached": (LossError, lambda m: {"cls": m.loss("cls").detach()}),
-    "exchanged": (LossError, lambda m: {"reg": m.loss("bin"), "bin": m.loss("reg")}),
-    "of_no_head": (UnknownTaskError, lambda m: {"reg": m.loss("reg"), "age": m.loss("bin")}),
-    "empty": (LossError, lambda m: {}),
-    "not_a_tensor": (LossError, lambda m: {"reg": 1.0}),
-    "too_few": (LossError, lambda m: [m.loss("reg")]),
-}
-BAD_TARGETS = {
-    "without_loss": (UnknownTaskError, "reg", lambda m: {"bin": m.labels["bin"]}),
-    "of_wrong_shape": (TargetError, "reg", lambda m: {"reg": m.labels["reg"][:-1]}),
-    "infinite": (TargetError, "reg", lambda m: {"reg": m.labels["reg"] * torch.inf}),
-    "out_of_range": (TargetError, "bin", lambda m: {"bin": m.labels["bin"] + 2}),
-    "class_out_of_range": (TargetError, "cls", lambda m: {"cls": m.labels["cls"] + 3}),
-    "of_another_batch": (
+    "wrong_kind": (
+        LossError,
+        lambda m: {"reg": F.l1_loss(m.out["reg"], m.labels["reg"])},
+        lambda m: None,
+    ),
+    "not_finite": (LossError, lambda m: {"bin": m.loss("bin") * torch.nan}, lambda m: None),
+    "exchanged": (
+        LossError,
+        lambda m: {"reg": m.loss("bin"), "bin": m.loss("reg")},
+        lambda m: None,
+    ),
+    "of_no_head": (
+        UnknownTaskError,
+        lambda m: {"reg": m.loss("reg"), "age": m.loss("bin")},
+        lambda m: None,
+    ),
+    "targets_without_loss": (
+        UnknownTaskError,
+        lambda m: {"reg": m.loss("reg")},
+        lambda m: {"bin": m.labels["bin"]},
+    ),
+    "targets_of_wrong_shape": (
         TargetError,
-        "reg",
-        lambda m: {"reg": 2 * m.out["reg"].detach() - m.labels["reg"]},
+        lambda m: {"reg": m.loss("reg")},
+        lambda m: {"reg": m.labels["reg"][:-1]},
+    ),
+    "targets_out_of_range": (
+        TargetError,
+        lambda m: {"cls": m.loss("cls")},
+        lambda m: {"cls": m.labels["cls"] + 3},
     ),
 }
 
@@ -96,14 +108,9 @@ class Loop(RuleBasedStateMachine):
 
     def refuses(self, error, call):
         """The very error (or one of those), and not a bit has changed."""
-        errors = error if isinstance(error, tuple) else (error,)
         before = snapshot(self.net, self.optimizer)
-        try:
+        with pytest.raises(error):
             call()
-        except BayesAggError as caught:
-            assert type(caught) in errors, (type(caught), caught)
-        else:
-            raise AssertionError(f"none of {errors}")
         assert_same(before, snapshot(self.net, self.optimizer))
 
     @rule(size=st.integers(2, 6))
@@ -159,30 +166,14 @@ class Loop(RuleBasedStateMachine):
         self.out = None
 
     @precondition(lambda self: self.out is not None)
-    @rule()
-    def scalar_without_use(self):
-        before = self.optimizer.state_dict()["bayesagg"]["memory"]
-        self.optimizer.loss({name: self.loss(name) for name in TASKS})
-        assert_same({"m": before}, {"m": self.optimizer.state_dict()["bayesagg"]["memory"]})
-        self.out = None
-
-    @precondition(lambda self: self.out is not None)
     @rule(bad=st.sampled_from(sorted(BAD)), step=st.booleans())
-    def bad_losses(self, bad, step):
-        error, losses = BAD[bad]
-        call = self.optimizer.step if step else self.optimizer.backward
-        self.refuses(error, lambda: call(losses(self)))
-
-    @precondition(lambda self: self.out is not None)
-    @rule(bad=st.sampled_from(sorted(BAD_TARGETS)), step=st.booleans())
-    def bad_targets(self, bad, step):
-        error, name, targets = BAD_TARGETS[bad]
-        known = self.optimizer.state_dict()["bayesagg"]["reader"].get(name, {})
+    def bad_batch(self, bad, step):
+        error, losses, targets = BAD[bad]
+        known = self.optimizer.state_dict()["bayesagg"]["reader"].get("reg", {})
         if known.get("own") and error is TargetError:
             return  # nothing is inferred from them
         call = self.optimizer.step if step else self.optimizer.backward
-        losses = {name: self.loss(name)}
-        self.refuses(error, lambda: call(losses, targets=targets(self)))
+        self.refuses(error, lambda: call(losses(self), targets=targets(self)))
 
     @precondition(lambda self: self.out is None)
     @rule()
@@ -295,7 +286,7 @@ class Paper(Loop):
 
 
 class TestLikelihood(Likelihood.TestCase):
-    settings = settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True)
+    settings = settings(max_examples=20, stateful_step_count=25, deadline=None, derandomize=True)
 
 
 class TestPaper(Paper.TestCase):
