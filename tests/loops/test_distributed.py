@@ -9,9 +9,9 @@ from bayesagg import BayesAgg, LikelihoodRule, LossTask
 from bayesagg.errors import BayesAggError, RankError
 from tests.helpers.data import losses_over, make_losses, without
 from tests.helpers.nets import plain_net
-from tests.helpers.settings import EPOCH, GRADIENT, OPTIMIZERS, READOUT, SAMPLED
+from tests.helpers.settings import GRADIENT, READOUT, SAMPLED
 from tests.helpers.states import difference, gradients, snapshot
-from tests.helpers.training import make_engine, train, wrap
+from tests.helpers.training import train, wrap
 from tests.loops.runs import (
     ROWS,
     assert_equal_ranks,
@@ -265,21 +265,29 @@ def said_of(rule, sums, size=8):
     return [(VOTES[rule], 4), *((n, size) for n in sums)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_the_exchange_is_of_the_stated_size(dtype, rule, ranks):
+LEARNED = {"settings": {"reg": {"noise_variance": "learned"}}}
+
+
+@pytest.mark.parametrize(
+    ("rule", "kwargs", "more"),
+    [
+        *(
+            (rule, {"dtype": dtype}, [])
+            for rule in SUMS
+            for dtype in (torch.float64, torch.float32)
+        ),
+        # Sums of squares, which the default rule always has: of residuals, and after three steps.
+        ("paper", LEARNED, [4]),
+    ],
+)
+def test_the_exchange_is_of_the_stated_size(rule, kwargs, more, ranks):
     """After the first step, in which scales are those of the batch, while data are counted."""
-    expected = said_of(rule, SUMS[rule], dtype.itemsize)
-    for sent, said in ranks.run(counted, rule, {"dtype": dtype}, False):
-        assert sent[1:] == [expected] * 5
-        assert said[1:] == [sum(n * size for n, size in expected)] * 5
-
-
-def test_learned_noise_of_the_paper_s_rule_takes_a_small_exchange_more(ranks):
-    """The default rule always has it: sums of squares of residuals and of labels."""
-    first = SUMS["paper"][0] + 4
-    settings = {"settings": {"reg": {"noise_variance": "learned"}}}
-    for sent, _ in ranks.run(counted, "paper", settings, False):
-        assert sent == [said_of("paper", [first])] * 3 + [said_of("paper", [first, 4])] * 3
+    size = kwargs.get("dtype", torch.float64).itemsize
+    first = [SUMS[rule][0] + sum(more), *SUMS[rule][1:]]
+    expected = [said_of(rule, first, size)] * 3 + [said_of(rule, first + more, size)] * 3
+    for sent, said in ranks.run(counted, rule, kwargs, False):
+        assert sent[1:] == expected[1:]
+        assert said[1:] == [sum(n * size for n, size in step) for step in expected[1:]]
 
 
 def test_missing_labels_take_a_matrix_for_every_task(rule, ranks):
@@ -335,27 +343,3 @@ def test_ranks_without_any_head_have_to_be_told(ranks):
 
 def with_world(rank):
     return without_heads(rank, dist.group.WORLD)
-
-
-def by_hand(rank, rule):
-    """The engine alone; gradients averaged by the user."""
-    net = plain_net()
-    group = None if rank is None else dist.group.WORLD
-    engine = make_engine(net, rule, process_group=group)
-    optimizer = OPTIMIZERS["momentum"](net.parameters())
-    for index in range(8):
-        x, labels = batch_of(index, half(rank))
-        optimizer.zero_grad()
-        engine(make_losses(net(x), labels)).backward()
-        for p in net.parameters():
-            if p.grad is not None and rank is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= 2
-        optimizer.step()
-        if index % EPOCH == EPOCH - 1:
-            engine.end_epoch()
-    return result(net, engine)
-
-
-def test_a_group_may_be_given(rule, ranks):
-    assert_equal_runs(by_hand(None, rule), ranks.run(by_hand, rule), rule)

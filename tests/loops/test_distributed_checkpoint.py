@@ -6,11 +6,10 @@ import torch
 from bayesagg import BayesAggWrapper, RegressionHead
 from bayesagg.checkpoint import PosteriorState
 from bayesagg.errors import CheckpointError
-from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import make_net, plain_net
 from tests.helpers.settings import OPTIMIZERS
 from tests.helpers.states import assert_near, assert_same, snapshot
-from tests.helpers.training import make_engine, train, wrap
+from tests.helpers.training import train, wrap
 from tests.loops.runs import assert_equal_runs, result, steps, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's checkpoints, about themselves
@@ -40,44 +39,26 @@ def load(net, owner, base, folder):
     set_state_dict(net, base, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
+@pytest.mark.parametrize("owner", ["wrapper", "engine"])
 @pytest.mark.parametrize(
     ("base", "stop"), [*(("adam", stop) for stop in (0, 2, 3, 4)), ("momentum", 7)]
 )
-def test_a_loaded_run_goes_on_in_the_same_bits(stop, base, rule, tmp_path):
+def test_a_loaded_run_goes_on_in_the_same_bits(stop, base, owner, rule, tmp_path):
     """From linear scalarization, from an epoch's end and from within one, into a fresh start."""
+
+    def owner_of(wrapper):
+        return wrapper if owner == "wrapper" else wrapper.engine
+
     net = make_net()
     optimizer = wrap(net, base, rule, settings=NOISE)
     train(net, optimizer, stop)
-    save(net, optimizer, optimizer.base_optimizer, tmp_path)
+    save(net, owner_of(optimizer), optimizer.base_optimizer, tmp_path)
     train(net, optimizer, range(stop, 10))
     other = make_net(seed=5)
     resumed = wrap(other, base, rule, settings=NOISE)
-    load(other, resumed, resumed.base_optimizer, tmp_path)
+    load(other, owner_of(resumed), resumed.base_optimizer, tmp_path)
     train(other, resumed, range(stop, 10))
     assert_same(snapshot(net, optimizer), snapshot(other, resumed))
-
-
-def test_the_engine_alone(rule, tmp_path):
-    def go_on(net, engine, optimizer, indices):
-        for index in indices:
-            x, labels = make_batch(seed=index)
-            optimizer.zero_grad()
-            engine.backward(make_losses(net(x), labels))
-            optimizer.step()
-            if index % 3 == 2:
-                engine.end_epoch()
-
-    runs = []
-    for seed in (0, 5):
-        net = make_net(seed=seed)
-        engine = make_engine(net, rule, steps_per_epoch=None)
-        runs.append((net, engine, OPTIMIZERS["adam"](net.parameters())))
-    go_on(*runs[0], range(5))
-    save(*runs[0], tmp_path)
-    load(*runs[1], tmp_path)
-    for one in runs:
-        go_on(*one, range(5, 10))
-    assert_same(snapshot(*runs[0][:2]), snapshot(*runs[1][:2]))
 
 
 def test_other_heads_are_refused(rule, tmp_path):

@@ -10,16 +10,17 @@ from bayesagg.heads import BinaryHead
 from bayesagg.reading import Capture, Reader
 from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench, labels_by_task
+from tests.reading.test_labels import MASKED
 
 OUTPUTS = {"a": 2, "b": 1, "c": 4, "d": 1}
 KINDS = {"a": "reg", "b": "bin", "c": "cls", "d": "reg"}
 
 
-def check_labels(found, kind, y, **tolerances):
+def check_labels(found, kind, y, known=..., **tolerances):
     if kind == "cls":
-        assert torch.equal(found.targets[:, 0].argmax(1), y)
+        assert torch.equal(found.targets[:, 0].argmax(1)[known], y[known])
     else:
-        torch.testing.assert_close(found.targets, y.to(found.targets), **tolerances)
+        torch.testing.assert_close(found.targets[known], y.to(found.targets)[known], **tolerances)
 
 
 @pytest.mark.parametrize(
@@ -133,39 +134,6 @@ def test_a_loss_without_a_head_that_reaches_one(device, dtype):
 # --- masks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_masked_means(device, dtype, given):
-    """The factor is one over the number of labels, which differs between batches."""
-    kinds = {"a": "reg", "b": "bin", "c": "cls", "d": "reg"}
-    bench = Bench(kinds, OUTPUTS, device=device, dtype=dtype)
-    for seed in range(5):
-        out, labels = bench.batch(12, seed)
-        masks = {n: torch.rand(y.shape, device=device) < 0.6 for n, y in labels.items()}
-        masks["d"][:] = True
-        losses = {n: LOSSES[kinds[n]](out[n][masks[n]], labels[n][masks[n]]) for n in out}
-        targets = {
-            n: y.masked_fill(~masks[n], -100 if n == "c" else torch.nan) for n, y in labels.items()
-        }
-        batch = bench.read(losses, targets if given else None)
-        found = labels_by_task(batch)
-        for name, kind in kinds.items():
-            mask = masks[name].view(12, -1)
-            if name == "d":
-                assert found[name].present is None
-                continue
-            assert torch.equal(found[name].present, mask)
-            factor = found[name].factor.expand(12, -1)[mask]
-            expected = torch.full_like(factor, 1 / int(mask.sum()))
-            torch.testing.assert_close(factor, expected, rtol=1e-5, atol=0)
-            y = labels[name]
-            if kind == "cls":
-                assert torch.equal(found[name].targets[:, 0].argmax(1)[masks[name]], y[masks[name]])
-            else:
-                torch.testing.assert_close(found[name].targets[mask], y[mask])
-        # A head without a missing label does not lose its Gram matrix to one with some.
-        assert ("a", "d") not in [part.names for part in batch.parts]
-
-
 def test_a_residual_of_zero_is_a_label(device, dtype):
     bench = Bench({"a": "reg"}, 1, device=device, dtype=dtype)
     for seed in range(3):
@@ -178,37 +146,40 @@ def test_a_residual_of_zero_is_a_label(device, dtype):
             torch.testing.assert_close(found.targets, y)
 
 
-MASKED = {
-    "of those known": lambda each, known: each[known].mean(),
-    "over their number": lambda each, known: (each * known).sum() / known.sum(),
-    "over all": lambda each, known: (each * known).mean(),
-    "summed": lambda each, known: each[known].sum(),
-}
-
-
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("reduction", MASKED)
-@pytest.mark.parametrize("kind", ["reg", "bin"])
-def test_without_a_gradient_a_label_is_not_missing(device, dtype, kind, reduction):
-    """A residual of zero and a saturated logit beside labels that are missing, in known steps."""
-    bench = Bench({"a": kind}, 2, device=device, dtype=dtype)
+@pytest.mark.parametrize("kind", ["reg", "bin", "cls"])
+def test_missing_labels_in_steps_that_are_known(device, dtype, kind, reduction, given):
+    """Of another number in every step; a residual of zero and a saturated logit are not missing."""
+    bench = Bench({"a": kind, "b": kind}, {"a": 3, "b": 3}, device=device, dtype=dtype)
     for seed, quiet in enumerate([0, 0, 0, 0, 1, 2, 0, 7]):
         h = bench.features(12, seed)
-        out = bench.outputs(h)["a"]
-        y = bench.labels({"a": out}, seed)["a"]
-        known = torch.rand(12, 2, generator=torch.Generator().manual_seed(seed)) < 0.7
-        known[:8] = True
+        out = bench.outputs(h)
+        labels = bench.labels(out, seed)
+        z, y = out["a"], labels["a"]
+        known = torch.rand(y.shape, generator=torch.Generator().manual_seed(seed)) < 0.7
+        known[:8], known[8 + seed % 4] = True, False
         known = known.to(device)
         if kind == "reg":
-            y[:quiet, 0] = out.detach()[:quiet, 0]
-        elif quiet:  # logits of 800, whose sigmoid is 1
+            y[:quiet, 0] = z.detach()[:quiet, 0]
+        elif kind == "bin" and quiet:  # logits of 800, whose sigmoid is 1
             with torch.no_grad():
-                h[:quiet] *= 800 / out[:quiet, :1].abs()
-            out = bench.outputs(h)["a"]
-            y[:quiet] = (out[:quiet] > 0).to(y)
-        each = LOSSES[kind](out, y, reduction="none")
-        found = labels_by_task(bench.read({"a": MASKED[reduction](each, known)}))["a"]
-        assert torch.equal(found.present, known)
-        torch.testing.assert_close(found.targets[known], y[known])
+                h[:quiet] *= 800 / z[:quiet, :1].abs()
+            out = bench.outputs(h)
+            z = out["a"]
+            y[:quiet] = (z[:quiet] > 0).to(y)
+        losses = bench.losses(out, labels)
+        losses["a"] = MASKED[reduction](LOSSES[kind](z, y, reduction="none"), known)
+        missing = y.masked_fill(~known, -100 if kind == "cls" else torch.nan)
+        batch = bench.read(losses, {**labels, "a": missing} if given else None)
+        found = labels_by_task(batch)
+        assert torch.equal(found["a"].present.view_as(known), known)
+        check_labels(found["a"], kind, y, known)
+        number = {"over all": y.numel(), "summed": 1}.get(reduction, int(known.sum()))
+        factor = found["a"].factor.expand(12, -1)[known.view(12, -1)]
+        torch.testing.assert_close(factor, torch.full_like(factor, 1 / number), rtol=1e-5, atol=0)
+        # A head without a missing label does not lose its Gram matrix to one with some.
+        assert found["b"].present is None and len(batch.parts) == 2
 
 
 # --- half precision ------------------------------------------------------------------------------

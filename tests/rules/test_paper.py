@@ -8,11 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
-from bayesagg.errors import CheckpointError, NumericalError
-from bayesagg.likelihoods import Evidence
+from bayesagg.errors import CheckpointError
 from bayesagg.rules import PaperRule
 from bayesagg.rules.epochs import WARMUP, default_memory
-from bayesagg.rules.groups import make_groups
 from tests.rules.parts import (
     D,
     absent,
@@ -195,10 +193,3 @@ def test_a_state_of_other_settings_is_refused():
     with pytest.raises(CheckpointError, match="noise variance"):
         start(rule, fixed, 2).loaded(memory.state_dict(), torch.device("cpu"))
     assert start(rule, other, 2).loaded(memory.state_dict(), torch.device("cpu")).draws == 4
-
-
-def test_a_posterior_that_cannot_be_factorized_names_its_tasks():
-    [group] = make_groups({"age": RegressionHead(nn.Linear(2, 1, bias=False))})
-    bad = Evidence(-10 * torch.eye(2)[None], torch.zeros(1, 2), torch.ones(1))
-    with pytest.raises(NumericalError, match=r"tasks 'age': .*prior_variance"):
-        group.posterior(bad, None)

@@ -6,8 +6,6 @@ The representation is a free parameter, so what an encoder would receive can be 
 gradient. One epoch of pre-training makes the full-data posterior; the next step is compared.
 """
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -240,23 +238,6 @@ def test_reductions_and_constant_factors_scale_the_gradients(device, dtype, redu
     assert_close(actual, expected, tolerance(study, dtype), study.spread)
     plain, _ = study.expected(STEP)
     assert np.abs(plain - expected).max() > 0.1 * np.abs(plain).max()
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e4])
-def test_a_factor_common_to_all_losses_only_scales_the_gradient(device, dtype, scale):
-    names = ("reg", "bin", "cls")  # which differ in s
-    study = Study(names, device, dtype).pretrain()
-    state = copy.deepcopy(study.engine.get_extra_state())
-    plain = study.arriving(STEP)
-    weights = dict(study.engine.task_weights)
-    study.engine.set_extra_state(state)
-    scaled = study.arriving(STEP, study.losses(STEP, weights=dict.fromkeys(names, scale)))
-    relative = 1e-9 if dtype == torch.float64 else 1e-3
-    assert_close(scaled, scale * plain, relative)
-    for name in names:
-        torch.testing.assert_close(
-            study.engine.task_weights[name], weights[name], rtol=relative, atol=relative
-        )
 
 
 # --- the reduction identity ----------------------------------------------------------------------
