@@ -1,12 +1,11 @@
 """The loops of other packages over the same batches, each as its users write it.
 
-A loop takes the network, its owner (a wrapper, or an engine beside an optimizer), batches and what
-makes losses of one. ``save`` is a number of steps after which there is to be a checkpoint, whose
-path is returned; ``resume`` such a path.
+Those that save a checkpoint return its path.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,54 @@ LossesOf = Callable[[nn.Module, Batch], dict[str, Tensor]]
 Owner = BayesAgg | BayesAggWrapper
 
 
+@dataclass
+class Job:
+    """What a loop is given.
+
+    Attributes:
+        net: the network.
+        owner: a wrapper, or an engine beside an optimizer.
+        batches: of an epoch.
+        losses_of: what makes losses of one.
+        folder: for files.
+        epochs: in all, those before a checkpoint included.
+        optimizer: an engine's; that of a wrapper is itself.
+        accumulate: batches of a step.
+        clip: norm of the gradients.
+        save: steps after which there is to be a checkpoint.
+        resume: the path of one.
+    """
+
+    net: nn.Module
+    owner: Owner
+    batches: Sequence[Batch]
+    losses_of: LossesOf
+    folder: Path | None = None
+    epochs: int = 1
+    optimizer: torch.optim.Optimizer | None = None
+    accumulate: int = 1
+    clip: float | None = None
+    save: int | None = None
+    resume: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.owner if self.optimizer is None else self.optimizer
+
+    def scalar(self, net: nn.Module, batch: Batch) -> Tensor:
+        """What is differentiated."""
+        losses = self.losses_of(net, batch)
+        return self.owner(losses) if self.has_engine else self.owner.loss(losses)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether ends of epochs are to be told."""
+        return isinstance(self.owner, BayesAgg)
+
+    def loader(self) -> DataLoader:
+        """One item is one batch: batches of one that are taken out of their list again."""
+        return DataLoader(self.batches, batch_size=1, collate_fn=lambda items: items[0])
+
+
 def batches_of(count: int) -> list[Batch]:
     """Mappings as the loops take them; the inputs are ``"x"``."""
     return [{"x": x, **labels} for x, labels in (make_batch(seed=i) for i in range(count))]
@@ -32,11 +79,6 @@ def batches_of(count: int) -> list[Batch]:
 def losses_of(net: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Of one of them."""
     return make_losses(net(batch["x"]), batch)
-
-
-def scalar_of(owner: Owner, losses: dict[str, Tensor]) -> Tensor:
-    """What is differentiated."""
-    return owner(losses) if isinstance(owner, BayesAgg) else owner.loss(losses)
 
 
 def state_of(
@@ -53,58 +95,28 @@ def state_of(
     return {key: found[key] for key in ("engine", "base", "parameters", "buffers")}
 
 
-def in_order(batches: Sequence[Batch]) -> DataLoader:
-    """One item is one batch: batches of one that are taken out of their list again."""
-    return DataLoader(batches, batch_size=1, collate_fn=lambda items: items[0])
-
-
-def plain(
-    net: nn.Module,
-    owner: Owner,
-    batches: Sequence[Batch],
-    losses_of: LossesOf,
-    folder: Path | None = None,
-    epochs: int = 1,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    accumulate: int = 1,
-    clip: float | None = None,
-) -> None:
+def plain(job: Job) -> None:
     """The loop that the others have to equal.
 
     The last step of an epoch has what batches are left, and divides by their number.
     """
-    optimizer = owner if optimizer is None else optimizer
-    for _ in range(epochs):
-        for first in range(0, len(batches), accumulate):
-            some = batches[first : first + accumulate]
-            optimizer.zero_grad()
-            if accumulate == 1 and optimizer is owner:
-                owner.step(losses_of(net, some[0]))
+    for _ in range(job.epochs):
+        for first in range(0, len(job.batches), job.accumulate):
+            some = job.batches[first : first + job.accumulate]
+            job.optimizer.zero_grad()
+            if job.accumulate == 1 and not job.has_engine:
+                job.owner.step(job.losses_of(job.net, some[0]))
                 continue
             for batch in some:
-                (scalar_of(owner, losses_of(net, batch)) / len(some)).backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_(net.parameters(), clip)
-            optimizer.step()
-        if isinstance(owner, BayesAgg):
-            owner.end_epoch()
+                (job.scalar(job.net, batch) / len(some)).backward()
+            if job.clip is not None:
+                nn.utils.clip_grad_norm_(job.net.parameters(), job.clip)
+            job.optimizer.step()
+        if job.has_engine:
+            job.owner.end_epoch()
 
 
-def huggingface(
-    net: nn.Module,
-    owner: BayesAggWrapper,
-    batches: Sequence[Batch],
-    losses_of: LossesOf,
-    folder: Path,
-    epochs: int = 1,
-    *,
-    accumulate: int = 1,
-    clip: float = 0.0,
-    save: int | None = None,
-    resume: Path | None = None,
-    **arguments: Any,
-) -> Path:
+def huggingface(job: Job, **arguments: Any) -> Path:
     """``transformers.Trainer`` with ``compute_loss``; the wrapper is its optimizer."""
     transformers = pytest.importorskip("transformers")
 
@@ -112,54 +124,47 @@ def huggingface(
         loss_is_scaled_for_ga = False  # whatever else is counted in a batch: divide it
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return owner.loss(losses_of(model, inputs))
+            return job.scalar(model, inputs)
 
         def get_train_dataloader(self):
-            return self.accelerator.prepare(in_order(batches))
+            return self.accelerator.prepare(job.loader())
 
-    saving = {"save_strategy": "no"} if save is None else {"save_strategy": "steps"}
     args = transformers.TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=epochs,
+        output_dir=str(job.folder),
+        num_train_epochs=job.epochs,
         disable_tqdm=True,
         logging_strategy="no",
         report_to=[],
         use_cpu=True,
         lr_scheduler_type="constant",
-        max_grad_norm=clip,
-        gradient_accumulation_steps=accumulate,
-        save_steps=save or 1,
-        **saving,
+        max_grad_norm=job.clip or 0.0,
+        gradient_accumulation_steps=job.accumulate,
+        save_strategy="no" if job.save is None else "steps",
+        save_steps=job.save or 1,
         **arguments,
     )
-    trainer = MultiTaskTrainer(model=net, args=args, optimizers=(owner, None))
+    trainer = MultiTaskTrainer(model=job.net, args=args, optimizers=(job.owner, None))
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))
     assert hasattr(trainer.model_wrapped, "_orig_mod") == args.torch_compile
-    return folder / f"checkpoint-{save}"
+    return job.folder / f"checkpoint-{job.save}"
 
 
-def module_of(
-    net: nn.Module,
-    owner: Owner,
-    losses_of: LossesOf,
-    optimizer: torch.optim.Optimizer | None = None,
-    manual: bool = False,
-) -> Any:
+def module_of(job: Job, manual: bool = False) -> Any:
     """A LightningModule; an engine is saved with it, and told of the ends of epochs."""
     pl = pytest.importorskip("lightning.pytorch")
 
     class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net, self.owner = net, owner
+            self.net, self.owner = job.net, job.owner
             self.automatic_optimization = not manual
 
         def configure_optimizers(self):
-            return owner if optimizer is None else optimizer
+            return job.optimizer
 
         def training_step(self, batch, batch_idx):
-            scalar = scalar_of(owner, losses_of(net, batch))
+            scalar = job.scalar(job.net, batch)
             if not manual:
                 return scalar
             self.optimizers().zero_grad()
@@ -167,60 +172,32 @@ def module_of(
             self.optimizers().step()
 
         def on_train_epoch_end(self):
-            if isinstance(owner, BayesAgg):
-                owner.end_epoch()
+            if job.has_engine:
+                job.owner.end_epoch()
 
     return Module()
 
 
-def fit(
-    module: Any,
-    loader: DataLoader,
-    folder: Path,
-    epochs: int,
-    resume: Path | None = None,
-    **arguments: Any,
-) -> None:
-    """Lightning's Trainer."""
+def lightning(job: Job, manual: bool = False, **arguments: Any) -> Path:
+    """Automatic optimization, or manual; a wrapper is what ``configure_optimizers`` returns."""
     pl = pytest.importorskip("lightning.pytorch")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    arguments = {"logger": False, "enable_checkpointing": job.save is not None, **arguments}
+    if job.save is not None:
+        arguments["callbacks"] = [pl.callbacks.ModelCheckpoint(job.folder, save_last=True)]
+    if not manual:
+        arguments |= {"accumulate_grad_batches": job.accumulate, "gradient_clip_val": job.clip}
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
-        max_epochs=epochs,
+        max_epochs=job.epochs,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=folder,
-        **{"logger": False, "enable_checkpointing": False, **arguments},
+        default_root_dir=job.folder,
+        **arguments,
     )
-    trainer.fit(module, loader, ckpt_path=resume)
-
-
-def lightning(
-    net: nn.Module,
-    owner: Owner,
-    batches: Sequence[Batch],
-    losses_of: LossesOf,
-    folder: Path,
-    epochs: int = 1,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    manual: bool = False,
-    accumulate: int = 1,
-    clip: float | None = None,
-    save: int | None = None,
-    **arguments: Any,
-) -> Path:
-    """Automatic optimization, or manual; a wrapper is what ``configure_optimizers`` returns."""
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
-    if save is not None:
-        kept = callbacks.ModelCheckpoint(folder, save_last=True)
-        arguments |= {"enable_checkpointing": True, "callbacks": [kept]}
-    module = module_of(net, owner, losses_of, optimizer, manual)
-    if not manual:
-        arguments |= {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
-    fit(module, in_order(batches), folder, epochs, **arguments)
-    return folder / "last.ckpt"
+    trainer.fit(module_of(job, manual), job.loader(), ckpt_path=job.resume)
+    return job.folder / "last.ckpt"
 
 
 class Registered:
@@ -230,42 +207,29 @@ class Registered:
         self.state_dict, self.load_state_dict = engine.get_extra_state, engine.set_extra_state
 
 
-def accelerate(
-    net: nn.Module,
-    owner: Owner,
-    batches: Sequence[Batch],
-    losses_of: LossesOf,
-    folder: Path,
-    epochs: int = 1,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    accumulate: int = 1,
-    clip: float | None = None,
-    save: int | None = None,
-    resume: Path | None = None,
-) -> Path:
+def accelerate(job: Job) -> Path:
     """``accelerator.backward`` of the scalar; the wrapper is prepared as any optimizer."""
     package = pytest.importorskip("accelerate")
-    accelerator = package.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
-    prepared = accelerator.prepare(net, optimizer or owner, in_order(batches))
-    model, optimizer, loader = prepared
-    if isinstance(owner, BayesAgg):
-        accelerator.register_for_checkpointing(Registered(owner))
-    if resume is not None:
-        accelerator.load_state(str(resume))
-        epochs -= 1 + int(resume.name)  # the number of its last epoch
-    for _ in range(epochs):
+    accelerator = package.Accelerator(cpu=True, gradient_accumulation_steps=job.accumulate)
+    model, optimizer, loader = accelerator.prepare(job.net, job.optimizer, job.loader())
+    if job.has_engine:
+        accelerator.register_for_checkpointing(Registered(job.owner))
+    done = 0
+    if job.resume is not None:
+        accelerator.load_state(str(job.resume))
+        done = int(job.resume.name)  # the number of epochs before it
+    for _ in range(done, job.epochs):
         for batch in loader:
             with accelerator.accumulate(model):
-                accelerator.backward(scalar_of(owner, losses_of(model, batch)))
-                if clip is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(net.parameters(), clip)
+                accelerator.backward(job.scalar(model, batch))
+                if job.clip is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(job.net.parameters(), job.clip)
                 optimizer.step()
                 optimizer.zero_grad()
-        if isinstance(owner, BayesAgg):
-            owner.end_epoch()
-    path = folder / str(epochs - 1)
-    if save is not None:
+        if job.has_engine:
+            job.owner.end_epoch()
+    path = job.folder / str(job.epochs)
+    if job.save is not None:
         accelerator.save_state(str(path))
     return path
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from tests.loops.ranks import running_ranks
+from tests.loops.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
 def ranks():
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch was built without gloo")
-    with running_ranks() as both:
-        yield both
+    both = Ranks()
+    yield both
+    both.stop()

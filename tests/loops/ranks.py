@@ -3,11 +3,13 @@
 import datetime
 import io
 import multiprocessing
+import os
+import signal
 import tempfile
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,18 +22,8 @@ class RankFailed(AssertionError):
     """A job raised, or did not come to an end."""
 
 
-def _dumps(value: Any) -> bytes:
-    """By value: tensors are not shared between processes."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def _loads(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=False)
-
-
-def _work(rank: int, file: str, pipe: Any) -> None:
+def _join(rank: int, file: str) -> int:
+    """The process, which is a rank from now on."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -41,76 +33,53 @@ def _work(rank: int, file: str, pipe: Any) -> None:
         world_size=WORLD,
         timeout=datetime.timedelta(seconds=_LIMIT),
     )
-    while True:
-        function, args, kwargs = pipe.recv()
-        try:
-            torch.manual_seed(0)
-            answer = (True, _dumps(function(rank, *args, **kwargs)))
-        except BaseException:
-            answer = (False, traceback.format_exc())
-        pipe.send(answer)
+    return os.getpid()
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bytes:
+    """By value: tensors are not shared between processes."""
+    torch.manual_seed(0)
+    file = io.BytesIO()
+    torch.save(function(*args, **kwargs), file)
+    return file.getvalue()
 
 
 class Ranks:
     """A pair of processes in one process group; started when first used, anew after a failure."""
 
     def __init__(self) -> None:
-        self._processes: list[Any] = []
+        self._pools: list[ProcessPoolExecutor] = []
+        self._processes: list[int] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory()
-        self._pipes = []
-        for rank in range(WORLD):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(rank, f"{self._folder.name}/store", theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
+        spawn = multiprocessing.get_context("spawn")
+        self._pools = [ProcessPoolExecutor(1, mp_context=spawn) for _ in range(WORLD)]
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = [p.submit(_join, i, f"{folder}/store") for i, p in enumerate(self._pools)]
+            self._processes = [job.result(_LIMIT) for job in jobs]
 
     def stop(self) -> None:
         """End both processes."""
         for process in self._processes:
-            process.kill()
-            process.join()
-        if self._processes:
-            for pipe in self._pipes:
-                pipe.close()
-            self._folder.cleanup()
-        self._processes = []
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+        self._pools, self._processes = [], []
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """``function(rank, ...)`` on both ranks; what they return."""
-        if not self._processes:
+        if not self._pools:
             self._start()
-        for pipe in self._pipes:
-            pipe.send((function, args, kwargs))
+        jobs = [p.submit(_call, function, i, *args, **kwargs) for i, p in enumerate(self._pools)]
         results, failures = [], []
-        for rank, pipe in enumerate(self._pipes):
+        for rank, job in enumerate(jobs):
             try:
-                if not pipe.poll(_LIMIT if not failures else 5):
-                    raise EOFError
-                good, value = pipe.recv()
-            except EOFError:
-                good, value = False, "it hung, or died\n"
-            if good:
-                results.append(_loads(value))
-            else:
-                failures.append(f"rank {rank}: {value}")
+                answer = io.BytesIO(job.result(_LIMIT if not failures else 5))
+                results.append(torch.load(answer, weights_only=False))
+            except Exception as error:  # also of a process that hangs, or has died
+                failures.append(f"rank {rank}: {error!r} {error.__cause__ or ''}")
         if failures:
             self.stop()
             raise RankFailed("\n".join(failures))
         return results
-
-
-@contextmanager
-def running_ranks() -> Iterator[Ranks]:
-    """Ranks that are ended with the context."""
-    ranks = Ranks()
-    try:
-        yield ranks
-    finally:
-        ranks.stop()

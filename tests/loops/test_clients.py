@@ -10,7 +10,7 @@ from tests.helpers.nets import make_net
 from tests.helpers.settings import EPOCH, MEMORY, OPTIMIZERS, SAMPLED
 from tests.helpers.states import assert_finite, assert_near, assert_same, snapshot
 from tests.helpers.training import make_engine, wrap
-from tests.loops.clients import CLIENTS, batches_of, losses_of, plain, state_of
+from tests.loops.clients import CLIENTS, Job, batches_of, losses_of, plain, state_of
 
 # Of the clients, about speed, themselves and their own dependencies.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,17 +38,20 @@ class Run:
             kwargs["steps_per_epoch"] = None
             self.owner = make_engine(self.net, rule, settings=SAMPLED, **kwargs)
             self.optimizer = OPTIMIZERS["adam"](self.net.parameters())
-            self.settings = {**self.settings, "optimizer": self.optimizer}
         else:
             self.owner = wrap(self.net, "adam", rule, settings=SAMPLED, **kwargs)
 
-    def train(self, folder, epochs=EPOCHS, batches=BATCHES, **how):
-        arguments = (self.net, self.owner, batches, losses_of, folder, epochs)
-        return self.client(*arguments, **self.settings, **how)
+    def train(self, folder, epochs=EPOCHS, batches=BATCHES, given=(), **how):
+        """``given``: to the client itself."""
+        job = self.job(batches, folder, epochs, **how)
+        return self.client(job, **self.settings, **dict(given))
 
     def plainly(self, **how):
-        own = {} if self.optimizer is None else {"optimizer": self.optimizer}
-        plain(self.net, self.owner, BATCHES, losses_of, None, EPOCHS, **own, **how)
+        plain(self.job(**how))
+
+    def job(self, batches=BATCHES, folder=None, epochs=EPOCHS, **how):
+        kwargs = {"optimizer": self.optimizer, **how}
+        return Job(self.net, self.owner, batches, losses_of, folder, epochs, **kwargs)
 
     def state(self):
         return state_of(self.net, self.owner, self.optimizer)
@@ -105,7 +108,7 @@ def test_a_loop_may_use_half_precision(way, half, rule, tmp_path):
     ends = []
     for how in (half, {}):
         run = Run(way, rule, dtype=torch.float32, **MEMORY[rule])
-        run.train(tmp_path, batches=batches, **how)
+        run.train(tmp_path, batches=batches, given=how)
         assert_finite(snapshot(run.net, run.owner))
         ends.append(list(run.net.parameters()))
     assert not torch.equal(ends[0][0], ends[1][0])

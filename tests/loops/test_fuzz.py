@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from bayesagg.errors import (
     CaptureError,
     CheckpointError,
-    FeatureError,
     LossError,
     TargetError,
     UnknownTaskError,
@@ -180,21 +179,6 @@ class Loop(RuleBasedStateMachine):
     def backward_without_forward(self):
         loss = sum(p.sum() for p in self.net.heads["reg"].parameters())
         self.refuses(CaptureError, lambda: self.optimizer.backward({"reg": loss}))
-
-    @rule(value=st.sampled_from([torch.nan, torch.inf]))
-    def bad_features(self, value):
-        x, _ = make_batch(DEVICE, DTYPE, seed=5)
-        h = torch.full((len(x), 4), value, device=DEVICE, dtype=DTYPE)
-        before = snapshot(self.net, self.optimizer)["buffers"]
-        hooked = self.net.trunk.register_forward_hook(lambda m, a, out: out + h, prepend=True)
-        out = self.net(x)
-        hooked.remove()
-        with torch.no_grad():  # batch normalisation has seen a batch more
-            for name, buffer in self.net.named_buffers():
-                buffer.copy_(before[name])
-        losses = {"reg": out["reg"].nan_to_num(0, 0, 0).square().mean()}
-        self.refuses((FeatureError, LossError), lambda: self.optimizer.backward(losses))
-        self.drop_forward()
 
     @rule()
     def bare_step(self):

@@ -12,7 +12,7 @@ from tests.helpers.nets import make_net
 from tests.helpers.settings import EPOCH, SAMPLED
 from tests.helpers.states import snapshot, tensors_of
 from tests.helpers.training import wrap
-from tests.loops.clients import batches_of, huggingface, losses_of
+from tests.loops.clients import Job, batches_of, huggingface, losses_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,7 +26,7 @@ def test_a_trainer_may_compile_the_model(tmp_path):
         net = make_net()
         wrapper = wrap(net, "adam", "likelihood", settings=SAMPLED)
         how = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
-        huggingface(net, wrapper, batches_of(EPOCH), losses_of, tmp_path, 2, **how)
+        huggingface(Job(net, wrapper, batches_of(EPOCH), losses_of, tmp_path, 2), **how)
         ends.append(list(net.parameters()))
     torch._dynamo.reset()
     torch.testing.assert_close(*ends)

@@ -14,24 +14,23 @@ from bayesagg.logging import task_weight_scalars
 from tests.helpers.nets import make_net
 from tests.helpers.settings import OPTIMIZERS, SAMPLED
 from tests.helpers.training import make_engine
-from tests.loops import clients
+from tests.loops.clients import Job, batches_of, lightning, losses_of
 
 # Advice of Lightning's about speed, and of its dependencies about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 3
 
 
-def module_of(rule):
-    """An engine, as an attribute."""
+def job_of(rule, folder, epochs=1):
+    """With an engine, an attribute of the module."""
     net = make_net()
     engine = make_engine(net, rule, settings=SAMPLED, steps_per_epoch=None)
     optimizer = OPTIMIZERS["adam"](net.parameters())
-    return clients.module_of(net, engine, clients.losses_of, optimizer)
+    return Job(net, engine, batches_of(STEPS), losses_of, folder, epochs, optimizer)
 
 
-def fit(folder, module, epochs, **kwargs):
-    loader = clients.in_order(clients.batches_of(STEPS))
-    clients.fit(module, loader, folder, epochs, log_every_n_steps=1, **kwargs)
+def fit(job, callbacks, **kwargs):
+    lightning(job, callbacks=callbacks, log_every_n_steps=1, **kwargs)
 
 
 class Recorder(Callback):
@@ -47,10 +46,10 @@ class Recorder(Callback):
 @pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
 def test_the_callback_logs_to_every_logger(given, rule, tmp_path):
     """CSV and TensorBoard hold the weights of every second step."""
-    module, recorder = module_of(rule), Recorder()
-    callback = TaskWeightsCallback(module.owner if given else None, every_n_steps=2)
+    job, recorder = job_of(rule, tmp_path, 3), Recorder()
+    callback = TaskWeightsCallback(job.owner if given else None, every_n_steps=2)
     loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
-    fit(tmp_path, module, 3, callbacks=[callback, recorder], logger=loggers)
+    fit(job, [callback, recorder], logger=loggers)
     steps = [2, 4, 6, 8]
     names = list(recorder.seen[2])
     assert names[0] == "task_weights/reg/0" and names[-1] == "task_weights/cls"
@@ -75,17 +74,17 @@ def test_the_callback_follows_the_trainer(rule, tmp_path):
     callback = TaskWeightsCallback()
     for _ in range(2):
         logger = CSVLogger(tmp_path)
-        fit(tmp_path, module_of(rule), 1, callbacks=[callback], logger=logger)
+        fit(job_of(rule, tmp_path), [callback], logger=logger)
         with open(f"{logger.log_dir}/metrics.csv") as file:
             assert len(list(csv.DictReader(file))) == STEPS
     assert callback._engine is None
 
 
 def test_the_callback_wants_one_engine(rule, tmp_path):
-    module = module_of(rule)
-    module.second = make_engine(module.net, rule)
+    job = job_of(rule, tmp_path)
+    job.net.second = make_engine(job.net, rule)
     with pytest.raises(ValueError, match="has 2 BayesAgg engines"):
-        fit(tmp_path, module, 1, callbacks=[TaskWeightsCallback()])
+        fit(job, [TaskWeightsCallback()])
     with pytest.raises(ValueError, match="every_n_steps"):
         TaskWeightsCallback(every_n_steps=0)
 

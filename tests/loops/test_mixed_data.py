@@ -11,7 +11,7 @@ from tests.helpers.nets import make_net
 from tests.helpers.settings import SAMPLED
 from tests.helpers.states import assert_same
 from tests.helpers.training import wrap
-from tests.loops.clients import CLIENTS, plain, state_of
+from tests.loops.clients import CLIENTS, Job, plain, state_of
 
 # Advice of Lightning's about speed, and of its dependencies about themselves.
 pytestmark = [
@@ -70,6 +70,6 @@ def test_the_steps_are_those_of_a_plain_loop(kind, client, rule, tmp_path):
     for loop in (plain, CLIENTS[client]):
         net = make_net()
         wrapper = wrap(net, "adam", rule, settings=SAMPLED)
-        loop(net, wrapper, batches, losses_of, tmp_path, EPOCHS)
+        loop(Job(net, wrapper, batches, losses_of, tmp_path, EPOCHS))
         results.append(state_of(net, wrapper))
     assert_same(*results)

@@ -5,6 +5,7 @@
 
 import functools
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from bayesagg.errors import CaptureError, HeadError
 from tests.helpers.settings import EPOCH, QUICK
 from tests.helpers.states import assert_finite, assert_near
 from tests.helpers.training import make_heads, wrap
-from tests.loops.clients import CLIENTS, batches_of, plain, state_of
+from tests.loops.clients import CLIENTS, Job, batches_of, plain, state_of
 from tests.loops.networks import NETWORKS
 from tests.loops.runs import assert_equal_runs, batch_of, half, result
 
@@ -47,17 +48,17 @@ class Recomputed(nn.Module):
         return checkpoint(self.net, x, use_reentrant=False)
 
 
-def checkpointed(net, wrapper, batches, losses_of, folder):
+def checkpointed(job):
     """``torch.utils.checkpoint`` around the whole."""
-    plain(Recomputed(net), wrapper, batches, losses_of, folder)
+    plain(replace(job, net=Recomputed(job.net)))
 
 
-def compiled(net, wrapper, batches, losses_of, folder):
+def compiled(job):
     """``torch.compile`` of the whole."""
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain(torch.compile(net, backend="eager"), wrapper, batches, losses_of, folder)
+        plain(replace(job, net=torch.compile(job.net, backend="eager")))
     torch._dynamo.reset()
 
 
@@ -82,18 +83,18 @@ CELLS = [
 def end_of_the_plain_loop(name, rule):
     """What the others are compared with."""
     net, wrapper, losses_of = start(name, rule)
-    plain(net, wrapper, BATCHES, losses_of, None)
+    plain(Job(net, wrapper, BATCHES, losses_of))
     return state_of(net, wrapper)
 
 
 def resumed(name, rule):
     """Half of the steps, and the other half by what was saved."""
     net, wrapper, losses_of = start(name, rule)
-    plain(net, wrapper, BATCHES[:EPOCH], losses_of, None)
+    plain(Job(net, wrapper, BATCHES[:EPOCH], losses_of))
     other, again, _ = start(name, rule)
     other.load_state_dict(net.state_dict())
     again.load_state_dict(wrapper.state_dict())
-    plain(other, again, BATCHES[EPOCH:], losses_of, None)
+    plain(Job(other, again, BATCHES[EPOCH:], losses_of))
     return state_of(other, again)
 
 
@@ -125,7 +126,7 @@ def test_a_network_in_a_loop(name, loop, rule, request, tmp_path):
         found = resumed(name, rule)
     else:
         net, wrapper, losses_of = start(name, rule)
-        LOOPS[loop](net, wrapper, BATCHES, losses_of, tmp_path)
+        LOOPS[loop](Job(net, wrapper, BATCHES, losses_of, tmp_path))
         found = state_of(net, wrapper)
     for key in ("parameters", "engine", "base"):
         assert_near(found[key], expected[key], key)

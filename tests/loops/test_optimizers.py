@@ -9,7 +9,7 @@ from tests.helpers.nets import plain_net
 from tests.helpers.settings import EPOCH, FOREVER, GRADIENT, OPTIMIZERS, QUICK
 from tests.helpers.states import assert_finite, assert_same, difference, snapshot
 from tests.helpers.training import make_engine, train, wrap
-from tests.loops.clients import CLIENTS, batches_of, lightning, losses_of, state_of
+from tests.loops.clients import CLIENTS, Job, batches_of, lightning, losses_of, state_of
 
 STEPS = 3 * EPOCH
 # The paper's rule has no towers.
@@ -80,7 +80,7 @@ def test_lightning_hands_lbfgs_its_closure(rule, tmp_path):
         net = plain_net()
         wrapper = wrap(net, "lbfgs", rule)
         if own:
-            lightning(net, wrapper, BATCHES, losses_of, tmp_path, 3)
+            lightning(Job(net, wrapper, BATCHES, losses_of, tmp_path, 3))
         else:
             for batch in BATCHES * 3:
 
@@ -99,7 +99,7 @@ def test_loops_without_closures_say_so(client, rule, tmp_path):
     net = plain_net()
     wrapper = wrap(net, "lbfgs", rule)
     with pytest.raises(TypeError, match="LBFGS evaluates the model several times a step"):
-        CLIENTS[client](net, wrapper, BATCHES, losses_of, tmp_path)
+        CLIENTS[client](Job(net, wrapper, BATCHES, losses_of, tmp_path))
 
 
 # --- several optimizers --------------------------------------------------------------------------

@@ -7,7 +7,6 @@ is 1, stands the number of data that it is from.
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, LikelihoodRule, RegressionHead
 from bayesagg.errors import CheckpointError
@@ -255,20 +254,3 @@ def test_a_checkpoint_of_the_other_memory_is_refused(saved):
     _, other = start(LikelihoodRule(memory=None if saved else 100))
     with pytest.raises(CheckpointError, match="`memory` of the rule"):
         other.load_state_dict(optimizer.state_dict())
-
-
-def test_few_data_are_not_over_fitted():
-    """Heads on 20 noisy data, which a memory of four times as many makes too sure."""
-    errors = []
-    for rule in (LikelihoodRule(), LikelihoodRule(memory=LENGTH)):
-        torch.manual_seed(1)
-        net, optimizer = start(rule, lr=1e-3)
-        data, clean = draw(20), draw(500, seed=3)
-        mix = torch.randn(INPUTS, 3)
-        for part in (data, clean):
-            part["a"], part["b"] = (part["x"] @ mix).split([2, 1], 1)
-        noisy = {**data, "a": data["a"] + 5 * draw(20, seed=4)["a"]}
-        run(net, optimizer, noisy, rows_of(20, 10, 1500))
-        with torch.no_grad():
-            errors.append(F.mse_loss(net(clean["x"])["a"], clean["a"]).item())
-    assert errors[0] < errors[1]

@@ -3,24 +3,14 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
+from examples.benchmark.measuring import counts
 from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench
 
 KINDS = {"a": "reg", "b": "bin", "c": "cls", "d": "reg", "aux": "loss"}
 OUTPUTS = {"a": 2, "b": 1, "c": 4, "d": 1}
 LOOKS = ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "nonzero", "cpu")
-
-
-class Looks(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what makes the host wait for the device."""
-
-    scalars = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.scalars += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -111,9 +101,8 @@ def test_a_known_step_looks_once(device, dtype, given, change, looks, monkeypatc
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
     looks.clear()
-    with Looks() as inside:
-        bench.read(losses, targets)
-    assert looks == ["tolist"] and inside.scalars == 0
+    _, inside = counts(lambda: bench.read(losses, targets))
+    assert looks == ["tolist"] and inside == 0
     assert passes == [False]
 
 
@@ -122,14 +111,9 @@ def operations(kinds, outputs, given, dtype):
     losses, targets = steps(bench, given)
     outputs = [call.output for calls in bench.capture.calls.values() for call in calls]
 
-    def count(run):
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            run()
-        return sum(event.name.startswith("aten::") for event in seen.events())
-
     total = sum(losses.values())
-    differentiating = count(lambda: torch.autograd.grad(total, outputs, retain_graph=True))
-    return count(lambda: bench.read(losses, targets)), differentiating
+    differentiating, _ = counts(lambda: torch.autograd.grad(total, outputs, retain_graph=True))
+    return counts(lambda: bench.read(losses, targets))[0], differentiating
 
 
 @pytest.mark.parametrize("given", [False, True])
