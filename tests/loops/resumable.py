@@ -47,20 +47,17 @@ class Run:
         self.step = 0
 
     def state(self):
-        return {
-            "model": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "random": torch.get_rng_state(),
-            "step": self.step,
-        }
+        parts = {name: part.state_dict() for name, part in self.parts().items()}
+        return {**parts, "random": torch.get_rng_state(), "step": self.step}
 
     def load(self, state):
-        self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
         torch.set_rng_state(state["random"])
         self.step = state["step"]
+
+    def parts(self):
+        return {"model": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
 
     def train(self, folder, halt_at=None, stop=EPOCHS * STEPS):
         x, labels = make_batch(seed=1, size=DATA)

@@ -20,7 +20,7 @@ from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import make_net, plain_net
 from tests.helpers.settings import FOREVER, GRADIENT, QUICK
 from tests.helpers.states import assert_near, assert_same, snapshot
-from tests.helpers.training import train, wrap
+from tests.helpers.training import run, train, wrap
 from tests.loops.runs import ROWS, assert_equal_runs, batch_of, result
 
 PARTS = [slice(0, 4), slice(4, 8), slice(8, 12)]
@@ -225,20 +225,22 @@ RECOMPUTED = {
 def test_activation_checkpointing(where, rule):
     """Hooks that fire again in the backward pass report nothing."""
     recomputed, hook = RECOMPUTED[where]
-    results = []
-    for forward in (lambda net, x: net(x), recomputed):
-        net = plain_net()
-        optimizer = wrap(net, "momentum", rule, settings=QUICK, shared_rep_hook=hook(net))
+
+    def step(optimizer, losses, labels):
         capture = optimizer.engine._capture
-        for index in range(7):
-            x, labels = make_batch(seed=index)
-            optimizer.zero_grad()
-            losses = make_losses(forward(net, x.requires_grad_()), labels)
-            capture.group = "noted by the forward pass"
-            optimizer.step(losses)
-            assert not any(capture.calls.values())
-            assert capture.group == "noted by the forward pass"
-        results.append(snapshot(net, optimizer))
+        capture.group = "noted by the forward pass"
+        optimizer.step(losses)
+        assert not any(capture.calls.values())
+        assert capture.group == "noted by the forward pass"
+
+    def forward(net, x):
+        return recomputed(net, x.requires_grad_())
+
+    results = []
+    for how in ({}, {"forward": forward, "step": step}):
+        net = plain_net()
+        how = {"settings": QUICK, "shared_rep_hook": hook(net), **how}
+        results.append(run(net, rule, "momentum", 7, **how))
     assert_same(*results)
 
 

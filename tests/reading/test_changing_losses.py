@@ -36,7 +36,7 @@ def check(found, out, y, known=None, factor=None, half=False):
 
 @HALF
 @pytest.mark.parametrize("kind", ["reg", "bin"])
-@pytest.mark.parametrize("change", [0.5, 0.7, 0.9, 1.2, 2.0])
+@pytest.mark.parametrize("change", [0.5, 0.9, 1.2, 2.0])
 @pytest.mark.parametrize(("rows", "scale"), [(64, 1.0), (1, 20.0), (8, 30.0)])
 def test_another_task_weight_is_not_taken_for_soft_labels(device, kind, half, change, rows, scale):
     bench = bench_of(device, kind)

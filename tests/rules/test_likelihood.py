@@ -15,7 +15,7 @@ from bayesagg import (
     MulticlassHead,
     RegressionHead,
 )
-from tests.helpers.data import LOSSES
+from tests.helpers.data import LOSSES, without
 
 D, N = 4, 9
 RULE = LikelihoodRule(memory=30, warmup=0, lag=5, prior_variance=0.2, keep_length=False)
@@ -110,54 +110,32 @@ class Reference:
         return gradient, torch.stack(means, 1)
 
 
+@pytest.mark.parametrize("labels_are", ["all there", "missing", "missing and given"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kinds", [["reg"], ["bin"], ["cls"], ["reg", "bin", "cls"]])
-def test_equals_the_formulas_datum_by_datum(kinds, bias):
+def test_equals_the_formulas_datum_by_datum(kinds, bias, labels_are):
+    """A missing label is a datum that is not there, for that task; the others keep it."""
     modules, heads = network(kinds, bias)
     engine = BayesAgg(None, heads, rule=RULE)
     references = {k: Reference(k, modules[k], RULE) for k in kinds}
     for step in range(6):
         x, labels = batch(step, kinds, n=N + step)
-        found = {k: references[k].step(x, labels[k]) for k in kinds}
-        losses = {k: LOSSES[k](modules[k](x), labels[k]) for k in kinds}
-        loss = engine(losses)
+        expected, means, losses, targets = torch.zeros_like(x), {}, {}, {}
+        for place, k in enumerate(kinds):
+            known = (torch.arange(len(x)) + place) % 4 != 1
+            if labels_are == "all there":
+                known = torch.ones_like(known)
+            gradient, means[k] = references[k].step(x[known], labels[k][known])
+            expected[known] += gradient
+            losses[k] = LOSSES[k](modules[k](x)[known], labels[k][known])
+            targets.update(without({k: labels[k]}, k, ~known))
+        loss = engine(losses, targets if labels_are == "missing and given" else None)
         torch.testing.assert_close(loss, sum(losses.values()))
         loss.backward()
-        torch.testing.assert_close(x.grad, sum(g for g, _ in found.values()))
-        for k in kinds:
-            torch.testing.assert_close(references[k].weights(), found[k][1])
-            assert all(p.grad is None for p in modules[k].parameters())
-
-
-@pytest.mark.parametrize("own", ["targets", "mask"])
-def test_a_missing_label_is_a_datum_that_is_not_there(own):
-    """Of one task; the others keep the datum."""
-    gaps = torch.zeros(N, dtype=torch.bool)
-    gaps[[1, 4]] = True
-    modules, heads = network(["reg", "bin"])
-    engine = BayesAgg(None, heads, rule=RULE)
-    alone = Reference("bin", modules["bin"], RULE)
-    other = Reference("reg", modules["reg"], RULE)
-    for step in range(4):
-        x, labels = batch(step, ["reg", "bin"])
-        g_bin, mean = alone.step(x[~gaps], labels["bin"][~gaps])
-        g_reg, _ = other.step(x, labels["reg"])
-        out = {k: modules[k](x) for k in heads}
-        per_datum = (
-            F.binary_cross_entropy_with_logits(out["bin"], labels["bin"], reduction="none")
-            * ~gaps[:, None]
-        )
-        losses = {
-            "reg": F.mse_loss(out["reg"], labels["reg"]),
-            "bin": per_datum.sum() / int((~gaps).sum()),
-        }
-        known = labels["bin"].masked_fill(gaps[:, None], torch.nan)
-        targets = {"bin": known} if own == "targets" else None
-        engine(losses, targets).backward()
-        expected = g_reg.clone()
-        expected[~gaps] += g_bin
         torch.testing.assert_close(x.grad, expected)
-        torch.testing.assert_close(alone.weights(), mean)
+        for k in kinds:
+            torch.testing.assert_close(references[k].weights(), means[k])
+            assert all(p.grad is None for p in modules[k].parameters())
 
 
 @pytest.mark.parametrize("kinds", [["reg"], ["reg", "bin", "cls"]])
