@@ -36,37 +36,16 @@ SETTINGS = {**SAMPLED, "reg": {"noise_variance": "learned"}}
 # Losses and targets that are refused, made from a machine, and the error of each; more of them are
 # in ``reading/test_bad_losses.py``.
 BAD = {
-    "wrong_kind": (
-        LossError,
-        lambda m: {"reg": F.l1_loss(m.out["reg"], m.labels["reg"])},
-        lambda m: None,
-    ),
-    "not_finite": (LossError, lambda m: {"bin": m.loss("bin") * torch.nan}, lambda m: None),
-    "exchanged": (
-        LossError,
-        lambda m: {"reg": m.loss("bin"), "bin": m.loss("reg")},
-        lambda m: None,
-    ),
-    "of_no_head": (
-        UnknownTaskError,
-        lambda m: {"reg": m.loss("reg"), "age": m.loss("bin")},
-        lambda m: None,
-    ),
-    "targets_without_loss": (
-        UnknownTaskError,
-        lambda m: {"reg": m.loss("reg")},
-        lambda m: {"bin": m.labels["bin"]},
-    ),
-    "targets_of_wrong_shape": (
-        TargetError,
-        lambda m: {"reg": m.loss("reg")},
-        lambda m: {"reg": m.labels["reg"][:-1]},
-    ),
-    "targets_out_of_range": (
-        TargetError,
-        lambda m: {"cls": m.loss("cls")},
-        lambda m: {"cls": m.labels["cls"] + 3},
-    ),
+    "wrong_kind": (LossError, lambda m: {"reg": F.l1_loss(m.out["reg"], m.labels["reg"])}),
+    "not_finite": (LossError, lambda m: {"bin": m.loss("bin") * torch.nan}),
+    "exchanged": (LossError, lambda m: {"reg": m.loss("bin"), "bin": m.loss("reg")}),
+    "of_no_head": (UnknownTaskError, lambda m: {"reg": m.loss("reg"), "age": m.loss("bin")}),
+}
+# The task that has a loss, the error, and targets.
+BAD_TARGETS = {
+    "without_loss": ("reg", UnknownTaskError, lambda m: {"bin": m.labels["bin"]}),
+    "of_wrong_shape": ("reg", TargetError, lambda m: {"reg": m.labels["reg"][:-1]}),
+    "out_of_range": ("cls", TargetError, lambda m: {"cls": m.labels["cls"] + 3}),
 }
 
 BATCHES = st.fixed_dictionaries(
@@ -165,14 +144,19 @@ class Loop(RuleBasedStateMachine):
         self.out = None
 
     @precondition(lambda self: self.out is not None)
-    @rule(bad=st.sampled_from(sorted(BAD)), step=st.booleans())
+    @rule(bad=st.sampled_from(sorted(BAD | BAD_TARGETS)), step=st.booleans())
     def bad_batch(self, bad, step):
-        error, losses, targets = BAD[bad]
-        known = self.optimizer.state_dict()["bayesagg"]["reader"].get("reg", {})
-        if known.get("own") and error is TargetError:
-            return  # nothing is inferred from them
+        if bad in BAD:
+            (error, losses), targets = BAD[bad], None
+            losses = losses(self)
+        else:
+            name, error, targets = BAD_TARGETS[bad]
+            losses, targets = {name: self.loss(name)}, targets(self)
+            known = self.optimizer.state_dict()["bayesagg"]["reader"].get(name, {})
+            if known.get("own") and error is TargetError:
+                return  # nothing is inferred from them
         call = self.optimizer.step if step else self.optimizer.backward
-        self.refuses(error, lambda: call(losses(self), targets=targets(self)))
+        self.refuses(error, lambda: call(losses, targets=targets))
 
     @precondition(lambda self: self.out is None)
     @rule()

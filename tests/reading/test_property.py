@@ -18,7 +18,7 @@ from tests.helpers.data import skip_without_losses
 from tests.reading.bench import Free, labels_by_task
 from tests.reading.losses import EACH, elementwise, one_hot
 
-DRAWS, CHUNK = 1600, 200
+DRAWS, CHUNK = 1000, 200
 
 
 def keep(z):
@@ -273,7 +273,7 @@ def test_what_is_read_in_less_precision(dtype):
     """The likelihood is never refused for rounding, and rounding is all that is wrong."""
     skip_without_losses(dtype)
     accepted = 0
-    for seed in range(500):
+    for seed in range(300):
         case, given = draw(seed), seed % 2 == 1
         low = replace(case, z=case.z.detach().to(dtype).requires_grad_(), h=case.h.to(dtype))
         low = replace(low, y=cast(case.y, dtype), weights=case.weights.to(dtype))
@@ -292,7 +292,7 @@ def test_what_is_read_in_less_precision(dtype):
         high = replace(high, y=cast(low.y, torch.float64))
         found = error(high, labels.to(torch.float64), torch.finfo(dtype).eps)
         assert found < BOUNDS[dtype], (seed, given, found, case)
-    assert accepted > 100
+    assert accepted > 60
 
 
 def cast(y, dtype):

@@ -8,8 +8,7 @@ import torch
 
 from bayesagg.posterior import augment
 from tests.helpers.data import make_batch
-from tests.helpers.settings import EPOCH, OUTPUTS, QUICK, SAMPLED
-from tests.helpers.states import assert_finite, snapshot
+from tests.helpers.settings import EPOCH, QUICK, SAMPLED
 from tests.helpers.training import train, train_step, wrap
 
 
@@ -75,15 +74,3 @@ def test_the_posterior_sets_its_heads_alone(base, net):
         torch.testing.assert_close(
             torch.cat([head.weight, head.bias[:, None]], 1).detach(), expected.mT
         )
-
-
-@pytest.mark.parametrize("s", [0.0, 1.0, 20.0])
-def test_exponents(s, net):
-    """Weights sum to one, however far apart the precisions are."""
-    settings = {name: {"s": s} for name in OUTPUTS}
-    optimizer = wrap(net, settings=settings, steps_per_epoch=1)
-    train(net, optimizer, 3)
-    weights = torch.cat([w.reshape(-1) for w in optimizer.task_weights.values()])
-    assert_finite(snapshot(net, optimizer))
-    assert weights.sum().item() == pytest.approx(1)
-    assert (weights >= 0).all()

@@ -11,6 +11,7 @@ Everything random comes from generators of the case's own, in float64 on the CPU
 the case alone.
 """
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,8 @@ LOSSES = {
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def randn(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def rand(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, dtype=torch.float64)
+randn = functools.partial(torch.randn, dtype=torch.float64)
+rand = functools.partial(torch.rand, dtype=torch.float64)
 
 
 class Net(nn.Module):
