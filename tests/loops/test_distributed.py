@@ -9,7 +9,7 @@ from bayesagg import BayesAgg, LikelihoodRule, LossTask
 from bayesagg.errors import BayesAggError, RankError
 from tests.helpers.data import losses_over, make_losses, without
 from tests.helpers.nets import plain_net
-from tests.helpers.settings import GRADIENT, READOUT, SAMPLED
+from tests.helpers.settings import GRADIENT, OUTPUTS, READOUT, SAMPLED
 from tests.helpers.states import difference, gradients, snapshot
 from tests.helpers.training import train, wrap
 from tests.loops.runs import (
@@ -91,9 +91,14 @@ def test_uneven_batches_are_one_batch(split, rule, ranks):
     assert_equal_runs(still(None, rule), ranks.run(still, rule, split), rule, **LENGTH)
 
 
-@pytest.mark.parametrize("missing", [["reg"], ["bin"], ["cls"], ["reg", "bin", "cls"]])
-@pytest.mark.parametrize("split", [6, 8], ids=["on_one_rank_some", "on_one_rank_all"])
-@pytest.mark.parametrize("given", [False, True], ids=["read", "given"])
+# Rank 1 has some labels of these tasks, or none at all; they are read off the losses, or given.
+@pytest.mark.parametrize(
+    ("missing", "split", "given"),
+    [
+        *(([name], 6, name == "bin") for name in OUTPUTS),
+        *((list(OUTPUTS), split, given) for split in (6, 8) for given in (False, True)),
+    ],
+)
 def test_missing_labels_are_missing_in_the_whole(split, missing, given, rule, ranks):
     """Also where one rank has a matrix for every task and the other one for all."""
     both = ranks.run(still, rule, split, missing, given=given)
@@ -137,6 +142,13 @@ def test_the_head_of_an_absent_task_has_the_mean_gradient(everywhere, rule, rank
 # --- errors --------------------------------------------------------------------------------------
 
 
+BAD = {
+    "loss": lambda losses: {**losses, "reg": losses["reg"] * torch.nan},
+    "task": lambda losses: {**losses, "other": losses["reg"]},
+    "detached": lambda losses: {name: loss.detach() for name, loss in losses.items()},
+}
+
+
 def refusing(rank, rule, kind, first):
     """Rank 1 has a bad batch in step ``first``; what each rank saw, and where both ended."""
     net = plain_net()
@@ -146,11 +158,7 @@ def refusing(rank, rule, kind, first):
     x, labels = batch_of(first, half(rank))
     losses = make_losses(model(x), labels)
     if rank == 1:
-        losses = {
-            "loss": {**losses, "reg": losses["reg"] * torch.nan},
-            "task": {**losses, "other": losses["reg"]},
-            "detached": {name: loss.detach() for name, loss in losses.items()},
-        }[kind]
+        losses = BAD[kind](losses)
     optimizer.zero_grad()
     before, error = snapshot(net, optimizer), None
     try:
@@ -162,8 +170,10 @@ def refusing(rank, rule, kind, first):
     return error, changed, result(net, optimizer)
 
 
-@pytest.mark.parametrize("first", [0, 2, 4], ids=["at_once", "in_warm_up", "after_it"])
-@pytest.mark.parametrize("kind", ["loss", "task", "detached"])
+# At once, in linear scalarization and after it.
+@pytest.mark.parametrize(
+    ("kind", "first"), [("loss", 0), ("loss", 2), *((kind, 4) for kind in BAD)]
+)
 def test_a_bad_batch_on_one_rank_is_an_error_on_all(kind, first, rule, ranks):
     """No rank is left waiting, none changes in a bit, and training can go on."""
     (zero, *left), (one, *right) = ranks.run(refusing, rule, kind, first)
@@ -266,28 +276,26 @@ def said_of(rule, sums, size=8):
 
 
 LEARNED = {"settings": {"reg": {"noise_variance": "learned"}}}
+SQUARES = SUMS["paper"][0] + 4  # of residuals and labels
 
 
+# Arguments of the wrapper, and all-reduces of the first three steps and of those after them.
 @pytest.mark.parametrize(
-    ("rule", "kwargs", "more"),
+    ("rule", "kwargs", "first", "later"),
     [
-        *(
-            (rule, {"dtype": dtype}, [])
-            for rule in SUMS
-            for dtype in (torch.float64, torch.float32)
-        ),
-        # Sums of squares, which the default rule always has: of residuals, and after three steps.
-        ("paper", LEARNED, [4]),
+        *((rule, {"dtype": torch.float64}, sums, sums) for rule, sums in SUMS.items()),
+        *((rule, {"dtype": torch.float32}, sums, sums) for rule, sums in SUMS.items()),
+        ("paper", LEARNED, [SQUARES], [SQUARES, 4]),  # as the default rule always has it
     ],
 )
-def test_the_exchange_is_of_the_stated_size(rule, kwargs, more, ranks):
-    """After the first step, in which scales are those of the batch, while data are counted."""
+def test_the_exchange_is_of_the_stated_size(rule, kwargs, first, later, ranks):
+    """While data are counted; the default rule's first step has the scales of its batch."""
     size = kwargs.get("dtype", torch.float64).itemsize
-    first = [SUMS[rule][0] + sum(more), *SUMS[rule][1:]]
-    expected = [said_of(rule, first, size)] * 3 + [said_of(rule, first + more, size)] * 3
+    expected = [said_of(rule, first, size)] * 3 + [said_of(rule, later, size)] * 3
+    start = 1 if rule == "likelihood" else 0
     for sent, said in ranks.run(counted, rule, kwargs, False):
-        assert sent[1:] == expected[1:]
-        assert said[1:] == [sum(n * size for n, size in step) for step in expected[1:]]
+        assert sent[start:] == expected[start:]
+        assert said[start:] == [sum(n * size for n, size in step) for step in expected[start:]]
 
 
 def test_missing_labels_take_a_matrix_for_every_task(rule, ranks):

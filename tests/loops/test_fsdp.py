@@ -145,11 +145,9 @@ def refusing(rank, rule, parts, bad, absent):
 
 
 @pytest.mark.parametrize(
-    ("bad", "absent"),
-    [(4, None), (None, 1), (None, 5), (4, 5)],
-    ids=["error", "absent_at_first", "absent", "absent_after_an_error"],
+    ("parts", "bad", "absent"),
+    [("trunk", 4, None), ("trunk", None, 1), ("trunk", None, 5), ("trunk", 4, 5), ("heads", 4, 5)],
 )
-@pytest.mark.parametrize("parts", ["trunk", "heads"])
 def test_errors_and_absent_tasks_leave_no_rank_waiting(parts, bad, absent, rule, ranks):
     """Weights are gathered by all ranks or none."""
     (zero, left, first), (one, right, second) = ranks.run(refusing, rule, parts, bad, absent)
