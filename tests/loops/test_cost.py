@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bayesagg import BayesAggWrapper, BinaryHead, LikelihoodRule, LossTask, RegressionHead
 from examples.benchmark import measuring
 
-TASKS, ROWS, STEPS = 20, 64, 60  # steps: beyond the warm-up
+TASKS, ROWS, WARMUP = 20, 64, 4
 
 
 def absolute(z, y, known):
@@ -36,7 +36,7 @@ def counts(make_head, loss):
     if make_head is not None:
         # A memory that is set: else the rule counts the data at first.
         tasks = [make_head(head) for head in heads]
-        rule = LikelihoodRule(memory=10 * ROWS)
+        rule = LikelihoodRule(memory=10 * ROWS, warmup=WARMUP)
         optimizer = BayesAggWrapper(optimizer, trunk, tasks, rule=rule)
 
     def step():
@@ -51,7 +51,7 @@ def counts(make_head, loss):
         else:
             optimizer.step(losses)
 
-    for _ in range(STEPS):
+    for _ in range(2 * WARMUP):
         step()
     return measuring.counts(step)
 

@@ -99,9 +99,6 @@ def test_a_head_is_not_written_once_its_loss_was_another():
     assert plan_of(rule, memory, batch_of(heads)).spared == ("a",)
 
 
-# --- epochs --------------------------------------------------------------------------------------
-
-
 # --- without epochs ------------------------------------------------------------------------------
 
 
