@@ -54,9 +54,10 @@ class Ranks:
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pools = [ProcessPoolExecutor(1, mp_context=spawn) for _ in range(WORLD)]
-        with tempfile.TemporaryDirectory() as folder:
-            jobs = [p.submit(_join, i, f"{folder}/store") for i, p in enumerate(self._pools)]
-            self._processes = [job.result(_LIMIT) for job in jobs]
+        self._folder = tempfile.TemporaryDirectory()  # for groups that come later, too
+        store = f"{self._folder.name}/store"
+        jobs = [pool.submit(_join, rank, store) for rank, pool in enumerate(self._pools)]
+        self._processes = [job.result(_LIMIT) for job in jobs]
 
     def stop(self) -> None:
         """End both processes."""
@@ -65,6 +66,8 @@ class Ranks:
                 os.kill(process, signal.SIGKILL)
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
+        if self._pools:
+            self._folder.cleanup()
         self._pools, self._processes = [], []
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
