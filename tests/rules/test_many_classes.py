@@ -15,13 +15,31 @@ from bayesagg.likelihoods.multiclass import BoundedMulticlass
 from bayesagg.posterior import augment
 from bayesagg.reading import Labels
 from bayesagg.rules import PaperRule
-from tests.rules.parts import (
-    D,
-    labels_of,
-    linear,
-    randn,
-    start,
-)
+
+D = 3
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def linear(outputs):
+    layer = nn.Linear(D, outputs).double()
+    with torch.no_grad():
+        for i, parameter in enumerate(layer.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=100 + i))
+    return layer
+
+
+def labels_of(head, h):
+    """A head's outputs and classes, for a mean loss."""
+    z = head.linear(h).detach()
+    y = F.one_hot(randn(*z.shape).argmax(1), z.shape[1]).double()
+    return Labels(z[:, None], y[:, None], torch.full((1, 1), 1 / len(h)).double(), None)
+
+
+def start(rule, heads):
+    return rule.start(heads, torch.float64, 0, None)
 
 
 def test_many_classes_say_that_their_curvature_is_bounded():

@@ -1,27 +1,52 @@
 """The paper's rule as an object: settings, its memory, and what the recorded runs do not cover."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BayesAgg, BinaryHead, MulticlassHead, PaperRule, RegressionHead
 from bayesagg.errors import CheckpointError
-from bayesagg.rules import PaperRule
 from bayesagg.rules.epochs import WARMUP, default_memory
-from tests.rules.parts import (
-    D,
-    absent,
-    batch_of,
-    linear,
-    mixed,
-    plan_of,
-    randn,
-    start,
-    step,
-)
+from tests.helpers.data import make_batch, make_losses
+from tests.helpers.nets import plain_net
+from tests.helpers.settings import WIDTH
+from tests.helpers.states import snapshot
+from tests.helpers.training import make_engine, train_step, wrap
+
+AT_ONCE = PaperRule(pretrain_epochs=0)
+
+
+class Run:
+    """Regressions on features that stay as they are, and the rule's memory of them."""
+
+    def __init__(self, rule=AT_ONCE, outputs=("a", "b"), steps_per_epoch=None, **settings):
+        self.outputs = dict.fromkeys(outputs, 1)
+        self.net = plain_net(outputs=self.outputs)
+        heads = {n: RegressionHead(head, **settings) for n, head in self.net.heads.items()}
+        base = torch.optim.SGD(self.net.parameters(), lr=0.0)
+        kwargs = {"heads": heads, "steps_per_epoch": steps_per_epoch}
+        self.optimizer = wrap(self.net, base, rule, **kwargs)
+        self.memory = self.optimizer.engine._memory
+
+    def step(self, index=0, size=8, *, tasks=("a", "b"), own=None):
+        """The gradient at the features; ``own``: the task whose loss is not its likelihood."""
+        x, labels = make_batch(seed=index, size=size, outputs=self.outputs)
+        h = self.net.trunk(x)
+        h.retain_grad()
+        losses = {n: F.mse_loss(self.net.heads[n](h), labels[n]) for n in tasks}
+        if own is not None:
+            losses[own] = F.l1_loss(self.net.heads[own](h), labels[own])
+        self.optimizer.step(losses, targets=None if own is None else {own: labels[own]})
+        return h.grad
+
+    def written(self, *args, **kwargs):
+        """Heads that a step has set."""
+        before = snapshot(self.net)["parameters"]
+        self.step(*args, **kwargs)
+        heads = self.net.heads.items()
+        return {n for n, p in heads if not torch.equal(p.weight, before[f"heads.{n}.weight"])}
+
 
 # --- settings ------------------------------------------------------------------------------------
 
@@ -45,148 +70,123 @@ def test_settings_out_of_range(settings):
 
 
 def test_it_weighs_out_of_the_box():
-    heads = {"a": RegressionHead(linear(1)), "b": RegressionHead(linear(1, 1))}
-    rule = PaperRule(pretrain_epochs=0)
-    memory = start(rule, heads, 1)
-    assert memory.groups[0].s == (0.8, 0.8)
-    assert memory.groups[0].inferred == ("a", "b")
-    weights = plan_of(rule, memory, batch_of(heads)).weights
-    assert abs(float(weights["a"]) - 0.5) > 0.01
-    classified = start(rule, {"c": BinaryHead(linear(1)), "d": MulticlassHead(linear(3))})
+    run = Run(steps_per_epoch=1)
+    assert run.memory.groups[0].s == (0.8, 0.8)
+    assert run.memory.groups[0].inferred == ("a", "b")
+    run.step()
+    assert abs(float(run.optimizer.task_weights["a"]) - 0.5) > 0.001
+    net = plain_net(outputs={"bin": 1, "cls": 3})
+    heads = {"bin": BinaryHead(net.heads["bin"]), "cls": MulticlassHead(net.heads["cls"])}
+    classified = make_engine(net, "paper", heads=heads)._memory
     assert [group.s for group in classified.groups] == [(0.05,), (0.05,)]
     assert not any(group.inferred for group in classified.groups)
 
 
 def test_samples_without_effect():
+    heads = {"b": BinaryHead(nn.Linear(3, 1), num_samples=64)}
     with pytest.warns(UserWarning, match="task 'b': num_samples has no effect"):
-        start(PaperRule(), {"b": BinaryHead(linear(1), num_samples=64)})
+        BayesAgg(None, heads, rule="paper")
 
 
-# --- a step --------------------------------------------------------------------------------------
+# --- losses that are not the likelihood ----------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:task 'b'")
 def test_losses_that_are_not_the_likelihood_keep_their_gradient():
-    heads, rule = (
-        {"a": RegressionHead(linear(1)), "own": RegressionHead(linear(2, 1))},
-        PaperRule(0),
-    )
-    gradient = randn(8, 2, seed=9)
-
-    def own(part):
-        return replace(part, labels=None, gradient=gradient)
-
-    memory = start(rule, heads, 1)
-    alone = plan_of(rule, memory, batch_of(heads, own=absent))
-    plan = step(rule, memory, batch_of(heads, own=own))
-    expected = alone.gradients[(1,)] + gradient @ heads["own"].weights()
-    torch.testing.assert_close(plan.gradients[(1,)], expected)
-    torch.testing.assert_close(plan.weights["own"], torch.full((2,), 1 / 3).double())
-    torch.testing.assert_close(plan.weights["a"], torch.full((1,), 1 / 3).double())
-    assert plan.spared == ("a",)
-    assert set(memory.stepped()) == {"a"}
-    mean = PaperRule(0, gradient_scale="mean")
-    averaged = plan_of(mean, start(mean, heads, 1), batch_of(heads, own=own))
-    torch.testing.assert_close(averaged.gradients[(1,)] * 3, expected)
+    alone, both = Run(), Run()
+    x, labels = make_batch(size=8, outputs=both.outputs)
+    h = both.net.trunk(x).detach().requires_grad_()
+    F.l1_loss(both.net.heads["b"](h), labels["b"]).backward()
+    expected = alone.step(tasks=("a",)) + h.grad
+    torch.testing.assert_close(both.step(own="b"), expected)
+    weights = both.optimizer.task_weights
+    torch.testing.assert_close(weights, {n: torch.full((1,), 0.5) for n in "ab"}, check_dtype=False)
+    mean = Run(PaperRule(pretrain_epochs=0, gradient_scale="mean"))
+    torch.testing.assert_close(2 * mean.step(own="b"), expected)
 
 
+@pytest.mark.filterwarnings("ignore:task 'b'")
 def test_a_head_is_not_written_once_its_loss_was_another():
-    heads, rule = {"a": RegressionHead(linear(1)), "b": RegressionHead(linear(1, 1))}, PaperRule(0)
-    memory = start(rule, heads, 2)
-    step(rule, memory, batch_of(heads))
-    memory.stepped()
-    step(rule, memory, batch_of(heads, b=lambda part: replace(part, labels=None)))
-    assert set(memory.stepped()) == {"a"}
-    assert plan_of(rule, memory, batch_of(heads)).spared == ("a",)
+    run = Run(steps_per_epoch=2)
+    assert run.written(0) == set()
+    assert run.written(1, own="b") == {"a"}
+    assert run.memory.spared() == ("a",)
 
 
 # --- without epochs ------------------------------------------------------------------------------
 
 
 def test_three_arguments_infer_after_the_warm_up():
-    torch.manual_seed(0)
-    model = nn.ModuleDict(
-        {"trunk": nn.Sequential(nn.Linear(4, D), nn.Tanh()), "a": nn.Linear(D, 2)}
-    )
-    model["b"] = nn.Linear(D, 1)
-    heads = {"a": RegressionHead(model["a"]), "b": BinaryHead(model["b"])}
-    optimizer = BayesAggWrapper(
-        torch.optim.SGD(model.parameters(), lr=0.01), model["trunk"], heads, rule="paper"
-    )
-    memory = optimizer.engine._memory
-    for i in range(WARMUP + 2):
-        h = model["trunk"](torch.randn(16, 4))
-        losses = {
-            "a": F.mse_loss(model["a"](h), torch.randn(16, 2)),
-            "b": F.binary_cross_entropy_with_logits(model["b"](h), torch.ones(16, 1)),
-        }
-        optimizer.zero_grad()
-        optimizer.step(losses)
-        uniform = torch.full((2,), 1 / 3)
-        alike = torch.allclose(optimizer.task_weights["a"].float(), uniform)
-        assert alike == (i < WARMUP)
+    net = plain_net()
+    heads = {"reg": RegressionHead(net.heads["reg"]), "bin": BinaryHead(net.heads["bin"])}
+    optimizer = wrap(net, "sgd", PaperRule(), heads=heads, steps_per_epoch=None)
+    memory, head = optimizer.engine._memory, net.heads["reg"]
+    for index in range(WARMUP + 2):
+        train_step(net, optimizer, index, tasks=heads)
+        weights = optimizer.task_weights["reg"].float()
+        assert torch.allclose(weights, torch.full((2,), 1 / 4)) == (index < WARMUP)
         faded = memory.states[0].faded
-        precision = faded.precision[0] + torch.eye(D + 1)
-        mean = torch.linalg.solve(precision, faded.shift.mT).mT.float()
-        written = torch.cat([model["a"].weight, model["a"].bias[:, None]], 1).detach()
-        assert torch.allclose(written, mean, atol=1e-5) == (i >= WARMUP)
+        precision = faded.precision[0] + torch.eye(WIDTH + 1)
+        mean = torch.linalg.solve(precision, faded.shift.mT).mT.to(head.weight)
+        written = torch.cat([head.weight, head.bias[:, None]], 1).detach()
+        assert torch.allclose(written, mean, atol=1e-5) == (index >= WARMUP)
 
 
 def test_evidence_fades_by_the_datum():
-    heads, rule = {"a": RegressionHead(linear(2))}, PaperRule()
-    memory = start(rule, heads)
-    first = step(rule, memory, batch_of(heads, 0, rows=6)).update.evidence[0]
-    second = step(rule, memory, batch_of(heads, 1, rows=10)).update.evidence[0]
-    fading = torch.exp(-torch.tensor(10.0).double() / default_memory(D + 1, torch.tensor(10.0)))
-    faded = memory.states[0].faded
-    torch.testing.assert_close(faded.precision, fading * first.precision + second.precision)
-    torch.testing.assert_close(faded.shift, fading * first.shift + second.shift)
-    torch.testing.assert_close(memory.states[0].running.shift, first.shift + second.shift)
+    run, first, second = (Run(PaperRule()) for _ in range(3))
+    for one, batches in ((run, ((0, 6), (1, 10))), (first, ((0, 6),)), (second, ((1, 10),))):
+        for batch in batches:
+            one.step(*batch)
+    a, b = (one.memory.states[0].running for one in (first, second))
+    count = torch.tensor(10.0).double()
+    fading = torch.exp(-count / default_memory(WIDTH + 1, count))
+    faded = run.memory.states[0].faded
+    torch.testing.assert_close(faded.precision, fading * a.precision + b.precision)
+    torch.testing.assert_close(faded.shift, fading * a.shift + b.shift)
+    torch.testing.assert_close(run.memory.states[0].running.shift, a.shift + b.shift)
 
 
 def test_evidence_of_an_absent_task_does_not_fade():
-    heads, rule = {"a": RegressionHead(linear(1)), "b": RegressionHead(linear(1, 1))}, PaperRule()
-    memory = start(rule, heads)
-    step(rule, memory, batch_of(heads))
-    before = memory.states[0].faded
-    for seed in range(3):
-        step(rule, memory, batch_of(heads, seed, b=absent))
-    after = memory.states[0].faded
+    run = Run(PaperRule())
+    run.step()
+    before = run.memory.states[0].faded
+    for index in range(3):
+        run.step(index, tasks=("a",))
+    after = run.memory.states[0].faded
     torch.testing.assert_close(after.shift[1], before.shift[1])
     torch.testing.assert_close(after.precision[1], before.precision[0])
     assert after.count[0] > after.count[1] == before.count[1]
 
 
 def test_the_first_end_of_an_epoch_makes_it_epochs():
-    heads, rule = mixed(), PaperRule()
-    memory = start(rule, heads)
-    plans = [step(rule, memory, batch_of(heads, seed)) for seed in range(2)]
-    assert memory.fades and memory.pretraining
-    assert set(memory.end_epoch()) == {"reg"}
-    assert not memory.fades and not memory.pretraining
-    total = plans[0].update.evidence[0] + plans[1].update.evidence[0]
-    torch.testing.assert_close(memory.states[0].full.precision, total.precision)
-    plan = step(rule, memory, batch_of(heads, 2))
-    assert plan.heads == {} and memory.states[0].faded is None
+    run = Run(PaperRule())
+    for index in range(2):
+        assert run.written(index) == set()
+    running = run.memory.states[0].running
+    assert run.memory.fades and run.memory.pretraining
+    assert set(run.memory.end_epoch()) == {"a", "b"}
+    assert not run.memory.fades and not run.memory.pretraining
+    torch.testing.assert_close(run.memory.states[0].full.precision, running.precision)
+    assert run.written(2) == set() and run.memory.states[0].faded is None
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def trained(steps_per_epoch=2):
-    heads, rule = mixed(), PaperRule()
-    memory = start(rule, heads, steps_per_epoch)
-    for seed in range(3):
-        step(rule, memory, batch_of(heads, seed))
-        memory.stepped()
-    own = batch_of(heads, 3, bin=lambda part: replace(part, labels=None))
-    step(rule, memory, own)
-    return rule, heads, memory
-
-
 def test_a_state_of_other_settings_is_refused():
-    rule, _, memory = trained()
-    other = {**mixed(), "bin": BinaryHead(linear(2, 1), moments="monte_carlo", num_samples=8)}
-    fixed = {**mixed(), "reg": RegressionHead(linear(2))}
+    """Of noise that is learned where it is fixed; moments may be found in another way."""
+
+    def engine(noise="learned", **settings):
+        net = plain_net()
+        settings = {"reg": {"noise_variance": noise}, "bin": settings}
+        return net, make_engine(net, "paper", settings=settings)
+
+    net, saved = engine()
+    x, labels = make_batch()
+    saved.backward(make_losses(net(x), labels))
+    _, fixed = engine(1.0)
     with pytest.raises(CheckpointError, match="noise variance"):
-        start(rule, fixed, 2).loaded(memory.state_dict(), torch.device("cpu"))
-    assert start(rule, other, 2).loaded(memory.state_dict(), torch.device("cpu")).draws == 4
+        fixed.set_extra_state(saved.get_extra_state())
+    _, other = engine(moments="monte_carlo", num_samples=8)
+    other.set_extra_state(saved.get_extra_state())
+    assert other._memory.draws == 1
