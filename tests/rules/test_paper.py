@@ -7,12 +7,13 @@ from torch.nn import functional as F
 
 from bayesagg import BayesAgg, BinaryHead, MulticlassHead, PaperRule, RegressionHead
 from bayesagg.errors import CheckpointError
+from bayesagg.posterior import augment
 from bayesagg.rules.epochs import WARMUP, default_memory
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import plain_net
-from tests.helpers.settings import WIDTH
+from tests.helpers.settings import EPOCH, QUICK, SAMPLED, WIDTH
 from tests.helpers.states import snapshot
-from tests.helpers.training import make_engine, train_step, wrap
+from tests.helpers.training import make_engine, train, train_step, wrap
 
 AT_ONCE = PaperRule(pretrain_epochs=0)
 
@@ -111,6 +112,64 @@ def test_a_head_is_not_written_once_its_loss_was_another():
     assert run.written(0) == set()
     assert run.written(1, own="b") == {"a"}
     assert run.memory.spared() == ("a",)
+
+
+# --- epochs --------------------------------------------------------------------------------------
+
+
+def test_without_a_number_of_steps_epochs_end_by_hand(net):
+    optimizer = wrap(net, settings=SAMPLED, steps_per_epoch=None)
+    train(net, optimizer, 5)
+    assert optimizer.engine._memory.epoch == 0
+    optimizer.end_epoch()
+    assert optimizer.engine._memory.epoch == 1
+    optimizer.end_epoch()  # without a step in between
+    assert optimizer.engine._memory.epoch == 1
+    train(net, optimizer, 1)
+    optimizer.end_epoch()
+    assert optimizer.engine._memory.epoch == 2
+    states = optimizer.engine._memory.states
+    assert [state.full.count.tolist() for state in states] == [[6, 6], [6, 6], [6]]
+    assert [state.running for state in states] == [None] * 3
+
+
+def test_an_epoch_may_be_ended_early(net):
+    """``end_epoch`` also starts the count of steps anew."""
+    optimizer = wrap(net, settings=SAMPLED)
+    train(net, optimizer, EPOCH - 1)
+    optimizer.end_epoch()
+    train(net, optimizer, EPOCH - 1)
+    assert optimizer.engine._memory.epoch == 1
+    train(net, optimizer, 1)
+    assert optimizer.engine._memory.epoch == 2
+
+
+@pytest.mark.parametrize("base", ["momentum", "adamw"])  # both decay weights
+def test_the_posterior_sets_its_heads_alone(base, net):
+    """Untouched by weight decay and momentum within an epoch, the ridge solution at its end."""
+    settings = {**QUICK, "reg": {"prior_variance": 0.5, "noise_variance": 0.3}}
+    optimizer = wrap(net, base, settings=settings)
+    features = []
+    net.trunk.register_forward_hook(lambda m, a, out: features.append(out.detach()))
+    head = net.heads["reg"]
+    train(net, optimizer, EPOCH)
+    for epoch in (1, 2):
+        features.clear()
+        targets = []
+        for index in range(EPOCH * epoch, EPOCH * (epoch + 1)):
+            before = [p.detach().clone() for p in head.parameters()]
+            like = next(net.parameters())
+            targets.append(make_batch(like.device, like.dtype, seed=index)[1]["reg"])
+            train_step(net, optimizer, index)
+            unchanged = [torch.equal(b, p) for b, p in zip(before, head.parameters(), strict=True)]
+            assert unchanged == [index % EPOCH != EPOCH - 1] * 2
+            assert head.weight.grad is None and head.bias.grad is None
+        h = augment(torch.cat(features), True)
+        eye = torch.eye(h.shape[1], device=h.device, dtype=h.dtype)
+        expected = torch.linalg.solve(h.mT @ h / 0.3 + eye / 0.5, h.mT @ torch.cat(targets) / 0.3)
+        torch.testing.assert_close(
+            torch.cat([head.weight, head.bias[:, None]], 1).detach(), expected.mT
+        )
 
 
 # --- without epochs ------------------------------------------------------------------------------
