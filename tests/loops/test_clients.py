@@ -1,4 +1,4 @@
-"""Accumulation, clipping, half precision and checkpoints of other packages' loops.
+"""Accumulation, clipping, half precision, checkpoints and mixed data of other packages' loops.
 
 Each is what a plain loop does. That they take its steps is in ``test_networks.py`` for the wrapper.
 """
@@ -6,6 +6,7 @@ Each is what a plain loop does. That they take its steps is in ``test_networks.p
 import pytest
 import torch
 
+from tests.helpers.data import losses_over, make_batch, without
 from tests.helpers.nets import make_net
 from tests.helpers.settings import EPOCH, MEMORY, OPTIMIZERS, SAMPLED
 from tests.helpers.states import assert_finite, assert_near, assert_same, snapshot
@@ -113,3 +114,55 @@ def test_a_loop_may_use_half_precision(way, half, rule, tmp_path):
         ends.append(list(run.net.parameters()))
     assert not torch.equal(ends[0][0], ends[1][0])
     torch.testing.assert_close(*ends, rtol=0.1, atol=0.05)
+
+
+# --- missing labels, tasks of different data sets, alternating batches ---------------------------
+
+
+def missing(index):
+    """Some labels of every task are missing, and in one batch all of one task."""
+    x, labels = make_batch(seed=index)
+    for number, name in enumerate(labels):
+        gaps = (torch.arange(len(x)) + index + number) % 3 == 0
+        labels = without(labels, name, gaps | (index == 2 and name == "bin"))
+    return {"x": x, **labels}
+
+
+def two_data_sets(index):
+    """Half of the rows are of a data set that knows one task, half of one that knows the others."""
+    x, labels = make_batch(seed=index)
+    first = torch.arange(len(x)) < len(x) // 2
+    for name in labels:
+        labels = without(labels, name, ~first if name == "reg" else first)
+    return {"x": x, **labels}
+
+
+def alternating(index):
+    """A batch of one data set after one of the other: the tasks of the other are not there."""
+    x, labels = make_batch(seed=index)
+    names = ["reg"] if index % 2 else ["bin", "cls"]
+    return {"x": x, **{name: labels[name] for name in names}}
+
+
+KINDS = {"missing": missing, "two_data_sets": two_data_sets, "alternating": alternating}
+
+
+def losses_that_there_are(net, batch):
+    """Means over the labels that there are; a task without any is left out."""
+    losses = losses_over({n: z for n, z in net(batch["x"]).items() if n in batch}, batch)
+    known = {n: batch[n] != -100 if n == "cls" else ~batch[n].isnan() for n in losses}
+    return {name: loss for name, loss in losses.items() if known[name].any()}
+
+
+@pytest.mark.parametrize("client", sorted(CLIENTS))
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_steps_are_those_of_a_plain_loop(kind, client, rule, tmp_path):
+    """Bit for bit."""
+    results = []
+    for loop in (plain, CLIENTS[client]):
+        net = make_net()
+        wrapper = wrap(net, "adam", rule, settings=SAMPLED)
+        batches = [KINDS[kind](index) for index in range(4)]
+        loop(Job(net, wrapper, batches, losses_that_there_are, tmp_path, 2))
+        results.append(state_of(net, wrapper))
+    assert_same(*results)
