@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from bayesagg.errors import LossError
 from bayesagg.reading import reader
 from tests.helpers.data import LOSSES
-from tests.reading.bench import Bench, labels_by_task, read
+from tests.reading.bench import Bench, Free, labels_by_task, read
 
 HALF = pytest.mark.parametrize("half", [False, True], ids=["full", "autocast"])
 
@@ -126,3 +126,22 @@ def test_saturated_outputs_hide_no_other_loss(device, least):
     assert torch.equal(read("bin", out, loss).targets, y)
     with pytest.raises(LossError, match="binary cross-entropy"):
         read("bin", out, loss + 0.3 * out.square().mean())
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_rounding_of_sums_over_many_classes(classes, given):
+    """Single precision, saturated data, large logits: the loss is the likelihood all the same."""
+    for seed in range(15):
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(32, classes, generator=generator) * (1 + seed % 5)
+        y = torch.randint(classes, (32,), generator=generator)
+        margin = torch.rand(32, generator=generator) * (4 + seed % 4 * 6)
+        z[torch.arange(32), y] = z.logsumexp(1) + margin - 3 * (seed % 3 == 0)
+        z = (z + torch.randn(1, generator=generator) * (0, 10, 50)[seed % 3]).requires_grad_()
+        free = Free("cls", z)
+        for _ in range(2):  # verified, then known
+            labels = labels_by_task(free.read(F.cross_entropy(z, y), y if given else None))["age"]
+            assert labels is not None
+            assert (labels.targets.argmax(2)[:, 0] == y).all()
+            free.reader.known.update(free.reader.take())
