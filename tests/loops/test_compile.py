@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bayesagg.aggregation import aggregate_diagonal
 from bayesagg.errors import LossError
-from bayesagg.moments import regression_moments
+from bayesagg.moments import Spectrum, leave_one_out, regression_moments, student_gradient
 from bayesagg.posterior import Gaussian
 from tests.helpers.data import make_batch
 from tests.helpers.nets import make_net, plain_net
@@ -178,3 +178,22 @@ def test_the_mathematics_is_one_graph(scale, full, device, dtype):
     for function, args in ((moments, (features, targets)), (aggregate, tuple(pair))):
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(*args), function(*args))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_the_default_rule_is_one_graph(weighted, device, dtype):
+    """From the evidence on."""
+    features = torch.randn(1, 6, 5, device=device, dtype=dtype)
+    targets = torch.randn(2 if weighted else 1, 6, 3, device=device, dtype=dtype)
+    weights = torch.rand(2, 6, 1, device=device, dtype=dtype) if weighted else None
+
+    def gradient(h, y):
+        shared = h if weights is None else h * weights
+        gram, shift = shared.mT @ h, y.mT @ shared
+        posterior = Spectrum.of(gram, shift, y.square().mean(1))
+        left = leave_one_out(h, y, posterior, weights)
+        noise, factor = y.square().mean(1), torch.ones_like(y[:, :1])
+        return student_gradient(left, posterior, 4, noise, factor, 10.0, weights)
+
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(features, targets), gradient(features, targets))

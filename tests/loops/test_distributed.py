@@ -261,3 +261,28 @@ def test_ranks_without_any_head_have_to_be_told(ranks):
 
 def with_world(rank):
     return without_heads(rank, dist.group.WORLD)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, one a rank, with nccl")
+def test_two_halves_are_the_whole_under_nccl(rule, tmp_path):  # pragma: no cover
+    torch.multiprocessing.spawn(_nccl, (rule, str(tmp_path)), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_equal_runs(trained(None, rule), both, rule)
+
+
+def _nccl(rank, rule, folder):  # pragma: no cover
+    torch.cuda.set_device(rank)
+    store = f"file://{folder}/store"
+    dist.init_process_group("nccl", init_method=store, rank=rank, world_size=2)
+    net = plain_net("cuda")
+    model = DistributedDataParallel(net, device_ids=[rank])
+    optimizer = wrap(net, "momentum", rule)
+    for index in range(8):
+        x, labels = batch_of(index, half(rank))
+        labels = {name: y.cuda() for name, y in labels.items()}
+        optimizer.zero_grad()
+        optimizer.step(make_losses(model(x.cuda()), labels))
+    move = torch.utils._pytree.tree_map
+    found = move(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, result(net, optimizer))
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

@@ -4,6 +4,7 @@ Of that rule alone: the paper's has another posterior, and renews it in every st
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayesagg import BayesAgg, BinaryHead, LikelihoodRule, RegressionHead
+from bayesagg.moments import Spectrum
 
 WIDTH, BATCH, MEMORY = 129, 64, 1300  # 130 weights with the bias
 INTERVAL = int(0.25 * MEMORY / BATCH)  # steps in which a quarter of the evidence is new
@@ -119,3 +121,41 @@ def test_a_run_goes_on_in_the_same_bits(stop):
         assert torch.equal(run.step(index), other.step(index))
     for one, two in zip(run.heads.parameters(), other.heads.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("old", [0.05, 0.3, 1.0])
+def test_conjugate_gradients_shrink_the_error(old, monkeypatch):
+    """However old the basis is; and the more of them, the more."""
+    torch.manual_seed(0)
+    d = 40
+    before, after = (torch.randn(2, 3 * d, d).double() for _ in range(2))
+    gram = before.mT @ before
+    vectors = torch.linalg.eigh(gram)[1]
+    new = (1 - old) * gram + old * after.mT @ after
+    shift, ridge = torch.randn(2, 3, d).double(), torch.rand(2, 3).double() + 0.1
+    start = Spectrum.of(gram, shift, ridge).mean
+    exact = Spectrum.of(new, shift, ridge)
+    values = (torch.bmm(new, vectors) * vectors).sum(1)
+
+    def error(mean):
+        """In the norm of the posterior, which conjugate gradients decrease."""
+        off = mean - exact.mean
+        square = (off * (off @ new + ridge[..., None] * off)).sum(2)
+        return float(square.sqrt().max())
+
+    errors = [error(start)]
+    for iterations in (1, 2, 4, 16):
+        monkeypatch.setattr("bayesagg.moments.student._ITERATIONS", iterations)
+        errors.append(error(Spectrum.near(new, shift, ridge, vectors, values, start).mean))
+    assert all(later < 0.9 * earlier for earlier, later in itertools.pairwise(errors))
+
+
+def test_the_eigenbasis_itself_gives_the_exact_posterior():
+    torch.manual_seed(0)
+    x = torch.randn(1, 30, 12).double()
+    gram, shift, ridge = x.mT @ x, torch.randn(1, 3, 12).double(), torch.rand(1, 3).double()
+    exact = Spectrum.of(gram, shift, ridge)
+    values = torch.linalg.eigvalsh(gram)
+    near = Spectrum.near(gram, shift, ridge, exact.vectors, values, torch.zeros_like(shift))
+    torch.testing.assert_close(near.mean, exact.mean)
+    torch.testing.assert_close(near.inverse, exact.inverse)

@@ -6,6 +6,8 @@ The representation is a free parameter, so what an encoder would receive can be 
 gradient. One epoch of pre-training makes the full-data posterior; the next step is compared.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -238,6 +240,47 @@ def test_reductions_and_constant_factors_scale_the_gradients(device, dtype, redu
     assert_close(actual, expected, tolerance(study, dtype), study.spread)
     plain, _ = study.expected(STEP)
     assert np.abs(plain - expected).max() > 0.1 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def test_a_factor_common_to_all_losses_only_scales_the_gradient(device, dtype, scale):
+    names = ("reg", "bin", "cls")  # which differ in s
+    study = Study(names, device, dtype).pretrain()
+    state = copy.deepcopy(study.engine.get_extra_state())
+    plain = study.arriving(STEP)
+    weights = dict(study.engine.task_weights)
+    study.engine.set_extra_state(state)
+    scaled = study.arriving(STEP, study.losses(STEP, weights=dict.fromkeys(names, scale)))
+    relative = 1e-9 if dtype == torch.float64 else 1e-3
+    assert_close(scaled, scale * plain, relative)
+    for name in names:
+        torch.testing.assert_close(
+            study.engine.task_weights[name], weights[name], rtol=relative, atol=relative
+        )
+
+
+def test_mean_scale_is_equation_7_as_printed(device, dtype):
+    names = ("reg", "bin", "cls")
+    total = Study(names, device, dtype).pretrain().arriving(STEP)
+    mean = Study(names, device, dtype, gradient_scale="mean").pretrain().arriving(STEP)
+    np.testing.assert_allclose(total, 5 * mean, rtol=1e-9 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["bin", "cls"])
+def test_posterior_readout_of_a_classification_head(device, dtype, name):
+    # The epoch's evidence was expanded at the old weights, the batch's is at the new ones.
+    study = Study((name,), device, dtype, settings={name: {"readout": "posterior"}}).pretrain()
+    now = study.weights()[name]
+    assert np.abs(now - study.initial[name]).max() > 0.01
+    expected, _ = study.expected(STEP)
+    assert_close(study.arriving(STEP), expected, tolerance(study, dtype), study.spread)
+    # and what was written is the mean of the full-data posterior
+    width = now.size if name == "cls" else now.shape[1]
+    prior = np.zeros(width), study.settings[name]["prior_variance"] * np.eye(width)
+    for k in range(1 if name == "cls" else 2):
+        mean, _ = study.posterior(name, k, slice(None), study.initial, prior)
+        written = now if name == "cls" else now[k]
+        np.testing.assert_allclose(written.reshape(-1), mean, rtol=1e-6, atol=1e-6)
 
 
 # --- the reduction identity ----------------------------------------------------------------------
