@@ -1,4 +1,6 @@
-"""Jobs in processes of their own, which import this file and little else."""
+"""Jobs in processes of their own."""
+
+import multiprocessing
 
 import pytest
 import torch
@@ -13,11 +15,20 @@ def _square(job, tick):
     return job * job, torch.get_num_threads()
 
 
-def test_jobs_in_processes_keep_their_order_and_report():
-    ticks = []
-    results = run_jobs(_square, [3, 1, 2], workers=2, on_tick=lambda: ticks.append(1))
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_jobs_in_processes_keep_their_order_and_report(monkeypatch):
+    """Forked here: those of the examples are spawned, which imports everything anew."""
+    real, asked, ticks = multiprocessing.get_context, [], []
+    monkeypatch.setattr(
+        multiprocessing, "get_context", lambda name: asked.append(name) or real("fork")
+    )
+    torch.set_num_threads(2)
+    try:
+        results = run_jobs(_square, [3, 1, 2], workers=2, on_tick=lambda: ticks.append(1))
+    finally:
+        torch.set_num_threads(1)
     assert results == [(9, 1), (1, 1), (4, 1)]
-    assert len(ticks) == 3
+    assert len(ticks) == 3 and asked == ["spawn"]
 
 
 def test_an_error_in_a_job_reaches_the_caller():

@@ -5,11 +5,13 @@ That every loop takes the steps of a plain one, under both rules: ``tests/loops`
 
 import csv
 import importlib
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.run
 from torch.nn import functional as F
 
 from bayesagg import BayesAggWrapper, RegressionHead
@@ -136,16 +138,30 @@ def test_rechub_mmoe(tmp_path):
     assert error < 1.4 and auroc > 0.55
 
 
-def test_ddp(tmp_path, monkeypatch):
-    """Two processes of torchrun end where one does that has all of each batch."""
+def ranked(rank, port, arguments):
+    """Run the script in the environment that torchrun makes."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    script("ddp", "causaldata").main(arguments)
+
+
+def test_ddp(tmp_path):
+    """Two processes end where one does that has all of each batch."""
     ddp = script("ddp", "causaldata")
     args = ["--epochs", "4", "--output"]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch = ["--nproc-per-node=2", "--standalone", "-m", "examples.loops.ddp"]
-    torch.distributed.run.main([*launch, *args, str(tmp_path / "two")])
     losses = ddp.main([*args, str(tmp_path / "one")])
     assert losses["age"] < 0.9 and losses["sex"] < 0.6
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    fork = multiprocessing.get_context("fork")  # without seconds of imports
+    two = [*args, str(tmp_path / "two")]
+    processes = [fork.Process(target=ranked, args=(rank, port, two)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()  # where it hangs
+    assert [process.exitcode for process in processes] == [0, 0]
     states = [torch.load(tmp_path / n / "checkpoint.pt") for n in ("one", "two")]
     torch.testing.assert_close(*(s["model"] for s in states), rtol=1e-3, atol=1e-4)
 
