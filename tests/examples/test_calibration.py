@@ -1,58 +1,15 @@
 """Calibration: ECE and Brier score by their definitions, and the figure of both."""
 
-import pytest
-import torch
 from matplotlib.figure import Figure
 
 from examples.comparison import figure, runs
 from examples.comparison.catalogue import SINGLE_TASK, SINGLE_TASK_METHOD
 from examples.comparison.pipeline import Outcome
 from examples.comparison.statistics import Standing
-from examples.comparison.tasks import Task, measure
+from examples.comparison.tasks import Task
 
 REGRESSION = Task("r", "regression", "mae")
 BINARY = [Task(f"b{k}", "binary", "auroc") for k in range(6)]
-
-
-def calibration_error(confidence, correct, bins=15):
-    """Σ over bins of the share of the data times |mean confidence - accuracy| (Naeini, 2015)."""
-    total = 0.0
-    for b in range(bins):
-        inside = (confidence >= b / bins) & (confidence < (b + 1) / bins)
-        if inside.any():
-            gap = confidence[inside].mean() - correct[inside].mean()
-            total += inside.double().mean() * gap.abs()
-    return float(total)
-
-
-def test_binary_calibration_is_that_of_the_probability_of_the_class():
-    z = 2 * torch.randn(500, 1)
-    y = (torch.rand(500, 1) < 0.5).float()
-    [found] = measure([BINARY[0]], {"binary": z}, y, torch.ones(1))
-    p, target = z.sigmoid()[:, 0].double(), y[:, 0].double()
-    assert found["ece"] == pytest.approx(calibration_error(p, target), rel=1e-4)
-    assert found["ece"] > 0.05
-    assert found["brier"] == pytest.approx(float(((p - target) ** 2).mean()), rel=1e-5)
-
-
-def test_multiclass_calibration_is_that_of_the_top_class():
-    logits, y = 2 * torch.randn(500, 5), torch.randint(5, (500, 1)).float()
-    task = Task("c", "multiclass", "accuracy", classes=5)
-    [found] = measure([task], {"c": logits}, y, torch.ones(1))
-    p = logits.double().softmax(1)
-    top, guess = p.max(1)
-    correct = (guess == y[:, 0]).double()
-    assert found["ece"] == pytest.approx(calibration_error(top, correct), rel=1e-4)
-    one_hot = torch.eye(5, dtype=torch.float64)[y[:, 0].long()]
-    assert found["brier"] == pytest.approx(float((p - one_hot).square().sum(1).mean()), rel=1e-5)
-
-
-def test_a_certain_prediction_is_no_error_and_the_perfect_one_has_none():
-    z = torch.tensor([[200.0], [200.0], [-200.0], [200.0]])
-    for y, ece in (([1, 1, 0, 1], 0), ([1, 1, 0, 0], 0.25)):
-        [found] = measure([BINARY[0]], {"binary": z}, torch.tensor(y).float()[:, None], z[:1, 0])
-        assert found["ece"] == pytest.approx(ece, abs=1e-6)
-        assert found["brier"] == pytest.approx(ece, abs=1e-6)
 
 
 def outcome(values, failed=()):

@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import f1_score
 from torch import nn
 
 from examples.comparison.benchmarks import celeba
 from examples.comparison.catalogue import methods, more_methods
-from examples.comparison.tasks import Task, measure
 from examples.image_models import nine_layers
 from tests.examples.image_files import ATTRIBUTES, write_celeba
 from tests.examples.small import run_of
@@ -32,16 +30,6 @@ def test_attributes_and_parts_are_those_of_the_lists(data):
         expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)) / 255
     np.testing.assert_allclose(x[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)
     assert len(celeba.load(None, 10).train) == 10
-
-
-def test_f1_is_that_of_scikit_learn():
-    outputs, y = torch.randn(50, 3), torch.randint(2, (50, 3)).float()
-    outputs[:, 2], y[:, 2] = -1, 0  # nothing to find, nothing found
-    tasks = [Task(name, "binary", "f1") for name in "abc"]
-    found = [m["f1"] for m in measure(tasks, {"binary": outputs}, y, torch.ones(3))]
-    expected = [f1_score(t, z > 0, zero_division=0) for t, z in zip(y.T, outputs.T, strict=True)]
-    assert found == pytest.approx(expected) and found[2] == 0
-    assert all(task.higher_is_better for task in tasks)
 
 
 def test_the_network_has_nine_layers():

@@ -10,8 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from sklearn.metrics import roc_auc_score
-from torch.nn import functional as F
 
 from bayesagg.metrics import delta_m
 from examples import compare
@@ -20,15 +18,10 @@ from examples.comparison import arms, pipeline, runs
 from examples.comparison.benchmarks import SOURCES, tables
 from examples.comparison.catalogue import Method, methods
 from examples.comparison.runs import Store
-from examples.comparison.search import FURTHEST, beyond, choose, trial
+from examples.comparison.search import FURTHEST, choose, trial
 from examples.comparison.statistics import compare as compare_values
 from examples.comparison.statistics import holm
 from examples.comparison.tasks import (
-    Task,
-    criterion,
-    grouped,
-    joint_accuracy,
-    measure,
     primary,
 )
 from examples.methods import LinearScalarization
@@ -432,27 +425,6 @@ def test_the_best_method_is_tested_against():
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
 
 
-def test_measures_against_their_definitions():
-    tasks = (Task("r", "regression", "mae"), Task("b", "binary", "auroc"))
-    tasks += (Task("c", "multiclass", "accuracy", classes=3),)
-    z = torch.randn(200)
-    y = torch.stack([torch.randn(200), (torch.rand(200) < 0.4).float(), torch.arange(200.0) % 3], 1)
-    logits = torch.randn(200, 3)
-    outputs = {"regression": z[:, None], "binary": z[:, None] * 2, "c": logits}
-    r, b, c = measure(tasks, outputs, y, torch.tensor([5.0, 1.0, 1.0]))
-    assert r["mae"] == pytest.approx(5 * (z - y[:, 0]).abs().mean().item(), rel=1e-5)
-    assert b["auroc"] == pytest.approx(roc_auc_score(y[:, 1], z))
-    assert c["accuracy"] == pytest.approx((logits.argmax(1) == y[:, 2]).double().mean().item())
-    losses = criterion(tasks)(outputs, y)
-    assert list(losses) == ["r", "b", "c"]
-    torch.testing.assert_close(losses["c"], F.cross_entropy(logits, y[:, 2].long()))
-
-
-def test_tasks_have_to_be_sorted_by_kind():
-    with pytest.raises(ValueError, match="sort the tasks"):
-        list(grouped([Task("b", "binary", "auroc"), Task("r", "regression", "mae")]))
-
-
 @pytest.mark.parametrize(
     ("name", "kinds", "size"),
     [
@@ -491,16 +463,3 @@ def test_nih_parts_share_no_patient(monkeypatch):
     people = [set(frames[0]["Patient ID"].iloc[part.numpy()]) for part in captured["parts"]]
     assert [len(p) for p in people] == [240, 80, 80]
     assert not (people[0] & people[1] or people[0] & people[2] or people[1] & people[2])
-
-
-def test_joint_accuracy_is_that_of_the_best_scoring_task():
-    tasks = [Task(str(k), "binary", "accuracy") for k in range(3)]
-    outputs = {"binary": torch.tensor([[-1.0, -2.0, -3.0], [0.0, 2.0, 1.0]])}
-    assert joint_accuracy(tasks, outputs, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])) == 0.5
-
-
-def test_a_best_rate_at_the_edge_asks_for_the_next_beyond():
-    assert beyond([1e-3, 1e-2, 1e-1], 1e-2, 10.0) is None
-    assert beyond([1e-3, 1e-2, 1e-1], 1e-1, 10.0) == 1.0
-    assert beyond([1e-3, 1e-2, 1e-1], 1e-3, 10.0) == 1e-4
-    assert beyond([1e-3], 1e-3, 4.0) == 4e-3

@@ -12,8 +12,7 @@ from bayesagg.diagnostics import Advice
 from examples.comparison import pipeline, regime_report, regimes
 from examples.comparison.regime_report import Point
 from examples.comparison.runs import Data, Run, load
-from examples.comparison.tasks import Task, criterion, measure
-
+from examples.comparison.tasks import measure
 
 ADVICE = Advice({"a": 1.0, "b": 2.0}, 2.0, 0.1, 0.5)
 
@@ -65,20 +64,6 @@ def test_missing_labels_are_missing_in_training_only():
     data = load(small(missing=0.5).data)
     assert data.train.y.isnan().double().mean() == pytest.approx(0.5, abs=0.05)
     assert not data.val.y.isnan().any() and not data.test.y.isnan().any()
-
-
-def test_losses_are_means_over_the_labels_that_are_there():
-    z, y = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
-    y[[0, 2], [1, 1]] = torch.nan
-    y[:, 2] = torch.nan
-    losses = criterion([Task(f"{k}", "regression", "mae") for k in range(3)])({"regression": z}, y)
-    expected = [
-        sum(float(z.detach()[n, k] - y[n, k]) ** 2 for n in rows) / max(len(rows), 1)
-        for k, rows in enumerate((range(6), [1, 3, 4, 5], []))
-    ]
-    assert [value.item() for value in losses.values()] == pytest.approx(expected)
-    sum(losses.values()).backward()
-    assert z.grad.isfinite().all() and not z.grad[:, 2].any() and not z.grad[0, 1]
 
 
 def test_every_line_has_the_common_place():
