@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bayesagg import acquisition
 from bayesagg.metrics import delta_m
+from examples.arguments import Parser
 from examples.comparison.benchmark import Benchmark, predict, trained
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.report import markdown, spread
@@ -92,16 +93,13 @@ def draw(path: Path, labels: list[int], curves: dict[str, list[list[float]]]) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all, print and draw."""
-    parser = argparse.ArgumentParser(prog="python -m examples.active_learning", description=__doc__)
-    for name, default, text in (
-        ("seeds", 5, "runs of every method"),
-        ("start", 50, "labels at first"),
-        ("add", 50, "labels a round"),
-        ("rounds", 8, "trainings"),
-        ("steps", 300, "optimizer steps of a training, about"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--out", type=Path, default=Path("output/active-learning.png"))
+    parser = Parser("active_learning", __doc__)
+    parser.option("seeds", 5, "runs of every method")
+    parser.option("start", 50, "labels at first")
+    parser.option("add", 50, "labels a round")
+    parser.option("rounds", 8, "trainings")
+    parser.option("steps", 300, "optimizer steps of a training, about")
+    parser.option("out", Path("output/active-learning.png"), "the figure")
     args = parser.parse_args(argv)
     data, settings = SOURCES["mnist"].load(None, None), SOURCES["mnist"].settings
     settings = replace(settings, batch_size=50, learning_rate=2e-3)

@@ -22,6 +22,11 @@ class Parser(argparse.ArgumentParser):
         prog = f"python -m examples.{module}"
         super().__init__(prog=prog, description=about, formatter_class=kept, **more)
 
+    def option(self, name: str, default: Any, text: str = "") -> None:
+        """An option of the type of its default."""
+        text = f"{text} (default: {default})".strip()
+        self.add_argument(f"--{name}", type=type(default), default=default, help=text)
+
     def error(self, message: str) -> NoReturn:
         """Leave with one line; argparse would print the usage before it."""
         self.exit(2, f"{self.prog}: error: {message}\n")

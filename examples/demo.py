@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayesagg.metrics import delta_m
+from examples.arguments import Parser
 from examples.comparison.ablations import Readout
 from examples.comparison.benchmarks.tables import load_qm9
 from examples.comparison.networks import mlp, single_task
@@ -94,15 +95,10 @@ def draw(path: Path, arms: list[Arm], errors: dict[str, Tensor]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, draw and print."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    for name, kind, default in (
-        ("molecules", int, 10_000),
-        ("epochs", int, 20),
-        ("lr", float, 4e-3),
-        ("seed", int, 0),
-        ("output", Path, Path("output/demo")),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"({default})")
+    parser = Parser("demo", __doc__)
+    sizes = {"molecules": 10_000, "epochs": 20, "lr": 4e-3, "seed": 0}
+    for name, default in {**sizes, "output": Path("output/demo")}.items():
+        parser.option(name, default)
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
     try:

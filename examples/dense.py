@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from bayesagg import BayesAggWrapper, MulticlassHead, RegressionHead
+from examples.arguments import Parser
 from examples.data.scenes import CLASSES, IGNORED, Scenes, make_scenes
 from examples.image_models import block
 
@@ -124,11 +125,10 @@ def draw(path: Path, shown: dict[str, Scenes], count: int = 4) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, print and draw."""
-    parser = argparse.ArgumentParser(prog="python -m examples.dense", description=__doc__)
+    parser = Parser("dense", __doc__)
     numbers = {"scenes": 128, "test-scenes": 48, "epochs": 10, "batch": 8, "width": 48, "seed": 0}
-    for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
-    parser.add_argument("--out", type=Path, default=Path("output/dense.png"), help="the figure")
+    for name, default in {**numbers, "out": Path("output/dense.png")}.items():
+        parser.option(name, default)
     args = parser.parse_args(argv)
     scenes = make_scenes(args.scenes, seed=args.seed)
     test = make_scenes(args.test_scenes, seed=args.seed + 1)

@@ -7,7 +7,6 @@ it on the validation part. Prints for every property how many of the test molecu
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 
 from bayesagg.diagnostics import interval_coverage
 from bayesagg.plots import plot_coverage, plot_predictions
+from examples.arguments import Parser
 from examples.comparison.benchmark import trained
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.report import markdown
@@ -29,11 +29,11 @@ SHOWN = 120  # molecules in the picture
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, print and draw."""
-    parser = argparse.ArgumentParser(prog="python -m examples.intervals", description=__doc__)
-    parser.add_argument("--molecules", type=int, default=10_000, help="80/10/10 split (10,000)")
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the training part (20)")
-    parser.add_argument("--property", default="homo", help="that is drawn (homo)")
-    parser.add_argument("--out", type=Path, default=Path("output/intervals.png"), help="the figure")
+    parser = Parser("intervals", __doc__)
+    parser.option("molecules", 10_000, "80/10/10 split")
+    parser.option("epochs", 20, "passes over the training part")
+    parser.option("property", "homo", "that is drawn")
+    parser.option("out", Path("output/intervals.png"), "the figure")
     args = parser.parse_args(argv)
     source = SOURCES["qm9"]
     data = source.load(args.molecules, None)

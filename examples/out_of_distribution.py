@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bayesagg import BayesAggWrapper, acquisition
+from examples.arguments import Parser
 from examples.benchmark.cases import Task
 from examples.benchmark.networks import CRITERIA, MultiHead
 from examples.comparison.networks import elu_layers
@@ -104,12 +105,10 @@ def draw(path: Path, found: dict[str, dict[str, Tensor]], kinds: dict[str, Tenso
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, print and draw."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.out_of_distribution", description=__doc__
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="trainings (5)")
-    parser.add_argument("--epochs", type=int, default=15, help="passes over 2,500 images (15)")
-    parser.add_argument("--out", type=Path, default=Path("output/out-of-distribution.png"))
+    parser = Parser("out_of_distribution", __doc__)
+    parser.option("seeds", 5, "trainings")
+    parser.option("epochs", 15, "passes over 2,500 images")
+    parser.option("out", Path("output/out-of-distribution.png"), "the figure")
     args = parser.parse_args(argv)
     areas: dict[str, dict[str, list[float]]] = {}
     for seed in range(args.seeds):

@@ -6,7 +6,6 @@ the survey share, a network and its losses, and the arguments of all.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesagg import BinaryHead, MulticlassHead, RegressionHead
+from examples.arguments import Parser
 from examples.data import DataUnavailableError, read_digits, read_survey, split_indices
 from examples.data.qm9 import TARGETS, read_frame
 
@@ -54,11 +54,11 @@ class SurveyNet(nn.Module):
         return {task: self.heads[task](h) for task in tasks}
 
 
-def parser(script: str, *, rule: bool = True, **defaults: Any) -> argparse.ArgumentParser:
+def parser(script: str, *, rule: bool = True, **defaults: Any) -> Parser:
     """Arguments by their defaults, a seed, and the rule where a script offers it."""
-    made = argparse.ArgumentParser(prog=f"python -m examples.loops.{script}")
+    made = Parser(f"loops.{script}", None)
     for name, default in {"seed": 0, **defaults}.items():
-        made.add_argument(f"--{name}", type=type(default), default=default)
+        made.option(name, default)
     if rule:
         made.add_argument("--rule", choices=("likelihood", "paper"), default="likelihood")
     return made

@@ -13,7 +13,6 @@ ensemble.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from examples.arguments import Parser
 from examples.comparison.benchmark import Benchmark, trained
 from examples.comparison.benchmarks import SOURCES, tables
 from examples.comparison.report import markdown, spread
@@ -147,12 +147,12 @@ def coverage_table(runs: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, print and save."""
-    parser = argparse.ArgumentParser(prog="python -m examples.uncertainty", description=__doc__)
+    parser = Parser("uncertainty", __doc__)
     parser.add_argument("sets", nargs="*", default=list(SETS), help="of " + ", ".join(SETS))
-    parser.add_argument("--seeds", type=int, default=5, help="trainings of every method (5)")
+    parser.option("seeds", 5, "trainings of every method")
     parser.add_argument("--epochs", type=int, help="default: those of the comparisons")
     parser.add_argument("--only", nargs="*", default=FAMILIES, help="of " + ", ".join(FAMILIES))
-    parser.add_argument("--out", type=Path, default=Path("output/uncertainty.json"))
+    parser.option("out", Path("output/uncertainty.json"), "where results are kept")
     args = parser.parse_args(argv)
     for name in args.sets:
         benchmark, size, most = SETS[name]
