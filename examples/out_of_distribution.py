@@ -20,7 +20,7 @@ from bayesagg import BayesAggWrapper, acquisition
 from examples.arguments import Parser
 from examples.benchmark.cases import Task
 from examples.benchmark.networks import CRITERIA, MultiHead
-from examples.comparison.networks import elu_layers
+from examples.comparison.networks import dense_layers
 from examples.comparison.report import markdown, spread
 from examples.comparison.tasks import area_under_roc
 from examples.data import read_digits
@@ -54,7 +54,7 @@ def scores(seed: int, args: argparse.Namespace) -> tuple[dict[str, dict[str, Ten
     train, test = known[:2500], known[2500:]
     shuffled = x[test][:500, torch.randperm(784)]
     kinds = {"seen": x[test], "8 and 9": x[y >= SEEN], "shuffled": shuffled, "photograph": squares}
-    net = MultiHead(elu_layers(784, (256, 64)), 64, TASKS)
+    net = MultiHead(dense_layers(784, (256, 64)), 64, TASKS)
     heads = {task.name: HEADS[task.kind](net.heads[task.name]) for task in TASKS}
     optimizer = BayesAggWrapper(torch.optim.Adam(net.parameters(), 1e-3), net.backbone, heads)
     for _ in range(args.epochs):

@@ -9,7 +9,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -75,19 +75,22 @@ def trace(profiler: Any) -> list[dict[str, Any]]:
 def interleave(
     arms: Mapping[str, Callable[[], object]],
     *,
-    rounds: int,
+    rounds: Iterable[int],
     calls: Mapping[str, int] | int = 1,
     warmup: int = 1,
+    before: int = 0,
     clock: Clock = "wall",
 ) -> dict[str, list[float]]:
     """Seconds per call of every arm in every round.
 
     Args:
         arms: Name → function without arguments.
-        rounds: How often every arm gets its turn. The order is reversed every other round, so
-            that neither arm always runs on the caches the other one left.
+        rounds: Numbers from 0, or a bar around them: every arm gets its turn in each. The order is
+            reversed every other round, so that neither arm always runs on the caches the other one
+            left.
         calls: Calls in one turn, of which the mean counts, or as many by name (else 1).
         warmup: Untimed calls of every arm before the first round.
+        before: Untimed calls at the start of every turn, so that the caches are the arm's own.
         clock: ``"wall"``, or ``"cpu"`` for the processor time of this process, which other
             programs on the machine hardly touch; for one thread only, since threads that wait
             for each other are busy too.
@@ -97,8 +100,10 @@ def interleave(
         for _ in range(warmup):
             arm()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(rounds):
+    for turn in rounds:
         for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
+            for _ in range(before):
+                arms[name]()
             start = CLOCKS[clock]()
             for _ in range(turns[name]):
                 arms[name]()

@@ -24,7 +24,7 @@ from bayesagg import BayesAggWrapper, LikelihoodRule, PaperRule
 from bayesagg.rules import Rule
 from examples import image_models
 from examples.benchmark.cases import Case, Task
-from examples.comparison.tasks import HeadGroup
+from examples.comparison.networks import TaskNet, dense_layers
 from examples.data import DataUnavailableError
 from examples.message_passing import EDGE_FEATURES, NODE_FEATURES, MessagePassing
 from examples.methods import HEADS
@@ -33,30 +33,18 @@ Network = tuple[nn.Module | None, Callable[[], Any]]
 """A backbone, and what draws a batch of its input."""
 
 INPUTS, EXPERTS, TOWER = 128, 4, 16
+_layers = partial(dense_layers, activation=nn.ReLU)
 MIN_ATOMS, MAX_ATOMS = 12, 24
 
 
-class MultiHead(nn.Module):
+class MultiHead(TaskNet):
     """A shared backbone and one linear head per task; returns a mapping name → output."""
 
     def __init__(self, backbone: nn.Module, dim: int, tasks: tuple[Task, ...]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.backbone = backbone
         self.heads = nn.ModuleDict({task.name: nn.Linear(dim, task.outputs) for task in tasks})
-        self._tasks = tasks
-
-    @property
-    def groups(self) -> tuple[HeadGroup, ...]:
-        """The heads as comparisons want them."""
-        counts = {t.name: 1 if t.kind == "multiclass" else t.outputs for t in self._tasks}
-        return tuple(
-            HeadGroup(t.name, t.kind, self.heads[t.name], counts[t.name]) for t in self._tasks
-        )
-
-    def forward(self, x: Any) -> dict[str, Tensor]:
-        """Outputs (B, o) per task for a batch ``x`` of whatever the backbone takes."""
-        h = self.backbone(x)
-        return {name: head(h) for name, head in self.heads.items()}
+        self._kinds = [(t.name, t.kind, 1 if t.kind == "multiclass" else t.outputs) for t in tasks]
 
 
 class MixtureOfExperts(nn.Module):
@@ -66,10 +54,10 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, dim: int, tasks: tuple[Task, ...]) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(_layers(INPUTS, INPUTS, dim) for _ in range(EXPERTS))
+        self.experts = nn.ModuleList(_layers(INPUTS, (INPUTS, dim)) for _ in range(EXPERTS))
         names = [task.name for task in tasks]
         self.gates = nn.ModuleDict({name: nn.Linear(INPUTS, EXPERTS) for name in names})
-        self.towers = nn.ModuleDict({name: _layers(dim, TOWER) for name in names})
+        self.towers = nn.ModuleDict({name: _layers(dim, (TOWER,)) for name in names})
         self.heads = nn.ModuleDict({task.name: nn.Linear(TOWER, task.outputs) for task in tasks})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -135,15 +123,8 @@ def random_target(task: Task, batch: int) -> Tensor:
     return torch.randint(task.outputs, (batch,))
 
 
-def _layers(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
 def _mlp(case: Case) -> Network:
-    return _layers(INPUTS, INPUTS, case.dim), partial(torch.randn, case.step_batch, INPUTS)
+    return _layers(INPUTS, (INPUTS, case.dim)), partial(torch.randn, case.step_batch, INPUTS)
 
 
 def _mmoe(case: Case) -> Network:

@@ -83,7 +83,7 @@ def time_rows(case: Case, rounds: int, clock: measuring.Clock = "wall") -> list[
     """Time of a step to that of a plain one, B = ``step_batch``; all arms take turns."""
     steps = {arm: make_step(case, arm) for arm in arms(case)}
     runs = {arm.name: step.run for arm, step in steps.items()}
-    times = measuring.interleave(runs, rounds=rounds, calls=case.turn, clock=clock)
+    times = measuring.interleave(runs, rounds=range(rounds), calls=case.turn, clock=clock)
     plain = times["plain"]
     note = f"batch {case.step_batch}"
     if case.step_batch < case.batch:
@@ -122,7 +122,7 @@ def aggregation_rows(
     ours, theirs = found["float64"]().float(), found["literal"]()
     difference = 100 * float((ours - theirs).norm() / theirs.norm())
     times = measuring.interleave(
-        found, rounds=rounds, calls={"float64": 20, "float32": 20}, clock=clock
+        found, rounds=range(rounds), calls={"float64": 20, "float32": 20}, clock=clock
     )
     note = f"{1e3 * median(times['literal']):.4g} ms"
     if any(task.kind != "regression" for task in case.tasks):

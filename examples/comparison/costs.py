@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from examples.benchmark.measuring import CLOCKS, Clock, trace
+from examples.benchmark.measuring import Clock, interleave, median_ratio, trace
 from examples.comparison.benchmark import Benchmark
 from examples.comparison.catalogue import Method
 from examples.training import TrainSettings
@@ -76,22 +76,12 @@ def measure_costs(
         rounds: How often every method is timed.
         clock: What time is.
     """
-    now = CLOCKS[clock]
     batch = data.train.batch(torch.arange(min(settings.batch_size, len(data.train))))
     steppers = {name: _stepper(method, data, settings, *batch) for name, method in methods.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in tqdm(range(rounds), desc="costs", unit="round"):
-        for name, step in steppers.items():
-            step()  # the caches are the method's own
-            start = now()
-            step()
-            seconds[name].append(now() - start)
+    bar = tqdm(range(rounds), desc="costs", unit="round")
+    seconds = interleave(steppers, rounds=bar, warmup=0, before=1, clock=clock)
     return {
-        name: Cost(
-            median(times),
-            median(t / ls for t, ls in zip(times, seconds["ls"], strict=True)),
-            _peak(steppers[name]),
-        )
+        name: Cost(median(times), median_ratio(times, seconds["ls"]), _peak(steppers[name]))
         for name, times in seconds.items()
     }
 

@@ -149,18 +149,6 @@ def _kept_statistics(network: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def task_net(backbone: Backbone, *shape: Any) -> TaskNet:
-    """A backbone of random (or its loaded) weights with linear heads; see :class:`TaskNet`."""
-    return TaskNet(backbone(), *shape)
-
-
-def separate_nets(
-    backbone: Backbone, width: int, tasks: Sequence[Task], *head: Any
-) -> RecomputedNets:
-    """A network per task, each with its own initial weights."""
-    return RecomputedNets([task_net(backbone, width, [t], *head) for t in tasks], tasks)
-
-
 def image_benchmark(
     tasks: Sequence[Task],
     parts: tuple[Part, Part, Part],
@@ -184,12 +172,15 @@ def image_benchmark(
         head: As of :class:`TaskNet`.
         own: Other fields of the :class:`Benchmark`; without a scale no target was divided.
     """
-    shape = (backbone, width, tasks, head)
+
+    def net(own: Sequence[Task]) -> TaskNet:
+        return TaskNet(backbone(), width, own, head)
+
     return Benchmark(
         tuple(tasks),
         *parts,
-        model=partial(task_net, *shape),
-        single_task=partial(separate_nets, *shape),
+        model=partial(net, tasks),
+        single_task=partial(RecomputedNets.of, tasks, net),
         network=f"{network}, linear heads",
         version={**version, "parts": [len(part) for part in parts]},
         **{"scale": torch.ones(len(tasks)), **own},

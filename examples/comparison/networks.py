@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,18 +50,20 @@ class TaskNet(nn.Module):
         return {name: head(h) for name, head in self.heads.items()}
 
 
-def elu_layers(inputs: int, widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers, an ELU after each."""
+def dense_layers(
+    inputs: int, widths: Sequence[int], activation: type[nn.Module] = nn.ELU
+) -> nn.Sequential:
+    """Linear layers, an activation after each."""
     layers: list[nn.Module] = []
     for width in widths:
-        layers += [nn.Linear(inputs, width), nn.ELU()]
+        layers += [nn.Linear(inputs, width), activation()]
         inputs = width
     return nn.Sequential(*layers)
 
 
 def mlp(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> TaskNet:
     """Build an MLP of ELU layers with linear heads."""
-    return TaskNet(elu_layers(inputs, widths), widths[-1], tasks)
+    return TaskNet(dense_layers(inputs, widths), widths[-1], tasks)
 
 
 class Networks(nn.Module):
@@ -82,7 +85,7 @@ class SeparateNets(Networks):
         tasks: Tasks, sorted by kind.
     """
 
-    def __init__(self, networks: Sequence[TaskNet], tasks: Sequence[Task]) -> None:
+    def __init__(self, networks: Sequence[nn.Module], tasks: Sequence[Task]) -> None:
         super().__init__(networks)
         self._heads = [(name, which) for name, _, which in grouped(tasks)]
 
@@ -90,6 +93,11 @@ class SeparateNets(Networks):
         """Outputs by head, each ``(B, outputs)``."""
         outputs = [self.output(network, x) for network in self.networks]
         return {name: torch.cat(outputs[which], 1) for name, which in self._heads}
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task], make: Callable[[Sequence[Task]], nn.Module]) -> SeparateNets:
+        """A network per task, each with its own random weights, from what makes one for tasks."""
+        return cls([make([task]) for task in tasks], tasks)
 
     def output(self, network: nn.Module, x: Any) -> Tensor:
         """Output of one network, ``(B, outputs)``."""
@@ -102,7 +110,7 @@ class SeparateNets(Networks):
 
 def single_task(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> SeparateNets:
     """One MLP per task, each with its own random weights."""
-    return SeparateNets([mlp(inputs, widths, [task]) for task in tasks], tasks)
+    return SeparateNets.of(tasks, partial(mlp, inputs, widths))
 
 
 def last_layers(tasks: Sequence[Task], towers: Iterable[nn.Sequential]) -> tuple[HeadGroup, ...]:
@@ -154,7 +162,7 @@ class Trunk(nn.Module):
 
     def __init__(self, inputs: int, widths: Sequence[int], tasks: int) -> None:
         super().__init__()
-        self.layers, self._tasks = elu_layers(inputs, widths), tasks
+        self.layers, self._tasks = dense_layers(inputs, widths), tasks
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         """The same tensor for every task, ``(B, width)``."""
@@ -175,7 +183,7 @@ class Experts(nn.Module):
 
     def __init__(self, inputs: int, widths: Sequence[int], tasks: int, experts: int = 4) -> None:
         super().__init__()
-        self.layers = elu_layers(inputs, [*widths[:-1], experts * widths[-1]])
+        self.layers = dense_layers(inputs, [*widths[:-1], experts * widths[-1]])
         self.gates = nn.Linear(inputs, tasks * experts)
         self._experts = (experts, widths[-1])
         self._gates = (tasks, experts)

@@ -75,6 +75,20 @@ def content_digest(files: Iterable[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
+def read_table(path: Path, **settings: Any) -> pd.DataFrame:
+    """By ``pandas.read_csv``.
+
+    Raises:
+        DataFileError: If it cannot be read.
+    """
+    try:
+        return pd.read_csv(path, **settings)
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+        raise DataFileError(
+            f"{path} cannot be read as a table ({error}); extract or download it again"
+        ) from error
+
+
 def package_file(package: str, name: str, requirement: str) -> Path:
     """A file that a package carries, found without importing the package.
 

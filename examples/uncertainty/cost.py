@@ -21,7 +21,7 @@ from bayesagg.predicting import Predictor
 from examples.benchmark.cases import CASES, Task, several
 from examples.benchmark.measuring import interleave
 from examples.benchmark.networks import CRITERIA, NETWORKS, MultiHead
-from examples.comparison.networks import elu_layers
+from examples.comparison.networks import dense_layers
 from examples.methods import HEADS
 from examples.uncertainty.arms import package
 
@@ -39,10 +39,10 @@ def resnet() -> nn.Module:
 
 def compare(actions: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
     """Median seconds of CPU time of each, in turn; short ones several times in a run."""
-    first = interleave(actions, rounds=1, warmup=0, clock="cpu")
+    first = interleave(actions, rounds=range(1), warmup=0, clock="cpu")
     times = {name: 1 + int(0.02 / seconds) for name, [seconds] in first.items()}
     runs = runs if min(seconds for [seconds] in first.values()) < SLOW else max(3, runs // 3)
-    found = interleave(actions, rounds=runs, calls=times, warmup=0, clock="cpu")
+    found = interleave(actions, rounds=range(runs), calls=times, warmup=0, clock="cpu")
     return {name: median(seconds) for name, seconds in found.items()}
 
 
@@ -133,7 +133,7 @@ def main() -> None:
     """All cases."""
     torch.manual_seed(0)
     x = list(torch.randn(7680, 274).split(120))
-    trunk = elu_layers(274, (256, 256, 64))
+    trunk = dense_layers(274, (256, 256, 64))
     case("QM9 proxy", (Task("all", "regression", 11),), trunk, x)
     case("QM9 proxy", several("regression", 11), trunk, x)
     for name in ("qm9", "cifar_mtl", "utkface"):

@@ -143,7 +143,7 @@ def test_the_methods_of_a_case_have_its_preset():
 def test_interleave_gives_every_arm_its_rounds():
     calls: list[str] = []
     arms = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = measuring.interleave(arms, rounds=3, calls={"a": 2}, warmup=0)
+    times = measuring.interleave(arms, rounds=range(3), calls={"a": 2}, warmup=0)
     assert "".join(calls) == "aabbaaaab"
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
     assert measuring.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0

@@ -10,7 +10,8 @@ from torch import nn
 
 from examples import compare, image_models
 from examples.comparison.benchmarks import chestxray14, cifar_mtl, utkface
-from examples.comparison.images import separate_nets, task_net
+from examples.comparison.images import RecomputedNets
+from examples.comparison.networks import TaskNet
 from examples.comparison.tasks import Task
 from examples.data import DataFileError, DataUnavailableError
 from tests.examples.image_files import write_chest, write_cifar, write_faces
@@ -37,6 +38,10 @@ def small(width=8):
     )
 
 
+def net(tasks):
+    return TaskNet(small(), 8, tasks)
+
+
 # --- models --------------------------------------------------------------------------------------
 
 
@@ -52,7 +57,7 @@ def test_the_cnn_is_that_of_the_paper():
 
 
 def test_single_task_networks_are_independent_of_one_another():
-    nets = separate_nets(small, 8, MIXTURE).train()
+    nets = RecomputedNets.of(MIXTURE, net).train()
     alone = copy.deepcopy(list(nets.networks))
     x = torch.randn(6, 3, 12, 12)
     outputs = nets(x)
@@ -92,8 +97,8 @@ def test_single_task_networks_keep_one_network_s_activations():
         images = {t.data_ptr() for t in found if t.ndim == 4 and len(t) == len(x)}
         return images - {x.data_ptr()}
 
-    assert kept(task_net(small, 8, MIXTURE))
-    assert not kept(separate_nets(small, 8, MIXTURE))
+    assert kept(net(MIXTURE))
+    assert not kept(RecomputedNets.of(MIXTURE, net))
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), ("resnet34", 16)])

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from examples.comparison.benchmark import Benchmark, Source
 from examples.comparison.images import CODE, ImageFiles, image_benchmark
 from examples.comparison.tasks import Task
-from examples.data import DataFileError, data_folder, listing_digest, require
+from examples.data import DataFileError, data_folder, listing_digest, read_table, require
 from examples.image_models import nine_layers, timm
 from examples.training import TrainSettings
 
@@ -52,10 +51,10 @@ def read() -> Faces:
     folder = data_folder(FOLDER)
     require(folder, (ATTRIBUTES, PARTITION, IMAGES), LAYOUT)
     # The first line is the number of images, the second has no name for their column.
-    table = _table(folder / ATTRIBUTES, skiprows=1)
+    table = read_table(folder / ATTRIBUTES, sep=r"\s+", skiprows=1)
     if table.shape[1] != _COUNT or not table.isin((-1, 1)).all(axis=None):
         raise _error(folder / ATTRIBUTES, f"each image should have {_COUNT} values of -1 or 1")
-    parts = _table(folder / PARTITION, header=None, index_col=0)
+    parts = read_table(folder / PARTITION, sep=r"\s+", header=None, index_col=0)
     if not parts.index.equals(table.index):
         raise _error(folder / PARTITION, f"its images are not those of {ATTRIBUTES}, in order")
     if parts.shape[1] != 1 or set(parts[1]) != {0, 1, 2}:
@@ -67,13 +66,6 @@ def read() -> Faces:
         torch.from_numpy((table.to_numpy() == 1).astype("float32")),
         torch.tensor(parts[1].to_numpy()),
     )
-
-
-def _table(path: Path, **settings: Any) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, sep=r"\s+", **settings)
-    except ValueError as error:  # pandas' own errors are ValueErrors
-        raise _error(path, f"it cannot be read as a table ({error})") from error
 
 
 def _error(path: Path, what: str) -> DataFileError:
@@ -97,9 +89,7 @@ def load(size: int | None = None, max_train: int | None = None) -> Benchmark:
         partial(nine_layers, _WIDTHS),
         _WIDTHS[-1],
         network="CNN of nine layers, random initialisation",
-        version={
-            "files": listing_digest(faces.files),
-        },
+        version={"files": listing_digest(faces.files)},
     )
 
 

@@ -15,7 +15,7 @@ from examples import image_models
 from examples.comparison.benchmark import Benchmark, Source, paper_settings
 from examples.comparison.images import CODE, ImageFiles, Transform, image_benchmark
 from examples.comparison.tasks import Task
-from examples.data import DataFileError, data_folder, listing_digest, require
+from examples.data import DataFileError, data_folder, listing_digest, read_table, require
 from examples.training import TrainSettings
 
 FOLDER, IMAGES, TABLE = "ChestX-ray14", "images", "Data_Entry_2017_v2020.csv"
@@ -91,10 +91,7 @@ def read(patients: int | None, seed: int) -> Images:
 
 
 def _table(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
-    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
-        raise DataFileError(f"{path} cannot be read as a table: {error}") from error
+    table = read_table(path)
     missing = [name for name in _COLUMNS if name not in table]
     if missing:
         raise DataFileError(f"{path}: the column {missing[0]!r} is missing")

@@ -55,16 +55,13 @@ def load(size: int | None = None, max_train: int | None = None, name: str = "MMO
     shape = (name, _CATEGORIES, _DIMENSIONS, _TOWER)
     own = ", ".join(f"{key} {value}" for key, value in _EXPERTS[name].items())
     experts = {"expert_params": {"dims": [_EXPERT]}, **_EXPERTS[name]}
-
-    def single_task() -> SeparateNets:
-        return SeparateNets([RecommenderNet(*shape, [t], **experts) for t in _TASKS], _TASKS)
-
+    net = partial(RecommenderNet, *shape, **experts)
     return Benchmark(
         _TASKS,
         *(Split(x[rows], y[rows]) for rows in (train, val, test)),
         scale=torch.stack([scale, torch.ones(())]),
-        model=partial(RecommenderNet, *shape, _TASKS, **experts),
-        single_task=single_task,
+        model=partial(net, _TASKS),
+        single_task=partial(SeparateNets.of, _TASKS, net),
         network=f"{name} of torch-rechub ({own}), embeddings of {_DIMENSIONS}, experts of "
         f"{_EXPERT}, towers of {_TOWER}",
         version={

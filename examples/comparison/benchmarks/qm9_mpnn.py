@@ -123,7 +123,7 @@ def load(
         *map(part, (train, val, test)),
         scale=scale.float(),
         model=partial(network, _TASKS, sizes),
-        single_task=lambda: SeparateNets([network([task], sizes) for task in _TASKS], _TASKS),
+        single_task=partial(SeparateNets.of, _TASKS, partial(network, sizes=sizes)),
         network=(
             f"message passing (NNConv, GRU, Set2Set), {(sizes or _SIZES)[0]} dimensions, "
             f"{edges} graphs"
