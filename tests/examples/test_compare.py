@@ -14,7 +14,8 @@ from scipy import stats
 from bayesagg.metrics import delta_m
 from examples import compare
 from examples import tables as paper_tables
-from examples.comparison import arms, pipeline, runs
+from examples.benchmark import __main__ as benchmark_command
+from examples.comparison import arms, pipeline, regimes, runs
 from examples.comparison.benchmarks import SOURCES, tables
 from examples.comparison.catalogue import Method, methods
 from examples.comparison.runs import Store
@@ -146,7 +147,8 @@ def test_tables_and_figure_are_written(finished):
     low, high = (float(f) for f in (row[2].split(" ± ")))
     assert (low - high, low + high) == pytest.approx(interval, abs=0.011)
     assert "BayesAgg: none, default settings" in page
-    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("results.png", "results-calibration.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_errors_are_compared_without_a_yardstick(tmp_path):
@@ -215,17 +217,25 @@ def test_other_settings_never_share_a_run(changed, monkeypatch):
     assert not plain & other
 
 
-def test_the_library_s_code_is_part_of_its_runs_only(monkeypatch):
-    plan_data = runs.Data("nhefs", None, 120)
-    known, seen = methods("utkface"), {}
-    monkeypatch.setattr(runs, "_hash_files", lambda files: seen.setdefault("files", files) and "0")
-    for name, expected in (("ls", False), ("bayesagg", True)):
-        seen.clear()
-        runs.code_version(runs.Job(plan_data, name, known[name], TrainSettings(), True))
-        names = {file.name for file in seen["files"]}
-        assert ("engine.py" in names) == expected
-        assert {"training.py", "tables.py", "methods.py"} <= names
-        assert "catalogue.py" not in names
+@pytest.mark.parametrize(
+    ("benchmark", "own"),
+    [
+        ("nhefs", {"tables.py"}),
+        ("qm9-mpnn", {"message_passing.py", "qm9_mpnn.py", "molecules.py"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["ls", "bayesagg"])
+def test_runs_depend_on_their_code_and_the_library_s_only_where_it_trains(
+    benchmark, own, name, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(runs, "_hash_files", lambda files: seen.extend(files) or "0")
+    method = methods("utkface")[name]
+    runs.code_version(runs.Job(runs.Data(benchmark, None, 120), name, method, None, True))
+    names = {file.name for file in seen}
+    assert ("engine.py" in names) == (name == "bayesagg")
+    assert {"training.py", "methods.py", *own} <= names
+    assert "catalogue.py" not in names
 
 
 def test_a_changed_line_is_refused(finished, tmp_path):
@@ -258,6 +268,13 @@ def test_a_method_that_diverges_is_reported_and_left_out(tmp_path, monkeypatch, 
     assert found["search"]["uw"]["validation_delta_m"][0] is None
 
 
+COMMANDS = {
+    "tables": paper_tables.main,
+    "regimes": regimes.main,
+    "benchmark": benchmark_command.main,
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -283,15 +300,22 @@ def test_a_method_that_diverges_is_reported_and_left_out(tmp_path, monkeypatch, 
             "pcgrad needs a network whose heads all read",
         ),
         (["qm9-mpnn", "--data-dir", "{file}/none"], "there is no folder"),
-        (["8", "--from", "x"], "tables: error: argument N: invalid choice"),
-        (["1"], "tables: error: the following arguments are required"),
+        (["tables", "8", "--from", "x"], "tables: error: argument N: invalid choice"),
+        (["tables", "1"], "tables: error: the following arguments are required"),
+        (["regimes", "--lines", "noice"], "invalid choice: 'noice'"),
+        (["benchmark", "--shapes", "imagenet"], "invalid choice"),
+        (["benchmark", "--repeats", "0"], "0 is not a whole number from 1"),
+        (["benchmark", "--clock", "cpu", "--threads", "2"], "add --threads 1"),
+        (["benchmark", "--output", "result.csv"], "is not a .json file in a folder that exists"),
+        (["benchmark", "--output", "no/folder/result.json"], "in a folder that exists"),
     ],
 )
 def test_a_bad_argument_is_one_line(arguments, message, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    main = paper_tables.main if arguments[0].isdigit() else compare.main
+    name, *rest = arguments
+    main, given = (COMMANDS[name], rest) if name in COMMANDS else (compare.main, arguments)
     with pytest.raises(SystemExit) as stop:
-        main([a.replace("{file}", str(tmp_path / "file")) for a in arguments])
+        main([a.replace("{file}", str(tmp_path / "file")) for a in given])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from bayesagg.presets import PAPER
 from examples.comparison.benchmarks import SOURCES, chestxray14, cifar_mtl, utkface
 from examples.data import DataFileError, DataUnavailableError, data_folder
 from tests.examples.image_files import (
@@ -75,26 +74,6 @@ def test_cifar_needs_no_timm(data, monkeypatch):
     loaded = cifar_mtl.load()
     x, _ = loaded.train.batch(torch.arange(3))
     assert loaded.model()(x)["binary"].shape == (3, 20)
-
-
-# Epochs, batch, learning rate, weight decay, schedule and the epoch that is evaluated.
-PUBLISHED = {
-    "cifar-mtl": (50, 128, 1e-3, 1e-4, "steps", "best"),  # Appendix B, as the next two
-    "chestxray14": (100, 256, 1e-3, 0.0, "steps", "best"),
-    "utkface": (100, 128, 1e-3, 1e-4, "steps", "best"),
-    "celeba": (15, 256, 3e-4, 0.0, "constant", "best"),
-    "nyuv2": (200, 2, 1e-4, 0.0, "half", "last"),
-}
-
-
-def test_settings_of_the_paper_are_those_published():
-    for name, published in PUBLISHED.items():
-        ours = SOURCES[name].paper
-        found = ours.epochs, ours.batch_size, ours.learning_rate, ours.weight_decay
-        assert (*found, ours.schedule, ours.selection) == published and ours.optimizer == "adam"
-    for name, pretraining in {"cifar-mtl": 3, "chestxray14": 1, "utkface": 10}.items():
-        assert SOURCES[name].preset == name.replace("-", "_")
-        assert PAPER[SOURCES[name].preset].rule.pretrain_epochs == pretraining
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -28,11 +28,6 @@ def frame():
     return qm9.read_frame()
 
 
-@pytest.fixture
-def read_once(frame, monkeypatch):
-    monkeypatch.setattr(qm9, "read_frame", lambda: frame)
-
-
 def padded(numbers, positions):
     z = np.zeros((len(numbers), MAX_ATOMS), dtype=np.int64)
     xyz = np.zeros((len(numbers), MAX_ATOMS, 3))
@@ -118,7 +113,7 @@ def test_descriptor_ignores_rotation_order_and_far_translation(frame):
     )
 
 
-def test_cache_serves_the_second_call(cache, read_once, monkeypatch):
+def test_cache_serves_the_second_call(cache, monkeypatch):
     features, targets = qm9.load_arrays(200)
     (file,) = cache.iterdir()  # no temporary file stays behind
     with monkeypatch.context() as patch:
@@ -130,7 +125,7 @@ def test_cache_serves_the_second_call(cache, read_once, monkeypatch):
     np.testing.assert_array_equal(qm9.load_arrays(200)[0], features)
 
 
-def test_cache_depends_on_number_and_seed(cache, read_once):
+def test_cache_depends_on_number_and_seed(cache):
     qm9.load_arrays(150)
     first = qm9.load_arrays(200)[1]
     second = qm9.load_arrays(200, seed=1)[1]
@@ -138,7 +133,7 @@ def test_cache_depends_on_number_and_seed(cache, read_once):
     assert not np.array_equal(first, second)
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, read_once, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("BAYESAGG_CACHE", str(blocked / "below"))

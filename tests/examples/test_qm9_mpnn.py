@@ -12,13 +12,10 @@ from examples.comparison import runs
 from examples.comparison.benchmark import predict
 from examples.comparison.benchmarks import SOURCES, qm9_mpnn
 from examples.comparison.benchmarks.qm9_mpnn import GraphBatch, GraphPart
-from examples.comparison.catalogue import methods
-from examples.comparison.tasks import criterion
 from examples.data import DATA_VARIABLE, molecules, qm9
 from examples.data.molecules import find_bonds, load_molecules, paper_units, parse_smiles
 from examples.message_passing import FactoredMessagePassing, MessagePassing
-from examples.training import TrainSettings
-from tests.examples.small import compared
+from tests.examples.small import run_of
 
 MOLECULES = 200
 
@@ -29,10 +26,9 @@ def frame():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(frame):
-    """Read the files once, and a narrow network; loading still chooses and converts."""
+def quick():
+    """A narrow network, of molecules that the package carries."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(molecules, "read_frame", lambda *columns: frame)
         patch.delenv(DATA_VARIABLE, raising=False)
         patch.setattr(qm9_mpnn, "_SIZES", (8, 128))
         yield
@@ -271,6 +267,8 @@ def test_benchmark(name, geometric):
     data = SOURCES[name].load(MOLECULES, 100)
     assert [len(part) for part in (data.train, data.val, data.test)] == [100, 20, 20]
     assert [task.name for task in data.tasks] == [t.name for t in qm9.TARGETS]
+    units = ["D", "bohr^3", "meV", "meV", "bohr^2", *["meV"] * 5, "cal/mol/K"]
+    assert [task.unit for task in data.tasks] == units
     x, y = data.train.batch(torch.arange(100))
     torch.testing.assert_close(y.mean(0), torch.zeros(11), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.std(0), torch.ones(11), atol=1e-5, rtol=0)
@@ -308,62 +306,11 @@ def test_prediction_in_chunks_is_prediction_at_once(monkeypatch, geometric):
     assert torch.equal(y, again)
 
 
-def test_single_task_networks_share_nothing_and_give_what_each_gives(geometric):
-    data = SOURCES["qm9-mpnn-bonds"].load(MOLECULES, None)
-    single = data.single_task()
-    x, y = data.train.batch(torch.arange(6))
-    outputs = single(x)["regression"]
-    assert outputs.shape == (6, 11)
-    for k, network in enumerate(single.networks):
-        torch.testing.assert_close(outputs[:, k], network(x)["regression"][:, 0])
-    losses = criterion(data.tasks)(single(x), y)
-    losses["r2"].backward()
-    given = [[p.grad for p in n.parameters() if p.grad is not None] for n in single.networks]
-    moved = [any(g.any() for g in own) for own in given]
-    assert moved == [task.name == "r2" for task in data.tasks]
-    tensors = [{t.data_ptr() for t in own} for own in single.network_tensors()]
-    assert len(set.union(*tensors)) == sum(map(len, tensors))
-    assert sum(map(len, tensors)) == len(list(single.parameters()))
-
-
-@pytest.mark.parametrize("name", ["pcgrad", "mgda-ub", "bayesagg", "famo"])
-def test_every_kind_of_method_steps_on_graphs(name, geometric):
-    data = SOURCES["qm9-mpnn-bonds"].load(MOLECULES, None)
-    model, method = data.model(), methods("qm9")[name]
-    update = method.update(model, TrainSettings(warmup_steps=1), 1, **method.settings)
-    x, y = data.train.batch(torch.arange(8))
-    before = [p.clone() for p in model.parameters()]
-    for _ in range(2):  # the second is past the epoch of linear scalarization
-        losses = criterion(data.tasks)(model(x), y)
-        update.step(losses)
-        update.after_step(lambda: criterion(data.tasks)(model(x), y))
-    assert all(
-        not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)
-    )
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_a_comparison_through_the_command(tmp_path, monkeypatch, geometric):
+@pytest.mark.parametrize("name", ["ls", "pcgrad", "mgda-ub", "bayesagg", "famo"])
+def test_every_kind_of_method_trains_on_graphs(name, geometric):
     runs.load.cache_clear()
-    arguments = ["qm9-mpnn-bonds", "--molecules", "100", "--train-size", "20", "--epochs", "2"]
-    arguments += ["--methods", "ls", "bayesagg", "--seeds", "1"]
-    content = compared(tmp_path, *arguments)
-    assert set(content["summary"]) == {"ls", "bayesagg"}
-    assert content["settings"]["network"].endswith("bonds graphs")
-    assert [task["unit"] for task in content["tasks"]] == [
-        *("D", "bohr^3", "meV", "meV", "bohr^2"),
-        *["meV"] * 5,
-        "cal/mol/K",
-    ]
-    single = content["runs"]["stl"]
-    assert all(len(run["test"]) == 11 for run in single)
-    (job,) = {run["identity"]["code"] for run in single}
-    files = []
-    monkeypatch.setattr(runs, "_hash_files", lambda names: files.extend(names) or job)
-    plan = compare.parse_arguments([*arguments, "--output", str(tmp_path)]).plan
-    runs.identity(runs.Job(plan.data, "ls", plan.methods["ls"], plan.training, final=True))
-    names = {file.name for file in files}
-    assert {"message_passing.py", "qm9_mpnn.py", "molecules.py", "training.py"} <= names
+    run = run_of("qm9-mpnn-bonds", name, 100, 20, epochs=2, batch_size=10, warmup_steps=2)
+    assert len(run.test) == 11 and all(task["mae"] > 0 for task in run.test)
 
 
 # --- data from elsewhere -------------------------------------------------------------------------

@@ -211,9 +211,6 @@ def test_some_lines_and_other_arms(folder, capsys):
     assert titles == ["Noise in all labels", "Against linear scalarization", "What advise says"]
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| 0 |")]
     assert len(rows) == 1 and rows[0][2] != rows[0][3].removesuffix(" |")
-    with pytest.raises(SystemExit):
-        regimes.main(["--lines", "noice"])
-    assert "invalid choice: 'noice'" in capsys.readouterr().err
 
 
 # --- advice --------------------------------------------------------------------------------------
