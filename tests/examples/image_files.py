@@ -1,6 +1,9 @@
 """Small files in the formats of the image benchmarks, with random pixels."""
 
+import io
+import pickle
 import struct
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -31,35 +34,21 @@ def write_cifar(data, train=60, test=20):
     return written["train"]
 
 
+class _Python2(pickle._Pickler):
+    """Text and bytes are byte strings."""
+
+    def save_text(self, value):
+        raw = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, str: save_text, bytes: save_text}
+
+
 def python2_pickle(content):
-    """A mapping as Python 2 and an old NumPy pickled it: byte strings, ``numpy.core``."""
-    items = b"".join(_text(key) + _value(value) for key, value in content.items())
-    return b"\x80\x02}(" + items + b"u."
-
-
-def _text(text):
-    return b"U" + bytes([len(text)]) + text.encode()
-
-
-def _integer(value):
-    return b"J" + struct.pack("<i", value)
-
-
-def _value(value):
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, int):
-        return _integer(value)
-    if isinstance(value, list):
-        return b"](" + b"".join(map(_value, value)) + b"e"
-    kind = {"uint8": "u1", "float64": "f8"}[value.dtype.name]
-    order = "|" if kind == "u1" else "<"
-    dtype = b"cnumpy\ndtype\n" + _text(kind) + b"K\x00K\x01\x87R(K\x03" + _text(order) + b"NNN"
-    dtype += _integer(-1) + _integer(-1) + b"K\x00tb"
-    shape = _integer(value.shape[0]) + _integer(value.shape[1]) + b"\x86"
-    raw = value.tobytes()
-    empty = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
-    return empty + b"(K\x01" + shape + dtype + b"\x89T" + struct.pack("<i", len(raw)) + raw + b"tb"
+    """A mapping as Python 2 and an old NumPy pickled it."""
+    file = io.BytesIO()
+    _Python2(file, 2).dump(content)
+    return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
 def write_faces(data, count=40, size=48):

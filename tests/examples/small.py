@@ -6,6 +6,7 @@ import torch
 
 from examples import compare
 from examples.comparison import runs
+from examples.comparison.benchmark import table_benchmark
 from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.gradients import GradientWeighting
 from examples.comparison.networks import mlp
@@ -40,6 +41,22 @@ def targets(count, tasks=TASKS):
         "multiclass": lambda: torch.randint(3, (count,)).float(),
     }
     return torch.stack([columns[task.kind]() for task in tasks], 1)
+
+
+def made_up(tasks, parts):
+    """A benchmark of 120 rows, of the first tasks of four."""
+    x = torch.randn(120, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    y = torch.stack([x[:, 0], x[:, 1] * 3, (x[:, 2] > 0) * 1.0, (x[:, 3] > 0) + (x[:, 4] > 1.0)], 1)
+    return table_benchmark(
+        tasks,
+        x,
+        y[:, : len(tasks)],
+        torch.arange(120).split(parts),
+        widths=(6, 4),
+        version={},
+        package="torch",
+        max_train=None,
+    )
 
 
 def regressions(count):

@@ -3,6 +3,7 @@
 import copy
 import types
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -171,13 +172,22 @@ def test_without_weights_it_says_so(data, monkeypatch):
 
 SMALL = ["--seeds", "1", "--epochs", "2", "--warmup-steps", "0", "--batch-size", "12"]
 SMALL += ["--methods", "ls", "bayesagg-paper"]
+SHARES = ("accuracy", "auroc", "ece")
 
 
-def finished(name, folder, *arguments):
-    """The settings, and what each method has on every task."""
-    found = compared(folder, name, *SMALL, *arguments)
-    assert set(found["summary"]) == {"ls", "bayesagg-paper"}
-    return found["settings"], [found["runs"][n][0] for n in ("ls", "bayesagg-paper", "stl")]
+@pytest.fixture
+def tiny(monkeypatch):
+    """Few pixels and a small network."""
+
+    def resnet(name, width, weights=None):
+        return nn.Sequential(small(), nn.Linear(8, width), nn.ELU())
+
+    monkeypatch.setattr(cifar_mtl, "_CHANNELS", 8)
+    for module in (utkface, chestxray14):
+        monkeypatch.setattr(module, "_SIZE", 36)
+        monkeypatch.setattr(module, "_CROP", 32)
+    for module in (utkface, image_models):
+        monkeypatch.setattr(module, "resnet", resnet)
 
 
 def refused(name, folder):
@@ -186,54 +196,39 @@ def refused(name, folder):
     assert not list(folder.iterdir())
 
 
-def test_cifar_mtl_through_the_command(data, tmp_path, monkeypatch):
-    write_cifar(data, train=40)
-    monkeypatch.setattr(cifar_mtl, "_CHANNELS", 8)
-    settings, results = finished("cifar-mtl", tmp_path / "out")
-    for result in results:
-        assert len(result["test"]) == 20
-        assert 0 <= result["extra"]["accuracy of the best-scoring task"] <= 1
-    assert settings["data"]["parts"] == [36, 4, 20]
+@pytest.mark.filterwarnings("ignore:.*random weights:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "write", "parts", "measures"),
+    [
+        ("cifar-mtl", partial(write_cifar, train=40), [36, 4, 20], [{"accuracy", "auroc"}] * 20),
+        ("utkface", write_faces, [24, 4, 8], [{"mae", "rmse"}, {"accuracy", "ece"}, {"brier"}]),
+        ("chestxray14", partial(write_chest, patients=60), [24, 10, 30], [{"auroc"}] * 14),
+    ],
+)
+def test_the_command(name, write, parts, measures, data, tiny, tmp_path):
+    if name != "cifar-mtl":
+        pytest.importorskip("timm")
+    write(data)
+    limit = [] if name == "cifar-mtl" else ["--train-size", "24"]
+    content = compared(tmp_path / "out", name, *SMALL, *limit)
+    assert content["settings"]["data"]["parts"] == parts
+    assert set(content["summary"]) == {"ls", "bayesagg-paper"}
+    for runs in content["runs"].values():
+        [run] = runs
+        for found, names in zip(run["test"], measures, strict=True):
+            assert names <= set(found)
+            assert all(0 <= value <= 1 for key, value in found.items() if key in SHARES)
+    if name == "cifar-mtl":
+        assert 0 <= run["extra"]["accuracy of the best-scoring task"] <= 1
+    if name == "utkface":
+        assert run["test"][0]["mae"] > 1  # in years, from random pixels
+    if name == "chestxray14":
+        assert "random initialisation" in content["settings"]["network"]
 
 
-LESS = ["--train-size", "24", "--epochs", "1"]
-
-
-def test_utkface_through_the_command(data, tmp_path, monkeypatch):
-    pytest.importorskip("timm")
-    write_faces(data)
-    monkeypatch.setattr(utkface, "_SIZE", 36)
-    monkeypatch.setattr(utkface, "_CROP", 32)
-    for result in finished("utkface", tmp_path / "out", *LESS)[1]:
-        age, gender, ethnicity = result["test"]
-        assert set(age) == {"mae", "rmse"} and age["mae"] > 1  # in years, from random pixels
-        assert {"accuracy", "ece", "brier"} <= set(gender) and "brier" in ethnicity
-
-
-def tiny_resnet(name, width, weights):
-    return nn.Sequential(small(), nn.Linear(8, width), nn.ELU())
-
-
-def test_chestxray14_through_the_command(data, tmp_path, monkeypatch):
-    pytest.importorskip("timm")
-    write_chest(data, patients=60)
-    monkeypatch.setattr(chestxray14, "_SIZE", 36)
-    monkeypatch.setattr(chestxray14, "_CROP", 32)
-    monkeypatch.setattr(image_models, "resnet", tiny_resnet)
-    with pytest.warns(UserWarning, match="random weights"):
-        settings, results = finished("chestxray14", tmp_path / "out", "--train-size", "24")
-    for result in results:
-        assert len(result["test"]) == 14
-        assert all(0 <= values["auroc"] <= 1 for values in result["test"])
-    assert "random initialisation" in settings["network"]
-
-
-def test_a_corrupt_image_ends_the_command_with_one_line(data, tmp_path, monkeypatch, capsys):
+def test_a_corrupt_image_ends_the_command_with_one_line(data, tiny, tmp_path, capsys):
     pytest.importorskip("timm")
     names = sorted(write_faces(data))
-    monkeypatch.setattr(utkface, "_SIZE", 36)
-    monkeypatch.setattr(utkface, "_CROP", 32)
-    monkeypatch.setattr(utkface, "resnet", lambda name, width: tiny_resnet(name, width, None))
     path = data / "UTKFace" / names[utkface.load().test.rows[0]]
     path.write_bytes(path.read_bytes()[:500])
     refused("utkface", tmp_path / "out")

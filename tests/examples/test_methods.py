@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from examples.comparison.benchmark import table_benchmark
 from examples.comparison.gap import Agent, ImprovableGapBalancing
 from examples.comparison.networks import SeparateNets, mlp, single_task
 from examples.comparison.tasks import by_task, criterion
@@ -18,29 +17,12 @@ from examples.comparison.weighting import (
 )
 from examples.methods import LinearScalarization, ScaleInvariant
 from examples.training import TrainSettings, train
-from tests.examples.small import (
-    ALL,
-    TASKS,
-    build,
-    targets,
-)
+from tests.examples.small import ALL, TASKS, build, made_up, targets
 
 
 @pytest.fixture(scope="module")
 def data():
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(120, 5, generator=generator, dtype=torch.float64)
-    y = torch.stack([x[:, 0], x[:, 1] * 3, (x[:, 2] > 0) * 1.0, (x[:, 3] > 0) + (x[:, 4] > 1.0)], 1)
-    return table_benchmark(
-        TASKS,
-        x,
-        y,
-        torch.arange(120).split([80, 20, 20]),
-        widths=(6, 4),
-        version={},
-        package="torch",
-        max_train=None,
-    )
+    return made_up(TASKS, [80, 20, 20])
 
 
 # --- what all share ------------------------------------------------------------------------------

@@ -159,41 +159,32 @@ def made_up(count=3):
 
 
 def naive(outputs, y):
-    """Losses and metrics, pixel by pixel."""
-    classes, depth, normals = y[:, 0].numpy(), y[:, 1].numpy(), y[:, 2:].movedim(1, -1).numpy()
+    """Losses and metrics of the pixels that have a label, by NumPy."""
     z = {name: values.movedim(1, -1).double().numpy() for name, values in outputs.items()}
-    losses, absolute, relative, angles = {n: [] for n in z}, [], [], []
-    pairs = []
-    for place in np.ndindex(classes.shape):
-        if not np.isnan(classes[place]):
-            scores, label = z["segmentation"][place], int(classes[place])
-            losses["segmentation"].append(np.log(np.exp(scores).sum()) - scores[label])
-            pairs.append((label, int(scores.argmax())))
-        if not np.isnan(depth[place]):
-            error = abs(z["regression"][place][0] - depth[place])
-            losses["regression"].append(error**2)
-            absolute.append(error)
-            relative.append(error / depth[place])
-        if not np.isnan(normals[place][0]):
-            u, v = z["normals"][place], normals[place]
-            losses["normals"].append(((u - v) ** 2).mean())
-            cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
-            angles.append(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
-    label, guess = np.array(pairs).T
+    classes, depth, normals = np.split(y.movedim(1, -1).double().numpy(), [1, 2], axis=-1)
+    seen, known, facing = (~np.isnan(part[..., 0]) for part in (depth, classes, normals))
+    label, scores = classes[known][:, 0].astype(int), z["segmentation"][known]
+    error = np.abs(z["regression"] - depth)[seen]
+    u, v = z["normals"][facing], normals[facing]
+    cosine = (u * v).sum(1) / np.linalg.norm(u, axis=1) / np.linalg.norm(v, axis=1)
+    angles, guess = np.degrees(np.arccos(np.clip(cosine, -1, 1))), scores.argmax(1)
     ious = [
         ((label == c) & (guess == c)).sum() / ((label == c) | (guess == c)).sum()
         for c in range(CLASSES)
     ]
-    angles = np.array(angles)
-    metrics = [
-        {"mae": np.mean(absolute), "relative error": np.mean(relative)},
-        {"angle": angles.mean(), "median angle": np.sort(angles)[(len(angles) - 1) // 2]},
+    likely = np.take_along_axis(scores, label[:, None], 1)[:, 0]
+    losses = {
+        "depth": (error**2).mean(),
+        "normals": ((u - v) ** 2).mean(),
+        "segmentation": (np.log(np.exp(scores).sum(1)) - likely).mean(),
+    }
+    within = {f"within {most:g}°": (angles < most).mean() for most in (11.25, 22.5, 30.0)}
+    median = np.sort(angles)[(len(angles) - 1) // 2]
+    return losses, [
+        {"mae": error.mean(), "relative error": (error / depth[seen]).mean()},
+        {"angle": angles.mean(), "median angle": median, **within},
         {"miou": np.mean(ious), "accuracy": (label == guess).mean()},
     ]
-    for most in (11.25, 22.5, 30.0):
-        metrics[1][f"within {most:g}°"] = (angles < most).mean()
-    means = {name: np.mean(values) for name, values in losses.items()}
-    return {"depth": means.pop("regression"), **means}, metrics
 
 
 def test_losses_and_metrics_are_those_of_every_pixel_with_a_label(data, small):

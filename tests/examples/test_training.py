@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from examples import compare
-from examples.comparison.benchmark import table_benchmark, validation_scores
+from examples.comparison.benchmark import validation_scores
 from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import methods
 from examples.comparison.networks import single_task
 from examples.comparison.tasks import Task, criterion
 from examples.methods import LinearScalarization
 from examples.training import DivergedError, TrainSettings, train
-from tests.examples.small import compared
+from tests.examples.small import compared, made_up
 
 TASKS = (
     Task("r0", "regression", "mae"),
@@ -28,19 +28,7 @@ SETTINGS = TrainSettings(epochs=10, warmup_steps=3, batch_size=20, learning_rate
 
 @pytest.fixture(scope="module")
 def data():
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(120, 5, generator=generator, dtype=torch.float64)
-    y = torch.stack([x[:, 0], x[:, 1] * 3, (x[:, 2] > 0) * 1.0], 1)
-    return table_benchmark(
-        TASKS,
-        x,
-        y,
-        (torch.arange(60), torch.arange(60, 90), torch.arange(90, 120)),
-        widths=(6, 4),
-        version={},
-        package="torch",
-        max_train=None,
-    )
+    return made_up(TASKS, [60, 30, 30])
 
 
 def run(data, settings, scores=None, model=None, method=LinearScalarization, **own):
