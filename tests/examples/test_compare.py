@@ -6,7 +6,6 @@ import json
 import math
 import statistics
 
-import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -16,17 +15,14 @@ from examples import compare
 from examples import tables as paper_tables
 from examples.benchmark import __main__ as benchmark_command
 from examples.comparison import arms, pipeline, regimes, runs
-from examples.comparison.benchmarks import SOURCES, tables
+from examples.comparison.benchmarks import SOURCES
 from examples.comparison.catalogue import Method, methods
 from examples.comparison.runs import Store
-from examples.comparison.search import FURTHEST, choose, trial
-from examples.comparison.statistics import compare as compare_values
-from examples.comparison.statistics import holm
+from examples.comparison.search import FURTHEST
 from examples.comparison.tasks import (
     primary,
 )
 from examples.methods import LinearScalarization
-from examples.training import TrainSettings
 from tests.examples.small import compared, content
 
 SMALL = ["nhefs", "--epochs", "2", "--train-size", "120", "--warmup-steps", "1"]
@@ -341,149 +337,3 @@ def test_costs_are_of_every_method_and_relative_to_ls(tmp_path, monkeypatch):
     shared = 4 * sum(p.numel() for p in model.backbone.parameters())
     assert costs["imtl-g"]["peak_bytes"] > costs["ls"]["peak_bytes"] + 3 * shared
     assert "| IMTL-G |" in (tmp_path / "results.md").read_text().split("peak of a step")[1]
-
-
-# --- learning rates ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def at_rates(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rates")
-    arguments = ["--methods", "ls", "bayesagg", "--learning-rate", "1e-3", "4e-3"]
-    compared(folder, *SMALL, *arguments, "--seeds", "3")
-    return folder
-
-
-def test_every_method_is_trained_at_every_rate_and_single_tasks_at_their_own(at_rates):
-    found = content(at_rates)["runs"]
-    assert set(found) == {"stl", "ls@0.001", "ls@0.004", "bayesagg@0.001", "bayesagg@0.004"}
-    for name, group in found.items():
-        expected = float(name.partition("@")[2] or SOURCES["nhefs"].settings.learning_rate)
-        assert {run["identity"]["training"]["learning_rate"] for run in group} == {expected}
-    assert (at_rates / "results-rates.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_best_rate_is_that_of_the_validation_part(at_rates):
-    page, found = (at_rates / "results.md").read_text(), content(at_rates)
-    data = runs.load(runs.Data("nhefs", None, 120))
-    names = ("mae", "accuracy", "auroc", "accuracy")
-
-    def metrics(name, part):
-        values = [[run[part][k][m] for k, m in enumerate(names)] for run in found["runs"][name]]
-        return torch.tensor(values)
-
-    def validation(name):
-        single = metrics("stl", "val").mean(0)
-        deltas = [delta_m(run, single, data.higher_is_better) for run in metrics(name, "val")]
-        return statistics.mean(deltas)
-
-    chosen = {}
-    for method, label in (("ls", "LS"), ("bayesagg", "BayesAgg")):
-        best = min((f"{method}@{rate}" for rate in (0.001, 0.004)), key=validation)
-        line = next(line for line in page.splitlines() if line.startswith(f"| {label} |"))
-        delta = statistics.mean(found["summary"][best]["delta"])
-        assert f"{delta:.2f} ± " in line and f"({best.partition('@')[2]})" in line
-        chosen[method] = metrics(best, "test")
-        error = 100 * (1 - chosen[method][:, 1:].mean())
-        assert f"| {label} |" in page.split("error [%] at")[1]
-        assert f"{error:.2f} ± " in page.split("error [%] at")[1]
-    # Every task at that rate, with a test of its metric against the reference method.
-    lines = page.split("each at its best")[1].splitlines()
-    cells = next(line for line in lines if line.startswith("| BayesAgg |")).split(" | ")[2:]
-    for k in range(4):
-        ours, theirs = chosen["bayesagg"][:, k], chosen["ls"][:, k]
-        mean, difference, p = cells[3 * k : 3 * k + 3]
-        assert mean.startswith(f"{ours.mean():.4f} ± ")
-        assert float(difference.split(" ± ")[0]) == pytest.approx(
-            (ours - theirs).mean().item(), abs=1e-4
-        )
-        assert float(p.strip(" |<")) == pytest.approx(
-            stats.ttest_rel(ours, theirs).pvalue, abs=1e-3
-        )
-
-
-def test_pairs_are_tested_without_correction(at_rates):
-    page, summary = (at_rates / "results.md").read_text(), content(at_rates)["summary"]
-    pairs = [line.split(" | ") for line in page.splitlines() if line.startswith("| LS - BayesAgg")]
-    assert [cells[1] for cells in pairs] == ["0.001", "0.004", "best of each"]
-    for cells in pairs[:2]:
-        a, b = (summary[f"{name}@{cells[1]}"]["delta"] for name in ("ls", "bayesagg"))
-        p = stats.ttest_rel(a, b).pvalue
-        assert float(cells[3].strip(" |").removeprefix("< ")) == pytest.approx(p, abs=1e-3)
-        assert cells[2].startswith(f"{statistics.mean(a) - statistics.mean(b):+.2f}")
-
-
-# --- parts ---------------------------------------------------------------------------------------
-
-
-def test_trials_are_the_same_for_all_and_more_of_them_keep_the_first():
-    base = TrainSettings()
-    plain, own = Method("a", object), Method("b", object, {"c": 1}, {"c": (1, 2, 3)})
-    assert trial(plain, base, 0).training == trial(own, base, 0).training == base
-    assert trial(own, base, 0).method.settings == {"c": 1}
-    tried = [(trial(plain, base, n), trial(own, base, n)) for n in range(1, 25)]
-    assert all(a.training == b.training for a, b in tried)
-    rates = [a.training.learning_rate for a, _ in tried]
-    assert 2.5e-4 <= min(rates) < 4e-4 and 3e-3 < max(rates) <= 4e-3
-    assert {b.method.settings["c"] for _, b in tried} == {1, 2, 3}
-    assert {a.training.weight_decay for a, _ in tried} == {0, 1e-5, 1e-4, 1e-3}
-
-
-def test_a_failed_trial_is_never_chosen():
-    trials = [[None, [1.0]], [[2.0], [2.0]], [[1.5], [1.7]]]
-    number, deltas = choose(trials, [1.0], [False])
-    assert number == 2
-    assert deltas == [math.inf, pytest.approx(100), pytest.approx(60)]
-    assert choose(trials, [1.0], [True])[0] == 1
-
-
-def test_the_best_method_is_tested_against():
-    values = {"ls": [[1.0], [1.1]], "x": [[0.5], [0.7]], "y": [[2.0], [2.2]]}
-    standings = compare_values(values, [[1.0], [1.0]], [False], ["ls"])
-    assert standings["x"].delta == pytest.approx([-50, -30])
-    assert [standings[name].rank for name in values] == [2, 1, 3]
-    assert set(standings["y"].p_values) == {"ls", "x"}
-    assert set(standings["x"].p_values) == {"ls"}
-    # Holm's correction steps down.
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-
-
-@pytest.mark.parametrize(
-    ("name", "kinds", "size"),
-    [
-        ("qm9", {"regression": 11}, 200),
-        ("mnist", {"binary": 10}, None),
-        ("yeast", {"binary": 14}, None),
-        ("nhefs", {"regression": 1, "binary": 2, "multiclass": 1}, None),
-        ("nih", {"binary": 14}, 400),
-    ],
-)
-def test_benchmarks(name, kinds, size, cache):
-    data = SOURCES[name].load(size, 100)
-    found = [task.kind for task in data.tasks]
-    assert {kind: found.count(kind) for kind in found} == kinds
-    assert len(data.train) == 100
-    full = SOURCES[name].load(size, None)
-    assert len(full.train) > 100 and len(full.val) == len(data.val)
-    x, y = full.train.batch(torch.arange(len(full.train)))
-    assert x.abs().max() <= 6 and x.mean(0).abs().max() < 0.5
-    for k, task in enumerate(data.tasks):
-        if task.kind == "regression":
-            assert y[:, k].std().item() == pytest.approx(1, rel=1e-3)
-        else:
-            values = set(torch.cat([y, full.test.y])[:, k].tolist())
-            assert values <= set(range(max(2, task.classes)))
-    assert data.version != full.version
-
-
-def test_nih_parts_share_no_patient(monkeypatch):
-    table = pd.read_csv
-    frames = []
-    monkeypatch.setattr(pd, "read_csv", lambda path: frames.append(table(path)) or frames[-1])
-    captured = {}
-    monkeypatch.setattr(tables, "table_benchmark", lambda *a, **k: captured.update(parts=a[3]))
-    tables.load_nih(400, None)
-    people = [set(frames[0]["Patient ID"].iloc[part.numpy()]) for part in captured["parts"]]
-    assert [len(p) for p in people] == [240, 80, 80]
-    assert not (people[0] & people[1] or people[0] & people[2] or people[1] & people[2])

@@ -80,30 +80,23 @@ def test_the_backbone_gets_the_mean_of_the_members_gradients_and_each_head_its_o
         torch.testing.assert_close(parameter.grad, expected)
 
 
-def test_equal_heads_train_as_linear_scalarization_of_one():
-    data, members = batch(), 4
-    alone = make()
+@pytest.mark.parametrize(
+    ("members", "settings"),
+    [(1, SETTINGS), (4, TrainSettings(learning_rate=0.01, weight_decay=0.1))],
+    ids=["one, clipped", "four"],
+)
+def test_equal_heads_train_as_linear_scalarization_of_one(members, settings):
+    data, alone = batch(), make()
     model = HeadEnsemble.network(lambda: copy.deepcopy(alone), members)
     for head in model.heads.values():
         with torch.no_grad():
             head.weight.copy_(head.weight[: len(head.weight) // members].repeat(members, 1))
             head.bias.copy_(head.bias[: len(head.bias) // members].repeat(members))
-    settings = TrainSettings(learning_rate=0.01, weight_decay=0.1)
     train(HeadEnsemble(model, settings, 3, members=members), per_member(LOSSES), data)
     train(LinearScalarization(alone, settings, 3), LOSSES, data)
     for m in range(members):
-        trained = member(model, m)
-        torch.testing.assert_close(
-            flat(trained.parameters()), flat(alone.parameters()), rtol=1e-4, atol=1e-6
-        )
-
-
-def test_one_head_is_linear_scalarization_with_its_clipping():
-    data, alone = batch(), make()
-    model = HeadEnsemble.network(lambda: copy.deepcopy(alone), 1)
-    train(HeadEnsemble(model, SETTINGS, 3, members=1), per_member(LOSSES), data)
-    train(LinearScalarization(alone, SETTINGS, 3), LOSSES, data)
-    torch.testing.assert_close(flat(model.parameters()), flat(alone.parameters()))
+        trained = flat(member(model, m).parameters())
+        torch.testing.assert_close(trained, flat(alone.parameters()), rtol=1e-4, atol=1e-6)
 
 
 def test_a_network_whose_head_cannot_be_multiplied_is_refused():

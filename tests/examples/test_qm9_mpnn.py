@@ -201,22 +201,6 @@ def test_collation_is_pyg_s(some, geometric, edges):
     assert torch.equal(by_target[1], ours.edge_index[1])
 
 
-def test_complete_graphs_are_those_of_the_published_transform(some, geometric):
-    from torch_geometric.data import Data
-    from torch_geometric.transforms import Distance
-
-    bonded = GraphPart(some, torch.arange(1), some.targets[:1], "bonds").batch(torch.arange(1))[0]
-    n = len(bonded.x)
-    dense = torch.zeros(n, n, 4)
-    dense[bonded.edge_index[0], bonded.edge_index[1]] = bonded.edge_attr[:, :4]
-    index = (~torch.eye(n, dtype=torch.bool)).nonzero().T
-    data = Data(pos=some.positions[0, :n], edge_index=index, edge_attr=dense[tuple(index)])
-    theirs = edge_list(Distance(norm=False)(data))
-    ours = edge_list(graphs(select(some, slice(1)), "complete"))
-    assert set(ours) == set(theirs)
-    assert all(ours[pair] == pytest.approx(theirs[pair]) for pair in ours)
-
-
 @pytest.mark.parametrize("edges", ["complete", "bonds"])
 def test_the_factored_network_is_nnconv_s(some, geometric, edges):
     plain = MessagePassing(6, geometric).double()
