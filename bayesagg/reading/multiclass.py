@@ -149,15 +149,23 @@ class Multiclass:
         return factor[0] * self.value_noise(output, eps).sum(0)
 
     def recover(self, observed: Observed) -> Found:
-        """As :meth:`read`, and second derivatives must be ``f (diag p - p pᵀ)`` in every datum."""
+        """As :meth:`read`, and second derivatives must be ``f (diag p - p pᵀ)`` in every datum.
+
+        Beside a class that is all but certain others are nothing to the tolerance. But they are not
+        rounded: there both derivatives are held against the size of these.
+        """
         read = self.read(observed, None)
         assert read.present is not None
-        eps = observed.eps
-        bound = read.factor * (tolerance(eps) + self.curvature_noise(observed.output, eps))
-        valid = torch.stack(read.checks).all(0)
+        z, eps, others = observed.output, observed.eps, 1 - read.target
+        bound = read.factor * (tolerance(eps) + self.curvature_noise(z, eps))
+        small = (z.softmax(0) * others).sum(0) * (tolerance(eps) + 4 * eps * (1 + self.size(z)))
+        small = read.factor * small + _least(eps)
+        off = self.size(others * (observed.gradient - read.factor * z.softmax(0)))
+        valid = torch.stack(read.checks).all(0) & ((off <= small) | ~read.present).all(0)
         for v, curved in observed.probes:
-            off = self.size(curved - read.factor * self.curved(observed.output, v))
-            holds = torch.where(read.present, off <= bound, self.size(curved) == 0)
+            off = curved - read.factor * self.curved(z, v)
+            near = (self.size(off) <= bound) & (self.size(off * others) <= 4 * small)
+            holds = torch.where(read.present, near, self.size(curved) == 0)
             valid = valid & holds.all(0)
         return Found(read.target, read.factor, read.present, valid)
 
@@ -176,6 +184,14 @@ class Multiclass:
         y = y.clamp(0, 1)
         agrees = observed.agrees((factor * self.value(z, y)).sum(0), 8 * tol)
         return Found(y, factor, None, agrees & holds.all(0))
+
+
+def _least(eps: float) -> float:
+    """Below which derivatives of such a rounding lose digits: the end of the range of its dtype."""
+    for limits in map(torch.finfo, (torch.float64, torch.float32)):
+        if eps <= limits.eps:
+            return limits.tiny / limits.eps
+    return 2.0**-23  # of float16; bfloat16 has more
 
 
 def _label(z: Tensor, g: Tensor) -> Tensor:

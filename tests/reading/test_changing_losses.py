@@ -8,6 +8,7 @@ from bayesagg.errors import LossError
 from bayesagg.reading import reader
 from tests.helpers.data import LOSSES
 from tests.reading.bench import Bench, Free, labels_by_task, read
+from tests.reading.losses import ALL
 
 HALF = pytest.mark.parametrize("half", [False, True], ids=["full", "autocast"])
 
@@ -126,6 +127,34 @@ def test_saturated_outputs_hide_no_other_loss(device, least):
     assert torch.equal(read("bin", out, loss).targets, y)
     with pytest.raises(LossError, match="binary cross-entropy"):
         read("bin", out, loss + 0.3 * out.square().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_certain_classes_hide_no_other_loss(wrong, dtype):
+    """Probabilities of 1e-9 beside one that is all but 1 have digits of their own."""
+    generator = torch.Generator().manual_seed(0)
+    z = 30 * torch.randn(24, 4, generator=generator, dtype=dtype)
+    first, second = z.topk(2).indices.unbind(1)
+    z[torch.arange(24), first] += 20
+    y = first.clone()
+    y[:wrong] = second[:wrong]
+    z.requires_grad_()
+    labels = read("cls", z, F.cross_entropy(z, y))
+    assert torch.equal(labels.targets[:, 0].argmax(1), y)
+    torch.testing.assert_close(labels.factor, torch.full_like(labels.factor, 1 / 24))
+    for name, loss in {**ALL["cls"], **BESIDE}.items():
+        with pytest.raises(LossError):
+            pytest.fail(f"{name}: {read('cls', z, loss(z, y)).factor}")
+
+
+# Terms that vanish beside a class that is certain, or do not.
+BESIDE = {
+    "linear": lambda z, y: F.cross_entropy(z, y) + 0.1 * z.mean(),
+    "penalty": lambda z, y: F.cross_entropy(z, y) + 0.1 * z.square().mean(),
+    "entropy": lambda z, y: F.cross_entropy(z, y) + 0.1 * (z.softmax(1) * z.log_softmax(1)).mean(),
+    "tanh": lambda z, y: F.cross_entropy(z.tanh(), y) + 0.1 * z.mean(),
+}
 
 
 @pytest.mark.parametrize("given", [True, False])
