@@ -45,9 +45,10 @@ class Bound(ABC):
 
         ``gradient``: of the loss at the outputs, in the shape of the labels' outputs.
         """
-        factor = labels.factor[(..., *[None] * (labels.outputs.dim() - 2))]
-        value = -1 / self.curvature
-        return torch.addcdiv(labels.outputs, gradient, factor, value=value).flatten(1)
+        factor, value = labels.factor, -1 / self.curvature
+        if labels.outputs.dim() == 2:
+            return torch.addcdiv(labels.outputs, gradient, factor, value=value)
+        return torch.addcdiv(labels.outputs, gradient, factor[..., None], value=value).flatten(1)
 
     @abstractmethod
     def misfit(self, labels: Labels) -> Tensor:
