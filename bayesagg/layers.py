@@ -15,9 +15,9 @@ from bayesagg.errors import HeadError
 __all__ = [
     "checked_linear",
     "computed",
-    "kept",
     "last_layer",
     "sharded_like",
+    "unchanged",
     "unwrapped",
     "whole",
 ]
@@ -106,11 +106,13 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def unchanged(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Whatever happens to some parameters inside, they have their values afterwards."""
     with torch.no_grad():
         before = [(parameter, parameter.clone()) for parameter in parameters]
-    yield
-    with torch.no_grad():
-        for parameter, value in before:
-            parameter.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)

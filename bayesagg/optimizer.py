@@ -14,7 +14,7 @@ from bayesagg.checkpoint import load_optimizer
 from bayesagg.engine import BayesAgg, Losses
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head, LossTask
-from bayesagg.layers import kept
+from bayesagg.layers import unchanged
 from bayesagg.parallel import ProcessGroup
 from bayesagg.predicting import Predictor
 from bayesagg.rules import Rule
@@ -239,9 +239,9 @@ class BayesAggWrapper(Optimizer):
 
     def _turn(self, mode: str) -> None:
         turn, engine = getattr(self.base_optimizer, mode, None), self.engine
-        spared = engine.rule.spared(engine._memory)
         if callable(turn):
-            with kept(p for name in spared for p in engine.heads[name].parameters()):
+            spared = [engine.heads[name] for name in engine.rule.spared(engine._memory)]
+            with unchanged(p for head in spared for p in head.parameters()):
                 turn()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

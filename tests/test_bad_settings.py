@@ -144,5 +144,5 @@ def test_an_optimizer_is_wrapped_and_once(rule, net):
     before = snapshot(net, optimizer)
     for wrong in ("sgd", 3, None, optimizer):
         with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer.*not wrapped yet"):
-            BayesAggWrapper(wrong, net.trunk, make_heads(net))
+            BayesAggWrapper(wrong, net.trunk, make_heads(net, rule))
     assert_same(before, snapshot(net, optimizer))

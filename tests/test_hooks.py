@@ -265,17 +265,17 @@ def test_a_copied_model_can_be_wrapped(kind, rule, device, dtype):
 
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
-def test_hooks_of_others_in_a_saved_model(wrapped, place, net, batch, monkeypatch):
+def test_hooks_of_others_in_a_saved_model(wrapped, place, rule, net, batch, monkeypatch):
     """A hook of the user's gets the arguments of any hook.
 
     The process that loads a model counts its hooks from zero again, so that the user's may get a
     number that was the wrapper's.
     """
-    optimizer = wrap(net, rule="likelihood")
+    optimizer = wrap(net, rule=rule)
     kind = "_forward_pre_hooks" if place == "before" else "_forward_hooks"
     number = next(iter(getattr(net.heads["reg"], kind)))
     other = saved_whole(net)
-    wrappers = [optimizer, wrap(other)] if wrapped else [optimizer]
+    wrappers = [optimizer, wrap(other, rule=rule)] if wrapped else [optimizer]
     monkeypatch.setattr(RemovableHandle, "next_id", number)
     head, seen = other.heads["reg"], []
     if place == "before":  # under a number that took keywords, and is given them still

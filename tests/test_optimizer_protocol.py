@@ -18,8 +18,8 @@ BASES = sorted(OPTIMIZERS)
 # --- the class -----------------------------------------------------------------------------------
 
 
-def test_it_is_an_optimizer_and_says_what_it_wraps(net):
-    optimizer = wrap(net, "adamw")
+def test_it_is_an_optimizer_and_says_what_it_wraps(rule, net):
+    optimizer = wrap(net, "adamw", rule)
     assert isinstance(optimizer, torch.optim.Optimizer)
     for part in ("BayesAggWrapper", "AdamW", "regression 4 -> 2", "multiclass 4 -> 3", "lr: 0.01"):
         assert part in repr(optimizer)
@@ -53,9 +53,9 @@ def test_groups_state_and_defaults_are_those_of_the_base(base, rule, net):
     assert len(optimizer.state) == len(optimizer.base_optimizer.state) > 0 or base == "sgd"
 
 
-def test_assigned_groups_state_and_defaults_reach_the_base(net):
+def test_assigned_groups_state_and_defaults_reach_the_base(rule, net):
     """As checkpoint libraries assign them."""
-    optimizer = wrap(net, "adam")
+    optimizer = wrap(net, "adam", rule)
     groups, defaults = list(optimizer.param_groups), dict(optimizer.defaults)
     optimizer.param_groups, optimizer.defaults = groups, defaults
     optimizer.state = state = type(optimizer.state)(dict)

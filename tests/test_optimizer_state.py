@@ -126,9 +126,9 @@ def test_states_are_copies_of_the_posterior(rule, net, device, dtype):
         assert difference(state, wrapper.state_dict()["bayesagg"]) is not None
 
 
-def test_a_state_of_the_wrapper_has_the_parts_of_any_optimizer(net):
+def test_a_state_of_the_wrapper_has_the_parts_of_any_optimizer(rule, net):
     """Plain tools find ``state`` and ``param_groups``, and the base loads them."""
-    optimizer = wrap(net, "adam")
+    optimizer = wrap(net, "adam", rule)
     train(net, optimizer, 2)
     state = optimizer.state_dict()
     assert set(state) >= {"state", "param_groups"}
@@ -171,9 +171,9 @@ def test_a_copy_trains_alike_and_apart(order, base, kind, rule, net):
     assert_same(after, snapshot(other_net, other))
 
 
-def test_step_hooks_work_in_a_copy(net):
+def test_step_hooks_work_in_a_copy(rule, net):
     """Hooks themselves are not copied, as with any optimizer, but can be registered."""
-    _, optimizer = copy.deepcopy((net, wrap(net)))
+    _, optimizer = copy.deepcopy((net, wrap(net, rule=rule)))
     seen = []
     optimizer.register_step_post_hook(lambda *_: seen.append(1))
     optimizer.step()

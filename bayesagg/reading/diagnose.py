@@ -132,7 +132,7 @@ def overflowed(saids: Sequence[Said]) -> bool:
     Raises:
         LossError: for a gradient that is NaN.
     """
-    overflowed = False
+    infinite = False
     for said in saids:
         for gradient in said.gradients:
             if bool(gradient.isnan().any()):
@@ -141,8 +141,8 @@ def overflowed(saids: Sequence[Said]) -> bool:
                     f"missing label hidden by torch.where. Index outputs and labels with the mask "
                     f"instead, as in loss_fn(z[known], y[known])."
                 )
-            overflowed |= not bool(gradient.isfinite().all())
-    return overflowed
+            infinite |= not bool(gradient.isfinite().all())
+    return infinite
 
 
 def raise_invalid(groups: Sequence[Group], features: Features) -> None:

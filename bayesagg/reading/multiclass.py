@@ -157,10 +157,11 @@ class Multiclass:
         read = self.read(observed, None)
         assert read.present is not None
         z, eps, others = observed.output, observed.eps, 1 - read.target
+        p = z.softmax(0)
         bound = read.factor * (tolerance(eps) + self.curvature_noise(z, eps))
-        small = (z.softmax(0) * others).sum(0) * (tolerance(eps) + 4 * eps * (1 + self.size(z)))
+        small = (p * others).sum(0) * (tolerance(eps) + 4 * eps * (1 + self.size(z)))
         small = read.factor * small + _least(eps)
-        off = self.size(others * (observed.gradient - read.factor * z.softmax(0)))
+        off = self.size(others * (observed.gradient - read.factor * p))
         valid = torch.stack(read.checks).all(0) & ((off <= small) | ~read.present).all(0)
         for v, curved in observed.probes:
             off = curved - read.factor * self.curved(z, v)

@@ -60,10 +60,11 @@ class Reader:
         self._factors = Factors()
         # Hooks that heads had when they were looked at.
         self._checked: dict[str, tuple[int, ...]] = {}
-        self._heard: set[str] = set()  # losses without a head
         self._layouts = {
             name: Layout.of(head) for name, head in self.tasks.items() if isinstance(head, Head)
         }
+        # Losses without a head that were in no step yet.
+        self._unheard = self.passthrough.union(self.tasks) - self._layouts.keys()
 
     def state_dict(self) -> dict[str, Any]:
         """What was verified, as plain dictionaries."""
@@ -109,14 +110,14 @@ class Reader:
         with without_gathers(outputs) if hooked else nullcontext():
             saids = self._hear(capture, calls, scalars, total, given)
             parts = self._parts(saids, named, scalars, total)
-        new = {n: loss for n, loss in scalars.items() if not (n in calls or n in self._heard)}
-        if new:
-            self._heard.update(new)
-            warn_of_other_losses(new, self._set(capture.heads), capture)
+        if new := self._unheard.intersection(scalars):
+            self._unheard -= new
+            first = {name: loss for name, loss in scalars.items() if name in new}
+            warn_of_other_losses(first, self._set_heads(capture.heads), capture)
         alone = frozenset(said.name for said in saids if said.alone)
         return Batch(parts or [], total, scalars, names, parts is None, alone)
 
-    def _set(self, heads: Mapping[str, Head]) -> dict[str, Head]:
+    def _set_heads(self, heads: Mapping[str, Head]) -> dict[str, Head]:
         """Heads that a posterior sets, by what is known of their losses."""
         known = {**self.known, **self._new}
         return {

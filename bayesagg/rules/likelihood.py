@@ -31,7 +31,7 @@ from bayesagg.parallel import Exchange
 from bayesagg.predicting.state import Inferred
 from bayesagg.reading import Batch, Part
 from bayesagg.rules.arrange import arrange
-from bayesagg.rules.base import Plan, Tasks, uniform_weights
+from bayesagg.rules.base import Plan, Rule, Tasks, uniform_weights
 from bayesagg.rules.gradients import Exact, exact_gradients, gradients, squared_lengths, totals
 from bayesagg.rules.inferred import of_fading
 from bayesagg.rules.others import others_of
@@ -46,7 +46,7 @@ _INVARIANT, _OTHER = 5.0, 1.0  # how far the aggregate's length may be from the 
 
 
 @dataclass(frozen=True)
-class LikelihoodRule(Settings):
+class LikelihoodRule(Settings, Rule):
     """Settings of the default rule; an ablation is ``dataclasses.replace(rule, …)``.
 
     Args:
@@ -94,10 +94,6 @@ class LikelihoodRule(Settings):
         memory = FadingMemory(tasks, dtype, counting=self.memory is None)
         check_kinds(memory.heads, BOUNDS, "likelihoods.bounds.BOUNDS")
         return memory
-
-    def sets(self, head: Head) -> bool:
-        """Whether a posterior sets the weights of a head whose loss is its likelihood."""
-        return head.readout != "gradient"
 
     def spared(self, memory: FadingMemory) -> tuple[str, ...]:
         """Heads of which there is evidence, once the rule is at work."""

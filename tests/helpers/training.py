@@ -21,7 +21,7 @@ def rule_of(rule: str | Rule) -> Rule:
 
 
 def make_heads(
-    net: nn.Module, rule: str | Rule = "paper", **settings: Mapping[str, Any]
+    net: nn.Module, rule: str | Rule = "likelihood", **settings: Mapping[str, Any]
 ) -> dict[str, Head]:
     """Head descriptions for a :class:`Net`; settings per task, as ``reg={"s": 1.0}``.
 
@@ -40,7 +40,7 @@ def make_heads(
 
 def arguments_of(
     net: nn.Module,
-    rule: str | Rule = "paper",
+    rule: str | Rule = "likelihood",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def arguments_of(
     return {"rule": rule, **kwargs}
 
 
-def make_engine(net: nn.Module, rule: str | Rule = "paper", **kwargs: Any) -> BayesAgg:
+def make_engine(net: nn.Module, rule: str | Rule = "likelihood", **kwargs: Any) -> BayesAgg:
     """The engine of a network; arguments as of :func:`arguments_of`."""
     return BayesAgg(**arguments_of(net, rule, **kwargs))
 
@@ -66,7 +66,7 @@ def make_engine(net: nn.Module, rule: str | Rule = "paper", **kwargs: Any) -> Ba
 def wrap(
     net: nn.Module,
     base: str | torch.optim.Optimizer = "adam",
-    rule: str | Rule = "paper",
+    rule: str | Rule = "likelihood",
     **kwargs: Any,
 ) -> BayesAggWrapper:
     """The network's parameters under a wrapped optimizer; arguments as of :func:`arguments_of`."""

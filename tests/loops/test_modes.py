@@ -93,6 +93,23 @@ def test_in_linear_scalarization_the_optimizer_has_all(rule):
     assert moved(net, optimizer.eval) == {"trunk", "reg", "bin", "cls"}
 
 
+def test_a_change_that_fails_leaves_them(rule, monkeypatch):
+    net, optimizer = started(rule)
+
+    def fails(self):
+        ScheduleFree.train(self)
+        self._to("eval", lambda beta: 1 - 1 / beta)
+        raise KeyError("ema")
+
+    monkeypatch.setattr(type(optimizer.base_optimizer), "eval", fails)
+
+    def turn():
+        with pytest.raises(KeyError):
+            optimizer.eval()
+
+    assert moved(net, turn) == FREE[rule]
+
+
 def test_other_optimizers_have_one_mode(rule):
     net = plain_net()
     optimizer = wrap(net, "adam", rule)

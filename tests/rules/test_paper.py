@@ -118,7 +118,7 @@ def test_a_head_is_not_written_once_its_loss_was_another():
 
 
 def test_without_a_number_of_steps_epochs_end_by_hand(net):
-    optimizer = wrap(net, settings=SAMPLED, steps_per_epoch=None)
+    optimizer = wrap(net, rule="paper", settings=SAMPLED, steps_per_epoch=None)
     train(net, optimizer, 5)
     assert optimizer.engine._memory.epoch == 0
     optimizer.end_epoch()
@@ -135,7 +135,7 @@ def test_without_a_number_of_steps_epochs_end_by_hand(net):
 
 def test_an_epoch_may_be_ended_early(net):
     """``end_epoch`` also starts the count of steps anew."""
-    optimizer = wrap(net, settings=SAMPLED)
+    optimizer = wrap(net, rule="paper", settings=SAMPLED)
     train(net, optimizer, EPOCH - 1)
     optimizer.end_epoch()
     train(net, optimizer, EPOCH - 1)
@@ -148,7 +148,7 @@ def test_an_epoch_may_be_ended_early(net):
 def test_the_posterior_sets_its_heads_alone(base, net):
     """Untouched by weight decay and momentum within an epoch, the ridge solution at its end."""
     settings = {**QUICK, "reg": {"prior_variance": 0.5, "noise_variance": 0.3}}
-    optimizer = wrap(net, base, settings=settings)
+    optimizer = wrap(net, base, "paper", settings=settings)
     features = []
     net.trunk.register_forward_hook(lambda m, a, out: features.append(out.detach()))
     head = net.heads["reg"]
