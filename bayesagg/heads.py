@@ -45,9 +45,9 @@ class Head:
     """A linear task head and the settings of its posterior; what is left out is the rule's own.
 
     Args:
-        module: ``nn.Linear`` on ``[..., d]``, a 1×1 convolution on ``[B, d, ...]``, or an
-            ``nn.Sequential`` (a tower) that ends in one of them: the input of that last linear
-            layer is the head's features.
+        module: ``nn.Linear`` (or another library's) on ``[..., d]``, a 1×1 convolution on
+            ``[B, d, ...]``, or an ``nn.Sequential`` (a tower) that ends in one of them: the input
+            of that last linear layer is the head's features.
         s: exponent of the gradient precision in Eq. 7, ≥ 0; 0 weights all tasks alike. Heads of
             different kinds on one network should have the same, or the kind with the smaller
             exponent is drowned out: the weights compare variances raised to different powers.
@@ -111,7 +111,7 @@ class Head:
     @cached_property
     def channels_first(self) -> bool:
         """Whether the features are dimension 1 (convolutions) or the last (linear layers)."""
-        return not isinstance(self.linear, nn.Linear)
+        return self.linear.weight.dim() > 2
 
     @cached_property
     def in_features(self) -> int:

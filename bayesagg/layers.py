@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from bayesagg.errors import HeadError
+from bayesagg.errors import CaptureError, HeadError
 
 __all__ = [
+    "check_call",
+    "check_private",
     "checked_linear",
     "computed",
     "last_layer",
@@ -23,19 +25,19 @@ __all__ = [
 ]
 
 _NAMES = ("weight", "bias")
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def checked_linear(module: nn.Module, name: str) -> nn.Module:
     """The last linear layer of a module; a :class:`HeadError`, naming the head, without one."""
     module = unwrapped(last_layer(module))
-    if not isinstance(module, _LINEAR):
+    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and not _like_linear(module):
         raise HeadError(
             f"{name} needs a linear module (nn.Linear, or a 1x1 nn.Conv), or an "
-            f"nn.Sequential that ends in one, got {type(module).__name__}. Pass the last "
-            f"linear layer of the head: what it receives are the head's features."
+            f"nn.Sequential that ends in one, got {_named(module)}. Pass the last "
+            f"linear layer of the head: what it receives are the head's features.{_adapted(module)}"
         )
-    if not isinstance(module, nn.Linear) and (
+    if isinstance(module, _CONVOLUTIONS) and (
         set(module.kernel_size) != {1}
         or set(module.stride) != {1}
         or module.groups != 1
@@ -45,18 +47,19 @@ def checked_linear(module: nn.Module, name: str) -> nn.Module:
             f"{name} needs a convolution of kernel size 1, stride 1, one group and no "
             f"padding, got {module}. Put such a linear layer behind it, and pass that."
         )
-    if isinstance(module.weight, UninitializedParameter):
+    weight = cast("Tensor", module.weight)
+    if isinstance(weight, UninitializedParameter):
         raise HeadError(
             f"{name}: the lazy module is not initialised yet. Run one forward pass of the "
             f"model before wrapping the optimizer."
         )
-    if module.weight.dim() < 2 or module.weight.untyped_storage().size() == 0:
+    if weight.dim() < 2 or weight.untyped_storage().size() == 0:
         raise HeadError(
             f"{name}: the weights of its {type(module).__name__} are part of a flat parameter. "
             f"FullyShardedDataParallel makes such ones: shard by fully_shard (FSDP2) instead, or "
             f"use DistributedDataParallel."
         )
-    others = [key for key in module._parameters if key not in _NAMES]
+    others = [key for key, _ in module.named_parameters() if key not in _NAMES]
     if others and not computed(module):
         raise HeadError(
             f"{name}: its {type(module).__name__} has parameters beside weight and bias (LoRA?): "
@@ -64,6 +67,68 @@ def checked_linear(module: nn.Module, name: str) -> nn.Module:
             f"or make it a LossTask(): its head is then not inferred."
         )
     return module
+
+
+def _like_linear(module: nn.Module) -> bool:
+    """Whether a layer of another library has the parameters of ``nn.Linear``.
+
+    Whether it returns ``W h + b`` is looked at when a loss is first verified.
+    """
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or "bias" not in own:  # an embedding has none
+        return False
+    if isinstance(weight, UninitializedParameter):
+        return True
+    return weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _named(module: nn.Module) -> str:
+    """The class of a module, in full where another library's may have a name of torch's."""
+    kind = type(module)
+    return (
+        kind.__name__
+        if kind.__module__.startswith("torch.nn")
+        else f"{kind.__module__}.{kind.__name__}"
+    )
+
+
+def _adapted(module: nn.Module) -> str:
+    """What to pass of a head that PEFT has wrapped."""
+    if hasattr(module, "modules_to_save"):
+        return " Here that is the copy that trains, `.modules_to_save['default']`."
+    if hasattr(module, "base_layer"):
+        return " An adapter is none: name the head in `modules_to_save`, not in `target_modules`."
+    return ""
+
+
+def check_call(module: nn.Module, name: str) -> None:
+    """A head that is called in training is none of the kinds that cannot be read.
+
+    Raises:
+        CaptureError: if it is a replica of ``nn.DataParallel``, or trained with differential
+            privacy.
+    """
+    if "_is_replica" in module.__dict__:
+        raise CaptureError(
+            f"task {name!r}: its head is a replica of nn.DataParallel, whose data lie on "
+            f"several devices. Use DistributedDataParallel, a process a device, or one device."
+        )
+    check_private(module._parameters.values(), f"task {name!r}")
+
+
+def check_private(parameters: Iterable[Tensor | None], what: str) -> None:
+    """Parameters have no gradient per example, which Opacus would clip and add noise to.
+
+    Raises:
+        CaptureError: if one has.
+    """
+    if any(hasattr(parameter, "grad_sample") for parameter in parameters):
+        raise CaptureError(
+            f"{what}: gradients are taken per example, as by Opacus. Its promise of privacy would "
+            f"not hold: a posterior sets heads and weighs tasks by the data themselves, without "
+            f"clipping or noise. Train with Opacus's optimizer alone."
+        )
 
 
 def computed(linear: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from bayesagg.checkpoint import load_optimizer
 from bayesagg.engine import BayesAgg, Losses
 from bayesagg.errors import CheckpointError
 from bayesagg.heads import Head, LossTask
-from bayesagg.layers import unchanged
+from bayesagg.layers import check_private, unchanged
 from bayesagg.parallel import ProcessGroup
 from bayesagg.predicting import Predictor
 from bayesagg.rules import Rule
@@ -83,6 +83,8 @@ class BayesAggWrapper(Optimizer):
                 f"`optimizer` must be a torch.optim.Optimizer that is not wrapped yet, got "
                 f"{type(optimizer).__name__}."
             )
+        owned = (p for group in optimizer.param_groups for p in group["params"])
+        check_private(owned, "`optimizer`")
         engine = BayesAgg(
             shared_rep_hook,
             heads,

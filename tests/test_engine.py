@@ -241,15 +241,31 @@ def test_heads_with_and_without_bias_go_together(rule, device, dtype):
     assert_finite(snapshot(net, optimizer))
 
 
-def test_heads_may_be_called_with_a_keyword(rule, like):
-    """The same bits."""
+class Other(nn.Module):
+    """A linear layer of another library, with the parameters of one of torch's."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("key", ["input", "x"])
+def test_heads_may_be_called_with_a_keyword(key, rule, like):
+    """And be layers of another library, which names it otherwise: the same bits."""
 
     def keyword(net, x):
         h = net.trunk(x)
-        return {name: head(input=h) for name, head in net.heads.items()}
+        return {name: head(**{key: h}) for name, head in net.heads.items()}
 
-    ways = (None, keyword)
-    assert_same(*(run(plain_net(*like), rule, forward=f, settings=SAMPLED) for f in ways))
+    nets = [plain_net(*like) for _ in range(2)]
+    if key == "x":
+        for name, head in nets[1].heads.items():
+            nets[1].heads[name] = Other(head)
+    ways = zip(nets, (None, keyword), strict=True)
+    assert_same(*(run(net, rule, forward=f, settings=SAMPLED) for net, f in ways))
 
 
 # --- one backward pass ---------------------------------------------------------------------------

@@ -19,8 +19,21 @@ class Mine(nn.Linear):
     """Subclasses of linear modules are linear."""
 
 
+class Foreign(nn.Module):
+    """A linear layer of another library, as PyG's."""
+
+    def __init__(self, inputs, outputs, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 MODULES = {
     "linear": lambda bias: nn.Linear(4, 3, bias=bias),
+    "linear_foreign": lambda bias: Foreign(4, 3, bias),
     "linear_subclass": lambda bias: Mine(4, 3, bias=bias),
     "conv1d": lambda bias: nn.Conv1d(4, 3, 1, bias=bias),
     "conv2d": lambda bias: nn.Conv2d(4, 3, 1, bias=bias, padding="valid"),

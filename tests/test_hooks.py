@@ -82,6 +82,37 @@ def test_replicas_of_data_parallel_are_refused(rule, net, batch):
     assert not optimizer.engine._capture.calls["reg"]
 
 
+@pytest.mark.parametrize("wrapped", ["before", "after"])
+def test_gradients_per_example_are_refused(wrapped, rule, net, batch):
+    """Opacus's promise would be void: nothing clips what a posterior learns, or adds noise."""
+    optimizer = wrap(net, rule=rule, settings=QUICK)
+    for parameter in net.parameters():
+        parameter.grad_sample = None  # as Opacus sets
+    with pytest.raises(CaptureError, match="per example, as by Opacus"):
+        net(batch[0]) if wrapped == "before" else wrap(net, rule=rule, settings=QUICK)
+    net.eval()(batch[0])
+    assert not optimizer.engine._capture.calls["reg"]
+
+
+def test_derivatives_by_torch_func_leave_no_trace(rule, device, dtype, batch):
+    """Nor do they fail: a network in training may be differentiated by its inputs."""
+    x, labels = batch
+    results = []
+    for differentiated in (False, True):
+        net = plain_net(device, dtype)
+        optimizer = wrap(net, rule=rule, settings=QUICK)
+        train(net, optimizer, 4)
+        out = net(x)
+        if differentiated:
+            slopes = torch.func.vmap(torch.func.grad(lambda one, f=net: f(one[None])["reg"].sum()))
+            given = x.detach().clone().requires_grad_()
+            expected = torch.autograd.grad(net.eval()(given)["reg"].sum(), given)[0]
+            torch.testing.assert_close(slopes(x) if net.train() else None, expected)
+        optimizer.step(make_losses(out, labels))
+        results.append(snapshot(net, optimizer))
+    assert_same(*results)
+
+
 def test_a_step_keeps_nothing_of_its_graph(rule, net, batch):
     """Features and outputs are freed with the last reference of the user."""
     optimizer = wrap(net, rule=rule, settings=QUICK)

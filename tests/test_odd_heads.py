@@ -43,6 +43,19 @@ class LowRank(nn.Linear):
         return super().forward(x) + x @ self.lora_a.mT @ self.lora_b.mT
 
 
+class Adapted(nn.Linear):
+    """The same, in modules of its own; nothing is added before training."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lora = nn.Sequential(nn.Linear(self.in_features, 1), nn.Linear(1, self.out_features))
+        nn.init.zeros_(self.lora[1].weight)
+        nn.init.zeros_(self.lora[1].bias)
+
+    def forward(self, x):
+        return super().forward(x) + self.lora(x)
+
+
 def double_input(head):
     return head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
 
@@ -143,9 +156,41 @@ def test_a_head_may_change_in_training(change, rule):
 
 
 @pytest.mark.parametrize("around", [lambda head: head, lambda head: nn.Sequential(head)])
-def test_parameters_beside_weight_and_bias_are_refused(around):
-    with pytest.raises(HeadError, match=r"LowRank.*lora_a, lora_b.*LossTask"):
-        RegressionHead(around(LowRank(4, 2)))
+@pytest.mark.parametrize(
+    ("head", "match"),
+    [(LowRank, "LowRank.*lora_a, lora_b"), (Adapted, r"Adapted.*lora\.0\.weight")],
+)
+def test_parameters_beside_weight_and_bias_are_refused(head, match, around):
+    with pytest.raises(HeadError, match=f"{match}.*LossTask"):
+        RegressionHead(around(head(4, 2)))
+
+
+class Copies(nn.Module):
+    """As PEFT keeps a head that trains beside the adapters."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.original_module, self.modules_to_save = head, nn.ModuleDict({"default": head})
+
+
+class Adapter(nn.Module):
+    """As PEFT's: a layer with the weights of the one inside it."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.base_layer = head
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+
+@pytest.mark.parametrize(
+    ("around", "match"),
+    [(Copies, r"test_odd_heads\.Copies.*to_save\['default'\]"), (Adapter, r"not in `target_modul")],
+)
+def test_what_to_pass_of_an_adapted_head(around, match):
+    with pytest.raises(HeadError, match=match):
+        RegressionHead(around(nn.Linear(4, 2)))
 
 
 def old(name):

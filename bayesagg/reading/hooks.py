@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bayesagg.errors import CaptureError, FeatureError
 from bayesagg.heads import Head
+from bayesagg.layers import check_call
 from bayesagg.parallel import ProcessGroup, running_group
 
 __all__ = ["Call", "Capture", "Slot", "flatten", "unflatten"]
@@ -203,14 +204,11 @@ class Capture:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Note the features and put a tap behind them."""
         self._pending.pop(name, None)
-        if not (module.training and torch.is_grad_enabled()) or _in_backward():
-            return None  # in a backward pass: a module that checkpointing runs again
-        if "_is_replica" in module.__dict__:
-            raise CaptureError(
-                f"task {name!r}: its head is a replica of nn.DataParallel, whose data lie on "
-                f"several devices. Use DistributedDataParallel, a process a device, or one device."
-            )
-        features = args[0] if args else kwargs.get("input")
+        if not (module.training and torch.is_grad_enabled()) or _in_between():
+            return None
+        check_call(module, name)
+        key = "" if args else next(iter(kwargs), "")  # torch's say `input`, others `x`
+        features = args[0] if args else kwargs.get(key)
         if not isinstance(features, Tensor):
             return None  # the module itself says what is wrong
         if not features.requires_grad:
@@ -219,7 +217,7 @@ class Capture:
         slot = Slot()
         self._pending[name] = features, slot
         tapped = _Tap.apply(features, slot)
-        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
+        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, key: tapped})
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         pending = self._pending.pop(name, None)
@@ -255,7 +253,8 @@ class Capture:
                     f"(`copy.deepcopy((model, optimizer))`); a model whose head was replaced is to "
                     f"be wrapped anew. To train in evaluation mode, with frozen statistics, call "
                     f"train() of the heads alone. A model that ran under torch.compile before it "
-                    f"was wrapped does not report: wrap first."
+                    f"was wrapped does not report: wrap first. Nor does a call inside of vmap or "
+                    f"another transform of torch.func."
                 )
 
     def check_unchanged(self, name: str, calls: Sequence[Call]) -> None:
@@ -290,9 +289,10 @@ def _drop_inert(module: nn.Module) -> None:
                     options.pop(key, None)
 
 
-def _in_backward() -> bool:
-    """Whether a backward pass is running in this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
+def _in_between() -> bool:
+    """Whether checkpointing runs a module again, or ``torch.func`` transforms it."""
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward or torch._C._are_functorch_transforms_active()
 
 
 def _remove(handles: list[Any]) -> None:
