@@ -33,8 +33,8 @@ class Predictor(nn.Module):
         predictor.load_state_dict(torch.load("predictor.pt", weights_only=True))
         p = predictor(x)["age"]
 
-    The network is shared, not copied: train it further, and the posteriors no longer fit it. It
-    runs in evaluation mode, whatever mode it is in, and without gradients unless asked for.
+    The network is shared, not copied: train it further, and the posteriors no longer fit it, which
+    is warned of. It runs in evaluation mode, whatever mode it is in, and without gradients unless asked for.
 
     Args:
         model: the network; its ``state_dict`` is part of this one's, under ``model.``.
@@ -201,9 +201,7 @@ class Predictor(nn.Module):
         return self
 
     def exportable(self) -> MeanAndStddev:
-        """A module that maps inputs to ``(mean, stddev)`` by task, for ``torch.export``.
-
-        The network is left in evaluation mode.
+        """Inputs to ``(mean, stddev)`` by task, for ``torch.export``; leaves the network in eval().
 
         Raises:
             PredictionError: if there is nothing to predict with yet.
@@ -239,6 +237,7 @@ class Predictor(nn.Module):
             self.model(*inputs, **keywords)
         found = {name: self._heads.received(seen, name) for name in self.tasks}
         if not torch.compiler.is_compiling():
+            self.posteriors.check_fit(self.tasks)
             for name, features in {id(h): (n, h) for n, h in reversed(found.items())}.values():
                 check_finite(name, features)
         return found
@@ -272,7 +271,7 @@ class Predictor(nn.Module):
     def _set(self, found: Mapping[str, Inferred]) -> Predictor:
         for name, posterior in self._named():
             posterior.set(name, found[name])
-        self.posteriors.share()
+        self.posteriors.settle()
         return self
 
 

@@ -8,6 +8,7 @@ turns into them (contrasts of classes, eigenvectors of a Kronecker factor).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,7 @@ class HeadPosterior(nn.Module):
     def __init__(self, head: Head) -> None:
         super().__init__()
         self.head, weight = head, head.linear.weight
+        self._noted: tuple[int, Tensor] | None = None
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for name in _BUFFERS:
             self.register_buffer(name, torch.empty(0, dtype=dtype, device=weight.device))
@@ -105,6 +107,29 @@ class HeadPosterior(nn.Module):
                 f".double()."
             )
         return self
+
+    def note(self) -> None:
+        """The head is now as the posterior knows it."""
+        weight = self.head.linear.weight
+        sharded = hasattr(weight, "full_tensor")
+        self._noted = None if sharded else (_version(weight), weight.detach().clone())
+
+    def check_fit(self, name: str) -> None:
+        """Warn, once, if the head of a task was trained further; seen without a look at data."""
+        weight = self.head.linear.weight
+        if self._noted is None or _version(weight) <= self._noted[0]:
+            return
+        _, noted = self._noted
+        if weight.shape == noted.shape and torch.equal(weight, noted.to(weight)):
+            self._noted = _version(weight), noted  # changed and changed back, as by an EMA
+            return
+        self._noted = None
+        warnings.warn(
+            f"task {name!r}: the weights of its head have changed since the predictor was made. "
+            f"If the network was trained further, its posteriors are of other features: make the "
+            f"predictor anew.",
+            stacklevel=7,
+        )
 
     @torch.inference_mode(False)  # buffers outlive a context that the caller may be in
     def keep(self, **values: Tensor | None) -> None:
@@ -207,19 +232,25 @@ class Posteriors(nn.ModuleList):
 
     def __init__(self, posteriors: Iterable[HeadPosterior]) -> None:
         super().__init__(posteriors)
-        self.register_load_state_dict_post_hook(_share)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_settle)  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[HeadPosterior]:
         return super().__iter__()  # type: ignore[return-value]
 
-    def share(self) -> None:
-        """Look for equal ones."""
+    def settle(self) -> None:
+        """Look for equal ones, and note the heads as they are."""
         kept: list[Tensor] = []
         for posterior in self:
             if posterior.shared:
                 own = posterior.vectors
                 posterior.vectors = next((v for v in kept if torch.equal(v, own)), own)
                 kept += [own] if posterior.vectors is own else []
+            posterior.note()
+
+    def check_fit(self, names: Iterable[str]) -> None:
+        """Warn of tasks whose heads have changed since."""
+        for name, posterior in zip(names, self, strict=True):
+            posterior.check_fit(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Posteriors:
         before = [id(posterior.vectors) for posterior in self]
@@ -230,8 +261,13 @@ class Posteriors(nn.ModuleList):
         return self
 
 
-def _share(posteriors: Posteriors, _: object) -> None:
-    posteriors.share()
+def _settle(posteriors: Posteriors, _: object) -> None:
+    posteriors.settle()
+
+
+def _version(weight: Tensor) -> int:
+    """Grows whenever the weight is changed in place."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -58,6 +58,31 @@ def test_weights_that_were_restored_alone(rule):
     optimizer.predictor(net)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_predictor_of_a_network_that_was_trained_further(exact, rule, tmp_path):
+    """Is out of date, which it says once; a copy, a loaded one and weights put back are not."""
+    net, optimizer = trained(rule, steps=EPOCH + 2)
+    predictor = optimizer.predictor(net, loader() if exact else None)
+    x, weights = make_batch(seed=9)[0], copy.deepcopy(net.state_dict())
+    copied = copy.deepcopy(predictor)
+    torch.save(predictor.state_dict(), tmp_path / "predictor.pt")
+    net.load_state_dict({name: 2 * value for name, value in weights.items()})  # an average
+    net.load_state_dict(weights)
+    expected = predictor(x)["reg"].stddev
+
+    train(net, optimizer, range(20, 20 + EPOCH))
+    with pytest.warns(UserWarning, match=r"have changed since.*anew") as told:
+        predictor(x)
+    assert {warning.filename for warning in told} == {__file__}
+    predictor(x)
+    assert torch.equal(copied(x)["reg"].stddev, expected)
+    predictor.load_state_dict(torch.load(tmp_path / "predictor.pt", weights_only=True))
+    torch.testing.assert_close(predictor(x)["reg"].stddev, expected)
+    train(net, optimizer, range(20, 20 + EPOCH))
+    with pytest.warns(UserWarning, match="have changed since"):
+        predictor(x)
+
+
 def test_evidence_of_training_is_what_the_memory_holds():
     net, optimizer = trained("likelihood")
     memory, settings = optimizer.engine._memory, optimizer.engine.rule
