@@ -74,7 +74,7 @@ def _like_linear(module: nn.Module) -> bool:
 
     Whether it returns ``W h + b`` is looked at when a loss is first verified.
     """
-    own = module._parameters
+    own = getattr(module, "_parameters", {})  # whatever was passed
     weight, bias = own.get("weight"), own.get("bias")
     if weight is None or "bias" not in own:  # an embedding has none
         return False

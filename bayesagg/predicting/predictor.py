@@ -34,7 +34,8 @@ class Predictor(nn.Module):
         p = predictor(x)["age"]
 
     The network is shared, not copied: train it further, and the posteriors no longer fit it, which
-    is warned of. It runs in evaluation mode, whatever mode it is in, and without gradients unless asked for.
+    a warning says. It runs in evaluation mode, whatever mode it is in, and without gradients unless
+    asked for.
 
     Args:
         model: the network; its ``state_dict`` is part of this one's, under ``model.``.

@@ -33,6 +33,7 @@ from bayesagg.reading import Batch, Part
 from bayesagg.rules.arrange import arrange
 from bayesagg.rules.base import Plan, Rule, Tasks, uniform_weights
 from bayesagg.rules.gradients import Exact, exact_gradients, gradients, squared_lengths, totals
+from bayesagg.rules.handover import compared, is_ready
 from bayesagg.rules.inferred import of_fading
 from bayesagg.rules.others import others_of
 from bayesagg.rules.settings import Settings
@@ -52,7 +53,9 @@ class LikelihoodRule(Settings, Rule):
     Args:
         memory: N, data after which evidence has faded to 1/e; ``None``: twenty times the number
             of weights of an output, but no more than there are data, as far as labels tell.
-        warmup: steps of linear scalarization first, while evidence gathers.
+        warmup: steps of linear scalarization first, while evidence gathers; more, as long as heads
+            that are trained already are better than it would make them (at most until there are
+            twelve data for each of their weights; not with less than ten steps).
         lag: steps that the running means of the scales go back.
         prior_variance: γ of the prior over the weights of every output, ``N(0, γ I)``, for
             regressions in units of the mean square of their labels; ``None``: 0.05, and 3.25 over
@@ -99,7 +102,7 @@ class LikelihoodRule(Settings, Rule):
         """Heads of which there is evidence, once the rule is at work."""
         some = {n: memory.heads[n] for unit in memory.units for n in unit.names}
         free = [name for name, head in some.items() if head.writable and self.sets(head)]
-        return tuple(free) if memory.steps > self.warmup else ()
+        return tuple(free) if memory.working else ()
 
     def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:
         """Of every head: whether it takes part, cannot share Gram matrices, is not inferred."""
@@ -147,8 +150,12 @@ class LikelihoodRule(Settings, Rule):
         units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
         before = [pair for one in found for pair in zip(one.stack.units, one.fades(), strict=True)]
         scales = {} if others is None else others.scales(sums[0], self.decay)
-        plan = Plan(update=Update(idle + units, scales, length, memory.steps, before, self.decay))
-        if memory.steps < self.warmup:
+        update = Update(idle + units, scales, length, memory.steps, before, self.decay)
+        update.working = memory.working or is_ready(memory, self.warmup)
+        plan = Plan(update=update)
+        if not update.working:
+            free = {n: h for n, h in memory.heads.items() if h.writable and self.sets(h)}
+            update.trial = compared(memory, self.warmup, free, here, found, exchange)
             plan.weights = uniform_weights(memory.tasks, like)
             return plan
         beside = [name for name in own if name in batch.losses and name not in memory.heads]

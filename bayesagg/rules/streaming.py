@@ -44,6 +44,7 @@ class Inference:
         misfit: its mean at the outputs, ``[G, T]``, or of the tasks that are not exact.
         scale: running means before the step, ``[G, 3, T]``.
         current: the scale of every task in this step, ``[G, T]``.
+        ridge: of all columns, ``[G, P]``, or ``[G, 1]``.
         posterior: of all columns.
         bases: of the units, where they are kept.
         repeats: of the units.
@@ -58,6 +59,7 @@ class Inference:
     misfit: Tensor
     scale: Tensor
     current: Tensor
+    ridge: Tensor
     posterior: Spectrum
     bases: list[Basis | None]
     repeats: Sequence[Repeats | None]
@@ -155,7 +157,7 @@ def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence
         misfit, levels = misfit.tensor_split([before[2].shape[2]], 1)
     current, ridge = scales_and_ridges(frame, exact, units[0].started, before[2], misfit, levels)
     posterior, bases = _spectrum(stack, before[0], gram, shift, ridge, new.squares, fade, length)
-    state = (gram, shift, seen, misfit, before[2], current)
+    state = (gram, shift, seen, misfit, before[2], current, ridge)
     return Inference(stack, frame, *state, posterior, bases, repeats, fade)
 
 

@@ -35,6 +35,7 @@ BOTH = {
 OWN = {
     "likelihood": {
         "at_once": {"warmup": 0},
+        "on_trial": {"warmup": 10, "indices": range(9)},
         "as_long_as_it_comes": {"keep_length": False},
         "towers": {"towers": True},  # the paper's rule needs one shared representation
     },
