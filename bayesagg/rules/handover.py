@@ -8,6 +8,7 @@ Where the posterior is behind, linear scalarization goes on for as long again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ __all__ = ["compared", "is_ready"]
 
 _STEPS = 10  # that are compared before a decision; shorter warm-ups end as they were set
 _BEHIND = 0.1  # mean logarithm of the misfits under the posterior over the heads' own
+_MOST = math.log(10)  # of a task
 _DATA = 12.0  # data for every weight of an output, after which evidence is enough in any case
 
 
@@ -68,17 +70,26 @@ def compared(
         return memory.trial
     columns = []
     for one in found:
-        gram, shift = map(cat, zip(*[(u.gram, u.shift) for u in one.stack.units], strict=True))
-        means = one.frame.by_head(Spectrum.of(gram, shift, one.ridge).mean, False)
+        means = one.frame.by_head(_before(one), False)
         columns += [_columns(heads[n], n, here[n], m) for n, m in means.items() if n in heads]
     if not columns:
         return memory.trial
     posterior, own, count, data = exchange.sum([torch.cat(columns, 1)])[0]
     known = count > 0
-    ratio = torch.where(known, posterior / own, 1.0).nan_to_num(1.0).log()
+    # One task that is fitted exactly, or not at all, does not decide for the others.
+    ratio = torch.where(known, posterior / own, 1.0).nan_to_num(1.0).log().clamp(-_MOST, _MOST)
     number = known.sum().clamp_min(1)
     new: Tensor = torch.stack([ratio.sum(), data.sum()]) / number
     return new if left == _STEPS or memory.trial is None else memory.trial + new
+
+
+def _before(found: Inference) -> Tensor:
+    """Posterior means before the step, ``[G, P, D]``; of many weights by the basis of now."""
+    units, now = found.stack.units, found.posterior
+    gram, shift = map(cat, zip(*[(u.gram, u.shift) for u in units], strict=True))
+    if found.bases[0] is None:
+        return Spectrum.of(gram, shift, found.ridge).mean
+    return Spectrum.near(gram, shift, found.ridge, now.vectors, now.values, now.mean).mean
 
 
 def _columns(head: Head, name: str, part: Part, mean: Tensor) -> Tensor:

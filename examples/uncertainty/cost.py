@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayesagg.predicting import Predictor
+from examples.arguments import Parser
 from examples.benchmark.cases import CASES, Task, several
 from examples.benchmark.measuring import interleave
 from examples.benchmark.networks import CRITERIA, NETWORKS, MultiHead
@@ -131,6 +132,7 @@ def case(title: str, tasks: tuple[Task, ...], trunk: nn.Module, inputs: list[Any
 
 def main() -> None:
     """All cases."""
+    Parser("uncertainty.cost", __doc__).parse_args()
     torch.manual_seed(0)
     x = list(torch.randn(7680, 274).split(120))
     trunk = dense_layers(274, (256, 256, 64))
