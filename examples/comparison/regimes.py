@@ -68,11 +68,15 @@ def qm9(train: int = _TRAIN, optimizer: str = "adam", epochs: int = 0, **change:
     return Place(Data("qm9", _MOLECULES, train, tuple(own.items())), settings)
 
 
-def places() -> dict[tuple[str, float | str], Place]:
-    """By line and value."""
-    found = {(name, v): qm9(**{name: v}) for name, (_, values) in _CHANGES.items() for v in values}
-    found |= {("size", size): qm9(size) for size in _SIZES}
-    found["optimizer", "sgd"] = qm9(optimizer="sgd")
+def places(**also: float) -> dict[tuple[str, float | str], Place]:
+    """By line and value; ``also``: changes of all those of QM9."""
+    found = {
+        (name, v): qm9(**(also | {name: v}))
+        for name, (_, values) in _CHANGES.items()
+        for v in values
+    }
+    found |= {("size", size): qm9(size, **also) for size in _SIZES}
+    found["optimizer", "sgd"] = qm9(optimizer="sgd", **also)
     for name in _BENCHMARKS:
         source = SOURCES[name]
         found["benchmark", name] = Place(Data(name, source.size, None), source.settings)
@@ -132,11 +136,18 @@ def search(where: Sequence[Place], methods: Methods, store: Store, workers: int)
 
 
 def measure(
-    lines: Collection[str], methods: Methods, store: Store, seeds: int, workers: int
+    lines: Collection[str],
+    methods: Methods,
+    store: Store,
+    seeds: int,
+    workers: int,
+    **also: float,
 ) -> list[Point]:
     """Regimes of some lines; each method at its best learning rate, but at each of them on two."""
-    named = {key: place for key, place in places().items() if key[0] in lines}
-    at_rates = {name: qm9(optimizer=name.lower()) for name in ("Adam", "SGD") if name in lines}
+    named = {key: place for key, place in places(**also).items() if key[0] in lines}
+    at_rates = {
+        name: qm9(optimizer=name.lower(), **also) for name in ("Adam", "SGD") if name in lines
+    }
     where = dict.fromkeys([*named.values(), *at_rates.values()])
     tried = search(list(where), methods, store, workers)
     rates = {key: best(runs) for key, runs in tried.items()}
@@ -191,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = f"as of examples.compare; {REFERENCE} always (default: {' '.join(METHODS)})"
     add_methods(parser, METHODS, text)
     parser.add_argument("--seeds", type=whole(2), default=3, metavar="N", help="(default: 3)")
+    text = "percent of the labels that are taken away in all regimes of QM9 (default: 0)"
+    parser.add_argument("--missing", type=whole(0, 99), default=0, metavar="N", help=text)
     add_jobs(parser)
     parser.add_argument("--output", type=Path, default=Path("output/regimes"), metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -200,7 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     store = Store(options.output / "runs.jsonl")
     try:
-        points = measure(options.lines, chosen, store, options.seeds, options.jobs)
+        also = {"missing": options.missing / 100}
+        points = measure(options.lines, chosen, store, options.seeds, options.jobs, **also)
     except DataUnavailableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

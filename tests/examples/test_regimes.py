@@ -75,6 +75,9 @@ def test_every_line_has_the_common_place():
     for (line, _), place in found.items():
         steps = place.training.epochs * math.ceil((place.data.max_train or 0) / 100)
         assert line == "benchmark" or steps == 400
+    sparse = regimes.places(missing=0.9)
+    assert sparse["noise", 0.2] == regimes.qm9(missing=0.9, noise=0.2)
+    assert sparse["missing", 0.5] == found["missing", 0.5] and sparse.keys() == found.keys()
 
 
 # --- search --------------------------------------------------------------------------------------
@@ -176,11 +179,11 @@ def folder(tmp_path_factory):
     found = {("noise", 0.0): small(), **found, ("optimizer", "sgd"): small("sgd")}
     found |= {("missing", value): small(missing=value) for value in (0.5, 0.9)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(regimes, "qm9", lambda optimizer: small(optimizer))
+        patch.setattr(regimes, "qm9", lambda optimizer, **_: small(optimizer))
         patch.setattr(regimes, "_LINE", regimes.RATES)
         patch.setattr(regimes, "FURTHEST", 0)
         patch.setattr(regimes, "METHODS", ("si", "bayesagg"))
-        patch.setattr(regimes, "places", lambda: found)
+        patch.setattr(regimes, "places", lambda **_: found)
         yield tmp_path_factory.mktemp("regimes")
 
 
