@@ -21,7 +21,7 @@ from bayesagg.units import Frame, Unit, load_unit
 
 __all__ = ["FadingMemory", "Memory", "Update"]
 
-_KEYS = ("units", "others", "length", "steps", "invariant", "working", "trial")  # of a checkpoint
+_KEYS = ("units", "others", "length", "steps", "invariant", "due", "trial")  # of a checkpoint
 
 
 class Memory(Protocol):
@@ -64,8 +64,8 @@ class Update:
         steps: of the memory that the step saw.
         before: units that it saw, each with what its evidence was multiplied by.
         decay: of the running means.
-        working: the warm-up is over.
-        trial: of :func:`bayesagg.rules.handover.compared`.
+        due: of :func:`bayesagg.rules.handover.next_due`.
+        trial: of :func:`bayesagg.rules.handover.compared`, ``[3]``.
     """
 
     units: list[Unit] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Update:
     steps: int = 0
     before: list[tuple[Unit, Tensor | float]] = field(default_factory=list)
     decay: float = 1.0
-    working: bool = False
+    due: int | None = None
     trial: Tensor | None = None
 
 
@@ -92,8 +92,8 @@ class FadingMemory(Memory):
         length: running squared lengths of the aggregate and of the plain gradient, ``[2]``.
         steps: backward passes so far.
         invariant: whether the optimizer's step does not depend on the scale of the gradient.
-        working: the warm-up is over.
-        trial: how far posterior heads are behind those of the warm-up, ``[2]``.
+        due: steps after which the warm-up may end; ``None``: it is over, and the rule at work.
+        trial: how far posterior heads are behind those of the warm-up, ``[3]``, or ``None``.
         frames: of stacks of units, which the rule makes once; no state.
     """
 
@@ -105,7 +105,8 @@ class FadingMemory(Memory):
         self.units: list[Unit] = []
         self.others: dict[str, Tensor] = {}
         self.length: Tensor | None = None
-        self.steps, self.invariant, self.working = 0, False, False
+        self.steps, self.invariant = 0, False
+        self.due: int | None = 0
         self.trial: Tensor | None = None
         self.frames: dict[tuple[object, ...], Frame] = {}
         self._zero = torch.zeros((), dtype=dtype)
@@ -129,7 +130,9 @@ class FadingMemory(Memory):
         self.units = [u for u in self.units if not taken.intersection(u.names)] + update.units
         self.others.update(update.others)
         self.length, self.trial = update.length, update.trial
-        self.steps, self.working = self.steps + 1, self.working or update.working
+        self.steps += 1
+        if self.due is not None:  # an earlier scalar may be the later one to run
+            self.due = update.due
 
     def _merged(self, update: Update) -> Update:
         """An update of what the memory was, as one of what it is now."""
@@ -165,7 +168,7 @@ class FadingMemory(Memory):
             "length": None if self.length is None else self.length.clone(),
             "steps": self.steps,
             "invariant": self.invariant,
-            "working": self.working,
+            "due": self.due,
             "trial": None if self.trial is None else self.trial.clone(),
         }
 
@@ -179,10 +182,11 @@ class FadingMemory(Memory):
         memory = type(self)(self.tasks, self.dtype, self.counting)
         memory.steps = scalar_leaf(state["steps"], int, "the number of steps", minimum=0)
         memory.invariant = scalar_leaf(state["invariant"], bool, "the mark of the optimizer")
-        memory.working = scalar_leaf(state["working"], bool, "the mark of the warm-up")
+        due = state["due"]
+        memory.due = None if due is None else scalar_leaf(due, int, "the end of the warm-up", 0)
         like = torch.zeros(0, dtype=self.dtype, device=device)
         if state["trial"] is not None:
-            memory.trial = tensor_leaf(state["trial"], (2,), like, "the trial of the heads")
+            memory.trial = tensor_leaf(state["trial"], (3,), like, "the trial of the heads")
         check(isinstance(state["units"], list), "the units of evidence are not a list")
         seen: set[str] = set()
         for part in state["units"]:

@@ -94,26 +94,6 @@ def test_gradients_per_example_are_refused(wrapped, rule, net, batch):
     assert not optimizer.engine._capture.calls["reg"]
 
 
-def test_derivatives_by_torch_func_leave_no_trace(rule, device, dtype, batch):
-    """Nor do they fail: a network in training may be differentiated by its inputs."""
-    x, labels = batch
-    results = []
-    for differentiated in (False, True):
-        net = plain_net(device, dtype)
-        optimizer = wrap(net, rule=rule, settings=QUICK)
-        train(net, optimizer, 4)
-        out = net(x)
-        if differentiated:
-            given = x.detach().clone().requires_grad_()
-            expected = torch.autograd.grad(net.eval()(given)["reg"].sum(), given)[0]
-            net.train()
-            slopes = torch.func.vmap(torch.func.grad(lambda one, f=net: f(one[None])["reg"].sum()))
-            torch.testing.assert_close(slopes(x), expected)
-        optimizer.step(make_losses(out, labels))
-        results.append(snapshot(net, optimizer))
-    assert_same(*results)
-
-
 def test_a_step_keeps_nothing_of_its_graph(rule, net, batch):
     """Features and outputs are freed with the last reference of the user."""
     optimizer = wrap(net, rule=rule, settings=QUICK)
@@ -127,23 +107,48 @@ def test_a_step_keeps_nothing_of_its_graph(rule, net, batch):
         seen.clear()
 
 
-def test_forward_passes_that_no_loss_needs(rule, device, dtype, batch):
-    """They take no part in the step, which frees them."""
+def same_step_after(use, rule, device, dtype, batch):
+    """A step ends in the same bits after some other use of the network; whose optimizer it is."""
     x, labels = batch
     results = []
-    for more in (False, True):
+    for used in (False, True):
         net = plain_net(device, dtype)
         optimizer = wrap(net, rule=rule, settings=QUICK)
         train(net, optimizer, 4)
-        seen = []
-        handle = net.trunk.register_forward_hook(lambda m, a, h, s=seen: s.append(weakref.ref(h)))
-        for shift in (1, 2) if more else ():
-            net(x + shift)
-        handle.remove()
+        if used:
+            use(net)
         optimizer.step(make_losses(net(x), labels))
-        assert [ref() for ref in seen] == [None] * (2 * more)
         results.append(snapshot(net, optimizer))
     assert_same(*results)
+    return optimizer
+
+
+def test_forward_passes_that_no_loss_needs(rule, device, dtype, batch):
+    """They take no part in the step, which frees them."""
+    seen = []
+
+    def more(net):
+        handle = net.trunk.register_forward_hook(lambda m, a, h: seen.append(weakref.ref(h)))
+        for shift in (1, 2):
+            net(batch[0] + shift)
+        handle.remove()
+
+    optimizer = same_step_after(more, rule, device, dtype, batch)
+    assert [ref() for ref in seen] == [None] * 2
+    assert not optimizer.engine._capture.calls["reg"]
+
+
+def test_derivatives_by_torch_func_leave_no_trace(rule, device, dtype, batch):
+    """Nor do they fail: a network in training may be differentiated by its inputs."""
+
+    def differentiate(net):
+        x = batch[0].detach().clone().requires_grad_()
+        expected = torch.autograd.grad(net.eval()(x)["reg"].sum(), x)[0]
+        net.train()
+        slopes = torch.func.vmap(torch.func.grad(lambda one: net(one[None])["reg"].sum()))
+        torch.testing.assert_close(slopes(x.detach()), expected)
+
+    same_step_after(differentiate, rule, device, dtype, batch)
 
 
 def test_a_thousand_forward_passes_without_a_step_are_announced(rule, net, batch):

@@ -25,7 +25,7 @@ from bayesagg.reading import Part
 from bayesagg.rules.stack import cat
 from bayesagg.rules.streaming import Inference
 
-__all__ = ["compared", "is_ready"]
+__all__ = ["compared", "next_due"]
 
 _STEPS = 10  # that are compared before a decision; shorter warm-ups end as they were set
 _BEHIND = 0.1  # mean logarithm of the misfits under the posterior over the heads' own
@@ -33,54 +33,61 @@ _MOST = math.log(10)  # of a task
 _DATA = 12.0  # data for every weight of an output, after which evidence is enough in any case
 
 
-def is_ready(memory: FadingMemory, warmup: int) -> bool:
-    """Whether the rule goes to work in this step; looks at the device where it has to decide."""
-    if memory.steps < warmup:
-        return False
-    if warmup < _STEPS or memory.trial is None:  # or there is no head to set
-        return True
-    if memory.steps != _decision(memory.steps, warmup):
-        return False
-    behind, data = (memory.trial / _STEPS).tolist()
-    return bool(behind <= _BEHIND or data * memory.steps >= _DATA)
+def next_due(memory: FadingMemory) -> int | None:
+    """When the warm-up may end, as of this step; ``None``: it is over, and the rule at work.
+
+    Looks at the device in a step that has to decide.
+    """
+    due = memory.due
+    if due is None or memory.steps < due:
+        return due
+    if memory.trial is None:  # nothing was compared
+        return None
+    behind, data, steps = memory.trial.tolist()
+    if behind <= _BEHIND * steps or data * memory.steps >= _DATA * steps:
+        return None
+    while due <= memory.steps:
+        due = 2 * due or 1  # 0 of a checkpoint that nobody saved would stay
+    return due
 
 
 def compared(
     memory: FadingMemory,
-    warmup: int,
+    due: int,
     heads: Mapping[str, Head],
     here: Mapping[str, Part],
     found: Sequence[Inference],
     exchange: Exchange,
 ) -> Tensor | None:
-    """Sums over the steps before a decision, this one included, ``[2]``; else as they were.
+    """What a decision goes by, this step included: sums over steps, ``[3]``; ``None``: not yet.
 
-    How far the posterior is behind, a mean over tasks, and data over weights of an output.
+    Of ``Σ_i log(ℓ'_i / ℓ_i) / K``, how far the posterior is behind (docs/theory.md), of data over
+    weights of an output, and of one.
 
     Args:
         memory: before the step.
-        warmup: of the rule.
+        due: of :func:`next_due`.
         heads: that the posterior would set.
         here: the part of every head.
         found: posteriors of all stacks.
         exchange: with the other ranks.
     """
-    left = _decision(memory.steps + 1, warmup) - memory.steps
-    if warmup < _STEPS or left > _STEPS or not heads:
-        return memory.trial
+    if due < _STEPS or due - memory.steps > _STEPS:
+        return None
+    earlier = memory.trial if due == memory.due else None
     columns = []
     for one in found:
         means = one.frame.by_head(_before(one), False)
         columns += [_columns(heads[n], n, here[n], m) for n, m in means.items() if n in heads]
     if not columns:
-        return memory.trial
+        return earlier
     posterior, own, count, data = exchange.sum([torch.cat(columns, 1)])[0]
     known = count > 0
     # One task that is fitted exactly, or not at all, does not decide for the others.
     ratio = torch.where(known, posterior / own, 1.0).nan_to_num(1.0).log().clamp(-_MOST, _MOST)
-    number = known.sum().clamp_min(1)
-    new: Tensor = torch.stack([ratio.sum(), data.sum()]) / number
-    return new if left == _STEPS or memory.trial is None else memory.trial + new
+    sums = torch.stack([ratio.sum(), data.sum()]) / known.sum().clamp_min(1)
+    new = torch.cat([sums, sums.new_ones(1)])
+    return new if earlier is None else earlier + new
 
 
 def _before(found: Inference) -> Tensor:
@@ -104,10 +111,3 @@ def _columns(head: Head, name: str, part: Part, mean: Tensor) -> Tensor:
         misfits = [misfit * own.present for misfit in misfits]
     count = own.count()
     return torch.stack([*[misfit.sum(0) for misfit in misfits], count, count / mean.shape[1]])
-
-
-def _decision(steps: int, warmup: int) -> int:
-    """The first step, not before ``steps``, that is a power of two of the warm-up."""
-    while warmup < steps:
-        warmup *= 2
-    return warmup

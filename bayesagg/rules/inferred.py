@@ -49,7 +49,7 @@ def _of_unit(rule: Settings, memory: FadingMemory, unit: Unit) -> dict[str, Infe
     noise, ridge, spread = _columns(rule, memory, unit)
     posterior = Spectrum.of(unit.gram, unit.shift, ridge)
     variances = posterior.inverse * spread[..., None]
-    found, start, written = {}, 0, memory.working
+    found, start, written = {}, 0, memory.due is None
     for name in unit.names:
         head = memory.heads[name]
         own = slice(start, start + head.out_features)

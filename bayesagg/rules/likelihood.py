@@ -33,7 +33,7 @@ from bayesagg.reading import Batch, Part
 from bayesagg.rules.arrange import arrange
 from bayesagg.rules.base import Plan, Rule, Tasks, uniform_weights
 from bayesagg.rules.gradients import Exact, exact_gradients, gradients, squared_lengths, totals
-from bayesagg.rules.handover import compared, is_ready
+from bayesagg.rules.handover import compared, next_due
 from bayesagg.rules.inferred import of_fading
 from bayesagg.rules.others import others_of
 from bayesagg.rules.settings import Settings
@@ -95,14 +95,19 @@ class LikelihoodRule(Settings, Rule):
             if isinstance(head, Head):
                 _warn_of_unused(name, head)
         memory = FadingMemory(tasks, dtype, counting=self.memory is None)
+        memory.due = self.warmup
         check_kinds(memory.heads, BOUNDS, "likelihoods.bounds.BOUNDS")
         return memory
 
     def spared(self, memory: FadingMemory) -> tuple[str, ...]:
         """Heads of which there is evidence, once the rule is at work."""
-        some = {n: memory.heads[n] for unit in memory.units for n in unit.names}
-        free = [name for name, head in some.items() if head.writable and self.sets(head)]
-        return tuple(free) if memory.working else ()
+        if memory.due is not None:
+            return ()
+        return tuple(self._free({n: memory.heads[n] for u in memory.units for n in u.names}))
+
+    def _free(self, heads: Mapping[str, Head]) -> dict[str, Head]:
+        """Those whose weights the posterior may set."""
+        return {name: h for name, h in heads.items() if h.writable and self.sets(h)}
 
     def flags(self, memory: FadingMemory, batch: Batch) -> list[bool]:
         """Of every head: whether it takes part, cannot share Gram matrices, is not inferred."""
@@ -151,11 +156,11 @@ class LikelihoodRule(Settings, Rule):
         before = [pair for one in found for pair in zip(one.stack.units, one.fades(), strict=True)]
         scales = {} if others is None else others.scales(sums[0], self.decay)
         update = Update(idle + units, scales, length, memory.steps, before, self.decay)
-        update.working = memory.working or is_ready(memory, self.warmup)
+        update.due = next_due(memory)
         plan = Plan(update=update)
-        if not update.working:
-            free = {n: h for n, h in memory.heads.items() if h.writable and self.sets(h)}
-            update.trial = compared(memory, self.warmup, free, here, found, exchange)
+        if update.due is not None:
+            free = self._free(memory.heads)
+            update.trial = compared(memory, update.due, free, here, found, exchange)
             plan.weights = uniform_weights(memory.tasks, like)
             return plan
         beside = [name for name in own if name in batch.losses and name not in memory.heads]

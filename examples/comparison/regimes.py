@@ -143,7 +143,10 @@ def measure(
     workers: int,
     **also: float,
 ) -> list[Point]:
-    """Regimes of some lines; each method at its best learning rate, but at each of them on two."""
+    """Regimes of some lines; each method at its best learning rate, but at each of them on two.
+
+    ``also``: as of :func:`places`.
+    """
     named = {key: place for key, place in places(**also).items() if key[0] in lines}
     at_rates = {
         name: qm9(optimizer=name.lower(), **also) for name in ("Adam", "SGD") if name in lines

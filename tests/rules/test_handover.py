@@ -56,7 +56,7 @@ def test_what_is_compared_is_as_written_out(bias, missing):
     modules = nn.ModuleDict({k: nn.Linear(D, o, bias) for k, o in OUTPUTS.items()}).double()
     rule = LikelihoodRule(memory=MEMORY, warmup=WARMUP, prior_variance=GAMMA)
     engine = BayesAgg(None, {k: HEADS[k](module) for k, module in modules.items()}, rule=rule)
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
     for step in range(WARMUP):
         x, labels = batch(step, missing)
         h = torch.cat([x.detach(), torch.ones(N, 1).double()], 1) if bias else x.detach()
@@ -80,7 +80,7 @@ def test_what_is_compared_is_as_written_out(bias, missing):
                 ratios += (ours / theirs).log().tolist()
                 data += (count / h.shape[1]).tolist()
         if ratios:
-            sums += torch.tensor([sum(ratios) / len(ratios), sum(data) / len(data)])
+            sums += torch.tensor([sum(ratios) / len(ratios), sum(data) / len(data), 1.0])
         engine.backward(losses_over(outputs, labels))
         with torch.no_grad():
             for module in modules.values():
@@ -113,22 +113,24 @@ def start(trained, width=256, **settings):
     return net, BayesAggWrapper(base, trunk, described), x, labels
 
 
+def losses_of(net, x, labels, seed, rows=8):
+    """Of some data."""
+    some = torch.randint(len(x), (rows,), generator=torch.Generator().manual_seed(seed))
+    h = net["trunk"](x[some])
+    return {
+        "y": F.mse_loss(net["heads"]["y"](h), labels["y"][some]),
+        "up": F.binary_cross_entropy_with_logits(net["heads"]["up"](h), labels["up"][some]),
+    }
+
+
 def run(net, optimizer, x, labels, steps, rows=8):
     """Loss before every step, of all data."""
     found = []
     for step in steps:
-        some = torch.randint(len(x), (rows,), generator=torch.Generator().manual_seed(step))
-        h = net["trunk"](x)
         with torch.no_grad():
-            found.append(F.mse_loss(net["heads"]["y"](h), labels["y"]).item())
-        h = net["trunk"](x[some])
+            found.append(F.mse_loss(net["heads"]["y"](net["trunk"](x)), labels["y"]).item())
         optimizer.zero_grad()
-        optimizer.step(
-            {
-                "y": F.mse_loss(net["heads"]["y"](h), labels["y"][some]),
-                "up": F.binary_cross_entropy_with_logits(net["heads"]["up"](h), labels["up"][some]),
-            }
-        )
+        optimizer.step(losses_of(net, x, labels, step, rows))
     return found
 
 
@@ -137,13 +139,13 @@ def test_trained_heads_are_not_replaced_by_worse_ones():
     net, optimizer, x, labels = start(trained=True)
     memory = optimizer.engine._memory
     losses = run(net, optimizer, x, labels, range(60))
-    assert not memory.working and memory.steps > LikelihoodRule.warmup
+    assert memory.due == 100 and memory.steps > LikelihoodRule.warmup
     assert max(losses) < 1.05 * losses[0]
     assert len({float(w) for one in optimizer.task_weights.values() for w in one}) == 1
     run(net, optimizer, x, labels, range(60, 99), rows=40)
-    assert not memory.working  # a decision is due at 100, 200, 400, ...
+    assert memory.due == 100
     run(net, optimizer, x, labels, range(99, 102), rows=40)
-    assert memory.working
+    assert memory.due is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"readout": "gradient"}])
@@ -151,9 +153,25 @@ def test_other_heads_are_handed_over_at_once(settings):
     """Those that know nothing yet, and trained ones that no posterior sets."""
     net, optimizer, x, labels = start(trained=bool(settings), **settings)
     run(net, optimizer, x, labels, range(LikelihoodRule.warmup))
-    assert not optimizer.engine._memory.working
+    assert optimizer.engine._memory.due == LikelihoodRule.warmup
     run(net, optimizer, x, labels, [99])
-    assert optimizer.engine._memory.working
+    assert optimizer.engine._memory.due is None
+
+
+def test_scalars_that_share_a_backward_pass_do_not_miss_the_end():
+    """They count one each, so that no step is the fiftieth."""
+    net, optimizer, x, labels = start(trained=False)
+    run(net, optimizer, x, labels, [0])
+    memory = optimizer.engine._memory
+    while memory.steps <= LikelihoodRule.warmup:
+        assert memory.due == LikelihoodRule.warmup
+        seeds = memory.steps, memory.steps + 1
+        optimizer.zero_grad()
+        sum(optimizer.loss(losses_of(net, x, labels, seed)) for seed in seeds).backward()
+        optimizer.step()
+    assert memory.steps == LikelihoodRule.warmup + 1
+    run(net, optimizer, x, labels, [1])
+    assert memory.due is None
 
 
 def test_a_run_that_is_resumed_on_trial_ends_in_the_same_bits():
