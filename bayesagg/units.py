@@ -154,6 +154,7 @@ class Frame:
         noise: fixed noise variances, ``[G, R]``, 0 where it is learned; ``None``: nowhere fixed.
         ridge: ``1 / c γ``, per unit of noise, ``[G, P]``; ``[G, 1]`` where it is one number of
             classifications alone.
+        given: regressions whose γ somebody has set, ``[G, R]``.
         least_scale: of tasks that are not exact.
     """
 
@@ -163,7 +164,20 @@ class Frame:
     columns: list[list[int]]
     noise: Tensor | None
     ridge: Tensor
+    given: Tensor
     least_scale: float
+
+    def of_few(self, data: Sequence[float], enough: float) -> Frame:
+        """Where there are fewer data than enough, by Gram matrix: γ of regressions as their share.
+
+        Features that are fitted to few labels fit their noise, and so would the heads.
+        """
+        exact = self.given.shape[1]
+        if not exact or all(n >= enough for n in data):
+            return self
+        share = self.ridge.new_tensor([max(n, 1.0) / enough for n in data])[:, None]
+        ridge = self.ridge[:, :exact] / torch.where(self.given, 1.0, share)
+        return replace(self, ridge=torch.cat([ridge, self.ridge[:, exact:]], 1))
 
     def by_head(self, values: Tensor, tasks: bool) -> dict[str, Tensor]:
         """Rows ``[G, P, …]`` of all columns, or ``[G, T, …]`` of all tasks, by head."""

@@ -42,11 +42,14 @@ class Prior:
         variance: γ, or where it starts.
         relative: regressions take it in units of the mean square of their labels.
         learned: by marginal likelihood.
+        per_weight: labels a weight that the variance of a regression is made for; where there are
+            fewer, it is smaller in proportion.
     """
 
     variance: float = 1.0
     relative: bool = False
     learned: bool = False
+    per_weight: float = 0.0
 
     @staticmethod
     def of(head: Head) -> Prior:
@@ -141,8 +144,11 @@ def solve(
         prior, parts = priors[names[0]], [sums[name] for name in names]
         shift, square, labels = (torch.cat(rows) for rows in list(zip(*parts, strict=True))[1:])
         widths = torch.tensor([len(part.labels) for part in parts], device=labels.device)
-        settings = labels.new_tensor([(priors[n].variance, noises[n] or 0.0) for n in names])
-        gamma, given = settings.repeat_interleave(widths, 0).unbind(1)
+        numbers = [(priors[n].variance, noises[n] or 0.0, priors[n].per_weight) for n in names]
+        settings = labels.new_tensor(numbers).repeat_interleave(widths, 0)
+        gamma, given, per_weight = settings.unbind(1)
+        enough = per_weight * parts[0].gram.shape[-1]
+        gamma = gamma * torch.where(labels < enough, labels / enough, 1.0)
         noise = None if noises[names[0]] is None else given
         together = _solve(Sums(parts[0].gram, shift, square, labels), prior, gamma, noise)
         start = 0

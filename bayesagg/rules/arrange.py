@@ -83,6 +83,7 @@ def frame_of(
     fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
     noise = like.new_tensor(fixed).view(shape)[:, :exact] if any(fixed) else None
     ridge = like.new_tensor(ridges).view(shape)
+    given = like.new_tensor([bool(rule.given_of(head)) for head in columns]).view(shape)
     by_unit = [[memory.heads[name] for name in unit.names] for unit in units]
     frame = memory.frames[key] = Frame(
         [unit.names for unit in units],
@@ -91,6 +92,7 @@ def frame_of(
         [[head.out_features for head in some] for some in by_unit],
         noise,
         ridge if exact or len(set(ridges)) > 1 else ridge[:, :1],
+        given[:, :exact] > 0,
         max(BOUNDS[head.kind].least_scale for head in heads),
     )
     return frame

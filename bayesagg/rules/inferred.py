@@ -79,6 +79,9 @@ def _columns(rule: Settings, memory: FadingMemory, unit: Unit) -> tuple[Tensor, 
     bounds = bounds[: like.shape[1]]  # 1 where every output has a Gram matrix of its own
     exact = sum(bound.exact for bound in bounds)
     frame, ones = frame_of(rule, memory, [unit], exact, like), torch.ones_like(unit.scale[:, 0])
+    if unit.repeats is not None:
+        length = rule.memory_of(unit.gram.shape[-1])
+        frame = frame.of_few(unit.repeats.lengths(length), length)
     current, ridge = scales_and_ridges(frame, exact, False, unit.scale, ones, ones[:, :exact])
     spread = 1 / like.new_tensor([bound.curvature for bound in bounds])
     noise = torch.ones_like(like)

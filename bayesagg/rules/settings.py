@@ -10,6 +10,7 @@ from bayesagg.predicting.regression import Prior
 __all__ = ["Settings"]
 
 _VARIANCE, _WEIGHTS = 0.05, 65  # of the prior, and up to how wide; measured: docs/default.md
+_PER_WEIGHT = 20  # data that the memory holds, and that the prior of a regression is made for
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,21 @@ class Settings:
 
     def memory_of(self, width: int) -> float:
         """N for outputs of ``width`` weights."""
-        return float(self.memory or 20 * width)
+        return float(self.memory or _PER_WEIGHT * width)
 
     def prior_of(self, head: Head) -> Prior:
         """Of the weights of a head, for predictions."""
-        return Prior(self.variance_of(head), relative=True)
+        least = 0.0 if self.given_of(head) else float(_PER_WEIGHT)
+        return Prior(self.variance_of(head), relative=True, per_weight=least)
+
+    def given_of(self, head: Head) -> float | None:
+        """γ of a head, where somebody has set it."""
+        return head.prior_variance or self.prior_variance
 
     def variance_of(self, head: Head) -> float:
         """γ of a head: by default one that expects no larger outputs of wider features."""
         width = head.in_features + head.has_bias
-        given = head.prior_variance or self.prior_variance
-        return given or _VARIANCE * min(1.0, _WEIGHTS / width)
+        return self.given_of(head) or _VARIANCE * min(1.0, _WEIGHTS / width)
 
     @property
     def decay(self) -> float:

@@ -143,6 +143,7 @@ def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence
     if new.marks is not None and stack.repeats is not None:
         counted = stack.repeats.after(new.marks, seen, length)
         repeats, lengths = [*counted.split(stack.sizes)], counted.lengths(length)
+        frame = frame.of_few(lengths, length)
     fade = _fade(seen, lengths, new.gram)
     if isinstance(fade, Tensor):
         gram = torch.addcmul(new.gram, before[0], fade[..., None])
