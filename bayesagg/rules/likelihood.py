@@ -59,8 +59,8 @@ class LikelihoodRule(Settings, Rule):
         lag: steps that the running means of the scales go back.
         prior_variance: γ of the prior over the weights of every output, ``N(0, γ I)``, for
             regressions in units of the mean square of their labels; ``None``: 0.05, and 3.25 over
-            the number of weights of an output where that is less. Of a head that sets its own,
-            that.
+            the number of weights of an output where that is less; of regressions with fewer than
+            20 data a weight, as counted, smaller in proportion. Of a head that sets its own, that.
         degrees_of_freedom: ν of the Student-t likelihood of regressions.
         keep_length: keep the length of the aggregate within a factor of the running length of the
             plain gradient: 5 under an optimizer whose step does not depend on the scale of the

@@ -200,6 +200,9 @@ def ablations() -> dict[str, Method]:
         "without-lag": bayesagg("without lag", rule=replace(rule, lag=10)),
         "without-warmup": bayesagg("without warm-up", rule=replace(rule, warmup=0)),
         "without-prior-in-labels": bayesagg("prior in units of the noise", rule=PriorInNoiseRule()),
+        "fixed-prior": bayesagg(
+            "one prior for any number of data", rule=replace(rule, prior_variance=0.05)
+        ),
         **{
             f"memory-{factor}": bayesagg(f"memory of {factor} D", memory=factor)
             for factor in (2, 5, 10, 20, 40)

@@ -25,6 +25,8 @@ WAYS = {
     "lightning_manual": ("lightning", True, {"manual": True}),
     "accelerate": ("accelerate", False, {}),
     "accelerate_engine": ("accelerate", True, {}),
+    "fabric": ("fabric", False, {}),
+    "fabric_engine": ("fabric", True, {}),
 }
 
 
