@@ -15,6 +15,7 @@ from bayesagg import BayesAggWrapper, BinaryHead, LikelihoodRule, RegressionHead
 
 WIDTH, SIZE, GAMMA, OWN = 3, 20, 0.05, 0.3
 ENOUGH = 20 * (WIDTH + 1)
+EYE = torch.eye(WIDTH + 1, dtype=torch.float64)
 
 
 def data_of(size, missing):
@@ -90,11 +91,7 @@ def written_out(units, before, share, given):
                     own = given.get(name)
                     ridge = total / level / (own or GAMMA * share[name][o])
                 gram, eta = unit.gram[group], unit.shift[group, row]
-                rows.append(
-                    torch.linalg.solve(
-                        gram + ridge * torch.eye(WIDTH + 1, dtype=torch.float64), eta
-                    )
-                )
+                rows.append(torch.linalg.solve(gram + ridge * EYE, eta))
                 column += 1
             means[name] = torch.stack(rows)
     return means
@@ -126,10 +123,8 @@ def test_the_heads_are_as_written_out(given, missing):
 def known(predictor, name):
     """Mean and the inverse, per unit of noise, of the first output of a head."""
     posterior = dict(predictor._named())[name]
-    spread = posterior.variances[0, 0] if len(posterior.variances) > 1 else posterior.variances[0]
-    vectors = posterior.vectors[0]
-    scaled = (vectors * spread.reshape(-1, WIDTH + 1)[0]) @ vectors.mT
-    return posterior.mean[0], scaled / posterior.noise[0]
+    vectors, variances = posterior.vectors[0], posterior.variances[0, 0]
+    return posterior.mean[0], (vectors * variances) @ vectors.mT / posterior.noise[0]
 
 
 @pytest.mark.parametrize("given", [None, OWN])
@@ -142,21 +137,19 @@ def test_predictions_know_the_same_prior(given):
     (unit,) = [unit for unit in optimizer.engine._memory.units if "a" in unit.names]
     total, level, _ = unit.scale[0, :, 0]
     gamma = given or GAMMA * shares([unit])["a"][0]
-    eye = torch.eye(WIDTH + 1, dtype=torch.float64)
     mean, inverse = known(optimizer.predictor(net), "a")
-    expected = torch.linalg.inv(unit.gram[0] + total / level / gamma * eye)
+    expected = torch.linalg.inv(unit.gram[0] + total / level / gamma * EYE)
     torch.testing.assert_close(inverse, expected, rtol=1e-9, atol=1e-12)
     own = net.weights("a")[0]
     torch.testing.assert_close(mean, own, rtol=1e-6, atol=1e-9)
 
-    pairs = [(h, labels)]
-    refit = optimizer.predictor(net, pairs)
+    refit = optimizer.predictor(net, [(h, labels)])
     mean, inverse = known(refit, "a")
     noise = dict(refit._named())["a"].noise[0]
-    ones = torch.cat([h, torch.ones(SIZE, 1)], 1).double()
+    ones = F.pad(h, (0, 1), value=1.0)
     y = labels["a"][:, 0]
     ridge = noise / ((given or GAMMA * SIZE / ENOUGH) * y.square().mean())
-    expected = torch.linalg.inv(ones.mT @ ones + ridge * eye)
+    expected = torch.linalg.inv(ones.mT @ ones + ridge * EYE)
     torch.testing.assert_close(inverse, expected, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(mean, expected @ (ones.mT @ y), rtol=1e-6, atol=1e-9)
 
