@@ -19,7 +19,7 @@ __all__ = [
     "device_of",
     "passthrough_of",
     "rule_of",
-    "warn_of_strangers",
+    "warn_of_optimizer",
 ]
 
 _RULES: dict[str, Callable[[], Rule]] = {"likelihood": LikelihoodRule, "paper": PaperRule}
@@ -84,8 +84,12 @@ def check_step(
         )
 
 
-def warn_of_strangers(optimizer: Optimizer, heads: Mapping[str, Head]) -> None:
-    """Heads that train and that the optimizer lacks would stay as they are in the warm-up."""
+def warn_of_optimizer(optimizer: Optimizer, heads: Mapping[str, Head]) -> None:
+    """Heads that the optimizer lacks, or that others than it must not move.
+
+    The former would stay as they are in the warm-up. LBFGS takes differences of gradients for the
+    curvature: with a head that moves of itself they may be anything, and so may the step be.
+    """
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, head in heads.items():
         if any(p.requires_grad and id(p) not in owned for p in head.parameters()):
@@ -95,6 +99,13 @@ def warn_of_strangers(optimizer: Optimizer, heads: Mapping[str, Head]) -> None:
                 f"several optimizers share the model, use the engine, bayesagg.BayesAgg, instead.",
                 stacklevel=3,
             )
+    moved = [name for name, head in heads.items() if head.readout != "gradient"]
+    if moved and isinstance(optimizer, LBFGS):
+        warnings.warn(
+            f"task {moved[0]!r}: the posterior sets its head, which LBFGS would have to move "
+            f"itself: training may diverge. Give all heads readout='gradient'.",
+            stacklevel=3,
+        )
 
 
 def device_of(tasks: Mapping[str, Head | LossTask], losses: object = None) -> torch.device:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bayesagg.arguments import check_step, warn_of_strangers
+from bayesagg.arguments import check_step, warn_of_optimizer
 from bayesagg.checkpoint import load_optimizer
 from bayesagg.engine import BayesAgg, Losses
 from bayesagg.errors import CheckpointError
@@ -96,7 +96,7 @@ class BayesAggWrapper(Optimizer):
             process_group=process_group,
         )
         engine._met(optimizer)
-        warn_of_strangers(optimizer, engine.heads)
+        warn_of_optimizer(optimizer, engine.heads)
         self._assemble(optimizer, engine)
 
     def _assemble(self, optimizer: Optimizer, engine: BayesAgg) -> None:

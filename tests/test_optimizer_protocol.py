@@ -28,6 +28,7 @@ def test_it_is_an_optimizer_and_says_what_it_wraps(rule, net):
     assert set(optimizer.task_weights) == {"reg", "bin", "cls"}
 
 
+@pytest.mark.filterwarnings("ignore:.*LBFGS")  # heads that the posterior sets
 @pytest.mark.parametrize("base", BASES)
 def test_groups_state_and_defaults_are_those_of_the_base(base, rule, net):
     """Live objects, before and after everything that replaces them."""
@@ -159,6 +160,7 @@ def test_all_forms_of_a_step_agree(form, base, rule, like):
         assert_same(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*LBFGS")  # heads that the posterior sets
 def test_an_optimizer_that_needs_a_closure(rule, net, batch):
     """Without one the error says how; with one: ``loops/test_optimizers.py``."""
     optimizer = wrap(net, "lbfgs", rule)

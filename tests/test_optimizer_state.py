@@ -63,6 +63,7 @@ RESUMED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*LBFGS")  # heads that the posterior sets
 @pytest.mark.parametrize(("rule", "base", "settings", "stop", "kwargs"), RESUMED)
 def test_a_loaded_run_goes_on_in_the_same_bits(rule, base, settings, stop, kwargs, like):
     """Stopping after ``stop`` steps and going on from the file."""
