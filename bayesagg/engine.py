@@ -136,7 +136,8 @@ class BayesAgg(nn.Module):
 
         Raises:
             BayesAggError: a specific subclass for each kind of bad input, before any gradient,
-                parameter or buffer has changed.
+                parameter or buffer has changed; in the backward pass if it is to be
+                differentiated itself (``create_graph=True``).
         """
         return self._step(losses, targets).scalar()
 

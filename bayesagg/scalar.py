@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from bayesagg.errors import LossError
 from bayesagg.heads import Head
 from bayesagg.reading import Batch
 from bayesagg.reading.hooks import Call, Slot, unflatten
@@ -170,6 +171,13 @@ class _Scalar(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise LossError(
+                "the scalar of the losses was differentiated with create_graph=True, as for second "
+                "derivatives, in which the aggregate would be a constant: they would be wrong. "
+                "Differentiate the plain losses for those; optimizers that ask for them "
+                "(AdaHessian) and meta-gradients are not served."
+            )
         step, factor = ctx.step, factor.detach()
         step.begin(factor)
         engine = Variable._execution_engine

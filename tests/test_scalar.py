@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from bayesagg.errors import LossError
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import make_net
 from tests.helpers.settings import GRADIENT, PHASES
@@ -129,6 +130,22 @@ def test_gradients_can_be_asked_for(start, batch):
             torch.testing.assert_close(gradient, parameter.grad)
     ours, theirs = (o.state_dict()["bayesagg"] for o in (optimizer, other))
     assert difference(ours, theirs) is None
+
+
+@PHASES
+@pytest.mark.parametrize("way", ["backward", "grad"])
+def test_second_derivatives_are_refused(way, start, batch):
+    """The aggregate would be a constant in them; nothing has changed."""
+    x, labels = batch
+    net, optimizer = start()
+    before = snapshot(net, optimizer)
+    loss = optimizer.loss(make_losses(net(x), labels))
+    with pytest.raises(LossError, match=r"create_graph=True.*constant"):
+        if way == "backward":
+            loss.backward(create_graph=True)
+        else:
+            torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+    assert_same(before, snapshot(net, optimizer))
 
 
 @PHASES
