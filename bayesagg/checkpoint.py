@@ -107,7 +107,7 @@ def _check_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     pairs = zip(own["param_groups"], groups, optimizer.param_groups, strict=True)
     for number, (mine, group, real) in enumerate(pairs):
         # Schedulers add settings of their own, and there may be one now, or none any more.
-        needed = {"params", *mine.keys() & optimizer.defaults.keys()}
+        needed = {"params", *mine.keys() & getattr(optimizer, "defaults", {}).keys()}
         check(
             isinstance(group, dict) and needed <= group.keys(),
             f"{what} has a parameter group that is incomplete",

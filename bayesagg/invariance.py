@@ -37,7 +37,8 @@ def step_is_invariant(optimizer: Optimizer) -> bool:
 
     Adam and its relatives, Adagrad, RMSprop and Lion move as far for a gradient 16 times as long,
     SGD does not, and neither does Adam with a weight decay that is part of the gradient and not
-    small beside it. Optimizers that cannot be made anew, or need a closure, count as dependent.
+    small beside it. Optimizers that cannot be made anew, or need a closure, count as dependent;
+    in place of one that has another inside (Lookahead, ZeroRedundancyOptimizer) that is asked.
     """
     moves = []
     for scale in (1.0, _SCALE):
@@ -51,7 +52,8 @@ def step_is_invariant(optimizer: Optimizer) -> bool:
                 parameter.grad = (scale * _GRADIENT * shape * (-1) ** step).view(2, 2)
                 copy.step()
         except Exception:  # of whatever library: it cannot be asked
-            return False
+            inner = next((v for v in vars(optimizer).values() if isinstance(v, Optimizer)), None)
+            return inner is not None and step_is_invariant(inner)
         moves.append(parameter.detach() - _PARAMETER)
     small, large = moves
     return bool(small.any()) and bool(((large - small).norm() <= _TOLERANCE * small.norm()).item())

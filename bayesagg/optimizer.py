@@ -104,7 +104,7 @@ class BayesAggWrapper(Optimizer):
         # Optimizer.__init__ sets up step hooks and profiling, but would also assign state,
         # defaults and groups, which here are those of the base optimizer: see the setters.
         self._constructing = True
-        super().__init__(optimizer.param_groups, optimizer.defaults)
+        super().__init__(optimizer.param_groups, self.defaults)
         self._constructing = False
 
     @property
@@ -129,8 +129,8 @@ class BayesAggWrapper(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Those of the wrapped optimizer."""
-        return self.base_optimizer.defaults
+        """Those of the wrapped optimizer; some that have another inside have none."""
+        return getattr(self.base_optimizer, "defaults", {})
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:

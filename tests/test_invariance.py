@@ -9,7 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 from bayesagg.invariance import step_is_invariant
-from tests.helpers.states import difference
+from tests.helpers.nets import make_net
+from tests.helpers.states import assert_same, difference, snapshot
+from tests.helpers.training import train, wrap
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 
@@ -43,6 +45,26 @@ class Awkward(Sign):
 
     def __init__(self, params, secret):
         super().__init__(params)
+
+
+class Around(Optimizer):
+    """Has another inside, whose groups and state are its own, and no defaults."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.optimizer.load_state_dict(state_dict)
 
 
 # How the optimizers of torch behave under gradients of the size of those of networks.
@@ -82,6 +104,8 @@ def test_every_optimizer_of_torch_has_an_answer():
         (lambda p: Sign(p), True),
         (lambda p: Frozen(p), False),
         (lambda p: Awkward(p, 1), False),
+        (lambda p: Around(Adam(p)), True),
+        (lambda p: Around(SGD(p)), False),
     ],
 )
 def test_settings_count(make, expected):
@@ -110,3 +134,17 @@ def test_the_optimizer_itself_is_left_alone():
     after = (params, [p.grad for p in params], optimizer.state_dict())
     assert difference(list(before), list(after)) is None
     assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_one_that_has_another_inside_is_as_that(rule):
+    """In the same bits, and from its own checkpoint."""
+    ends = []
+    for around in (True, False):
+        net = make_net()
+        base = Adam(net.parameters(), lr=1e-2)
+        optimizer = wrap(net, Around(base) if around else base, rule)
+        train(net, optimizer, 5)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(net, optimizer, range(5, 8))
+        ends.append(snapshot(net)["parameters"])
+    assert_same(*ends)
