@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from bayesagg import BayesAgg, LikelihoodRule, LossTask
@@ -54,6 +55,30 @@ CASES = [pytest.param(rule, case, id=f"{rule}-{name}") for rule, name, case in C
 def test_two_halves_are_the_whole(rule, case, ranks):
     """In the steps of linear scalarization and after them, through an end of an epoch or two."""
     assert_halves_are_the_whole(ranks, rule, DistributedDataParallel, **case)
+
+
+def sharded_states(rank, rule, sharded):
+    """Parameters after some steps, whose states one rank has, or all."""
+    net = plain_net()
+    model, settings = DistributedDataParallel(net), {"lr": 1e-2}
+    if sharded:
+        base = ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, **settings)
+    else:
+        base = torch.optim.Adam(net.parameters(), **settings)
+    optimizer = wrap(net, base, rule)
+    for index in range(7):
+        x, labels = batch_of(index, half(rank))
+        optimizer.zero_grad()
+        optimizer.step(make_losses(model(x), labels))
+    return snapshot(net)["parameters"]
+
+
+def test_states_that_are_sharded_are_those_of_one(rule, ranks):
+    """Bit for bit."""
+    for ours, theirs in zip(
+        ranks.run(sharded_states, rule, True), ranks.run(sharded_states, rule, False), strict=True
+    ):
+        assert difference(ours, theirs) is None
 
 
 # --- ranks whose batches differ ------------------------------------------------------------------
