@@ -248,13 +248,13 @@ class Capture:
             if not self.calls[name]:
                 raise CaptureError(
                     f"task {name!r}: no forward pass of its head was seen. Run the model that was "
-                    f"wrapped, in training mode and with gradients, before each `backward` or "
-                    f"`step(losses)`. A copy of it needs a copy of the optimizer, made with it "
-                    f"(`copy.deepcopy((model, optimizer))`); a model whose head was replaced is to "
-                    f"be wrapped anew. To train in evaluation mode, with frozen statistics, call "
-                    f"train() of the heads alone. A model that ran under torch.compile before it "
-                    f"was wrapped does not report: wrap first. Nor does a call inside of vmap or "
-                    f"another transform of torch.func."
+                    f"wrapped, in training mode and with gradients (under a checkpoint with "
+                    f"use_reentrant=False), before each `backward` or `step(losses)`. A copy of it "
+                    f"needs a copy of the optimizer, made with it (`copy.deepcopy((model, "
+                    f"optimizer))`); a model whose head was replaced is to be wrapped anew. To "
+                    f"train in evaluation mode, with frozen statistics, call train() of the heads "
+                    f"alone. A model that ran under torch.compile before it was wrapped does not "
+                    f"report: wrap first. Nor does a call inside of vmap or grad of torch.func."
                 )
 
     def check_unchanged(self, name: str, calls: Sequence[Call]) -> None:

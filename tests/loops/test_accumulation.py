@@ -244,6 +244,20 @@ def test_activation_checkpointing(where, rule):
     assert_same(*results)
 
 
+def test_heads_inside_of_a_reentrant_checkpoint(rule):
+    """Which runs without gradients, so that nothing is seen of them."""
+    net = plain_net()
+    optimizer = wrap(net, "sgd", rule)
+    x, labels = make_batch()
+
+    def forward(x):
+        return tuple(net(x).values())
+
+    out = checkpoint(forward, x.requires_grad_(), use_reentrant=True)
+    with pytest.raises(CaptureError, match="use_reentrant=False"):
+        optimizer.step(make_losses(dict(zip(net.heads, out, strict=True)), labels))
+
+
 def test_heads_inside_reentrant_checkpointing_are_refused(rule):
     """Its forward pass is made without gradients."""
     net = plain_net()
