@@ -84,8 +84,8 @@ def check_step(
         )
 
 
-def warn_of_optimizer(optimizer: Optimizer, heads: Mapping[str, Head]) -> None:
-    """Heads that the optimizer lacks, or that others than it must not move.
+def warn_of_optimizer(optimizer: Optimizer, heads: Mapping[str, Head], rule: Rule) -> None:
+    """Heads that the optimizer lacks, or that a posterior sets while it has to know of all moves.
 
     The former would stay as they are in the warm-up. LBFGS takes differences of gradients for the
     curvature: with a head that moves of itself they may be anything, and so may the step be.
@@ -99,11 +99,11 @@ def warn_of_optimizer(optimizer: Optimizer, heads: Mapping[str, Head]) -> None:
                 f"several optimizers share the model, use the engine, bayesagg.BayesAgg, instead.",
                 stacklevel=3,
             )
-    moved = [name for name, head in heads.items() if head.readout != "gradient"]
+    moved = [name for name, head in heads.items() if head.writable and rule.sets(head)]
     if moved and isinstance(optimizer, LBFGS):
         warnings.warn(
             f"task {moved[0]!r}: the posterior sets its head, which LBFGS would have to move "
-            f"itself: training may diverge. Give all heads readout='gradient'.",
+            f"itself: training may diverge. Give it readout='gradient', and all others like it.",
             stacklevel=3,
         )
 

@@ -96,7 +96,7 @@ class BayesAggWrapper(Optimizer):
             process_group=process_group,
         )
         engine._met(optimizer)
-        warn_of_optimizer(optimizer, engine.heads)
+        warn_of_optimizer(optimizer, engine.heads, engine.rule)
         self._assemble(optimizer, engine)
 
     def _assemble(self, optimizer: Optimizer, engine: BayesAgg) -> None:

@@ -168,9 +168,14 @@ class Frame:
     least_scale: float
 
     def of_few(self, data: Sequence[float], enough: float) -> Frame:
-        """Where there are fewer data than enough, by Gram matrix: γ of regressions as their share.
+        """With ``γ min(1, n / enough)`` for regressions whose γ nobody has set.
 
-        Features that are fitted to few labels fit their noise, and so would the heads.
+        Features that are fitted to few labels fit their noise, and so would the heads
+        (docs/theory.md, "The prior").
+
+        Args:
+            data: n, how many there are, of every Gram matrix (G) or one number for all.
+            enough: for γ as it is.
         """
         exact = self.given.shape[1]
         if not exact or all(n >= enough for n in data):

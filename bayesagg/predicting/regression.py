@@ -42,8 +42,8 @@ class Prior:
         variance: γ, or where it starts.
         relative: regressions take it in units of the mean square of their labels.
         learned: by marginal likelihood.
-        per_weight: labels a weight that the variance of a regression is made for; where there are
-            fewer, it is smaller in proportion.
+        per_weight: labels a weight that the variance of a regression is made for: it is
+            ``γ min(1, n / (per_weight D))`` with n labels of an output of D weights.
     """
 
     variance: float = 1.0

@@ -248,7 +248,7 @@ class Capture:
             if not self.calls[name]:
                 raise CaptureError(
                     f"task {name!r}: no forward pass of its head was seen. Run the model that was "
-                    f"wrapped, in training mode and with gradients (under a checkpoint with "
+                    f"wrapped, in training mode and with gradients (inside of a checkpoint: "
                     f"use_reentrant=False), before each `backward` or `step(losses)`. A copy of it "
                     f"needs a copy of the optimizer, made with it (`copy.deepcopy((model, "
                     f"optimizer))`); a model whose head was replaced is to be wrapped anew. To "

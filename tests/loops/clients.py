@@ -237,20 +237,20 @@ def accelerate(job: Job) -> Path:
 def fabric(job: Job, **arguments: Any) -> Path:
     """Lightning's Fabric, which has ``backward`` and a checkpoint of what it is given."""
     package = pytest.importorskip("lightning.fabric")
-    fabric = package.Fabric(accelerator="cpu", devices=1, **arguments)
-    model, optimizer = fabric.setup(job.net, job.optimizer)
-    loader = fabric.setup_dataloaders(job.loader())
+    launcher = package.Fabric(accelerator="cpu", devices=1, **arguments)
+    model, optimizer = launcher.setup(job.net, job.optimizer)
+    loader = launcher.setup_dataloaders(job.loader())
     state = {"model": model, "optimizer": optimizer, "epoch": 0}
     if job.has_engine:
         state["engine"] = Registered(job.owner)
     if job.resume is not None:
-        fabric.load(str(job.resume), state)
+        launcher.load(str(job.resume), state)
     for epoch in range(state["epoch"], job.epochs):
         for index, batch in enumerate(loader):
-            fabric.backward(job.scalar(model, batch) / job.accumulate)
+            launcher.backward(job.scalar(model, batch) / job.accumulate)
             if (index + 1) % job.accumulate == 0:
                 if job.clip is not None:
-                    fabric.clip_gradients(model, optimizer, max_norm=job.clip)
+                    launcher.clip_gradients(model, optimizer, max_norm=job.clip)
                 optimizer.step()
                 optimizer.zero_grad()
         if job.has_engine:
@@ -258,7 +258,7 @@ def fabric(job: Job, **arguments: Any) -> Path:
         state["epoch"] = epoch + 1
     path = job.folder / "fabric.ckpt"
     if job.save is not None:
-        fabric.save(str(path), state)
+        launcher.save(str(path), state)
     return path
 
 

@@ -76,6 +76,10 @@ def test_heads_that_lbfgs_does_not_move_are_warned_of(rule):
     net = plain_net()
     with pytest.warns(UserWarning, match=r"task 'reg'.*LBFGS.*readout='gradient'"):
         wrap(net, "lbfgs", rule)
+    if rule == "paper":  # whose classifications are no such heads
+        wrap(net, "lbfgs", rule, settings={"reg": GRADIENT["reg"]})
+    net.heads.requires_grad_(False)  # nor are frozen ones
+    wrap(net, "lbfgs", rule)
 
 
 @pytest.mark.filterwarnings("ignore")
