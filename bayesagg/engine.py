@@ -13,6 +13,7 @@ from bayesagg.arguments import check_arguments, device_of, passthrough_of, rule_
 from bayesagg.checkpoint import describe, read_state
 from bayesagg.heads import Head, LossTask, named_heads
 from bayesagg.invariance import on_step, warn_of_modes
+from bayesagg.order import Order
 from bayesagg.parallel import Exchange, ProcessGroup
 from bayesagg.predicting import Predictor
 from bayesagg.predicting.prediction import in_full_precision
@@ -94,6 +95,7 @@ class BayesAgg(nn.Module):
         # Not as an attribute, which would register it as a submodule.
         self._modules_of_ranks = (*modules, *([shared_rep_hook] if shared_rep_hook else []))
         self._exchange.start(None, self._modules_of_ranks)  # sharding shows before a forward pass
+        self._order = Order(self.heads)
         self._optimizer_known = False
         self._weights = uniform_weights(self.tasks)
         self._weigh: Callable[[], Mapping[str, Tensor]] | None = None
@@ -158,6 +160,7 @@ class BayesAgg(nn.Module):
             plan = Plan()
             if not overflowed:
                 plan = self.rule.plan(self._memory, batch, flags, self._exchange)
+                self._order.see(batch.parts)
             calls, watched = dict(self._capture.calls), self._capture.group is not None
             self._capture.clear()
             watched = watched or self._exchange.ranks is not None
