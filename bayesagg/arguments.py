@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -108,14 +109,23 @@ def warn_of_optimizer(optimizer: Optimizer, heads: Mapping[str, Head], rule: Rul
         )
 
 
-def device_of(tasks: Mapping[str, Head | LossTask], losses: object = None) -> torch.device:
-    """Where the first head is; where there is none, the first loss; else the CPU."""
-    for task in tasks.values():
-        if isinstance(task, Head):
-            return task.linear.weight.device
+def device_of(
+    tasks: Mapping[str, Head | LossTask],
+    losses: object = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.device:
+    """Where the first head is; where there is none, the first loss; else the CPU.
+
+    Raises:
+        ValueError: where that device has no tensors of the dtype.
+    """
     given = losses.values() if isinstance(losses, Mapping) else losses
-    some = given if isinstance(given, Iterable) else ()
-    return next((one.device for one in some if isinstance(one, Tensor)), torch.device("cpu"))
+    heads = (task.linear.weight for task in tasks.values() if isinstance(task, Head))
+    some = chain(heads, given if isinstance(given, Iterable) else ())
+    device = next((one.device for one in some if isinstance(one, Tensor)), torch.device("cpu"))
+    if device.type == "mps" and dtype == torch.float64:
+        raise ValueError("Apple's MPS has no double precision: pass dtype=torch.float32.")
+    return device
 
 
 def passthrough_of(names: Collection[str], tasks: Mapping[str, Head | LossTask]) -> frozenset[str]:

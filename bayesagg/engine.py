@@ -145,7 +145,7 @@ class BayesAgg(nn.Module):
 
     def _step(self, losses: Losses, targets: Losses | None) -> Step:
         """What the backward pass of some losses will do; nothing has changed yet."""
-        device = device_of(self.heads, losses)
+        device = device_of(self.heads, losses, self.dtype)
         self._exchange.start(self._capture.group, self._modules_of_ranks, bool(self.heads))
         with in_full_precision(device):
             try:

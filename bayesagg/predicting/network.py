@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesagg.errors import CaptureError, FeatureError, HeadError
+from bayesagg.errors import CaptureError, FeatureError, HeadError, PredictionError
 from bayesagg.heads import Head
 
 __all__ = ["Heads", "call", "check_finite", "moved"]
@@ -75,6 +75,11 @@ class Heads:
             raise HeadError(
                 f"task {task!r}: its head received {width} features, the predictor knows "
                 f"{head.in_features}. Heads were changed after it was made: make a new one."
+            )
+        if calls[0].device.type == "mps":
+            raise PredictionError(
+                f"task {task!r}: predictions need double precision, which Apple's MPS lacks. Move "
+                f"the model to the CPU, and make the predictor there."
             )
         return calls.pop()
 

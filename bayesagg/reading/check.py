@@ -64,9 +64,11 @@ def check_affine(said: Said, features: Tensor) -> None:
     if head._sharded:  # to gather weights takes all ranks, of which some may lack the task
         return
     output = said.rows([call.output.detach() for call in said.calls])[:_ROWS]
-    h, weights = features[:_ROWS].double(), stacked(head).double()
+    weights = stacked(head)
+    wide = torch.promote_types(torch.promote_types(output.dtype, weights.dtype), torch.float32)
+    h, weights = features[:_ROWS].to(wide), weights.to(wide)
     h = torch.cat([h, h.new_ones(len(h), head.has_bias)], 1)
-    off = (output.double() - h @ weights.mT).abs()
+    off = (output.to(wide) - h @ weights.mT).abs()
     # Rounding, that of the weights under autocast too.
     rounding = max(16 * torch.finfo(output.dtype).eps, 1e-2)
     if bool((off > rounding * (h.abs() @ weights.abs().mT)).any()):
