@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -104,7 +105,8 @@ def difference(outcome: Outcome, name: str, reference: str) -> str:
     if name == reference or not {name, reference} <= outcome.standings.keys():
         return ""
     pair = outcome.standings[name].delta, outcome.standings[reference].delta
-    return "{:+.2f} ± {:.2f}".format(*paired_interval(*pair))
+    middle, half = paired_interval(*pair)
+    return f"{middle:+.2f} ± {half:.2f}" if isfinite(half) else f"{middle:+.2f}"  # one seed
 
 
 def p_value(p: float | None) -> str:
@@ -138,8 +140,11 @@ def error_table(
     rows = []
     for name, own in logs.items():
         if name != reference:
-            shown = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*relative_interval(own, logs[reference]))
-            p = p_value(paired_p_value(own, logs[reference]))
+            middle, *ends = relative_interval(own, logs[reference])
+            shown, p = f"{middle:+.1f}", ""
+            if len(own) > 1:
+                shown += " [{:+.1f}, {:+.1f}]".format(*ends)
+                p = p_value(paired_p_value(own, logs[reference]))
             rows.append([labels[name], shown, p])
     return markdown([f"errors over those of {labels[reference]}", "[%]", "p"], rows)
 

@@ -166,6 +166,9 @@ def test_errors_are_compared_without_a_yardstick(tmp_path):
         stats.ttest_rel(logs["ls"], logs["si"]).pvalue, abs=1e-3
     )
     assert {line.split(" | ")[0] for line in table} == {"| LS", "| BayesAgg"}
+    compared(tmp_path, *size, *arguments[:-1], "1")  # of the same runs: nothing to test with
+    page = (tmp_path / "results.md").read_text()
+    assert f"| LS | {100 * math.expm1(pairs[0]):+.1f} |  |" in page
 
 
 def test_a_finished_comparison_is_not_run_again(finished, monkeypatch):
