@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bayesagg.constants import kept
 from bayesagg.reading import Labels, Part
@@ -21,6 +22,7 @@ __all__ = ["Order"]
 
 _STEPS = 40  # with labels of a task: less than the warm-up
 _ROWS = 64  # of a step, the first
+_LOOKS = 10  # at labels that say nothing yet, twenty steps apart
 _BETWEEN = 0.5  # variance of the mean labels of batches over that of the labels
 _SUCCESSIVE = 0.3  # mean squared successive difference over variance: 2 in any random order
 _BEGUN = 1.5  # the same of batches of which the last are the first of another kind
@@ -38,6 +40,7 @@ class Order:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._seen: dict[str, list[tuple[slice, Some]]] = {name: [] for name in names}
+        self._looks = dict.fromkeys(self._seen, _LOOKS)
 
     @torch.no_grad()
     def see(self, parts: Sequence[Part]) -> None:
@@ -58,7 +61,8 @@ class Order:
                 self._decide(name, ordered, undecided)
 
     def _decide(self, name: str, ordered: bool, undecided: bool) -> None:
-        if undecided and not ordered:
+        self._looks[name] -= 1
+        if undecided and not ordered and self._looks[name]:
             del self._seen[name][: _STEPS // 2]
             return
         del self._seen[name]
@@ -88,16 +92,17 @@ def _indices(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _verdict(steps: Sequence[tuple[slice, Some]]) -> Tensor:
     """Whether any output of a task is in order, or may still be, ``[2]``."""
-    sums, origin = [], None
+    rows = max(len(labels) for _, (labels, _) in steps)
+    every = []
     for columns, (labels, present) in steps:
         t = labels[:, columns]
         known = torch.ones_like(t) if present is None else present[:, columns].to(t.dtype)
-        count = known.sum(0)
-        if origin is None:
-            origin = (t * known).sum(0) / count.clamp_min(1)
-        t = (t - origin) * known  # no rounding of what is far from zero
-        sums.append(torch.stack([t.sum(0), t.square().sum(0)]) / count)
-    mean, square = torch.stack(sums, 1)  # NaN without a label: such an output is not judged
+        every.append(F.pad(torch.stack([t, known]), (0, 0, 0, rows - len(t))))
+    t, known = torch.stack(every, 1)
+    count = known.sum(1)
+    origin = t.masked_fill(known == 0, -torch.inf).amax((0, 1))
+    t = (t - origin) * known  # no rounding of what is far from zero, or all the same
+    mean, square = t.sum(1) / count, t.square().sum(1) / count  # NaN without a label: not judged
     within = (square - mean.square()).mean(0)
     between = mean.var(0, correction=0)
     successive = mean.diff(dim=0).square().mean(0)
