@@ -31,7 +31,7 @@ _STYLES = {
 }  # colour and marker
 _OTHERS = ((5, "X"), (1, "*"), (2, "p"))  # of further methods, in turn
 _WORDS = ("better", "level", "worse", "failed")
-_FEWEST = 6  # regimes that a test by signed ranks can tell two methods apart from, at 5 %
+FEWEST = 6  # regimes that a test by signed ranks can tell two methods apart from, at 5 %
 _HIGHEST = 600.0  # percent, in figures
 _FONT = 13  # points: legible where a figure of 6.4 inches is 400 pixels wide
 
@@ -266,7 +266,7 @@ def write(folder: Path, points: Sequence[Point], labels: Mapping[str, str]) -> s
     table = pd.DataFrame(means)
     if once and OURS in labels:
         parts += ["## Against linear scalarization", verdicts(once)]
-    if len(once) >= _FEWEST and len(labels) > 2:
+    if len(once) >= FEWEST and len(labels) > 2:
         text, matrix = differences(table)
         parts += ["## All together", text]
         plot_ranks(folder / "regimes-ranks.png", table, matrix)
