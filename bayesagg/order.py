@@ -92,11 +92,11 @@ def _indices(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _verdict(steps: Sequence[tuple[slice, Some]]) -> Tensor:
     """Whether any output of a task is in order, or may still be, ``[2]``."""
-    rows = max(len(labels) for _, (labels, _) in steps)
+    rows, latest = max(len(labels) for _, (labels, _) in steps), steps[-1][1][0]
     every = []
     for columns, (labels, present) in steps:
-        t = labels[:, columns]
-        known = torch.ones_like(t) if present is None else present[:, columns].to(t.dtype)
+        t = labels[:, columns].to(latest)  # the network may have been moved
+        known = torch.ones_like(t) if present is None else present[:, columns].to(t)
         every.append(F.pad(torch.stack([t, known]), (0, 0, 0, rows - len(t))))
     t, known = torch.stack(every, 1)
     count = known.sum(1)
