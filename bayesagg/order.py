@@ -24,7 +24,7 @@ _STEPS = 40  # with labels of a task: less than the warm-up
 _ROWS = 64  # of a step, the first
 _LOOKS = 10  # at labels that say nothing yet, twenty steps apart
 _BETWEEN = 0.5  # variance of the mean labels of batches over that of the labels
-_SUCCESSIVE = 0.3  # mean squared successive difference over variance: 2 in any random order
+_SUCCESSIVE = 0.3  # von Neumann's ratio: 2 in any random order
 _BEGUN = 1.5  # the same of batches of which the last are the first of another kind
 
 
@@ -91,7 +91,14 @@ def _indices(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _verdict(steps: Sequence[tuple[slice, Some]]) -> Tensor:
-    """Whether any output of a task is in order, or may still be, ``[2]``."""
+    """Whether any output of a task is in order, or may still be, ``[2]``.
+
+    By von Neumann's ratio of the mean labels ``m_t`` of the steps, ``E (m_{t+1} - m_t)² / Var m``,
+    which is 2 in a random order; where these differ more than the labels of a step do.
+
+    Args:
+        steps: columns of the task's outputs, and labels of a part, ``[n, K]``, of every step.
+    """
     rows, latest = max(len(labels) for _, (labels, _) in steps), steps[-1][1][0]
     every = []
     for columns, (labels, present) in steps:

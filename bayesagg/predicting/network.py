@@ -62,7 +62,13 @@ class Heads:
                 handle.remove()
 
     def received(self, seen: dict[str, list[Tensor]], task: str) -> Tensor:
-        """What a head received in its one call, which is forgotten then."""
+        """What a head received in its one call, ``[..., d]``, which is forgotten then.
+
+        Raises:
+            CaptureError: if it was not called once.
+            HeadError: if the width is another than that of the head.
+            PredictionError: on a device without double precision.
+        """
         calls, head = seen[task], self.by_task[task]
         if len(calls) != 1:
             how = "was not used" if not calls else f"was used {len(calls)} times"

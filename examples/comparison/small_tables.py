@@ -22,19 +22,17 @@ from tqdm import tqdm
 
 from bayesagg.errors import BayesAggError
 from examples.arguments import Parser, add_jobs, whole
-from examples.comparison.catalogue import methods, more_methods
 from examples.comparison.networks import mlp
 from examples.comparison.regime_report import FEWEST, differences
 from examples.comparison.report import markdown
 from examples.comparison.statistics import logarithm
+from examples.comparison.stress import METHODS
 from examples.comparison.tasks import Task, criterion
 from examples.data import DataUnavailableError, Split, split_indices
 from examples.data.r_tables import TARGETS, read_tables
 from examples.jobs import Tick, run_jobs
 from examples.training import TrainSettings, train
 
-_KNOWN = methods("utkface") | more_methods("utkface")
-METHODS = {name: method for name, method in _KNOWN.items() if not name.startswith("ensemble")}
 DEFAULT = ("uw", "si", "si-readout", "bayesagg")
 REFERENCE = "ls"
 RATES = (3.2e-4, 1e-3, 3.2e-3, 1e-2)
