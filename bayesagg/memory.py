@@ -63,7 +63,7 @@ class Update:
         length: of aggregate and plain gradient, ``[2]``.
         steps: of the memory that the step saw.
         before: units that it saw, each with what its evidence was multiplied by.
-        decay: of the running means.
+        decay: of the running means of units.
         due: of :func:`bayesagg.rules.handover.next_due`.
         trial: of :func:`bayesagg.rules.handover.compared`, ``[3]``.
     """
@@ -73,7 +73,7 @@ class Update:
     length: Tensor | None = None
     steps: int = 0
     before: list[tuple[Unit, Tensor | float]] = field(default_factory=list)
-    decay: float = 1.0
+    decay: Tensor | float = 1.0
     due: int | None = None
     trial: Tensor | None = None
 

@@ -19,7 +19,7 @@ from bayesagg.heads import Head
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.repeats import Repeats, load_repeats
 
-__all__ = ["Basis", "Frame", "Unit", "load_unit", "means_of", "running_mean"]
+__all__ = ["Basis", "Frame", "Unit", "decays", "load_unit", "means_of", "running_mean"]
 
 _TENSORS = ("gram", "shift", "scale")
 _BASIS = ("vectors", "values", "mean")
@@ -54,8 +54,9 @@ class Unit:
         gram: ``Λ = Σ w h̃ h̃ᵀ``, ``[G, D, D]``.
         shift: ``Σ w t h̃``, ``[G, P, D]``, of the working responses t.
         started: there is evidence, and every task has a scale; of weighted units never sure.
-        scale: running means of every task's scale and of the level of its labels (their mean
-            square; 1 where they have no unit), ``[G, 3, T]``; ``T`` is 1 if wide.
+        scale: running means, ``[G, 5, T]``, ``T`` is 1 if wide: of every task's scale and of the
+            level of its labels (their mean square; 1 where they have no unit), with their weight;
+            and of the scale over more steps, which tasks are weighed by, with its weight.
         basis: of the evidence; ``None``: the next step makes one.
         repeats: how many data there are; ``None``: nobody asks, or no label tells.
     """
@@ -101,7 +102,7 @@ class Unit:
             False,
             like.new_zeros(groups, width, width),
             like.new_zeros(groups, columns, width),
-            like.new_zeros(groups, 3, 1 if wide else tasks),
+            like.new_zeros(groups, 5, 1 if wide else tasks),
             repeats=Repeats.empty(groups, like) if counting else None,
         )
 
@@ -197,18 +198,25 @@ class Frame:
         return found
 
 
+def decays(recent: float, long: float, like: Tensor) -> Tensor:
+    """Of the running means of a unit, ``[5, 1]``."""
+    found = like.new_full((5, 1), recent)
+    found[3:].fill_(long)
+    return found
+
+
 def running_mean(
-    state: Tensor, values: Sequence[Tensor], seen: Tensor | None, decay: float
+    state: Tensor, rows: Sequence[Tensor], seen: Tensor | None, decay: Tensor | float
 ) -> Tensor:
-    """Exponential running means, kept as sums of values and, in the last row, of weights.
+    """Exponential running means, kept as sums of values and of weights.
 
     Args:
-        state: before, ``[…, R + 1, T]``; zeros at the start.
-        values: ``R`` tensors ``[…, T]``.
+        state: before, ``[…, R, T]``; zeros at the start.
+        rows: values, and ones for their weight, ``R`` tensors ``[…, T]``.
         seen: booleans ``[…]``, ``None``: all; where not, the means stay as they are.
-        decay: of the weight of the past.
+        decay: of the weight of the past, ``[R, 1]`` or one for all.
     """
-    new = torch.stack([*values, torch.ones_like(values[0])], -2)
+    new = torch.stack([*rows], -2)
     moved = torch.lerp(new, state, decay)
     return moved if seen is None else torch.where(seen[..., None, None], moved, state)
 

@@ -1,11 +1,14 @@
 """Losses without a head: as a ``LossTask``, weighed by the rule, or passed through as they are."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from bayesagg import BayesAgg, BayesAggWrapper, LikelihoodRule, LossTask
 from bayesagg.errors import HeadError
+from bayesagg.rules import settings
 from tests.helpers.data import make_batch, make_losses
 from tests.helpers.nets import plain_net
 from tests.helpers.settings import EPOCH, PHASES, WIDTH
@@ -120,19 +123,24 @@ def two_losses(net, x):
     return {"long": 1 + h.square().mean(), "near": 100 * (h - 1).abs().mean()}
 
 
-@pytest.mark.parametrize("lag", [1, 20])
-def test_losses_without_heads_alone_are_divided_by_their_running_means(lag, device, dtype):
+@pytest.mark.parametrize("lag", [1, 20, None])
+def test_losses_without_heads_alone_are_divided_by_their_running_means(
+    lag, device, dtype, monkeypatch
+):
     """The default rule's only: the paper's weighs heads. The first step has its own values."""
+    monkeypatch.setattr(settings, "_LAG", 1)  # that it grows within these steps
     rule = LikelihoodRule(warmup=0, lag=lag, keep_length=False)
     net = plain_net(device, dtype)
     engine = BayesAgg(None, {"long": LossTask(), "near": LossTask()}, rule=rule)
     values = []
-    for index in range(4):
+    for index in range(6):
         losses = two_losses(net, make_batch(device, dtype, seed=index)[0])
         now = torch.stack([*losses.values()]).detach().double()
         past = torch.stack(values or [now])
-        ages = torch.arange(len(past), device=device).flip(0)[:, None]
-        means = (rule.decay**ages * past).sum(0) / (rule.decay**ages).sum(0)
+        lags = [lag or max(1, step / 2) for step in range(1, len(past) + 1)]
+        later = [math.prod(1 - 1 / own for own in lags[i + 1 :]) for i in range(len(past))]
+        shares = torch.tensor([a / b for a, b in zip(later, lags, strict=True)]).to(past)[:, None]
+        means = (shares * past).sum(0) / shares.sum(0)
         values.append(now)
 
         own = list(net.trunk.parameters())

@@ -82,7 +82,8 @@ def _columns(rule: Settings, memory: FadingMemory, unit: Unit) -> tuple[Tensor, 
     if unit.repeats is not None:
         length = rule.memory_of(unit.gram.shape[-1])
         frame = frame.of_few(unit.repeats.lengths(length), length)
-    current, ridge = scales_and_ridges(frame, exact, False, unit.scale, ones, ones[:, :exact])
+    recent = unit.scale[:, [0, 1, 2, 0, 2]]  # predictions are of now
+    current, ridge = scales_and_ridges(frame, exact, False, recent, ones, ones[:, :exact])
     spread = 1 / like.new_tensor([bound.curvature for bound in bounds])
     noise = torch.ones_like(like)
     noise[:, :exact] = current[:, :exact]

@@ -39,7 +39,7 @@ from bayesagg.rules.others import others_of
 from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import make_stacks
 from bayesagg.rules.streaming import Inference, infer
-from bayesagg.units import Frame
+from bayesagg.units import Frame, decays
 
 __all__ = ["LikelihoodRule"]
 
@@ -56,7 +56,8 @@ class LikelihoodRule(Settings, Rule):
         warmup: steps of linear scalarization first, while evidence gathers; more, as long as heads
             that are trained already are better than it would make them (at most until there are
             twelve data for each of their weights; not with less than ten steps).
-        lag: steps that the running means of the scales go back.
+        lag: steps that the running means of the scales go back; ``None``: half of those so far, at
+            least 100.
         prior_variance: γ of the prior over the weights of every output, ``N(0, γ I)``, for
             regressions in units of the mean square of their labels; ``None``: 0.05, and 3.25 over
             the number of weights of an output where that is less; of regressions with fewer than
@@ -151,11 +152,13 @@ class LikelihoodRule(Settings, Rule):
         if others is not None and not memory.heads:
             lengths = others.squared_sums()
         squares, lengths, sums = totals(exact, lengths, others, exchange)
-        length = _moved(memory.length, lengths, self.decay)
-        units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, self.decay)]
+        recent, long = self.decays_of(memory.steps)
+        length = _moved(memory.length, lengths, recent)
+        decay = decays(recent, long, like)
+        units = [u for one, s in zip(found, squares, strict=True) for u in one.units(s, decay)]
         before = [pair for one in found for pair in zip(one.stack.units, one.fades(), strict=True)]
-        scales = {} if others is None else others.scales(sums[0], self.decay)
-        update = Update(idle + units, scales, length, memory.steps, before, self.decay)
+        scales = {} if others is None else others.scales(sums[0], long)
+        update = Update(idle + units, scales, length, memory.steps, before, decay)
         update.due = next_due(memory)
         plan = Plan(update=update)
         if update.due is not None:

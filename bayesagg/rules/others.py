@@ -46,7 +46,8 @@ class Others:
         """Running means after the step, ``[2]`` by task; ``sums``: the values of all ranks."""
         value, count = sums.unbind(1)
         mean = (value / count.clamp(min=1))[:, None]
-        moved = running_mean(self.state[..., None], (mean,), count > 0, decay)[..., 0]
+        rows = mean, torch.ones_like(mean)
+        moved = running_mean(self.state[..., None], rows, count > 0, decay)[..., 0]
         return dict(zip(self.names, moved, strict=True))
 
 

@@ -10,6 +10,7 @@ from bayesagg.predicting.regression import Prior
 __all__ = ["Settings"]
 
 _VARIANCE, _WEIGHTS = 0.05, 65  # of the prior, and up to how wide; measured: docs/default.md
+_LAG, _SHARE = 100, 2  # steps at first, and what part of all steps later; measured
 _PER_WEIGHT = 20  # data that the memory holds, and that the prior of a regression is made for
 
 
@@ -23,7 +24,7 @@ class Settings:
 
     memory: int | None = None
     warmup: int = 50
-    lag: int = 100
+    lag: int | None = None
     prior_variance: float | None = None
     degrees_of_freedom: float = 10.0
     keep_length: bool = True
@@ -31,7 +32,7 @@ class Settings:
     def __post_init__(self) -> None:
         for setting, least in (("memory", 1), ("warmup", 0), ("lag", 1)):
             value = getattr(self, setting)
-            given = value is not None or setting != "memory"
+            given = value is not None or setting == "warmup"
             if given and (type(value) is not int or value < least):
                 raise ValueError(f"{setting} must be an integer >= {least}, got {value!r}.")
         for setting in ("prior_variance", "degrees_of_freedom"):
@@ -58,7 +59,10 @@ class Settings:
         width = head.in_features + head.has_bias
         return self.given_of(head) or _VARIANCE * min(1.0, _WEIGHTS / width)
 
-    @property
-    def decay(self) -> float:
-        """Weight of the past in the running means."""
-        return 1 - 1 / self.lag
+    def decays_of(self, steps: int) -> tuple[float, float]:
+        """Weights of the past in the running means of a step, after ``steps`` before it.
+
+        That of the noise and the lengths, and that of the scales which tasks are weighed by.
+        """
+        lags = self.lag or _LAG, self.lag or max(_LAG, (steps + 1) / _SHARE)
+        return 1 - 1 / lags[0], 1 - 1 / lags[1]

@@ -42,8 +42,8 @@ class Inference:
         shift: ``[G, P, D]``.
         seen: data of the step, ``[G]``, or their number where no label is missing.
         misfit: its mean at the outputs, ``[G, T]``, or of the tasks that are not exact.
-        scale: running means before the step, ``[G, 3, T]``.
-        current: the scale of every task in this step, ``[G, T]``.
+        scale: running means before the step, ``[G, 5, T]``.
+        current: the scale that every task is weighed by in this step, ``[G, T]``.
         ridge: of all columns, ``[G, P]``, or ``[G, 1]``.
         posterior: of all columns.
         bases: of the units, where they are kept.
@@ -71,13 +71,13 @@ class Inference:
             return [self.fade] * len(self.stack.units)
         return _split(self.fade, self.stack.sizes)
 
-    def units(self, sums: Tensor, decay: float) -> list[Unit]:
+    def units(self, sums: Tensor, decay: Tensor) -> list[Unit]:
         """Units with the evidence of the step.
 
         Args:
             sums: of squared leave-one-out residuals of every exact task and of its squared
                 labels, ``[2, G, R]``.
-            decay: of the running means.
+            decay: of the running means, ``[5, 1]``.
         """
         seen, r = self.seen, self.stack.exact
         count = _at_least_one(seen) if isinstance(seen, Tensor) else seen
@@ -87,7 +87,8 @@ class Inference:
             values = torch.cat([values, others], 1)
             levels = torch.cat([levels, torch.ones_like(others)], 1)
         known = seen > 0 if isinstance(seen, Tensor) else None
-        scale = running_mean(self.scale, (floored(values, levels), levels), known, decay)
+        values, one = floored(values, levels), torch.ones_like(values)
+        scale = running_mean(self.scale, (values, levels, one, values, one), known, decay)
         sizes = self.stack.sizes
         state = (_split(t, sizes) for t in (self.gram, self.shift, scale))
         parts = zip(self.stack.units, *state, self.bases, self.repeats, strict=True)
@@ -165,7 +166,7 @@ def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence
 def scales_and_ridges(
     frame: Frame, exact: int, started: bool, scale: Tensor, misfit: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scales of all tasks, ``[G, T]``, and ridges of all columns, ``[G, P]``.
+    """Scales that tasks are weighed by, ``[G, T]``, and ridges of all columns, ``[G, P]``.
 
     The prior variance of a regression is ``γ`` times the level of its labels, so that their unit
     has no say; the ridge is the noise over it.
@@ -174,24 +175,26 @@ def scales_and_ridges(
         frame: of the units.
         exact: number R of regressions among the tasks, which come first.
         started: every task has a running mean.
-        scale: the running means, ``[G, 3, T]``.
+        scale: the running means, ``[G, 5, T]``.
         misfit: the scale of a task without one, ``[G, T]``.
         levels: the level of a regression without one, ``[G, R]``.
     """
     r = exact
     if started:
-        total, level, weight = scale.unbind(1)
-        current, relative = total / weight, total / level
-        relative = relative.nan_to_num_(1.0, math.inf)  # all labels so far were zero
+        total, level, weight, long, count = scale.unbind(1)
+        current, most = long / count, math.inf
     else:
         first = torch.cat([levels, torch.ones_like(misfit[:, r:])], 1)  # 1: they have no unit
-        current, level = means_of(scale, (misfit, first))
-        relative = (current / level).nan_to_num_(1.0, math.sqrt(torch.finfo(level.dtype).max))
+        total, level = means_of(scale[:, :3], (misfit, first))
+        [current], weight = means_of(scale[:, 3:], (misfit,)), torch.ones_like(level)
+        most = math.sqrt(torch.finfo(level.dtype).max)
+    relative = (total / level).nan_to_num_(1.0, most)  # all labels so far were zero
     noise, ridge = frame.noise, frame.ridge
     if noise is not None:
-        fixed = torch.where(noise > 0, noise, current[:, :r])
-        relative = cat([relative[:, :r] * (fixed / current[:, :r]), relative[:, r:]], 1)
-        current = cat([fixed, current[:, r:]], 1)
+        known, own = noise > 0, noise / (level / weight)[:, :r]
+        own = torch.where(known, own.nan_to_num_(1.0, most), relative[:, :r])
+        relative = cat([own, relative[:, r:]], 1)
+        current = cat([torch.where(known, noise, current[:, :r]), current[:, r:]], 1)
     if r == ridge.shape[1]:
         return current, relative * ridge
     return current, torch.cat([relative[:, :r] * ridge[:, :r], ridge[:, r:]], 1) if r else ridge

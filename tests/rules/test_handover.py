@@ -71,7 +71,7 @@ def test_what_is_compared_is_as_written_out(bias, missing):
                     gram, eta = unit.gram[group], unit.shift[group, row]
                     ridge = 1 / (CURVATURE[kind] * GAMMA)
                     if kind == "reg":
-                        total, level, _ = unit.scale[group, :, 0 if unit.wide else column]
+                        total, level = unit.scale[group, :2, 0 if unit.wide else column]
                         ridge = ridge * total / level
                     weights.append(torch.linalg.solve(gram + ridge * torch.eye(len(gram)), eta))
                     column += 1

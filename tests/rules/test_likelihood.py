@@ -15,10 +15,12 @@ from bayesagg import (
     MulticlassHead,
     RegressionHead,
 )
+from bayesagg.rules import settings
 from tests.helpers.data import LOSSES, without
 
 D, N = 4, 9
 RULE = LikelihoodRule(memory=30, warmup=0, lag=5, prior_variance=0.2, keep_length=False)
+LAG = 2  # of a rule that has none set, here
 KINDS = {"reg": (RegressionHead, 2), "bin": (BinaryHead, 1), "cls": (MulticlassHead, 3)}
 
 
@@ -46,7 +48,9 @@ class Reference:
         width = D + (module.bias is not None)
         self.gram = torch.zeros(width, width, dtype=torch.float64)
         self.shift = torch.zeros(width, module.out_features, dtype=torch.float64)
-        self.sums = torch.zeros(3, module.out_features if kind != "cls" else 1).double()
+        # Of the noise, and of the scale that the task is weighed by, which may go back further.
+        self.sums = torch.zeros(2, 3, module.out_features if kind != "cls" else 1).double()
+        self.steps = 0
 
     def weights(self):
         w = self.module.weight.detach()
@@ -70,30 +74,31 @@ class Reference:
         eye = torch.eye(len(self.gram)).double()
         mean = torch.linalg.solve(c * self.gram + eye / rule.prior_variance, self.shift)
         value = LOSSES[self.kind](z, y)[None]
-        scale = self.scale(value).clamp(min=0.01)
+        scale = self.mean(1, 0, value).clamp(min=0.01)
         self.lag(value, torch.ones_like(value))
         return (p - target) @ w[:D].T / scale / len(h), mean
 
-    def scale(self, first):
-        return torch.where(self.sums[2] > 0, self.sums[0] / self.sums[2], first)
-
-    def level(self, first):
-        return torch.where(self.sums[2] > 0, self.sums[1] / self.sums[2], first)
+    def mean(self, which, row, first):
+        sums = self.sums[which]
+        return torch.where(sums[2] > 0, sums[row] / sums[2], first)
 
     def lag(self, value, level):
-        decay = 1 - 1 / self.rule.lag
+        self.steps += 1
+        lags = self.rule.lag or LAG, self.rule.lag or max(LAG, self.steps / 2)
+        share = 1 / torch.tensor(lags, dtype=torch.float64)[:, None, None]
         new = torch.stack([value, level, torch.ones_like(value)])
-        self.sums = decay * self.sums + (1 - decay) * new
+        self.sums = (1 - share) * self.sums + share * new
 
     def regression(self, h, y, z, w):
         rule, n, k = self.rule, len(h), y.shape[1]
-        tau2 = self.scale((z - y).square().mean(0))
-        levels = self.level(y.square().mean(0))
+        first = (z - y).square().mean(0)
+        noise, tau2 = self.mean(0, 0, first), self.mean(1, 0, first)
+        levels = self.mean(0, 1, y.square().mean(0))
         gradient, squares = torch.zeros(n, D).double(), torch.zeros(k).double()
         means = []
         for j in range(k):
             prior = rule.prior_variance * levels[j]  # in units of the labels
-            a = self.gram + tau2[j] / prior * torch.eye(len(self.gram)).double()
+            a = self.gram + noise[j] / prior * torch.eye(len(self.gram)).double()
             means.append(torch.linalg.solve(a, self.shift[:, j]))
             for i in range(n):  # the posterior without the datum, by a factorization of its own
                 rest = a - torch.outer(h[i], h[i])
@@ -113,12 +118,15 @@ class Reference:
 @pytest.mark.parametrize("labels_are", ["all there", "missing", "missing and given"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kinds", [["reg"], ["bin"], ["cls"], ["reg", "bin", "cls"]])
-def test_equals_the_formulas_datum_by_datum(kinds, bias, labels_are):
+@pytest.mark.parametrize("lag", [5, None])
+def test_equals_the_formulas_datum_by_datum(kinds, bias, labels_are, lag, monkeypatch):
     """A missing label is a datum that is not there, for that task; the others keep it."""
+    monkeypatch.setattr(settings, "_LAG", LAG)
     modules, heads = network(kinds, bias)
-    engine = BayesAgg(None, heads, rule=RULE)
-    references = {k: Reference(k, modules[k], RULE) for k in kinds}
-    for step in range(6):
+    rule = replace(RULE, lag=lag)
+    engine = BayesAgg(None, heads, rule=rule)
+    references = {k: Reference(k, modules[k], rule) for k in kinds}
+    for step in range(6 if lag else 9):  # half of the steps are more than two from the fifth on
         x, labels = batch(step, kinds, n=N + step)
         expected, means, losses, targets = torch.zeros_like(x), {}, {}, {}
         for place, k in enumerate(kinds):
@@ -239,8 +247,8 @@ def test_settings_that_the_rule_does_not_use_warn_by_name():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"memory": 0}, {"warmup": -1}, {"lag": 0}, {"lag": 1.5}, {"prior_variance": 0.0}]
+    "given", [{"memory": 0}, {"warmup": -1}, {"lag": 0}, {"lag": 1.5}, {"prior_variance": 0.0}]
 )
-def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        LikelihoodRule(**settings)
+def test_settings_out_of_range_are_refused(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        LikelihoodRule(**given)

@@ -87,7 +87,7 @@ def written_out(units, before, share, given):
                 group, row = (o, 0) if unit.wide else (0, column)
                 ridge = 4 / GAMMA  # a curvature of a quarter
                 if name != "bin":
-                    total, level, _ = before[name][group, :, 0 if unit.wide else column]
+                    total, level = before[name][group, :2, 0 if unit.wide else column]
                     own = given.get(name)
                     ridge = total / level / (own or GAMMA * share[name][o])
                 gram, eta = unit.gram[group], unit.shift[group, row]
@@ -135,7 +135,7 @@ def test_predictions_know_the_same_prior(given):
     for _ in range(200):  # until the evidence is what it stays
         step(net, optimizer, h, labels)
     (unit,) = [unit for unit in optimizer.engine._memory.units if "a" in unit.names]
-    total, level, _ = unit.scale[0, :, 0]
+    total, level = unit.scale[0, :2, 0]
     gamma = given or GAMMA * shares([unit])["a"][0]
     mean, inverse = known(optimizer.predictor(net), "a")
     expected = torch.linalg.inv(unit.gram[0] + total / level / gamma * EYE)
