@@ -128,7 +128,7 @@ def test_losses_without_heads_alone_are_divided_by_their_running_means(
     lag, device, dtype, monkeypatch
 ):
     """The default rule's only: the paper's weighs heads. The first step has its own values."""
-    monkeypatch.setattr(settings, "_LAG", 1)  # that it grows within these steps
+    monkeypatch.setattr(settings, "_LONG", 1)  # that it grows within these steps
     rule = LikelihoodRule(warmup=0, lag=lag, keep_length=False)
     net = plain_net(device, dtype)
     engine = BayesAgg(None, {"long": LossTask(), "near": LossTask()}, rule=rule)

@@ -57,7 +57,7 @@ class LikelihoodRule(Settings, Rule):
             that are trained already are better than it would make them (at most until there are
             twelve data for each of their weights; not with less than ten steps).
         lag: steps that the running means of the scales go back; ``None``: half of those so far, at
-            least 100.
+            least 200, for what tasks are weighed by, and 100 for noise and lengths.
         prior_variance: γ of the prior over the weights of every output, ``N(0, γ I)``, for
             regressions in units of the mean square of their labels; ``None``: 0.05, and 3.25 over
             the number of weights of an output where that is less; of regressions with fewer than

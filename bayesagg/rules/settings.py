@@ -10,7 +10,8 @@ from bayesagg.predicting.regression import Prior
 __all__ = ["Settings"]
 
 _VARIANCE, _WEIGHTS = 0.05, 65  # of the prior, and up to how wide; measured: docs/default.md
-_LAG, _SHARE = 100, 2  # steps at first, and what part of all steps later; measured
+_RECENT = 100  # steps that the noise goes back
+_LONG, _SHARE = 200, 2  # steps that weights go back at first, later a part of all; measured
 _PER_WEIGHT = 20  # data that the memory holds, and that the prior of a regression is made for
 
 
@@ -64,5 +65,5 @@ class Settings:
 
         That of the noise and the lengths, and that of the scales which tasks are weighed by.
         """
-        lags = self.lag or _LAG, self.lag or max(_LAG, (steps + 1) / _SHARE)
+        lags = self.lag or _RECENT, self.lag or max(_LONG, (steps + 1) / _SHARE)
         return 1 - 1 / lags[0], 1 - 1 / lags[1]

@@ -20,7 +20,7 @@ from tests.helpers.data import LOSSES, without
 
 D, N = 4, 9
 RULE = LikelihoodRule(memory=30, warmup=0, lag=5, prior_variance=0.2, keep_length=False)
-LAG = 2  # of a rule that has none set, here
+RECENT, LONG = 2, 3  # lags of a rule that has none set, here
 KINDS = {"reg": (RegressionHead, 2), "bin": (BinaryHead, 1), "cls": (MulticlassHead, 3)}
 
 
@@ -84,7 +84,7 @@ class Reference:
 
     def lag(self, value, level):
         self.steps += 1
-        lags = self.rule.lag or LAG, self.rule.lag or max(LAG, self.steps / 2)
+        lags = self.rule.lag or RECENT, self.rule.lag or max(LONG, self.steps / 2)
         share = 1 / torch.tensor(lags, dtype=torch.float64)[:, None, None]
         new = torch.stack([value, level, torch.ones_like(value)])
         self.sums = (1 - share) * self.sums + share * new
@@ -121,12 +121,13 @@ class Reference:
 @pytest.mark.parametrize("lag", [5, None])
 def test_equals_the_formulas_datum_by_datum(kinds, bias, labels_are, lag, monkeypatch):
     """A missing label is a datum that is not there, for that task; the others keep it."""
-    monkeypatch.setattr(settings, "_LAG", LAG)
+    monkeypatch.setattr(settings, "_RECENT", RECENT)
+    monkeypatch.setattr(settings, "_LONG", LONG)
     modules, heads = network(kinds, bias)
     rule = replace(RULE, lag=lag)
     engine = BayesAgg(None, heads, rule=rule)
     references = {k: Reference(k, modules[k], rule) for k in kinds}
-    for step in range(6 if lag else 9):  # half of the steps are more than two from the fifth on
+    for step in range(6 if lag else 9):  # half of the steps are more than three from the seventh on
         x, labels = batch(step, kinds, n=N + step)
         expected, means, losses, targets = torch.zeros_like(x), {}, {}, {}
         for place, k in enumerate(kinds):
