@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayesagg import BayesAggWrapper, BinaryHead, MulticlassHead, RegressionHead
+from bayesagg import BayesAggWrapper, BinaryHead, LikelihoodRule, MulticlassHead, RegressionHead
 from bayesagg.moments.nodes import standard_normal_nodes
 from bayesagg.predicting import Predictor
+from bayesagg.rules import settings
 from tests.helpers.data import losses_over, make_batch, without
 from tests.helpers.nets import make_net, plain_net
 from tests.helpers.settings import EPOCH
@@ -83,9 +84,26 @@ def test_a_predictor_of_a_network_that_was_trained_further(exact, rule, tmp_path
         predictor(x)
 
 
+@pytest.mark.parametrize("lag", [None, 50])
+def test_predictions_have_the_noise_of_the_latest_steps(lag, monkeypatch):
+    """The default rule's only; not of the steps that tasks are weighed by, unless a lag is set."""
+    monkeypatch.setattr(settings, "_RECENT", 2)
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1).double()
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    rule = LikelihoodRule(warmup=0, lag=lag)
+    optimizer = BayesAggWrapper(base, net, {"y": RegressionHead(net)}, rule=rule)
+    for step in range(200):  # noise of one standard deviation, then of 0.01
+        h = torch.randn(64, 3).double()
+        y = h.sum(1, keepdim=True) + (1 if step < 100 else 0.01) * torch.randn(64, 1)
+        optimizer.step({"y": F.mse_loss(net(h), y)})
+    [noise] = dict(optimizer.predictor(net)._named())["y"].noise
+    assert noise < 3e-4 if lag is None else noise > 0.05
+
+
 def test_evidence_of_training_is_what_the_memory_holds():
     net, optimizer = trained("likelihood")
-    memory, settings = optimizer.engine._memory, optimizer.engine.rule
+    memory, dof = optimizer.engine._memory, optimizer.engine.rule.degrees_of_freedom
     g = torch.cat([net.trunk(make_batch(seed=9)[0]), torch.ones(6, 1).double()], 1).detach()
     p = optimizer.predictor(net)(make_batch(seed=9)[0])
     [unit] = memory.units
@@ -97,7 +115,7 @@ def test_evidence_of_training_is_what_the_memory_holds():
         variance = tau2 * ((g @ torch.linalg.inv(a)) * g).sum(1)
         squared = p["reg"].scale.square()[:, k]
         torch.testing.assert_close(squared, tau2 + variance)
-        assert p["reg"].dof[k] == settings.degrees_of_freedom
+        assert p["reg"].dof[k] == dof
     bound = torch.linalg.inv(unit.gram[0] / 4 + eye / 0.05)
     torch.testing.assert_close(p["bin"].output_variance[:, 1], ((g @ bound) * g).sum(1))
     bound = torch.linalg.inv(unit.gram[0] / 2 + eye / 0.05)
@@ -276,7 +294,7 @@ PARTS = ("mean", "stddev", "epistemic", "aleatoric", "output", "output_variance"
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
+    ("kind", "given"),
     [
         (RegressionHead, {}),
         (BinaryHead, {}),  # with eigenvectors of their own
@@ -284,7 +302,7 @@ PARTS = ("mean", "stddev", "epistemic", "aleatoric", "output", "output_variance"
     ],
     ids=["regression", "binary", "binary beyond the size"],
 )
-def test_heads_on_one_tensor_are_as_each_alone(kind, settings, tmp_path):
+def test_heads_on_one_tensor_are_as_each_alone(kind, given, tmp_path):
     """Also where they are saved, copied or moved; regressions share what they have in common."""
     net = plain_net(outputs={"one": 1, "two": 2})
     heads = {n: kind(m) for n, m in net.heads.items()}
@@ -292,7 +310,7 @@ def test_heads_on_one_tensor_are_as_each_alone(kind, settings, tmp_path):
     for x, _ in loader():
         y = x if kind is RegressionHead else (x > 0).double()
         data.append((x, {"one": y[:, :1], "two": y[:, 1:3]}))
-    predictor, x = Predictor.fit(net, heads, data, **settings), make_batch(seed=9)[0]
+    predictor, x = Predictor.fit(net, heads, data, **given), make_batch(seed=9)[0]
     torch.save(predictor.state_dict(), tmp_path / "predictor.pt")
     loaded = Predictor(net, heads)
     loaded.load_state_dict(torch.load(tmp_path / "predictor.pt", weights_only=True))
@@ -301,7 +319,7 @@ def test_heads_on_one_tensor_are_as_each_alone(kind, settings, tmp_path):
         assert len(shared) == 1 or kind is BinaryHead
         for name, together in one(x).items():
             some = [(x, {name: y[name]}) for x, y in data]
-            alone = Predictor.fit(net, {name: heads[name]}, some, **settings)(x)[name]
+            alone = Predictor.fit(net, {name: heads[name]}, some, **given)(x)[name]
             for part in PARTS:
                 torch.testing.assert_close(getattr(together, part), getattr(alone, part))
             if kind is BinaryHead:
