@@ -19,7 +19,7 @@ from bayesagg.heads import Head
 from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.repeats import Repeats, load_repeats
 
-__all__ = ["Basis", "Frame", "Unit", "decays", "load_unit", "means_of", "running_mean"]
+__all__ = ["Basis", "Frame", "Unit", "decays", "load_unit", "running_mean"]
 
 _TENSORS = ("gram", "shift", "scale")
 _BASIS = ("vectors", "values", "mean")
@@ -219,13 +219,6 @@ def running_mean(
     new = torch.stack([*rows], -2)
     moved = torch.lerp(new, state, decay)
     return moved if seen is None else torch.where(seen[..., None, None], moved, state)
-
-
-def means_of(state: Tensor, otherwise: Sequence[Tensor]) -> list[Tensor]:
-    """The running means, ``R`` tensors ``[…, T]``; ``otherwise`` before the first value."""
-    *sums, weight = state.unbind(-2)
-    known = weight > 0
-    return [torch.where(known, s / weight, o) for s, o in zip(sums, otherwise, strict=True)]
 
 
 def load_unit(state: Any, heads: Mapping[str, Head], counting: bool, like: Tensor) -> Unit:

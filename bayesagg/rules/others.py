@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesagg.memory import FadingMemory
 from bayesagg.parallel import Exchange
 from bayesagg.reading import Batch
-from bayesagg.units import means_of, running_mean
+from bayesagg.units import running_mean
 
 __all__ = ["Others", "others_of"]
 
@@ -72,6 +72,7 @@ def others_of(
     if any([name not in memory.others for name in names]):
         first = exchange.sum([values])[0]
     otherwise = first[:, 0] / first[:, 1].clamp(min=1)
-    scale = means_of(state[..., None], (otherwise[:, None],))[0][:, 0]
+    total, weight = state.unbind(1)
+    scale = torch.where(weight > 0, total / weight, otherwise)
     ratio = torch.where(scale > 0, scale.reciprocal(), 1.0)
     return Others(names, state, values, ratio)

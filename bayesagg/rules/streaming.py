@@ -19,7 +19,7 @@ from bayesagg.rules.arrange import frame_of
 from bayesagg.rules.evidence import Evidence, evidence_of
 from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import Stack, cat
-from bayesagg.units import Basis, Frame, Unit, means_of, running_mean
+from bayesagg.units import Basis, Frame, Unit, running_mean
 
 __all__ = [
     "Inference",
@@ -180,18 +180,18 @@ def scales_and_ridges(
         levels: the level of a regression without one, ``[G, R]``.
     """
     r = exact
-    if started:
-        total, level, weight, long, count = scale.unbind(1)
-        current, most = long / count, math.inf
-    else:
-        first = torch.cat([levels, torch.ones_like(misfit[:, r:])], 1)  # 1: they have no unit
-        total, level = means_of(scale[:, :3], (misfit, first))
-        [current], weight = means_of(scale[:, 3:], (misfit,)), torch.ones_like(level)
+    total, level, weight, long, count = scale.unbind(1)
+    current, most = long / count, math.inf
+    if not started:
+        known, first = weight > 0, torch.ones_like(misfit[:, r:])  # 1: they have no unit
+        current = torch.where(known, current, misfit)
+        total = torch.where(known, total / weight, misfit)
+        level = torch.where(known, level / weight, torch.cat([levels, first], 1))
         most = math.sqrt(torch.finfo(level.dtype).max)
     relative = (total / level).nan_to_num_(1.0, most)  # all labels so far were zero
     noise, ridge = frame.noise, frame.ridge
     if noise is not None:
-        known, own = noise > 0, noise / (level / weight)[:, :r]
+        known, own = noise > 0, noise / (level / weight if started else level)[:, :r]
         own = torch.where(known, own.nan_to_num_(1.0, most), relative[:, :r])
         relative = cat([own, relative[:, r:]], 1)
         current = cat([torch.where(known, noise, current[:, :r]), current[:, r:]], 1)
