@@ -63,7 +63,7 @@ class Update:
         length: of aggregate and plain gradient, ``[2]``.
         steps: of the memory that the step saw.
         before: units that it saw, each with what its evidence was multiplied by.
-        decay: of the running means of units.
+        decay: of the running means of units, ``[5, 1]``.
         due: of :func:`bayesagg.rules.handover.next_due`.
         trial: of :func:`bayesagg.rules.handover.compared`, ``[3]``.
     """

@@ -54,9 +54,9 @@ class Unit:
         gram: ``Λ = Σ w h̃ h̃ᵀ``, ``[G, D, D]``.
         shift: ``Σ w t h̃``, ``[G, P, D]``, of the working responses t.
         started: there is evidence, and every task has a scale; of weighted units never sure.
-        scale: running means, ``[G, 5, T]``, ``T`` is 1 if wide: of every task's scale and of the
-            level of its labels (their mean square; 1 where they have no unit), with their weight;
-            and of the scale over more steps, which tasks are weighed by, with its weight.
+        scale: running means, ``[G, 5, T]``, ``T`` is 1 if wide. Rows 0 to 2 go back few steps: of
+            every task's scale, of the level of its labels (their mean square; 1 where they have no
+            unit), and their weight; 3 and 4 more: of the scale it is weighed by, and its weight.
         basis: of the evidence; ``None``: the next step makes one.
         repeats: how many data there are; ``None``: nobody asks, or no label tells.
     """
@@ -199,7 +199,7 @@ class Frame:
 
 
 def decays(recent: float, long: float, like: Tensor) -> Tensor:
-    """Of the running means of a unit, ``[5, 1]``."""
+    """Weights of the past in the five running means of a unit, ``[5, 1]``; without a copy."""
     found = like.new_full((5, 1), recent)
     found[3:].fill_(long)
     return found

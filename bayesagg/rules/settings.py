@@ -10,8 +10,8 @@ from bayesagg.predicting.regression import Prior
 __all__ = ["Settings"]
 
 _VARIANCE, _WEIGHTS = 0.05, 65  # of the prior, and up to how wide; measured: docs/default.md
-_RECENT = 100  # steps that the noise goes back
-_LONG, _SHARE = 200, 2  # steps that weights go back at first, later a part of all; measured
+_RECENT = 100  # steps that noise and lengths go back
+_LONG, _SHARE = 200, 2  # steps that the scales go back, later a part of all; docs/default.md
 _PER_WEIGHT = 20  # data that the memory holds, and that the prior of a regression is made for
 
 
@@ -61,9 +61,10 @@ class Settings:
         return self.given_of(head) or _VARIANCE * min(1.0, _WEIGHTS / width)
 
     def decays_of(self, steps: int) -> tuple[float, float]:
-        """Weights of the past in the running means of a step, after ``steps`` before it.
+        """``1 - 1/L``, weights of the past in the running means of step ``t = steps + 1``.
 
-        That of the noise and the lengths, and that of the scales which tasks are weighed by.
+        ``L = 100`` for noise and lengths, ``max(200, t/2)`` for the scales that tasks are weighed
+        by; both are ``lag`` if that is set.
         """
         lags = self.lag or _RECENT, self.lag or max(_LONG, (steps + 1) / _SHARE)
         return 1 - 1 / lags[0], 1 - 1 / lags[1]
