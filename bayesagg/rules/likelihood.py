@@ -39,6 +39,7 @@ from bayesagg.rules.others import others_of
 from bayesagg.rules.settings import Settings
 from bayesagg.rules.stack import make_stacks
 from bayesagg.rules.streaming import Inference, infer
+from bayesagg.rules.warmup import in_units, inverse_levels
 from bayesagg.units import Frame, decays
 
 __all__ = ["LikelihoodRule"]
@@ -55,7 +56,8 @@ class LikelihoodRule(Settings, Rule):
             of weights of an output, but no more than there are data, as far as labels tell.
         warmup: steps of linear scalarization first, while evidence gathers; more, as long as heads
             that are trained already are better than it would make them (at most until there are
-            twelve data for each of their weights; not with less than ten steps).
+            twelve data for each of their weights; not with less than ten steps). For the features,
+            losses count in units of their labels where the mean square of these is above 4.
         lag: steps that the running means of the scales go back; ``None``: half of those so far, at
             least 200, for what tasks are weighed by, and 100 for noise and lengths.
         prior_variance: γ of the prior over the weights of every output, ``N(0, γ I)``, for
@@ -165,6 +167,11 @@ class LikelihoodRule(Settings, Rule):
             free = self._free(memory.heads)
             update.trial = compared(memory, update.due, free, here, found, exchange)
             plan.weights = uniform_weights(memory.tasks, like)
+            if inverse := inverse_levels(units, memory.heads):
+                planned, factors, lengths = in_units(batch, inverse, weights, exchange)
+                scale = self._length_scale(memory, lengths)
+                plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
+                plan.weights = partial(_warm_shares, batch, own, factors, scale)
             return plan
         beside = [name for name in own if name in batch.losses and name not in memory.heads]
         frames = [one.frame for one in found]
@@ -196,6 +203,15 @@ class LikelihoodRule(Settings, Rule):
         within = (_INVARIANT if memory.invariant else _OTHER) ** 2
         # No gradient at all: 0 / 0.
         return (square.clamp(1 / within, within) / square).sqrt_().nan_to_num_(1.0, 1.0, 1.0)
+
+
+def _warm_shares(
+    batch: Batch, own: Mapping[str, Tensor], factors: Mapping[str, Tensor], scale: Tensor
+) -> dict[str, Tensor]:
+    """Shares in the warm-up, of losses with factors and of others, as they are."""
+    found = {name: torch.ones_like(ratio) for name, ratio in own.items() if name in batch.losses}
+    found |= {name: factor * scale for name, factor in factors.items()}
+    return _shares([*found], [], [], found)
 
 
 def _warn_of_unused(name: str, head: Head) -> None:

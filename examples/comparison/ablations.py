@@ -76,7 +76,7 @@ class ReadoutRule(LikelihoodRule):
     def plan(self, memory: Any, batch: Any, *others: Any) -> Plan:
         """The plan of the default rule for the heads; the tasks' own gradients for the rest."""
         plan = super().plan(memory, batch, *others)
-        if not plan.gradients:  # the warm-up
+        if plan.update.due is not None:  # the warm-up
             return plan
         shares = plan.weights() if callable(plan.weights) else plan.weights
         ones = {name: torch.ones_like(weight) for name, weight in shares.items()}

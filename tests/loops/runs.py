@@ -40,11 +40,16 @@ def result(net: nn.Module, owner: BayesAgg | BayesAggWrapper) -> dict[str, Any]:
 
 
 def steps(
-    model: nn.Module, optimizer: BayesAggWrapper, indices: Iterable[int], rank: int | None = None
+    model: nn.Module,
+    optimizer: BayesAggWrapper,
+    indices: Iterable[int],
+    rank: int | None = None,
+    unit: float = 1.0,
 ) -> None:
-    """Training steps over this rank's half of the batches."""
+    """Training steps over this rank's half of the batches; ``unit``: of the regression's labels."""
     for index in indices:
         x, labels = batch_of(index, half(rank))
+        labels["reg"] = labels["reg"] / unit
         losses = make_losses(model(x), labels)
         optimizer.zero_grad()
         optimizer.step(losses)
@@ -58,13 +63,14 @@ def trained(
     base: str = "momentum",
     indices: Iterable[int] = range(8),
     towers: bool = False,
+    unit: float = 1.0,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """The end of a run: this rank's, under ``model_of``, or that of one process with all data."""
     net = plain_net(towers=towers)
     model = net if rank is None else model_of(net)
     optimizer = wrap(net, base, rule, **kwargs)
-    steps(model, optimizer, indices, rank)
+    steps(model, optimizer, indices, rank, unit)
     return result(net, optimizer)
 
 

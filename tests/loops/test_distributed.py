@@ -31,6 +31,7 @@ BOTH = {
     "gradient_readout": {"settings": GRADIENT},
     "posterior_readout": {"settings": READOUT},
     "learned_noise": {"settings": {"reg": {"noise_variance": "learned"}}},
+    "large_labels": {"unit": 0.01, "base": "adam"},
     "fixed_noise": {"settings": {"reg": {"noise_variance": 0.5}}},
 }
 OWN = {
