@@ -57,7 +57,7 @@ class LikelihoodRule(Settings, Rule):
         warmup: steps of linear scalarization first, while evidence gathers; more, as long as heads
             that are trained already are better than it would make them (at most until there are
             twelve data for each of their weights; not with less than ten steps). For the features,
-            losses count in units of their labels where the mean square of these is above 4.
+            losses count in units of their labels where the mean square of any is above 4.
         lag: steps that the running means of the scales go back; ``None``: half of those so far, at
             least 200, for what tasks are weighed by, and 100 for noise and lengths.
         prior_variance: γ of the prior over the weights of every output, ``N(0, γ I)``, for
@@ -163,17 +163,23 @@ class LikelihoodRule(Settings, Rule):
         update = Update(idle + units, scales, length, memory.steps, before, decay)
         update.due = next_due(memory)
         plan = Plan(update=update)
+        beside = [name for name in own if name in batch.losses and name not in memory.heads]
         if update.due is not None:
             free = self._free(memory.heads)
             update.trial = compared(memory, update.due, free, here, found, exchange)
             plan.weights = uniform_weights(memory.tasks, like)
-            if inverse := inverse_levels(units, memory.heads):
-                planned, factors, lengths = in_units(batch, inverse, weights, exchange)
+            if inverse := inverse_levels(units, memory.heads, own):
+                planned, lengths = in_units(batch, inverse, weights, exchange)
+                if others is not None and not memory.heads:
+                    lengths = exchange.sum([others.squared_sums(most=1.0)])[0]
                 scale = self._length_scale(memory, lengths)
                 plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
-                plan.weights = partial(_warm_shares, batch, own, factors, scale)
+                # Of heads whose labels are large it is large: not for what lies beside them.
+                factor = scale.clamp_max(1.0) if memory.heads else scale
+                plan.loss_weights = {name: inverse[name].squeeze() * factor for name in beside}
+                weighed = {n: x * (factor if n in beside else scale) for n, x in inverse.items()}
+                plan.weights = partial(_shares, [*parts, *beside], [], [], weighed)
             return plan
-        beside = [name for name in own if name in batch.losses and name not in memory.heads]
         frames = [one.frame for one in found]
         plan.weights = partial(_shares, [*parts, *beside], frames, values, own)
         scale = self._length_scale(memory, length)
@@ -203,15 +209,6 @@ class LikelihoodRule(Settings, Rule):
         within = (_INVARIANT if memory.invariant else _OTHER) ** 2
         # No gradient at all: 0 / 0.
         return (square.clamp(1 / within, within) / square).sqrt_().nan_to_num_(1.0, 1.0, 1.0)
-
-
-def _warm_shares(
-    batch: Batch, own: Mapping[str, Tensor], factors: Mapping[str, Tensor], scale: Tensor
-) -> dict[str, Tensor]:
-    """Shares in the warm-up, of losses with factors and of others, as they are."""
-    found = {name: torch.ones_like(ratio) for name, ratio in own.items() if name in batch.losses}
-    found |= {name: factor * scale for name, factor in factors.items()}
-    return _shares([*found], [], [], found)
 
 
 def _warn_of_unused(name: str, head: Head) -> None:

@@ -25,12 +25,20 @@ __all__ = ["in_units", "inverse_levels"]
 _LARGE = 4.0  # mean squared labels above which their unit is noticed; docs/when-to-use.md
 
 
-def inverse_levels(units: Sequence[Unit], heads: Mapping[str, Head]) -> dict[str, Tensor]:
-    """``1 / max(1, ȳ²)`` of every task with evidence, ``[K]``; nothing where no ``ȳ²`` is large.
+def inverse_levels(
+    units: Sequence[Unit], heads: Mapping[str, Head], ratios: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """``1 / max(1, ȳ²)`` of every task, ``[K]``; nothing where no ``ȳ²`` is large.
 
-    Looks at the device. ``ȳ²`` is the running mean square of labels, 1 where they have no unit.
+    Looks at the device. ``ȳ²`` is the running mean square of labels, 1 where they have no unit;
+    where there is no inference, the running mean of the loss in its place.
+
+    Args:
+        units: with evidence, the step's included.
+        heads: by name.
+        ratios: of tasks without inference, one over the means of their losses.
     """
-    found: dict[str, Tensor] = {}
+    found = {name: ratio.reciprocal().clamp_min(1.0) for name, ratio in ratios.items()}
     for unit in units:
         level, weight = unit.scale[:, 1], unit.scale[:, 2]
         levels = torch.where(weight > 0, level / weight, 1.0).flatten()
@@ -46,24 +54,18 @@ def in_units(
     inverse: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     exchange: Exchange,
-) -> tuple[dict[Key, Tensor], dict[str, Tensor], Tensor]:
-    """Gradient of ``Σ_k ℓ_k / max(1, ȳ_k²)`` at the features.
+) -> tuple[dict[Key, Tensor], Tensor]:
+    """Gradient of ``Σ_k ℓ_k / max(1, ȳ_k²)`` at the features, over the heads of a batch.
 
     Args:
         batch: of this step.
-        inverse: of :func:`inverse_levels`; tasks that are not named count as they are.
+        inverse: of :func:`inverse_levels`.
         weights: of all heads, ``[o, D]``.
         exchange: with the other ranks.
 
     Returns:
-        gradients by key, ``[N, d]``; by task what its loss is multiplied by, ``[K]``; squared
-        lengths of these gradients and of the plain ones, ``[2]``.
+        gradients by key, ``[N, d]``, and squared lengths of these and of the plain ones, ``[2]``.
     """
+    planned, plain = gradients(batch.parts, {}, [], inverse, weights)
     like = next(iter(inverse.values())).new_zeros(())
-    factors = {
-        name: inverse[name] if name in inverse else like.new_ones(head.num_tasks)
-        for part in batch.parts
-        for name, head in zip(part.names, part.heads, strict=True)
-    }
-    planned, plain = gradients(batch.parts, {}, [], factors, weights)
-    return planned, factors, exchange.sum([squared_lengths(planned, plain, like)])[0]
+    return planned, exchange.sum([squared_lengths(planned, plain, like)])[0]
