@@ -157,6 +157,21 @@ def test_the_read_out_is_that_of_the_default(name):
     torch.testing.assert_close(*heads)
 
 
+@pytest.mark.parametrize("name", READOUTS)
+def test_its_warm_up_is_that_of_the_default(name):
+    """Labels of hundreds count in units of their own, in either."""
+    x, y = torch.randn(40, 5), 300 * torch.randn(40, 2)
+    models = []
+    for method in (ALL["bayesagg"], ALL[name]):
+        torch.manual_seed(0)
+        model, settings = mlp(5, (6, 4), regressions(2)), TrainSettings(warmup_steps=3)
+        update = method.update(model, settings, 3, **method.settings)
+        for _ in range(3):
+            update.step(criterion(regressions(2))(model(x), y))
+        models.append(nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(*models, rtol=0, atol=0)
+
+
 def test_bayesagg_has_one_head_of_a_kind_and_a_weight_per_task():
     method = CATALOGUE["bayesagg"]
     update, losses = build(method.update, **method.settings)
