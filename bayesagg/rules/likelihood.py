@@ -152,7 +152,7 @@ class LikelihoodRule(Settings, Rule):
         planned, plain = gradients(batch.parts, here, exact, ratios, weights)
         lengths = squared_lengths(planned, plain, like)
         if others is not None and not memory.heads:
-            lengths = others.squared_sums()
+            lengths = others.squared_sums(others.ratio)
         squares, lengths, sums = totals(exact, lengths, others, exchange)
         recent, long = self.decays_of(memory.steps)
         length = _moved(memory.length, lengths, recent)
@@ -169,9 +169,8 @@ class LikelihoodRule(Settings, Rule):
             update.trial = compared(memory, update.due, free, here, found, exchange)
             plan.weights = uniform_weights(memory.tasks, like)
             if inverse := inverse_levels(units, memory.heads, own):
-                planned, lengths = in_units(batch, inverse, weights, exchange)
-                if others is not None and not memory.heads:
-                    lengths = exchange.sum([others.squared_sums(most=1.0)])[0]
+                losses = None if memory.heads else others
+                planned, lengths = in_units(batch, inverse, weights, losses, exchange)
                 scale = self._length_scale(memory, lengths)
                 plan.gradients = {key: gradient * scale for key, gradient in planned.items()}
                 # Of heads whose labels are large it is large: not for what lies beside them.

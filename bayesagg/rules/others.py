@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -38,14 +37,10 @@ class Others:
         pairs = zip(self.names, self.ratio, strict=True)
         return {name: ratio.expand(memory.tasks[name].num_tasks) for name, ratio in pairs}
 
-    def squared_sums(self, most: float = math.inf) -> Tensor:
-        """Of the absolute values of the losses, weighed and as they are, ``[2]``.
-
-        Args:
-            most: the largest weight.
-        """
+    def squared_sums(self, ratio: Tensor) -> Tensor:
+        """Of absolute values of the losses, times ``ratio`` ``[T]`` and as they are, ``[2]``."""
         value = self.values[:, 0].abs()
-        return torch.stack([(self.ratio.clamp_max(most) * value).sum(), value.sum()]).square_()
+        return torch.stack([(ratio * value).sum(), value.sum()]).square_()
 
     def scales(self, sums: Tensor, decay: float) -> dict[str, Tensor]:
         """Running means after the step, ``[2]`` by task; ``sums``: the values of all ranks."""

@@ -18,11 +18,12 @@ from bayesagg.parallel import Exchange
 from bayesagg.reading import Batch
 from bayesagg.rules.base import Key
 from bayesagg.rules.gradients import gradients, squared_lengths
+from bayesagg.rules.others import Others
 from bayesagg.units import Unit
 
 __all__ = ["in_units", "inverse_levels"]
 
-_LARGE = 4.0  # mean squared labels above which their unit is noticed; docs/when-to-use.md
+_LARGE = 4.0  # mean squared labels above which their unit counts; docs/theory.md
 
 
 def inverse_levels(
@@ -53,6 +54,7 @@ def in_units(
     batch: Batch,
     inverse: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
+    others: Others | None,
     exchange: Exchange,
 ) -> tuple[dict[Key, Tensor], Tensor]:
     """Gradient of ``Σ_k ℓ_k / max(1, ȳ_k²)`` at the features, over the heads of a batch.
@@ -61,6 +63,7 @@ def in_units(
         batch: of this step.
         inverse: of :func:`inverse_levels`.
         weights: of all heads, ``[o, D]``.
+        others: where there is no head, the losses, by whose sum the length goes.
         exchange: with the other ranks.
 
     Returns:
@@ -68,4 +71,7 @@ def in_units(
     """
     planned, plain = gradients(batch.parts, {}, [], inverse, weights)
     like = next(iter(inverse.values())).new_zeros(())
-    return planned, exchange.sum([squared_lengths(planned, plain, like)])[0]
+    lengths = squared_lengths(planned, plain, like)
+    if others is not None:
+        lengths = others.squared_sums(others.ratio.clamp_max(1.0))
+    return planned, exchange.sum([lengths])[0]

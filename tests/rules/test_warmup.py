@@ -1,7 +1,7 @@
 """The first steps of the default rule where labels are large: as in units of the labels.
 
-Where they are not, these steps are those of the plain losses, bit for bit: see
-tests/test_optimizer_protocol.py. The paper's rule has its own beginning.
+Where they are not, these steps are those of the plain losses, to the last bit
+(``test_linear_scalarization_is_the_plain_loop``). The paper's rule has another beginning.
 """
 
 import math
