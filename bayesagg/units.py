@@ -156,6 +156,7 @@ class Frame:
         ridge: ``1 / c γ``, per unit of noise, ``[G, P]``; ``[G, 1]`` where it is one number of
             classifications alone.
         given: regressions whose γ somebody has set, ``[G, R]``.
+        small: sum of a datum's squared features below which γ is in units of it, as ``ridge``.
         least_scale: of tasks that are not exact.
     """
 
@@ -166,6 +167,7 @@ class Frame:
     noise: Tensor | None
     ridge: Tensor
     given: Tensor
+    small: Tensor
     least_scale: float
 
     def of_few(self, data: Sequence[float], enough: float) -> Frame:

@@ -68,7 +68,7 @@ def laplace(
         basis = contrast_basis(len(weights), weights)
         weights = (basis @ weights).view(1, -1)
     exact = weights.numel() <= max_parameters
-    visit = _Passes(data, head.has_bias, basis)
+    visit = _Passes(data, head.has_bias, basis, prior)
     precision = weights.new_full((len(weights),), 1 / prior.variance)
     for more in range(_PRIORS if prior.learned else 0, -1, -1):
         few = passes // 2 if exact else passes
@@ -134,14 +134,20 @@ def _direction(point: _Point, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 class _Passes:
     """Objective, gradient and curvature of a head, each time by a pass over the data.
 
-    ``basis``: of the contrasts; ``None`` of binary outputs.
+    ``basis``: of the contrasts; ``None`` of binary outputs. ``prior``: whose precision is given, of
+    features that are not small.
     """
 
     def __init__(
-        self, data: Callable[[], Iterable[Rows]], bias: bool, basis: Tensor | None
+        self,
+        data: Callable[[], Iterable[Rows]],
+        bias: bool,
+        basis: Tensor | None,
+        prior: Prior,
     ) -> None:
-        self.data, self.bias, self.basis = data, bias, basis
+        self.data, self.bias, self.basis, self.prior = data, bias, basis, prior
         self._gram: tuple[Tensor, Tensor] | None = None  # its eigenvalues and eigenvectors
+        self._times = torch.ones(())  # what the variance is multiplied by
 
     def __call__(self, flat: Tensor, precision: Tensor, exact: bool) -> _Point:
         """At weights ``[G, M]``, with the precision of the prior and a curvature of either kind."""
@@ -163,6 +169,9 @@ class _Passes:
         if gram:
             values, vectors = torch.linalg.eigh(gram[0])
             self._gram = values.clamp_min(0), vectors
+            squares = gram[0].diagonal()[: len(values) - self.bias]
+            self._times = self.prior.of_features(squares, squares.new_tensor(float(count)))
+        precision = precision / self._times
         value = value + 0.5 * (precision * flat.square().sum(1)).sum()
         gradient = gradient.view_as(flat) + precision[:, None] * flat
         if exact:

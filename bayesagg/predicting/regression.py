@@ -31,6 +31,7 @@ _ITERATIONS, _TOLERANCE = 300, 1e-8
 _LEAST = 1e-10  # of the labels' mean square: what a mean of squared residuals is known to
 _FAR = 100.0  # variances of the outputs under a prior, from which labels contradict it
 _OF_ZEROS = 1e-20  # taken for the mean square of labels that are all zero
+_LEAST_SHARE = 1e-10  # of the precision of a prior, if all features are zero
 _LEAST_DOF = 3.0  # a variance exists from 2 on
 
 
@@ -44,12 +45,14 @@ class Prior:
         learned: by marginal likelihood.
         per_weight: labels a weight that the variance of a regression is made for: it is
             ``γ min(1, n / (per_weight D))`` with n labels of an output of D weights.
+        small: mean square of the features below which the variance is in units of it.
     """
 
     variance: float = 1.0
     relative: bool = False
     learned: bool = False
     per_weight: float = 0.0
+    small: float = 0.0
 
     @staticmethod
     def of(head: Head) -> Prior:
@@ -66,13 +69,20 @@ class Prior:
         if variance is None:
             return self
         if variance == "marginal_likelihood":
-            return replace(self, learned=True)
+            return replace(self, learned=True, small=0.0)
         if not isinstance(variance, int | float) or not 0 < variance < float("inf"):
             raise ValueError(
                 f"prior_variance must be a positive number, 'marginal_likelihood' or None, got "
                 f"{variance!r}."
             )
         return Prior(float(variance))
+
+    def of_features(self, squares: Tensor, data: Tensor) -> Tensor:
+        """What the variance is multiplied by, for sums of squares ``[..., d]`` of features."""
+        if not self.small:
+            return torch.ones_like(data)
+        share = squares.mean(-1) / data / self.small
+        return 1 / share.clamp(_LEAST_SHARE, 1.0)
 
 
 class Sums(NamedTuple):
@@ -128,7 +138,8 @@ def solve(
     noises = {name: None if noise == "learned" else noise for name, noise in noises.items()}
 
     def alike(one: str, other: str) -> bool:
-        forms = [(priors[n].relative, priors[n].learned, noises[n] is None) for n in (one, other)]
+        some = [(priors[name], noises[name]) for name in (one, other)]
+        forms = [(p.relative, p.learned, p.small, noise is None) for p, noise in some]
         grams = sums[one].gram, sums[other].gram
         return forms[0] == forms[1] and len(grams[0]) == 1 and torch.equal(*grams)
 
@@ -149,6 +160,8 @@ def solve(
         gamma, given, per_weight = settings.unbind(1)
         enough = per_weight * parts[0].gram.shape[-1]
         gamma = gamma * torch.where(labels < enough, labels / enough, 1.0)
+        squares = parts[0].gram.diagonal(dim1=1, dim2=2)[:, : heads[names[0]].in_features]
+        gamma = gamma * prior.of_features(squares, labels)
         noise = None if noises[names[0]] is None else given
         together = _solve(Sums(parts[0].gram, shift, square, labels), prior, gamma, noise)
         start = 0

@@ -83,6 +83,9 @@ def frame_of(
     fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
     noise = like.new_tensor(fixed).view(shape)[:, :exact] if any(fixed) else None
     ridge = like.new_tensor(ridges).view(shape)
+    sizes = [rule.small_of(head) * head.in_features for head in columns]
+    small = like.new_tensor(sizes).view(shape)
+    one = not exact and len(set(zip(ridges, sizes, strict=True))) == 1
     given = like.new_tensor([bool(rule.given_of(head)) for head in columns]).view(shape)
     by_unit = [[memory.heads[name] for name in unit.names] for unit in units]
     frame = memory.frames[key] = Frame(
@@ -91,8 +94,9 @@ def frame_of(
         [[head.num_tasks for head in some] for some in by_unit],
         [[head.out_features for head in some] for some in by_unit],
         noise,
-        ridge if exact or len(set(ridges)) > 1 else ridge[:, :1],
+        ridge[:, :1] if one else ridge,
         given[:, :exact] > 0,
+        small[:, :1] if one else small,
         max(BOUNDS[head.kind].least_scale for head in heads),
     )
     return frame

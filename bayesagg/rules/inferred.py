@@ -17,7 +17,7 @@ from bayesagg.posterior import Gaussian, contrast_basis
 from bayesagg.predicting.state import Inferred
 from bayesagg.rules.arrange import frame_of
 from bayesagg.rules.settings import Settings
-from bayesagg.rules.streaming import scales_and_ridges
+from bayesagg.rules.streaming import of_features, scales_and_ridges
 from bayesagg.units import Unit
 
 if TYPE_CHECKING:
@@ -79,11 +79,13 @@ def _columns(rule: Settings, memory: FadingMemory, unit: Unit) -> tuple[Tensor, 
     bounds = bounds[: like.shape[1]]  # 1 where every output has a Gram matrix of its own
     exact = sum(bound.exact for bound in bounds)
     frame, ones = frame_of(rule, memory, [unit], exact, like), torch.ones_like(unit.scale[:, 0])
-    if unit.repeats is not None:
-        length = rule.memory_of(unit.gram.shape[-1])
-        frame = frame.of_few(unit.repeats.lengths(length), length)
+    length = rule.memory_of(unit.gram.shape[-1])
+    lengths = [length] if unit.repeats is None else unit.repeats.lengths(length)
+    frame = frame.of_few(lengths, length)
     recent = unit.scale[:, [0, 1, 2, 0, 2]]  # predictions are of now
     current, ridge = scales_and_ridges(frame, exact, False, recent, ones, ones[:, :exact])
+    if memory.due is None:
+        ridge = of_features(ridge, frame.small, unit.gram, heads[0].has_bias, lengths)
     spread = 1 / like.new_tensor([bound.curvature for bound in bounds])
     noise = torch.ones_like(like)
     noise[:, :exact] = current[:, :exact]

@@ -12,6 +12,7 @@ __all__ = ["Settings"]
 _VARIANCE, _WEIGHTS = 0.05, 65  # of the prior, and up to how wide; measured: docs/default.md
 _RECENT = 100  # steps that noise and lengths go back
 _LONG, _SHARE = 200, 2  # steps that the scales go back, later a part of all; docs/default.md
+_SMALL = 0.1  # mean square of features below which γ is in units of it
 _PER_WEIGHT = 20  # data that the memory holds, and that the prior of a regression is made for
 
 
@@ -49,7 +50,8 @@ class Settings:
     def prior_of(self, head: Head) -> Prior:
         """Of the weights of a head, for predictions."""
         least = 0.0 if self.given_of(head) else float(_PER_WEIGHT)
-        return Prior(self.variance_of(head), relative=True, per_weight=least)
+        small = self.small_of(head)
+        return Prior(self.variance_of(head), relative=True, per_weight=least, small=small)
 
     def given_of(self, head: Head) -> float | None:
         """γ of a head, where somebody has set it."""
@@ -59,6 +61,10 @@ class Settings:
         """γ of a head: by default one that expects no larger outputs of wider features."""
         width = head.in_features + head.has_bias
         return self.given_of(head) or _VARIANCE * min(1.0, _WEIGHTS / width)
+
+    def small_of(self, head: Head) -> float:
+        """Mean square of features below which γ is in units of it; 0 where somebody has set γ."""
+        return 0.0 if self.given_of(head) else _SMALL
 
     def decays_of(self, steps: int) -> tuple[float, float]:
         """``1 - 1/L``, weights of the past in the running means of step ``t = steps + 1``.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesagg.constants import kept
 from bayesagg.heads import Head, stacked
 from bayesagg.likelihoods.bounds import floored
 from bayesagg.memory import FadingMemory
@@ -24,6 +25,7 @@ from bayesagg.units import Basis, Frame, Unit, running_mean
 __all__ = [
     "Inference",
     "infer",
+    "of_features",
     "scales_and_ridges",
 ]
 
@@ -116,14 +118,22 @@ class Inference:
 
 
 def infer(
-    rule: Settings, memory: FadingMemory, stacks: Sequence[Stack], exchange: Exchange
+    rule: Settings,
+    memory: FadingMemory,
+    stacks: Sequence[Stack],
+    exchange: Exchange,
+    working: bool,
 ) -> list[Inference]:
-    """Posteriors of all stacks from the memory and the evidence of all ranks' batches."""
+    """Posteriors of all stacks from the memory and the evidence of all ranks' batches.
+
+    ``working``: the warm-up is over.
+    """
     found = [evidence_of(stack, memory.dtype, exchange) for stack in stacks]
     if exchange.ranks is not None:
         sums = iter(exchange.sum([part for one in found for part in one.over()]))
         found = [one.replaced(sums) for one in found]
-    return [_posterior(rule, memory, s, one) for s, one in zip(stacks, found, strict=True)]
+    pairs = zip(stacks, found, strict=True)
+    return [_posterior(rule, memory, stack, new, working) for stack, new in pairs]
 
 
 def _fade(seen: Tensor | float, lengths: Sequence[float], like: Tensor) -> Tensor | float:
@@ -135,7 +145,9 @@ def _fade(seen: Tensor | float, lengths: Sequence[float], like: Tensor) -> Tenso
     return torch.exp(torch.as_tensor(-seen / length))[:, None]
 
 
-def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence) -> Inference:
+def _posterior(
+    rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence, working: bool
+) -> Inference:
     units, seen, exact = stack.units, new.seen, stack.exact
     frame = frame_of(rule, memory, units, exact, new.shift[..., 0])
     before = [*map(cat, zip(*[(u.gram, u.shift, u.scale) for u in units], strict=True))]
@@ -158,6 +170,8 @@ def _posterior(rule: Settings, memory: FadingMemory, stack: Stack, new: Evidence
     if not units[0].started:
         misfit, levels = misfit.tensor_split([before[2].shape[2]], 1)
     current, ridge = scales_and_ridges(frame, exact, units[0].started, before[2], misfit, levels)
+    if working:
+        ridge = of_features(ridge, frame.small, gram, stack.bias, lengths)
     posterior, bases = _spectrum(stack, before[0], gram, shift, ridge, new.squares, fade, length)
     state = (gram, shift, seen, misfit, before[2], current, ridge)
     return Inference(stack, frame, *state, posterior, bases, repeats, fade)
@@ -198,6 +212,36 @@ def scales_and_ridges(
     if r == ridge.shape[1]:
         return current, relative * ridge
     return current, torch.cat([relative[:, :r] * ridge[:, :r], ridge[:, r:]], 1) if r else ridge
+
+
+def of_features(
+    ridge: Tensor, small: Tensor, gram: Tensor, bias: bool, data: Sequence[float]
+) -> Tensor:
+    """Ridges times ``q / small`` where the sum q of a datum's squared features is less than that.
+
+    ``N(0, γ I)`` expects outputs of the size of the features: of unit vectors in many dimensions
+    nearly none. Not in the warm-up, at whose start features of most networks are small, and grow.
+
+    Args:
+        ridge: λ, ``[G, P]`` or ``[G, 1]``.
+        small: in the same shape; 0: never.
+        gram: ``Λ``, ``[G, D, D]``.
+        bias: the last feature is a constant, whose sum of squares is the number of data.
+        data: without it, that of a full memory, by Gram matrix or for all.
+    """
+    squares = gram.diagonal(dim1=1, dim2=2)
+    count: Tensor | float = data[0]
+    if bias:
+        squares, count = squares.split_with_sizes([squares.shape[1] - 1, 1], 1)
+    elif len(set(data)) > 1:
+        count = squares.new_tensor(data)[:, None]
+    share = squares.sum(1, keepdim=True) / (count * small)
+    return ridge * torch.fmin(share, _one(share.dtype, share.device))  # of 0 / 0, too, one
+
+
+@kept
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
 
 
 def _spectrum(

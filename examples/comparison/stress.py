@@ -17,13 +17,14 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from bayesagg.errors import BayesAggError
 from examples.arguments import Parser, add_jobs, whole
 from examples.comparison.catalogue import methods, more_methods
-from examples.comparison.networks import mlp
+from examples.comparison.networks import TaskNet, dense_layers, mlp
 from examples.comparison.report import markdown, spread
 from examples.comparison.tasks import Task, criterion
 from examples.data import Split
@@ -109,6 +110,31 @@ def rare(seed: int) -> Data:
     return data._replace(tasks=(data.tasks[0], Task("rare", "binary", "auroc")))
 
 
+def mixture(seed: int) -> Data:
+    """Two of the regressions, whether the third is above zero, and the fifth of the last."""
+    data = regressions(seed)
+    for part in (data.train, data.test):
+        edges = part.y[:, 3].quantile(torch.linspace(0.2, 0.8, 4))
+        part.y[:, 2] = (part.y[:, 2] > 0).float()
+        part.y[:, 3] = torch.bucketize(part.y[:, 3].contiguous(), edges).float()
+    kinds = Task("sign", "binary", "auroc"), Task("fifth", "multiclass", "accuracy", classes=5)
+    return data._replace(tasks=(*data.tasks[:2], *kinds))
+
+
+class UnitVectors(nn.Module):
+    """Features divided by their length."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``(B, width)``."""
+        return F.normalize(h, dim=1)
+
+
+def embedding(inputs: int, widths: Sequence[int], tasks: Sequence[Task]) -> TaskNet:
+    """An MLP whose heads read unit vectors of 512 dimensions."""
+    layers = dense_layers(inputs, [*widths[:-1], 512])
+    return TaskNet(layers.append(UnitVectors()), 512, tasks)
+
+
 TRIALS: dict[str, tuple[Callable[[int], Data], dict[str, Any]]] = {
     "plain": (regressions, {}),
     "heavy-tails": (lambda seed: regressions(seed, noise=heavy_tails), {}),
@@ -117,6 +143,7 @@ TRIALS: dict[str, tuple[Callable[[int], Data], dict[str, Any]]] = {
     "pure-noise": (pure_noise, {}),
     "sgd-0.1": (regressions, {"learning_rate": 0.1, "optimizer": "sgd"}),
     "rare-class": (rare, {"epochs": 10}),
+    "unit-vectors": (mixture, {}),
     "100-data": (lambda seed: regressions(seed, size=100), {"epochs": 100}),
     "300-data": (lambda seed: regressions(seed, size=300), {"epochs": 60}),
 }
@@ -129,7 +156,7 @@ def run_job(job: tuple[str, str, int], tick: Tick) -> list[float]:
     data, method = make(seed), METHODS[name]
     settings, losses = replace(_SETTINGS, seed=seed, **own), criterion(data.tasks)
     torch.manual_seed(seed)
-    model = mlp(INPUTS, WIDTHS, data.tasks)
+    model = (embedding if trial == "unit-vectors" else mlp)(INPUTS, WIDTHS, data.tasks)
     update = method.update(model, settings, settings.steps_per_epoch(data), **method.settings)
     try:
         train(model, update, data, losses, settings)
