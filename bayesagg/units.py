@@ -155,8 +155,9 @@ class Frame:
         noise: fixed noise variances, ``[G, R]``, 0 where it is learned; ``None``: nowhere fixed.
         ridge: ``1 / c γ``, per unit of noise, ``[G, P]``; ``[G, 1]`` where it is one number of
             classifications alone.
-        given: regressions whose γ somebody has set, ``[G, R]``.
-        small: sum of a datum's squared features below which γ is in units of it, as ``ridge``.
+        exact: R, regressions among the columns, which come first.
+        small: sum of a datum's squared features below which γ is in units of it, in the shape of
+            ``ridge``; 0 where somebody has set γ.
         least_scale: of tasks that are not exact.
     """
 
@@ -166,7 +167,7 @@ class Frame:
     columns: list[list[int]]
     noise: Tensor | None
     ridge: Tensor
-    given: Tensor
+    exact: int
     small: Tensor
     least_scale: float
 
@@ -180,11 +181,11 @@ class Frame:
             data: n, how many there are, of every Gram matrix (G) or one number for all.
             enough: for γ as it is.
         """
-        exact = self.given.shape[1]
+        exact = self.exact
         if not exact or all(n >= enough for n in data):
             return self
         share = self.ridge.new_tensor([max(n, 1.0) / enough for n in data])[:, None]
-        ridge = self.ridge[:, :exact] / torch.where(self.given, 1.0, share)
+        ridge = self.ridge[:, :exact] / torch.where(self.small[:, :exact] > 0, share, 1.0)
         return replace(self, ridge=torch.cat([ridge, self.ridge[:, exact:]], 1))
 
     def by_head(self, values: Tensor, tasks: bool) -> dict[str, Tensor]:

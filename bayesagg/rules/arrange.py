@@ -86,7 +86,6 @@ def frame_of(
     sizes = [rule.small_of(head) * head.in_features for head in columns]
     small = like.new_tensor(sizes).view(shape)
     one = not exact and len(set(zip(ridges, sizes, strict=True))) == 1
-    given = like.new_tensor([bool(rule.given_of(head)) for head in columns]).view(shape)
     by_unit = [[memory.heads[name] for name in unit.names] for unit in units]
     frame = memory.frames[key] = Frame(
         [unit.names for unit in units],
@@ -95,7 +94,7 @@ def frame_of(
         [[head.out_features for head in some] for some in by_unit],
         noise,
         ridge[:, :1] if one else ridge,
-        given[:, :exact] > 0,
+        exact,
         small[:, :1] if one else small,
         max(BOUNDS[head.kind].least_scale for head in heads),
     )
