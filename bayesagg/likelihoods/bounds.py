@@ -5,7 +5,8 @@ log-likelihood from above and touches it at the current output ``z`` (majorise-m
 constant it is ``c/2 (h̃ᵀw - t)²`` with the working response ``t = z - e/c``, ``e`` the derivative
 at ``z``, the loss's own over its factor. So one Gram matrix ``H̃ᵀH̃`` serves every task on the same
 features, and the minimum of the bound cannot overshoot (Böhning 1992). For a squared error the
-bound is exact and ``t = y``.
+bound is exact and ``t = y``. Of many classes it is so loose that heads would lag behind: there
+``c`` is smaller, and no bound (docs/theory.md).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch.nn import functional as F
 from bayesagg.reading import Labels
 
 __all__ = ["BOUNDS", "Bound", "floored"]
+
+_MANY, _OF_MANY = 16, 0.1  # classes that the bound serves, and the curvature of more
 
 
 def floored(squares: Tensor, level: Tensor) -> Tensor:
@@ -40,12 +43,16 @@ class Bound(ABC):
     exact: bool = False
     least_scale: float = 1e-2  # nats
 
+    def curvature_of(self, outputs: int) -> float:
+        """``c`` of a head of so many outputs (classes)."""
+        return self.curvature
+
     def working(self, labels: Labels, gradient: Tensor) -> Tensor:
         """Working responses of every output (class), ``[N, P]``.
 
         ``gradient``: of the loss at the outputs, in the shape of the labels' outputs.
         """
-        factor, value = labels.factor, -1 / self.curvature
+        factor, value = labels.factor, -1 / self.curvature_of(labels.outputs.shape[-1])
         if labels.outputs.dim() == 2:
             return torch.addcdiv(labels.outputs, gradient, factor, value=value)
         return torch.addcdiv(labels.outputs, gradient, factor[..., None], value=value).flatten(1)
@@ -76,6 +83,9 @@ class _Logistic(Bound):
 
 class _Softmax(Bound):
     curvature = 0.5  # diag p - p pᵀ ≤ 1/2
+
+    def curvature_of(self, outputs: int) -> float:
+        return self.curvature if outputs <= _MANY else _OF_MANY
 
     def misfit(self, labels: Labels) -> Tensor:
         if labels.nll is not None:

@@ -127,16 +127,16 @@ class BoundedMulticlass(Likelihood):
 
     def evidence(self, features: Tensor, labels: Labels, weights: Tensor | None) -> Evidence:
         """Least squares on the working responses of the bound."""
-        bound = BOUNDS["multiclass"]
+        curvature = BOUNDS["multiclass"].curvature
         error = labels.outputs.softmax(2) - labels.targets
-        working = bound.working(labels, error * labels.factor[..., None])
+        working = (labels.outputs - error / curvature).flatten(1)
         if weights is None:
             precision, shift = regression_statistics(features, working)
         else:
             one = weights[:, :1].to(features.dtype)
             precision = (features * one).mT @ features[None]
             shift = (working * one).mT @ features
-        return Evidence(precision * bound.curvature, shift * bound.curvature, labels.count())
+        return Evidence(precision * curvature, shift * curvature, labels.count())
 
     def moments(self, given: Given, dtype: torch.dtype) -> LogMoments:
         """Sobol points for ε, or normal ones for Eq. 11."""

@@ -78,7 +78,8 @@ def frame_of(
         return frame
     heads = [memory.heads[name] for unit in units for name in unit.names]
     columns = [head for head in heads for _ in range(head.out_features)]
-    ridges = [1 / (BOUNDS[head.kind].curvature * rule.variance_of(head)) for head in columns]
+    curvatures = [BOUNDS[head.kind].curvature_of(head.out_features) for head in columns]
+    ridges = [1 / (c * rule.variance_of(h)) for c, h in zip(curvatures, columns, strict=True)]
     noises = [getattr(head, "noise_variance", None) for head in columns]
     fixed = [float(x) if isinstance(x, float | int) else 0.0 for x in noises]
     noise = like.new_tensor(fixed).view(shape)[:, :exact] if any(fixed) else None

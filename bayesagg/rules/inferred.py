@@ -33,7 +33,7 @@ _FAR = 0.1  # of a head's outputs: rounding and a scale that has moved since do 
 def of_fading(rule: Settings, memory: FadingMemory) -> dict[str, Inferred]:
     """From evidence that fades.
 
-    ``S = τ² (Λ + λ)⁻¹`` of a regression, ``(cΛ + 1/γ)⁻¹`` under a bound of curvature c.
+    ``S = τ² (Λ + λ)⁻¹`` of a regression, ``(cΛ + 1/γ)⁻¹`` with curvature c.
 
     The mean are the weights that the head has: the posterior mean that the last step has set, or
     those of its own gradient. Before the rule is at work, it is the mean of the evidence.
@@ -75,9 +75,9 @@ def _of_unit(rule: Settings, memory: FadingMemory, unit: Unit) -> dict[str, Infe
 def _columns(rule: Settings, memory: FadingMemory, unit: Unit) -> tuple[Tensor, Tensor, Tensor]:
     """Of every column: noise, ridge, and what the inverse is multiplied by, ``[G, P]`` each."""
     heads, like = [memory.heads[name] for name in unit.names], unit.shift[..., 0]
-    bounds = [BOUNDS[head.kind] for head in heads for _ in range(head.out_features)]
-    bounds = bounds[: like.shape[1]]  # 1 where every output has a Gram matrix of its own
-    exact = sum(bound.exact for bound in bounds)
+    columns = [head for head in heads for _ in range(head.out_features)]
+    columns = columns[: like.shape[1]]  # 1 where every output has a Gram matrix of its own
+    exact = sum(BOUNDS[head.kind].exact for head in columns)
     frame, ones = frame_of(rule, memory, [unit], exact, like), torch.ones_like(unit.scale[:, 0])
     length = rule.memory_of(unit.gram.shape[-1])
     lengths = [length] if unit.repeats is None else unit.repeats.lengths(length)
@@ -86,7 +86,8 @@ def _columns(rule: Settings, memory: FadingMemory, unit: Unit) -> tuple[Tensor, 
     current, ridge = scales_and_ridges(frame, exact, False, recent, ones, ones[:, :exact])
     if memory.due is None:
         ridge = of_features(ridge, frame.small, unit.gram, heads[0].has_bias, lengths)
-    spread = 1 / like.new_tensor([bound.curvature for bound in bounds])
+    curvatures = [BOUNDS[head.kind].curvature_of(head.out_features) for head in columns]
+    spread = 1 / like.new_tensor(curvatures)
     noise = torch.ones_like(like)
     noise[:, :exact] = current[:, :exact]
     return noise, ridge.expand_as(like), spread * noise

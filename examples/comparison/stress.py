@@ -121,6 +121,19 @@ def mixture(seed: int) -> Data:
     return data._replace(tasks=(*data.tasks[:2], *kinds))
 
 
+def many_classes(seed: int) -> Data:
+    """A class of a hundred, drawn by smooth logits, beside a regression without noise."""
+    data = regressions(seed, count=101, size=4000, noise=lambda drawn, _: 0 * drawn)
+    generator = torch.Generator().manual_seed(seed + 1)
+    parts = []
+    for part in (data.train, data.test):
+        uniform = torch.rand(len(part), 100, generator=generator)
+        label = (4 * part.y[:, 1:] - (-uniform.log()).log()).argmax(1, keepdim=True)
+        parts.append(Split(part.x, torch.cat([part.y[:, :1], label.float()], 1)))
+    kind = Task("class", "multiclass", "accuracy", classes=100)
+    return Data((data.tasks[0], kind), *parts)
+
+
 class UnitVectors(nn.Module):
     """Features divided by their length."""
 
@@ -144,6 +157,7 @@ TRIALS: dict[str, tuple[Callable[[int], Data], dict[str, Any]]] = {
     "sgd-0.1": (regressions, {"learning_rate": 0.1, "optimizer": "sgd"}),
     "rare-class": (rare, {"epochs": 10}),
     "unit-vectors": (mixture, {}),
+    "many-classes": (many_classes, {"epochs": 20}),
     "100-data": (lambda seed: regressions(seed, size=100), {"epochs": 100}),
     "300-data": (lambda seed: regressions(seed, size=300), {"epochs": 60}),
 }
