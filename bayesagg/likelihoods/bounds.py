@@ -47,6 +47,10 @@ class Bound(ABC):
         """``c`` of a head of so many outputs (classes)."""
         return self.curvature
 
+    def prior_of(self, outputs: int) -> float:
+        """What the prior variance of a head of so many outputs (classes) is multiplied by."""
+        return 1.0
+
     def working(self, labels: Labels, gradient: Tensor) -> Tensor:
         """Working responses of every output (class), ``[N, P]``.
 
@@ -86,6 +90,9 @@ class _Softmax(Bound):
 
     def curvature_of(self, outputs: int) -> float:
         return self.curvature if outputs <= _MANY else _OF_MANY
+
+    def prior_of(self, outputs: int) -> float:
+        return max(1.0, outputs / _MANY)  # so many times fewer data are of each
 
     def misfit(self, labels: Labels) -> Tensor:
         if labels.nll is not None:

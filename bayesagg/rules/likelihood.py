@@ -64,7 +64,8 @@ class LikelihoodRule(Settings, Rule):
             regressions in units of the mean square of their labels; ``None``: 0.05, and 3.25 over
             the number of weights of an output where that is less; of regressions with fewer than
             20 data a weight, as counted, smaller in proportion; of features whose mean square is
-            below 0.1 larger in proportion. Of a head that sets its own, that.
+            below 0.1 larger in proportion; of C > 16 classes C / 16 times that. Of a head that
+            sets its own, that.
         degrees_of_freedom: ν of the Student-t likelihood of regressions.
         keep_length: keep the length of the aggregate within a factor of the running length of the
             plain gradient: 5 under an optimizer whose step does not depend on the scale of the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bayesagg.heads import Head
+from bayesagg.likelihoods.bounds import BOUNDS
 from bayesagg.predicting.regression import Prior
 
 __all__ = ["Settings"]
@@ -60,7 +61,8 @@ class Settings:
     def variance_of(self, head: Head) -> float:
         """γ of a head: by default one that expects no larger outputs of wider features."""
         width = head.in_features + head.has_bias
-        return self.given_of(head) or _VARIANCE * min(1.0, _WEIGHTS / width)
+        variance = _VARIANCE * BOUNDS[head.kind].prior_of(head.out_features)
+        return self.given_of(head) or variance * min(1.0, _WEIGHTS / width)
 
     def small_of(self, head: Head) -> float:
         """Mean square of features below which γ is in units of it; 0 where somebody has set γ."""

@@ -197,6 +197,16 @@ def test_a_perfect_fit_has_a_bounded_weight():
     torch.testing.assert_close(x.grad, 100 * plain)
 
 
+def test_many_classes_have_a_wider_prior():
+    """As each has so many times fewer data; not where somebody has set it."""
+    heads = [MulticlassHead(nn.Linear(D, classes)) for classes in (16, 32)]
+    found = [
+        LikelihoodRule().variance_of(head) for head in (*heads, RegressionHead(nn.Linear(D, 32)))
+    ]
+    assert found == pytest.approx([0.05, 0.1, 0.05])
+    assert [RULE.variance_of(head) for head in heads] == [RULE.prior_variance] * 2
+
+
 def test_features_that_are_there_twice_change_nothing():
     """The prior of an output is no larger on wider features, beyond 64 of them."""
     found = []
