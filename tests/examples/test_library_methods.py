@@ -103,7 +103,8 @@ def test_a_prior_in_units_of_the_noise_is_a_fixed_ridge():
     h = torch.cat([update.model.backbone(x), torch.ones(40, 1)], 1).detach().double()
     update.step(criterion(regressions(2))(update.model(x), y))
     head = update.model.heads["regression"]
-    gram = h.T @ h + torch.eye(5, dtype=torch.float64)
+    small = (h[:, :-1].square().mean() / 0.1).clamp(max=1)  # features, which the prior knows
+    gram = h.T @ h + small * torch.eye(5, dtype=torch.float64)
     expected = torch.linalg.solve(gram, h.T @ y.double()).T
     found = torch.cat([head.weight, head.bias[:, None]], 1).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
