@@ -47,7 +47,7 @@ class Bound(ABC):
         """``c`` of a head of so many outputs (classes)."""
         return self.curvature
 
-    def prior_of(self, outputs: int) -> float:
+    def prior_factor(self, outputs: int) -> float:
         """What the prior variance of a head of so many outputs (classes) is multiplied by."""
         return 1.0
 
@@ -91,7 +91,7 @@ class _Softmax(Bound):
     def curvature_of(self, outputs: int) -> float:
         return self.curvature if outputs <= _MANY else _OF_MANY
 
-    def prior_of(self, outputs: int) -> float:
+    def prior_factor(self, outputs: int) -> float:
         return max(1.0, outputs / _MANY)  # so many times fewer data are of each
 
     def misfit(self, labels: Labels) -> Tensor:

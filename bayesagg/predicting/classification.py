@@ -147,7 +147,7 @@ class _Passes:
     ) -> None:
         self.data, self.bias, self.basis, self.prior = data, bias, basis, prior
         self._gram: tuple[Tensor, Tensor] | None = None  # its eigenvalues and eigenvectors
-        self._times = torch.ones(())  # what the variance is multiplied by
+        self._times = torch.ones(1)  # what the variance is multiplied by
 
     def __call__(self, flat: Tensor, precision: Tensor, exact: bool) -> _Point:
         """At weights ``[G, M]``, with the precision of the prior and a curvature of either kind."""
@@ -169,8 +169,8 @@ class _Passes:
         if gram:
             values, vectors = torch.linalg.eigh(gram[0])
             self._gram = values.clamp_min(0), vectors
-            squares = gram[0].diagonal()[: len(values) - self.bias]
-            self._times = self.prior.of_features(squares, squares.new_tensor(float(count)))
+            squares = gram[0].diagonal()[None, : len(values) - self.bias]
+            self._times = self.prior.of_features(squares, squares.new_tensor([float(count)]))
         precision = precision / self._times
         value = value + 0.5 * (precision * flat.square().sum(1)).sum()
         gradient = gradient.view_as(flat) + precision[:, None] * flat

@@ -17,13 +17,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bayesagg.constants import kept
 from bayesagg.errors import NumericalWarning
 from bayesagg.heads import Head
 from bayesagg.posterior import augment, weighted_gram
 from bayesagg.predicting.data import Rows
 from bayesagg.predicting.state import Inferred
 
-__all__ = ["Prior", "PriorVariance", "Sums", "solve", "sums_of"]
+__all__ = ["Prior", "PriorVariance", "Sums", "share_of_small", "solve", "sums_of"]
 
 PriorVariance = float | Literal["marginal_likelihood"] | None
 
@@ -78,11 +79,40 @@ class Prior:
         return Prior(float(variance))
 
     def of_features(self, squares: Tensor, data: Tensor) -> Tensor:
-        """What the variance is multiplied by, for sums of squares ``[..., d]`` of features."""
-        if not self.small:
-            return torch.ones_like(data)
-        share = squares.mean(-1) / data / self.small
-        return 1 / share.clamp(_LEAST_SHARE, 1.0)
+        """What the variance is multiplied by.
+
+        Args:
+            squares: sums over the data of every squared feature, ``[G, d]``.
+            data: how many, ``[o]``; ``G`` is ``o`` or 1.
+
+        Returns:
+            ``[o]``.
+        """
+        share = share_of_small(squares, data[:, None], self.small * squares.shape[1])
+        return 1 / share[:, 0].clamp_min(_LEAST_SHARE)
+
+
+def share_of_small(squares: Tensor, data: Tensor | float, small: Tensor | float) -> Tensor:
+    """``min(1, q / small)`` with the mean q over the data of the sum of squared features.
+
+    What the precision of a prior of features of the size of one is multiplied by, where they are
+    smaller (docs/theory.md, "The prior").
+
+    Args:
+        squares: sums over the data of every squared feature, ``[G, d]``.
+        data: how many, ``[G, 1]`` or a number.
+        small: of q, ``[G, P]``, ``[G, 1]`` or a number; 0: never.
+
+    Returns:
+        ``[G, P]`` or ``[G, 1]``; one where there are neither data nor features.
+    """
+    share = squares.sum(1, keepdim=True) / (data * small)
+    return torch.fmin(share, _one(share.dtype, share.device))  # of 0 / 0, too, one
+
+
+@kept
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
 
 
 class Sums(NamedTuple):

@@ -61,7 +61,7 @@ class Settings:
     def variance_of(self, head: Head) -> float:
         """γ of a head: by default one that expects no larger outputs of wider features."""
         width = head.in_features + head.has_bias
-        variance = _VARIANCE * BOUNDS[head.kind].prior_of(head.out_features)
+        variance = _VARIANCE * BOUNDS[head.kind].prior_factor(head.out_features)
         return self.given_of(head) or variance * min(1.0, _WEIGHTS / width)
 
     def small_of(self, head: Head) -> float:

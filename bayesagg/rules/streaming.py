@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesagg.constants import kept
 from bayesagg.heads import Head, stacked
 from bayesagg.likelihoods.bounds import floored
 from bayesagg.memory import FadingMemory
 from bayesagg.moments import Spectrum
 from bayesagg.parallel import Exchange
+from bayesagg.predicting.regression import share_of_small
 from bayesagg.repeats import Repeats
 from bayesagg.rules.arrange import frame_of
 from bayesagg.rules.evidence import Evidence, evidence_of
@@ -235,13 +235,7 @@ def of_features(
         squares, count = squares.split_with_sizes([squares.shape[1] - 1, 1], 1)
     elif len(set(data)) > 1:
         count = squares.new_tensor(data)[:, None]
-    share = squares.sum(1, keepdim=True) / (count * small)
-    return ridge * torch.fmin(share, _one(share.dtype, share.device))  # of 0 / 0, too, one
-
-
-@kept
-def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
+    return ridge * share_of_small(squares, count, small)
 
 
 def _spectrum(

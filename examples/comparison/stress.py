@@ -41,11 +41,12 @@ METHODS = {name: method for name, method in _KNOWN.items() if not name.startswit
 
 
 class Data(NamedTuple):
-    """Tasks, a noisy training part, and a test part of regressions without noise."""
+    """Tasks, a noisy training part, a test part of regressions without noise, and the network."""
 
     tasks: tuple[Task, ...]
     train: Split
     test: Split
+    network: Callable[[int, Sequence[int], Sequence[Task]], TaskNet] = mlp
 
 
 class Rescaled(Split):
@@ -156,7 +157,7 @@ TRIALS: dict[str, tuple[Callable[[int], Data], dict[str, Any]]] = {
     "pure-noise": (pure_noise, {}),
     "sgd-0.1": (regressions, {"learning_rate": 0.1, "optimizer": "sgd"}),
     "rare-class": (rare, {"epochs": 10}),
-    "unit-vectors": (mixture, {}),
+    "unit-vectors": (lambda seed: mixture(seed)._replace(network=embedding), {}),
     "many-classes": (many_classes, {"epochs": 20}),
     "100-data": (lambda seed: regressions(seed, size=100), {"epochs": 100}),
     "300-data": (lambda seed: regressions(seed, size=300), {"epochs": 60}),
@@ -170,7 +171,7 @@ def run_job(job: tuple[str, str, int], tick: Tick) -> list[float]:
     data, method = make(seed), METHODS[name]
     settings, losses = replace(_SETTINGS, seed=seed, **own), criterion(data.tasks)
     torch.manual_seed(seed)
-    model = (embedding if trial == "unit-vectors" else mlp)(INPUTS, WIDTHS, data.tasks)
+    model = data.network(INPUTS, WIDTHS, data.tasks)
     update = method.update(model, settings, settings.steps_per_epoch(data), **method.settings)
     try:
         train(model, update, data, losses, settings)
